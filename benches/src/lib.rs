@@ -1,0 +1,1 @@
+//! Cost per I/O, throughput and latency.

@@ -1,0 +1,1 @@
+//! A vhost-user-blk load generator: the front-end of a virtual machine without the machine.

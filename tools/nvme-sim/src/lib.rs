@@ -1,0 +1,1 @@
+//! An NVMe controller in software, served on a vfio-user socket.
