@@ -1,2 +1,17 @@
 //! An NVMe driver in user space, usable as a library of its own.
 #![forbid(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!("NVMe structures are little-endian and are used in place; a big-endian host is not supported");
+
+pub mod command;
+pub mod error;
+pub mod namespace;
+pub mod status;
+pub mod work;
+
+pub use command::{Command, Completion};
+pub use error::Error;
+pub use namespace::Namespace;
+pub use status::Status;
+pub use work::{LbaRange, Segment, Work};

@@ -1,0 +1,90 @@
+//! What can go wrong on the control path.
+
+use std::time::Duration;
+
+use crate::Status;
+
+/// An operation on a controller that did not work out.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A register holds a value with which no work is possible.
+    #[error("{controller}: register {register} reads {value:#x}: {problem}")]
+    Register {
+        /// The device's address.
+        controller: String,
+        /// Name of the register in the specification.
+        register: &'static str,
+        /// What it read.
+        value: u64,
+        /// What that means, and what to do.
+        problem: String,
+    },
+    /// The controller answered a command with an error status.
+    #[error("{command} failed: {status}")]
+    Command {
+        /// Name of the command, and what it was about.
+        command: String,
+        /// The controller's answer.
+        status: Status,
+    },
+    /// The controller did not answer in time. Only a reset makes the queue usable again.
+    #[error("{command} was not answered within {waited:?}; the controller has to be reset (CSTS reads {csts:#x})")]
+    Timeout {
+        /// Name of the command, and what it was about.
+        command: String,
+        /// How long was waited.
+        waited: Duration,
+        /// What CSTS read then.
+        csts: u32,
+    },
+    /// An earlier command timed out, or the controller was shut down: nothing is sent until a reset.
+    #[error("{controller}: not in operation ({why}); reset the controller first")]
+    NotInOperation {
+        /// The device's address.
+        controller: String,
+        /// Why.
+        why: &'static str,
+    },
+    /// Something the drive reported contradicts the specification or itself.
+    #[error("the controller reported a value that cannot be: {0}")]
+    Untrustworthy(String),
+    /// The namespace exists, but its format cannot be served.
+    #[error("namespace {namespace} cannot be served: {reason}")]
+    Format {
+        /// Namespace identifier.
+        namespace: u32,
+        /// Which format it has, why that cannot be served, what to do.
+        reason: String,
+    },
+    /// There is no such active namespace.
+    #[error("namespace {namespace} is not active on this controller (active: {active:?})")]
+    NoSuchNamespace {
+        /// Namespace identifier asked for.
+        namespace: u32,
+        /// The first few active ones.
+        active: Vec<u32>,
+    },
+    /// The controller cannot do what was asked.
+    #[error("the controller does not support {0}")]
+    Unsupported(String),
+    /// Every queue pair the controller granted is in use.
+    #[error("all {granted} queue pairs the controller granted are in use; share one, or delete one first")]
+    NoQueuePairsLeft {
+        /// How many there are.
+        granted: u16,
+    },
+    /// An argument makes no sense.
+    #[error("{0}")]
+    Invalid(String),
+}
+
+impl Error {
+    /// The status the controller answered with, when it did answer.
+    pub fn status(&self) -> Option<Status> {
+        match self {
+            Error::Command { status, .. } => Some(*status),
+            _ => None,
+        }
+    }
+}
