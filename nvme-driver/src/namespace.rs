@@ -16,8 +16,8 @@ pub struct Namespace {
     pub boundary_blocks: u32,
     /// The unit the drive writes without reading first, in bytes: a power of two, at least the block size (NPWG, else NAWUPF).
     pub physical_block_bytes: u32,
-    /// Bytes by which the first naturally aligned physical block is away from block 0 (from NPWA; 0 nearly always).
-    pub physical_block_offset_bytes: u32,
+    /// Writes should start at a multiple of this many bytes (NPWA); at least the block size.
+    pub write_alignment_bytes: u32,
     /// The transfer size at which the drive works best, in bytes (NOWS); 0: not said.
     pub optimal_io_bytes: u32,
     /// The drive deallocates in multiples of this many bytes (NPDG); at least the block size.
