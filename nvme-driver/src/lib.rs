@@ -5,12 +5,15 @@
 compile_error!("NVMe structures are little-endian and are used in place; a big-endian host is not supported");
 
 pub mod command;
+mod data_pointer;
 pub mod error;
 pub mod namespace;
+mod split;
 pub mod status;
 pub mod work;
 
 pub use command::{Command, Completion};
+pub use data_pointer::SglAlignment;
 pub use error::Error;
 pub use namespace::Namespace;
 pub use status::Status;
