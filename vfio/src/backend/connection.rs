@@ -1,0 +1,144 @@
+//! A guard around `vfio_user::Client`, whose calls may block for ever or panic.
+//!
+//! The client lives on a thread of its own. A caller hands it a request and waits for the answer with a deadline. After
+//! a missed deadline, a lost socket or a panic nothing more is sent: what would come next on the socket is unknown.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use vfio_user::Client;
+
+use crate::Error;
+
+type Request = Box<dyn FnOnce(&mut Client) + Send>;
+
+/// A connection to a vfio-user server.
+pub(crate) struct Connection {
+    socket: PathBuf,
+    deadline: Duration,
+    requests: mpsc::Sender<Request>,
+    state: Arc<State>,
+}
+
+/// What the callers and the thread share.
+#[derive(Default)]
+struct State {
+    /// Why nothing can be sent any more.
+    broken: Mutex<Option<String>>,
+}
+
+impl State {
+    fn broken(&self) -> Option<String> {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Notes the reason, unless there is one already: the first one explains the others.
+    fn break_down(&self, reason: String) {
+        self.broken.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(reason);
+    }
+}
+
+impl Connection {
+    /// Connects and negotiates.
+    pub fn open(socket: &Path, deadline: Duration) -> Result<Connection, Error> {
+        let (requests, incoming) = mpsc::channel::<Request>();
+        let (opened, result) = mpsc::sync_channel(1);
+        let state = Arc::new(State::default());
+        let (path, thread_state) = (socket.to_owned(), state.clone());
+        thread::Builder::new()
+            .name("vfio-user".into())
+            .spawn(move || {
+                let client = catch_unwind(|| Client::new(&path)).map_err(|panic| panic_text(&*panic));
+                match client {
+                    Ok(Ok(client)) => {
+                        if opened.send(Ok(())).is_ok() {
+                            serve(client, incoming, &thread_state);
+                        }
+                    }
+                    Ok(Err(error)) => _ = opened.send(Err(error.to_string())),
+                    Err(panic) => _ = opened.send(Err(panic)),
+                }
+            })
+            .map_err(|error| Error::Connect { socket: socket.to_owned(), reason: format!("no thread: {error}") })?;
+        match result.recv_timeout(deadline) {
+            Ok(Ok(())) => Ok(Connection { socket: socket.to_owned(), deadline, requests, state }),
+            Ok(Err(reason)) => Err(Error::Connect { socket: socket.to_owned(), reason }),
+            Err(_) => Err(Error::Timeout { socket: socket.to_owned(), request: "negotiate", after: deadline }),
+        }
+    }
+
+    /// Has `ask` run on the connection's thread and waits for its answer.
+    pub fn call<T: Send + 'static>(
+        &self,
+        request: &'static str,
+        ask: impl FnOnce(&mut Client) -> Result<T, vfio_user::Error> + Send + 'static,
+    ) -> Result<T, Error> {
+        let disconnected = |reason| Error::Disconnected { socket: self.socket.clone(), request, reason };
+        if let Some(reason) = self.state.broken() {
+            return Err(disconnected(reason));
+        }
+        let (reply, answer) = mpsc::sync_channel(1);
+        let job: Request = Box::new(move |client| _ = reply.send(ask(client)));
+        if self.requests.send(job).is_err() {
+            return Err(disconnected(self.state.broken().unwrap_or_else(|| "its thread has ended".into())));
+        }
+        match answer.recv_timeout(self.deadline) {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) if loses_the_stream(&error) => {
+                let reason = error.to_string();
+                self.state.break_down(format!("the connection was lost ({reason})"));
+                Err(disconnected(reason))
+            }
+            Ok(Err(error)) => Err(Error::Server { socket: self.socket.clone(), request, reason: error.to_string() }),
+            Err(RecvTimeoutError::Timeout) => {
+                self.state.break_down(format!("'{request}' was not answered in time"));
+                Err(Error::Timeout { socket: self.socket.clone(), request, after: self.deadline })
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(disconnected(self.state.broken().unwrap_or_else(|| "its thread has ended".into())))
+            }
+        }
+    }
+
+    /// The socket's path.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Whether nothing can be sent any more.
+    pub fn is_broken(&self) -> bool {
+        self.state.broken().is_some()
+    }
+}
+
+/// Runs requests until the [`Connection`] is dropped or broken.
+fn serve(mut client: Client, incoming: mpsc::Receiver<Request>, state: &State) {
+    while let Ok(request) = incoming.recv() {
+        // A request whose caller has given up must not be sent after all.
+        if state.broken().is_some() {
+            break;
+        }
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| request(&mut client))) {
+            state.break_down(format!("a reply made no sense ({})", panic_text(&*panic)));
+            break;
+        }
+    }
+    // Nobody listens if this fails.
+    let _ = client.shutdown();
+}
+
+/// Whether an error leaves the position in the stream of replies unknown.
+fn loses_the_stream(error: &vfio_user::Error) -> bool {
+    use vfio_user::Error::*;
+    matches!(error, StreamWrite(_) | StreamRead(_) | SendWithFd(_) | ReceiveWithFd(_))
+}
+
+fn panic_text(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+    text.unwrap_or("no reason given").lines().collect::<Vec<_>>().join(" ")
+}

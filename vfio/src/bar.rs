@@ -1,0 +1,228 @@
+//! A device's registers: typed accesses to its BARs, and doorbells.
+
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use volatile::VolatilePtr;
+
+use crate::Error;
+use crate::backend::{Backend, MappedArea, Region};
+
+/// A base address register's region: device registers, at offsets in bytes.
+///
+/// Accesses are single accesses of their width where the region is mapped, else one request to the server or kernel.
+/// Values are in the host's byte order; the device's is little-endian.
+#[derive(Clone)]
+pub struct Bar {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    index: u32,
+    region: Region,
+    backend: Arc<dyn Backend>,
+}
+
+impl Bar {
+    pub(crate) fn new(index: u32, region: Region, backend: Arc<dyn Backend>) -> Bar {
+        Bar { inner: Arc::new(Inner { index, region, backend }) }
+    }
+
+    /// The region's size in bytes.
+    pub fn size(&self) -> u64 {
+        self.inner.region.size
+    }
+
+    /// Whether the `bytes` bytes at `offset` lie in memory, so that reaching them needs no request.
+    pub fn is_mapped(&self, offset: u64, bytes: u64) -> bool {
+        self.find(offset, bytes).is_some()
+    }
+
+    /// Reads a 32-bit register; `offset` is a multiple of 4.
+    pub fn read_u32(&self, offset: u64) -> Result<u32, Error> {
+        self.check(offset, 4)?;
+        match self.pointer::<u32>(offset) {
+            Some((register, _area)) => {
+                // SAFETY: `register` points to 4 aligned bytes of the mapping that `_area` keeps.
+                Ok(u32::from_le(unsafe { VolatilePtr::new(register) }.read()))
+            }
+            None => {
+                let mut data = [0; 4];
+                self.inner.backend.read(self.inner.index, offset, &mut data)?;
+                Ok(u32::from_le_bytes(data))
+            }
+        }
+    }
+
+    /// Reads a 64-bit register in one access of 8 bytes; `offset` is a multiple of 8.
+    ///
+    /// The kernel makes two 32-bit accesses of a request if the platform needs it, low half first.
+    pub fn read_u64(&self, offset: u64) -> Result<u64, Error> {
+        self.check(offset, 8)?;
+        match self.pointer::<u64>(offset) {
+            Some((register, _area)) => {
+                // SAFETY: `register` points to 8 aligned bytes of the mapping that `_area` keeps.
+                Ok(u64::from_le(unsafe { VolatilePtr::new(register) }.read()))
+            }
+            None => {
+                let mut data = [0; 8];
+                self.inner.backend.read(self.inner.index, offset, &mut data)?;
+                Ok(u64::from_le_bytes(data))
+            }
+        }
+    }
+
+    /// Writes a 32-bit register; `offset` is a multiple of 4.
+    ///
+    /// Earlier stores to DMA memory are visible to the device before the write.
+    pub fn write_u32(&self, offset: u64, value: u32) -> Result<(), Error> {
+        self.check(offset, 4)?;
+        publish_dma_stores();
+        match self.pointer::<u32>(offset) {
+            Some((register, _area)) => {
+                // SAFETY: `register` points to 4 aligned bytes of the mapping that `_area` keeps.
+                unsafe { VolatilePtr::new(register) }.write(value.to_le());
+                Ok(())
+            }
+            None => self.inner.backend.write(self.inner.index, offset, &value.to_le_bytes()),
+        }
+    }
+
+    /// Writes a 64-bit register in one access of 8 bytes; `offset` is a multiple of 8.
+    ///
+    /// Earlier stores to DMA memory are visible to the device before the write.
+    pub fn write_u64(&self, offset: u64, value: u64) -> Result<(), Error> {
+        self.check(offset, 8)?;
+        publish_dma_stores();
+        match self.pointer::<u64>(offset) {
+            Some((register, _area)) => {
+                // SAFETY: `register` points to 8 aligned bytes of the mapping that `_area` keeps.
+                unsafe { VolatilePtr::new(register) }.write(value.to_le());
+                Ok(())
+            }
+            None => self.inner.backend.write(self.inner.index, offset, &value.to_le_bytes()),
+        }
+    }
+
+    /// The doorbell register at `offset`, a multiple of 4.
+    pub fn doorbell(&self, offset: u64) -> Result<Doorbell, Error> {
+        self.check(offset, 4)?;
+        Ok(Doorbell(match self.pointer::<u32>(offset) {
+            Some((register, area)) => Target::Mapped(MappedDoorbell { register, _area: area.clone() }),
+            None => Target::Request(Box::new(RequestDoorbell {
+                index: self.inner.index,
+                offset,
+                backend: self.inner.backend.clone(),
+                warned: AtomicBool::new(false),
+            })),
+        }))
+    }
+
+    fn check(&self, offset: u64, bytes: u64) -> Result<(), Error> {
+        let size = self.inner.region.size;
+        if offset % bytes == 0 && offset.checked_add(bytes).is_some_and(|end| end <= size) {
+            return Ok(());
+        }
+        let region = format!("BAR {}", self.inner.index);
+        Err(Error::OutOfRegion { region, offset, bytes: bytes as usize, size })
+    }
+
+    fn find(&self, offset: u64, bytes: u64) -> Option<&Arc<MappedArea>> {
+        let end = offset.checked_add(bytes)?;
+        self.inner.region.areas.iter().find(|area| {
+            let area_end = area.offset + area.memory.len() as u64;
+            area.offset <= offset && end <= area_end
+        })
+    }
+
+    /// Where the register of type `T` at `offset` lies, if it is mapped. `offset` is a multiple of the register's size.
+    fn pointer<T>(&self, offset: u64) -> Option<(NonNull<T>, &Arc<MappedArea>)> {
+        let area = self.find(offset, size_of::<T>() as u64)?;
+        let within = (offset - area.offset) as usize;
+        // SAFETY: `find` has checked that `within` lies inside the mapping.
+        let register = unsafe { area.memory.as_mut_ptr().add(within) };
+        // Mappings begin at a page, so that an aligned offset gives an aligned pointer.
+        Some((NonNull::new(register.cast())?, area))
+    }
+}
+
+/// A register that tells the device that there is work. It belongs to one thread.
+///
+/// ```no_run
+/// # let device = vfio::Device::open(&"01:00.0".parse()?)?;
+/// let doorbell = device.bar(0)?.doorbell(0x1000)?;
+/// doorbell.ring(1);
+/// # Ok::<(), vfio::Error>(())
+/// ```
+pub struct Doorbell(Target);
+
+enum Target {
+    Mapped(MappedDoorbell),
+    Request(Box<RequestDoorbell>),
+}
+
+struct MappedDoorbell {
+    register: NonNull<u32>,
+    _area: Arc<MappedArea>,
+}
+
+// SAFETY: the pointer leads into the mapping that `_area` keeps, which any thread may use by volatile accesses.
+unsafe impl Send for MappedDoorbell {}
+
+struct RequestDoorbell {
+    index: u32,
+    offset: u64,
+    backend: Arc<dyn Backend>,
+    warned: AtomicBool,
+}
+
+impl Doorbell {
+    /// Writes `value` to the register. Earlier stores to DMA memory are visible to the device first.
+    ///
+    /// One store where the register is mapped. Where it is not, the write is a request, and a failed one is logged: the
+    /// device is gone then, which shows in its other registers.
+    #[inline]
+    pub fn ring(&self, value: u32) {
+        publish_dma_stores();
+        match &self.0 {
+            Target::Mapped(doorbell) => {
+                // SAFETY: `doorbell.register` points to 4 aligned bytes of the mapping that the doorbell keeps.
+                unsafe { VolatilePtr::new(doorbell.register) }.write(value.to_le());
+            }
+            Target::Request(doorbell) => doorbell.ring(value),
+        }
+    }
+
+    /// Whether ringing is a plain store.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.0, Target::Mapped(_))
+    }
+}
+
+impl RequestDoorbell {
+    #[cold]
+    fn ring(&self, value: u32) {
+        if let Err(error) = self.backend.write(self.index, self.offset, &value.to_le_bytes())
+            && !self.warned.swap(true, Ordering::Relaxed)
+        {
+            log::warn!("a doorbell was not rung: {error}");
+        }
+    }
+}
+
+/// Orders earlier stores to memory before a following store to a register, as the device sees them.
+///
+/// Pairs with the device's reads of DMA memory after it has seen the register. x86-64 keeps stores in order (Intel SDM,
+/// volume 3, section 9.2.2), uncached ones included: only the compiler has to be held.
+#[inline(always)]
+fn publish_dma_stores() {
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier instruction; it touches neither registers nor flags. The default options make it a compiler
+    // barrier for memory as well. `oshst`: stores, in the outer shareable domain, where devices are.
+    unsafe {
+        std::arch::asm!("dmb oshst", options(nostack, preserves_flags))
+    };
+    #[cfg(not(target_arch = "aarch64"))]
+    std::sync::atomic::fence(Ordering::Release);
+}

@@ -1,0 +1,183 @@
+//! Buffers for the device's structures and data, cut from chunks that are mapped once.
+
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::slice;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use super::iova::{IovaRange, RangeAllocator};
+use super::memory::{HUGE_2M, PAGE, round_up};
+use super::{DmaMapping, DmaSpace, SharedMemory};
+use crate::Error;
+
+/// What DMA memory may be seen as.
+///
+/// # Safety
+/// Any bytes must be a valid value, all accesses through a shared reference must be atomic, and there must be nothing to
+/// drop.
+pub unsafe trait DmaElement: Send + Sync + 'static {}
+
+// SAFETY: any byte is valid, and shared access is atomic.
+unsafe impl DmaElement for AtomicU8 {}
+// SAFETY: any two bytes are valid, and shared access is atomic.
+unsafe impl DmaElement for AtomicU16 {}
+// SAFETY: any four bytes are valid, and shared access is atomic.
+unsafe impl DmaElement for AtomicU32 {}
+// SAFETY: any eight bytes are valid, and shared access is atomic.
+unsafe impl DmaElement for AtomicU64 {}
+// SAFETY: an array has no bytes but those of its elements.
+unsafe impl<T: DmaElement, const N: usize> DmaElement for [T; N] {}
+
+/// The chunks that have a buffer in use.
+#[derive(Default)]
+pub(super) struct Pool {
+    /// A chunk lives as long as one of its buffers.
+    chunks: Mutex<Vec<Weak<Chunk>>>,
+}
+
+/// Memory mapped for the device in one piece.
+struct Chunk {
+    /// Before the memory: a mapping has to end before its memory does.
+    mapping: DmaMapping,
+    memory: Arc<SharedMemory>,
+    free: Mutex<RangeAllocator>,
+}
+
+impl Pool {
+    pub fn allocate(&self, space: &DmaSpace, bytes: usize) -> Result<DmaBuffer, Error> {
+        let bytes = round_up(bytes, PAGE)?;
+        let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
+        chunks.retain(|chunk| chunk.strong_count() > 0);
+        for chunk in chunks.iter().filter_map(Weak::upgrade) {
+            if let Some(buffer) = chunk.cut(bytes) {
+                return Ok(buffer);
+            }
+        }
+        let chunk = Chunk::new(space, round_up(bytes, HUGE_2M)?)?;
+        chunks.push(Arc::downgrade(&chunk));
+        Ok(chunk.cut(bytes).expect("a new chunk is free, and as large as the buffer"))
+    }
+}
+
+impl Chunk {
+    fn new(space: &DmaSpace, bytes: usize) -> Result<Arc<Chunk>, Error> {
+        let lock = !space.inner.backend.pins_memory();
+        let memory = Arc::new(SharedMemory::create_for_dma(bytes, lock)?);
+        let mapping = space.map(memory.clone())?;
+        let free = RangeAllocator::new(&[IovaRange { start: 0, last: bytes as u64 - 1 }]);
+        Ok(Arc::new(Chunk { mapping, memory, free: Mutex::new(free) }))
+    }
+
+    fn cut(self: &Arc<Chunk>, bytes: usize) -> Option<DmaBuffer> {
+        let offset = self.free().allocate(bytes as u64, PAGE as u64, 0)? as usize;
+        let piece = Arc::new(Piece { offset, bytes, chunk: self.clone() });
+        piece.clear();
+        Some(DmaBuffer { piece })
+    }
+
+    fn free(&self) -> MutexGuard<'_, RangeAllocator> {
+        self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A piece of a chunk; free again when dropped.
+struct Piece {
+    offset: usize,
+    bytes: usize,
+    chunk: Arc<Chunk>,
+}
+
+impl Piece {
+    fn slice<T: DmaElement>(&self, byte_offset: usize, count: usize) -> Option<&[T]> {
+        let end = count.checked_mul(size_of::<T>())?.checked_add(byte_offset)?;
+        (end <= self.bytes).then(|| self.chunk.memory.slice(self.offset + byte_offset, count))?
+    }
+
+    fn clear(&self) {
+        let words = self.slice::<AtomicU64>(0, self.bytes / 8).expect("a piece is made of pages of its chunk");
+        // Relaxed: whoever is told of the buffer learns of the zeroes the same way; the device by its doorbell.
+        words.iter().for_each(|word| word.store(0, Ordering::Relaxed));
+    }
+}
+
+impl Drop for Piece {
+    fn drop(&mut self) {
+        self.chunk.free().free(self.offset as u64, self.bytes as u64);
+    }
+}
+
+/// Memory shared with the device. Clones are the same memory; it is free again when the last clone and slice is gone.
+///
+/// The device must have been told to forget it by then: its pages are given to the next buffer.
+#[derive(Clone)]
+pub struct DmaBuffer {
+    piece: Arc<Piece>,
+}
+
+impl DmaBuffer {
+    /// The address at which the device sees the first byte, a multiple of 4096.
+    pub fn iova(&self) -> u64 {
+        self.piece.chunk.mapping.iova() + self.piece.offset as u64
+    }
+
+    /// The buffer's length in bytes, a multiple of 4096.
+    pub fn len(&self) -> usize {
+        self.piece.bytes
+    }
+
+    /// Whether there are no bytes; there always are some.
+    pub fn is_empty(&self) -> bool {
+        self.piece.bytes == 0
+    }
+
+    /// `count` elements from `byte_offset` on; `None` if they are not inside the buffer, or misaligned.
+    pub fn slice<T: DmaElement>(&self, byte_offset: usize, count: usize) -> Option<DmaSlice<T>> {
+        let elements = self.piece.slice::<T>(byte_offset, count)?;
+        Some(DmaSlice {
+            first: NonNull::from(elements).cast(),
+            count,
+            iova: self.iova() + byte_offset as u64,
+            _piece: self.piece.clone(),
+            _elements: PhantomData,
+        })
+    }
+}
+
+/// Elements of a [`DmaBuffer`]; keeps the buffer alive.
+pub struct DmaSlice<T> {
+    first: NonNull<T>,
+    count: usize,
+    iova: u64,
+    _piece: Arc<Piece>,
+    _elements: PhantomData<T>,
+}
+
+// SAFETY: a slice is a shared reference to elements (which are `Sync`) in memory that `_piece` keeps.
+unsafe impl<T: DmaElement> Send for DmaSlice<T> {}
+// SAFETY: as above.
+unsafe impl<T: DmaElement> Sync for DmaSlice<T> {}
+
+impl<T> DmaSlice<T> {
+    /// The address at which the device sees the first element.
+    pub fn iova(&self) -> u64 {
+        self.iova
+    }
+}
+
+impl<T> Deref for DmaSlice<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `first` and `count` are those of a slice that `DmaBuffer::slice` checked, in memory that `_piece` keeps.
+        unsafe { slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+}
+
+impl<T> Clone for DmaSlice<T> {
+    fn clone(&self) -> DmaSlice<T> {
+        DmaSlice { _piece: self._piece.clone(), _elements: PhantomData, ..*self }
+    }
+}

@@ -1,0 +1,165 @@
+//! Memory in shared files: what a device of another process, or the IOMMU, can reach.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::FromRawFd;
+use std::slice;
+use std::sync::Once;
+
+use memmap2::{MmapOptions, MmapRaw};
+
+use super::DmaElement;
+use crate::Error;
+
+/// The granularity of memory for DMA in this crate, bytes.
+pub(super) const PAGE: usize = 4096;
+/// The smaller hugepage, bytes.
+pub(super) const HUGE_2M: usize = 2 << 20;
+/// The larger hugepage, bytes.
+const HUGE_1G: usize = 1 << 30;
+
+/// A piece of a file, mapped shared: other processes that map the file see the same bytes.
+///
+/// The bytes may change at any time, so they are seen as atomics. A file that is made shorter while it is mapped kills
+/// the process at the next access (SIGBUS); do not map files of parties that might do so.
+pub struct SharedMemory {
+    file: File,
+    file_offset: u64,
+    bytes: usize,
+    memory: MmapRaw,
+}
+
+impl SharedMemory {
+    /// New anonymous memory of zeroes, `bytes` long (rounded up to whole pages of 4096 bytes).
+    pub fn create(bytes: usize) -> Result<SharedMemory, Error> {
+        let bytes = round_up(bytes, PAGE)?;
+        let file = anonymous_file(bytes, 0).map_err(|source| memory_error("creating memory", bytes, source))?;
+        SharedMemory::from_file(file, 0, bytes)
+    }
+
+    /// Maps `bytes` bytes of `file` from `offset` on, which is a multiple of the page size. The file is long enough.
+    pub fn from_file(file: File, offset: u64, bytes: usize) -> Result<SharedMemory, Error> {
+        let length = file.metadata().map_err(|source| memory_error("looking at a file", bytes, source))?.len();
+        let bad = |reason| Err(Error::BadMemory { reason });
+        if bytes == 0 {
+            return bad("it has no bytes".into());
+        }
+        if offset.checked_add(bytes as u64).is_none_or(|end| end > length) {
+            return bad(format!("{bytes:#x} bytes at {offset:#x} do not lie in a file of {length:#x} bytes"));
+        }
+        if offset % PAGE as u64 != 0 {
+            return bad(format!("offset {offset:#x} in its file is not a multiple of {PAGE}"));
+        }
+        let memory = MmapOptions::new()
+            .offset(offset)
+            .len(bytes)
+            .map_raw(&file)
+            .map_err(|source| memory_error("mapping a file", bytes, source))?;
+        Ok(SharedMemory { file, file_offset: offset, bytes, memory })
+    }
+
+    /// Memory of zeroes for DMA: hugepages if there are any free, else normal pages, locked if `lock`.
+    /// `bytes` is a multiple of 2 MiB.
+    pub(super) fn create_for_dma(bytes: usize, lock: bool) -> Result<SharedMemory, Error> {
+        if bytes % HUGE_1G == 0
+            && let Ok(memory) = SharedMemory::create_huge(bytes, libc::MFD_HUGE_1GB)
+        {
+            return Ok(memory);
+        }
+        let refused = match SharedMemory::create_huge(bytes, libc::MFD_HUGE_2MB) {
+            Ok(memory) => return Ok(memory),
+            Err(error) => error,
+        };
+        warn_no_hugepages(bytes, &refused);
+        let memory = SharedMemory::create(bytes)?;
+        if lock && let Err(error) = memory.memory.lock() {
+            warn_not_locked(bytes, &error);
+        }
+        Ok(memory)
+    }
+
+    fn create_huge(bytes: usize, size: libc::c_uint) -> io::Result<SharedMemory> {
+        let file = anonymous_file(bytes, libc::MFD_HUGETLB | size)?;
+        // Mapping reserves the pages: it fails here if there are too few, not at a later access.
+        let memory = MmapOptions::new().len(bytes).populate().map_raw(&file)?;
+        Ok(SharedMemory { file, file_offset: 0, bytes, memory })
+    }
+
+    /// The file.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Where the memory begins in its file, bytes.
+    pub fn file_offset(&self) -> u64 {
+        self.file_offset
+    }
+
+    /// The memory's length, bytes.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
+    /// Whether there are no bytes; there always are some.
+    pub fn is_empty(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// `count` elements from `byte_offset` on; `None` if they are not inside, or misaligned.
+    pub fn slice<T: DmaElement>(&self, byte_offset: usize, count: usize) -> Option<&[T]> {
+        let end = count.checked_mul(size_of::<T>())?.checked_add(byte_offset)?;
+        if end > self.bytes || byte_offset % align_of::<T>() != 0 {
+            return None;
+        }
+        // SAFETY: `byte_offset` was checked to lie inside the mapping.
+        let first = unsafe { self.memory.as_ptr().add(byte_offset) };
+        // SAFETY: the elements lie inside the mapping, which lives as long as `self`, and are aligned, as mappings begin
+        // at a page. Any bytes are valid for a `DmaElement`, and all its accesses are atomic.
+        Some(unsafe { slice::from_raw_parts(first.cast::<T>(), count) })
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut u8 {
+        self.memory.as_mut_ptr()
+    }
+}
+
+pub(super) fn round_up(bytes: usize, unit: usize) -> Result<usize, Error> {
+    match bytes.checked_next_multiple_of(unit) {
+        Some(rounded) if rounded > 0 => Ok(rounded),
+        _ => Err(Error::BadMemory { reason: format!("{bytes} bytes cannot be allocated") }),
+    }
+}
+
+fn anonymous_file(bytes: usize, flags: libc::c_uint) -> io::Result<File> {
+    const NAME: &CStr = c"vfio-dma";
+    // SAFETY: the name is a C string; the call touches no other memory.
+    let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
+    let file = unsafe { File::from_raw_fd(descriptor) };
+    file.set_len(bytes as u64)?;
+    Ok(file)
+}
+
+fn memory_error(attempt: &'static str, bytes: usize, source: io::Error) -> Error {
+    Error::Memory { attempt, bytes, source, advice: String::new() }
+}
+
+fn warn_no_hugepages(bytes: usize, refused: &io::Error) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        log::warn!(
+            "no hugepages for {} MiB of DMA memory ({refused}): normal pages are used, which cost the IOMMU more; \
+             to have hugepages, run: echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            bytes >> 20
+        );
+    });
+}
+
+fn warn_not_locked(bytes: usize, error: &io::Error) {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| log::warn!("{} MiB of DMA memory could not be locked ({error})", bytes >> 20));
+}

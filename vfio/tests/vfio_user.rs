@@ -1,0 +1,69 @@
+//! The vfio-user backend against a small server.
+
+mod server;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use server::{Behaviour, TestServer};
+use vfio::{EventFd, SharedMemory};
+
+#[test]
+fn registers_are_reached_by_message_and_doorbells_by_memory() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let bar = device.bar(0).unwrap();
+    assert_eq!(bar.size(), server::BAR_BYTES);
+    bar.write_u32(0x14, 0x1234_5678).unwrap();
+    bar.write_u64(0x28, 0xfedc_ba98_7654_3210).unwrap();
+    assert_eq!(bar.read_u32(0x14).unwrap(), 0x1234_5678);
+    assert_eq!(bar.read_u64(0x28).unwrap(), 0xfedc_ba98_7654_3210);
+    assert_eq!(bar.read_u32(0x2c).unwrap(), 0xfedc_ba98);
+    let messages = server.messages();
+    let doorbell = bar.doorbell(0x1008).unwrap();
+    assert!(doorbell.is_mapped());
+    doorbell.ring(0xabcd);
+    assert_eq!(server.doorbells().slice::<AtomicU32>(8, 1).unwrap()[0].load(Ordering::Acquire), 0xabcd);
+    assert_eq!(bar.read_u32(0x1008).unwrap(), 0xabcd);
+    assert_eq!(server.messages(), messages, "a mapped register needs no message");
+}
+
+#[test]
+fn a_doorbell_outside_the_mapped_area_is_rung_by_message() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let doorbell = device.bar(0).unwrap().doorbell(0x800).unwrap();
+    assert!(!doorbell.is_mapped());
+    doorbell.ring(7);
+    assert_eq!(server.register(0x800), 7);
+}
+
+#[test]
+fn memory_is_shared_with_the_server() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let buffer = device.dma().allocate(10_000).unwrap();
+    assert_eq!(buffer.len(), 12_288);
+    let words = buffer.slice::<AtomicU64>(4096, 512).unwrap();
+    words[3].store(0x55aa, Ordering::Release);
+    assert_eq!(server.read_dma(words.iova() + 24), 0x55aa);
+    let memory = Arc::new(SharedMemory::create(8192).unwrap());
+    let mapping = device.dma().map(memory.clone()).unwrap();
+    memory.slice::<AtomicU64>(4096, 1).unwrap()[0].store(99, Ordering::Release);
+    assert_eq!(server.read_dma(mapping.iova() + 4096), 99);
+    let iova = mapping.iova();
+    drop(mapping);
+    assert!(!server.has_dma(iova));
+}
+
+#[test]
+fn interrupts_reach_their_eventfds() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    assert_eq!(device.interrupt_vectors(), server::VECTORS);
+    let events: Vec<_> = (0..3).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
+    device.enable_interrupts(&events.iter().collect::<Vec<_>>()).unwrap();
+    server.interrupt(2);
+    assert_eq!(events[2].read().unwrap(), 1);
+    assert!(events[0].read().is_err());
+}
