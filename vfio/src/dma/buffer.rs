@@ -143,6 +143,23 @@ impl DmaBuffer {
             _elements: PhantomData,
         })
     }
+
+    /// Copies bytes from `byte_offset` on into `data`; `None` if they are not inside.
+    /// As [`SharedMemory::read`], also with respect to what changes meanwhile.
+    pub fn read(&self, byte_offset: usize, data: &mut [u8]) -> Option<()> {
+        self.piece.chunk.memory.read(self.place(byte_offset, data.len())?, data)
+    }
+
+    /// Copies `data` to `byte_offset`; `None`, and nothing is copied, if it does not fit there.
+    pub fn write(&self, byte_offset: usize, data: &[u8]) -> Option<()> {
+        self.piece.chunk.memory.write(self.place(byte_offset, data.len())?, data)
+    }
+
+    /// Where bytes of the buffer lie in their chunk; `None` if they are not inside the buffer.
+    fn place(&self, byte_offset: usize, bytes: usize) -> Option<usize> {
+        let inside = byte_offset.checked_add(bytes).is_some_and(|end| end <= self.piece.bytes);
+        inside.then(|| self.piece.offset + byte_offset)
+    }
 }
 
 /// Elements of a [`DmaBuffer`]; keeps the buffer alive.

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::FromRawFd;
 use std::slice;
 use std::sync::Once;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -119,6 +120,49 @@ impl SharedMemory {
         Some(unsafe { slice::from_raw_parts(first.cast::<T>(), count) })
     }
 
+    /// Copies `data.len()` bytes from `byte_offset` on into `data`; `None` if they are not inside.
+    ///
+    /// The bytes may change meanwhile: each aligned group of 8 is read at once, all others one by one.
+    pub fn read(&self, byte_offset: usize, data: &mut [u8]) -> Option<()> {
+        let (head, words, tail) = self.split(byte_offset, data.len())?;
+        let (data_head, rest) = data.split_at_mut(head.len());
+        let (data_words, data_tail) = rest.split_at_mut(words.len() * 8);
+        // Relaxed, here and in `write`: whoever shares the memory orders the copy by other means, such as a doorbell.
+        for (to, from) in data_head.iter_mut().zip(head).chain(data_tail.iter_mut().zip(tail)) {
+            *to = from.load(Ordering::Relaxed);
+        }
+        for (to, from) in data_words.chunks_exact_mut(8).zip(words) {
+            to.copy_from_slice(&from.load(Ordering::Relaxed).to_ne_bytes());
+        }
+        Some(())
+    }
+
+    /// Copies `data` to `byte_offset`; `None`, and nothing is copied, if it does not fit there.
+    pub fn write(&self, byte_offset: usize, data: &[u8]) -> Option<()> {
+        let (head, words, tail) = self.split(byte_offset, data.len())?;
+        let (data_head, rest) = data.split_at(head.len());
+        let (data_words, data_tail) = rest.split_at(words.len() * 8);
+        for (from, to) in data_head.iter().zip(head).chain(data_tail.iter().zip(tail)) {
+            to.store(*from, Ordering::Relaxed);
+        }
+        for (from, to) in data_words.as_chunks().0.iter().zip(words) {
+            to.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
+        }
+        Some(())
+    }
+
+    /// The bytes before the first multiple of 8, the groups of 8 from there on, and the bytes that are left.
+    fn split(&self, byte_offset: usize, bytes: usize) -> Option<(&[AtomicU8], &[AtomicU64], &[AtomicU8])> {
+        let head = (byte_offset.wrapping_neg() % 8).min(bytes);
+        let words = (bytes - head) / 8;
+        let tail = bytes - head - words * 8;
+        let words_at = byte_offset.checked_add(head)?;
+        let tail_at = words_at.checked_add(words * 8)?;
+        // With no groups, what is left may begin anywhere.
+        let groups: &[AtomicU64] = if words == 0 { &[] } else { self.slice(words_at, words)? };
+        Some((self.slice(byte_offset, head)?, groups, self.slice(tail_at, tail)?))
+    }
+
     pub(super) fn as_ptr(&self) -> *mut u8 {
         self.memory.as_mut_ptr()
     }
@@ -162,4 +206,67 @@ fn warn_no_hugepages(bytes: usize, refused: &io::Error) {
 fn warn_not_locked(bytes: usize, error: &io::Error) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| log::warn!("{} MiB of DMA memory could not be locked ({error})", bytes >> 20));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn slices_stay_inside_and_aligned() {
+        let memory = SharedMemory::create(5000).unwrap();
+        assert_eq!(memory.len(), 8192);
+        assert_eq!(memory.slice::<AtomicU64>(0, 1024).map(<[_]>::len), Some(1024));
+        assert!(memory.slice::<AtomicU64>(0, 1025).is_none());
+        assert!(memory.slice::<AtomicU64>(8, 1024).is_none());
+        assert!(memory.slice::<AtomicU64>(4, 1).is_none());
+        assert!(memory.slice::<AtomicU64>(8, usize::MAX / 4).is_none());
+        assert!(memory.slice::<AtomicU8>(usize::MAX, 1).is_none());
+        assert!(memory.slice::<AtomicU8>(8192, 0).is_some());
+        assert!(memory.slice::<AtomicU8>(8193, 0).is_none());
+    }
+
+    #[test]
+    fn two_mappings_of_a_file_are_the_same_memory() {
+        let one = SharedMemory::create(8192).unwrap();
+        let two = SharedMemory::from_file(one.file().try_clone().unwrap(), 4096, 4096).unwrap();
+        two.slice::<AtomicU64>(16, 1).unwrap()[0].store(77, Ordering::Relaxed);
+        assert_eq!(one.slice::<AtomicU64>(4096 + 16, 1).unwrap()[0].load(Ordering::Relaxed), 77);
+    }
+
+    #[test]
+    fn a_file_that_is_too_short_is_refused() {
+        let memory = SharedMemory::create(8192).unwrap();
+        let map = |offset, bytes| {
+            SharedMemory::from_file(memory.file().try_clone().unwrap(), offset, bytes)
+                .map(|_| ())
+                .map_err(|e| e.to_string())
+        };
+        assert!(map(4096, 8192).unwrap_err().contains("0x2000"));
+        assert!(map(u64::MAX - 4095, 8192).unwrap_err().contains("do not lie"));
+        assert!(map(100, 4096).unwrap_err().contains("multiple"));
+        assert!(map(0, 0).is_err());
+        assert_eq!(map(4096, 4096), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn copies_are_exact_and_stay_inside(offset in 0usize..4200, data in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let memory = SharedMemory::create(4096).unwrap();
+            let mut expected = vec![0; 4096];
+            let fits = offset + data.len() <= 4096;
+            prop_assert_eq!(memory.write(offset, &data).is_some(), fits);
+            if fits {
+                expected[offset..][..data.len()].copy_from_slice(&data);
+            }
+            let mut all = vec![1; 4096];
+            prop_assert_eq!(memory.read(0, &mut all), Some(()));
+            prop_assert_eq!(all, expected);
+            let mut back = vec![0; data.len()];
+            prop_assert_eq!(memory.read(offset, &mut back).is_some(), fits);
+            prop_assert!(!fits || back == data);
+        }
+    }
 }
