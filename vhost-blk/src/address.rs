@@ -139,7 +139,8 @@ mod tests {
 
     #[test]
     fn addresses_round_trip() {
-        for text in ["sim:4096", "sim:1048576,lba=4096", "sim:8192,file=/d,e", "vfio-user:/run/x.sock", "0000:01:00.0"] {
+        for text in ["sim:4096", "sim:1048576,lba=4096", "sim:8192,file=/d,e", "vfio-user:/run/x.sock", "0000:01:00.0"]
+        {
             assert_eq!(parse(text).unwrap().to_string(), text);
         }
         assert_eq!(parse("01:00.0"), parse("0000:01:00.0"), "two spellings are one device");
@@ -148,14 +149,32 @@ mod tests {
     #[test]
     fn wrong_addresses_say_what_to_do() {
         for (text, message) in [
-            ("", "the device address is empty: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]"),
-            ("nvme0", "device address \"nvme0\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]"),
-            ("sim:", "device address \"sim:\": \"\" is not a size: use bytes or a number with K, M, G or T, such as 1G"),
-            ("sim:1X", "device address \"sim:1X\": \"1X\" is not a size: use bytes or a number with K, M, G or T, such as 1G"),
-            ("sim:é", "device address \"sim:é\": \"é\" is not a size: use bytes or a number with K, M, G or T, such as 1G"),
+            (
+                "",
+                "the device address is empty: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
+            ),
+            (
+                "nvme0",
+                "device address \"nvme0\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
+            ),
+            (
+                "sim:",
+                "device address \"sim:\": \"\" is not a size: use bytes or a number with K, M, G or T, such as 1G",
+            ),
+            (
+                "sim:1X",
+                "device address \"sim:1X\": \"1X\" is not a size: use bytes or a number with K, M, G or T, such as 1G",
+            ),
+            (
+                "sim:é",
+                "device address \"sim:é\": \"é\" is not a size: use bytes or a number with K, M, G or T, such as 1G",
+            ),
             ("sim:99999999T", "device address \"sim:99999999T\": the size 99999999T is too big"),
             ("sim:1000", "device address \"sim:1000\": the size must be a multiple of 4096 bytes and not 0"),
-            ("sim:1G,lba=1024", "device address \"sim:1G,lba=1024\": unknown option \"lba=1024\": use lba=512, lba=4096 or file=PATH (last)"),
+            (
+                "sim:1G,lba=1024",
+                "device address \"sim:1G,lba=1024\": unknown option \"lba=1024\": use lba=512, lba=4096 or file=PATH (last)",
+            ),
             ("sim:1G,file=", "device address \"sim:1G,file=\": file= needs a path"),
         ] {
             assert_eq!(parse(text).unwrap_err(), message);

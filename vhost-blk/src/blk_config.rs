@@ -65,7 +65,7 @@ pub struct BlockConfig {
     pub blk_size: U32,
     /// Logical blocks in a physical block, as a power of two.
     pub physical_block_exp: u8,
-    /// Logical blocks before the first aligned physical block.
+    /// Logical blocks before the first aligned physical block: none, NVMe counts from the start of the namespace.
     pub alignment_offset: u8,
     /// Smallest transfer that performs well, in logical blocks.
     pub min_io_size: U16,
@@ -146,7 +146,7 @@ pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool
         geometry: U32::ZERO,
         blk_size: U32::new(block),
         physical_block_exp: blocks(namespace.physical_block_bytes).max(1).ilog2() as u8,
-        alignment_offset: u8::try_from(blocks(namespace.physical_block_offset_bytes)).unwrap_or(0),
+        alignment_offset: 0,
         min_io_size: U16::new(u16::try_from(blocks(namespace.physical_block_bytes)).unwrap_or(0).max(1)),
         opt_io_size: U32::new(blocks(namespace.optimal_io_bytes)),
         writeback: u8::from(writeback),
@@ -214,7 +214,7 @@ mod tests {
             block_shift,
             boundary_blocks: 0,
             physical_block_bytes: 4096,
-            physical_block_offset_bytes: 0,
+            write_alignment_bytes: 4096,
             optimal_io_bytes: 128 << 10,
             discard_granularity_bytes: 4096,
             discard_alignment_bytes: 4096,
@@ -277,7 +277,7 @@ mod tests {
         assert_eq!(config.min_io_size.get(), 1);
         assert_eq!(config.opt_io_size.get(), 32);
         assert_eq!(config.writeback, 0);
-        assert_eq!(config.max_discard_sectors.get(), u32::MAX & !7, "whole blocks");
+        assert_eq!(config.max_discard_sectors.get(), !7, "whole blocks");
         assert_eq!(config.discard_sector_alignment.get(), 8);
         assert_eq!(config.max_write_zeroes_sectors.get(), 65536 * 8);
     }

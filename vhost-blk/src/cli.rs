@@ -39,7 +39,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "fd"])]
     pub socket_path: Option<PathBuf>,
     /// Use this inherited file descriptor as the vhost-user socket (listening, or already connected)
-    #[arg(long, value_name = "FDNUM", conflicts_with = "config")]
+    #[arg(long, value_name = "FDNUM", conflicts_with = "config", value_parser = clap::value_parser!(i32).range(0..))]
     pub fd: Option<i32>,
     /// Namespace identifier [default: the only one there is]
     #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::namespace))]
@@ -96,8 +96,7 @@ impl ServeArgs {
         let listen = match (self.socket_path, self.fd) {
             (Some(path), _) if path.as_os_str().is_empty() => return Err(format!("the socket path is empty: {HOW}")),
             (Some(path), _) => Listen::Path(path),
-            (None, Some(number)) if number >= 0 => Listen::Fd(number),
-            (None, Some(number)) => return Err(format!("--fd {number}: use the number of an open file descriptor")),
+            (None, Some(number)) => Listen::Fd(number),
             (None, None) => return Err(format!("no socket to serve on: {HOW}")),
         };
         let export = ExportSettings {
@@ -212,7 +211,10 @@ mod tests {
             ("", format!("no device to serve: {HOW}")),
             ("--device sim:1G", format!("no socket to serve on: {HOW}")),
             ("--socket-path /a", format!("no device to serve: {HOW}")),
-            ("--device sim:1G --fd -3", "--fd -3: use the number of an open file descriptor".to_string()),
+            (
+                "--device sim:1G --fd=-3",
+                format!("invalid value '-3' for '--fd <FDNUM>': -3 is not in 0..=2147483647 {more}"),
+            ),
             (
                 "--device disk --socket-path /a",
                 format!(

@@ -204,10 +204,7 @@ mod tests {
     fn inherited_descriptors() {
         let directory = tempfile::tempdir().unwrap();
         let listening = UnixListener::bind(directory.path().join("s")).unwrap();
-        assert!(matches!(
-            Listener::open(&Listen::Fd(listening.as_raw_fd())),
-            Ok(Listener::Listening(_, None))
-        ));
+        assert!(matches!(Listener::open(&Listen::Fd(listening.as_raw_fd())), Ok(Listener::Listening(_, None))));
         let (one, _other) = UnixStream::pair().unwrap();
         assert!(matches!(Listener::open(&Listen::Fd(one.as_raw_fd())), Ok(Listener::Connected(_))));
 
