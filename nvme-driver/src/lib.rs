@@ -7,8 +7,11 @@ compile_error!("NVMe structures are little-endian and are used in place; a big-e
 pub mod command;
 mod data_pointer;
 pub mod error;
+pub mod features;
+pub mod log_page;
 pub mod namespace;
 mod split;
+pub mod registers;
 pub mod status;
 pub mod work;
 
