@@ -10,7 +10,7 @@ use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::registers::Version;
-use crate::{Error, Namespace};
+use crate::{Error, Namespace, SglAlignment};
 
 /// Every Identify data structure has this many bytes.
 pub const BYTES: usize = 4096;
@@ -178,17 +178,6 @@ const _: () = {
     assert!(offset_of!(RawNamespace, formats) == 128);
 };
 
-/// What scatter gather lists the controller takes (SGLS bits 1:0).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SglSupport {
-    /// None: PRPs only.
-    None,
-    /// Data blocks of any alignment and length.
-    Any,
-    /// Data blocks have to be multiples of four bytes, at multiples of four.
-    Dword,
-}
-
 /// Sizes beyond which a command without data transfer is refused by the controller (CNS 06h), in its own units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct CommandLimits {
@@ -254,8 +243,8 @@ pub struct ControllerIdentity {
     pub version: Version,
     /// Bytes per data transfer command (MDTS); `None`: bounded by the command only.
     pub max_transfer: Option<u32>,
-    /// Scatter gather lists.
-    pub sgl: SglSupport,
+    /// What its scatter gather lists can say (SGLS bits 1:0); `None`: it takes PRPs only.
+    pub sgl: Option<SglAlignment>,
     /// Largest possible namespace identifier (NN).
     pub max_namespace_id: u32,
     /// Namespaces that can be active at once (MNAN); 0: not said.
@@ -329,9 +318,9 @@ impl ControllerIdentity {
             version: if raw.version.get() == 0 { version } else { Version(raw.version.get()) },
             max_transfer: pages(raw.mdts, page_size_min).and_then(|bytes| u32::try_from(bytes).ok()),
             sgl: match raw.sgls.get() & 3 {
-                1 => SglSupport::Any,
-                2 => SglSupport::Dword,
-                _ => SglSupport::None,
+                1 => Some(SglAlignment::Byte),
+                2 => Some(SglAlignment::Dword),
+                _ => None,
             },
             max_namespace_id: raw.nn.get(),
             max_active_namespaces: raw.mnan.get(),

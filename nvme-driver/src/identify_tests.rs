@@ -47,7 +47,7 @@ fn capabilities_are_read_from_their_bits() {
     assert!(identity.log_page_offsets && identity.volatile_write_cache);
     assert!(identity.supports_compare && identity.supports_discard && identity.supports_verify);
     assert!(!identity.supports_write_zeroes && !identity.supports_feature_select);
-    assert_eq!(identity.sgl, SglSupport::Dword);
+    assert_eq!(identity.sgl, Some(SglAlignment::Dword));
 }
 
 #[test]
@@ -58,7 +58,7 @@ fn absurd_values_are_refused_or_mean_no_limit() {
     assert!(matches!(controller(|bytes| bytes[516..520].fill(0xff)), Err(Error::Untrustworthy(_))));
     assert!(matches!(controller(|bytes| bytes[512] = 0x77), Err(Error::Unsupported(_))));
     assert!(matches!(controller(|bytes| bytes[513] = 0x30), Err(Error::Unsupported(_))));
-    assert_eq!(controller(|bytes| bytes[536] = 3).unwrap().sgl, SglSupport::None);
+    assert_eq!(controller(|bytes| bytes[536] = 3).unwrap().sgl, None);
 }
 
 #[test]

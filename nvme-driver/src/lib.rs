@@ -11,15 +11,15 @@ pub mod features;
 pub mod identify;
 pub mod log_page;
 pub mod namespace;
-mod split;
 pub mod registers;
+mod split;
 pub mod status;
 pub mod work;
 
 pub use command::{Command, Completion};
 pub use data_pointer::SglAlignment;
 pub use error::Error;
-pub use identify::{ControllerIdentity, SglSupport};
+pub use identify::ControllerIdentity;
 pub use namespace::Namespace;
 pub use status::Status;
 pub use work::{LbaRange, Segment, Work};

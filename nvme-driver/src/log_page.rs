@@ -303,7 +303,7 @@ mod tests {
     #[test]
     fn namespace_lists_have_to_ascend_and_stay_within_nn() {
         assert_eq!(parse_namespace_list(&list(&[1, 2, 9]), 0, 9).unwrap(), [1, 2, 9]);
-        assert_eq!(parse_namespace_list(&list(&[]), 0, 9).unwrap(), []);
+        assert!(parse_namespace_list(&list(&[]), 0, 9).unwrap().is_empty());
         for bad in [&[2, 1][..], &[1, 1], &[10], &[1, 2, 3, u32::MAX]] {
             assert!(parse_namespace_list(&list(bad), 0, 9).is_err(), "{bad:?}");
         }
