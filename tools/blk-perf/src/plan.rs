@@ -1,0 +1,166 @@
+//! What a queue of the client is to do next, and what it makes of the answers.
+
+use std::fmt;
+
+use crate::pattern::Found;
+use crate::random::Random;
+
+/// The kinds of request, in the order in which counters are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Data from the disk.
+    Read,
+    /// Data to the disk.
+    Write,
+    /// What was completed before becomes durable.
+    Flush,
+    /// The content is given up.
+    Discard,
+    /// The content becomes zero.
+    WriteZeroes,
+}
+
+impl Kind {
+    /// All kinds, in the order of their counters.
+    pub const ALL: [Kind; 5] = [Kind::Read, Kind::Write, Kind::Flush, Kind::Discard, Kind::WriteZeroes];
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Kind::Read => "read",
+            Kind::Write => "write",
+            Kind::Flush => "flush",
+            Kind::Discard => "discard",
+            Kind::WriteZeroes => "write zeroes",
+        })
+    }
+}
+
+/// One request, in logical blocks of the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What to do.
+    pub kind: Kind,
+    /// First logical block.
+    pub lba: u64,
+    /// Number of logical blocks; 0 for a flush.
+    pub blocks: u32,
+    /// Which write of the queue this is; 0 for anything but a write.
+    pub version: u32,
+    /// The plan's own index of the first block.
+    pub(crate) index: u64,
+    /// Write zeroes: the blocks may be deallocated.
+    pub unmap: bool,
+    /// Where in its buffer the data begins, in bytes: guests do not align to pages.
+    pub(crate) shift: usize,
+}
+
+/// Room that a buffer has for [`Request::shift`], in bytes.
+pub(crate) const MAX_SHIFT: usize = 4096;
+
+/// The answer of a plan that is asked for a request.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Next {
+    /// Send this.
+    Request(Request),
+    /// Nothing just now: what is in flight has to complete first.
+    Later,
+    /// Nothing any more.
+    Done,
+}
+
+/// A source of requests for one queue, and the judge of their results.
+pub(crate) trait Plan: Send {
+    /// Whether a time stamp per request is worth its clock read: the plan works long on each request.
+    const STAMP_EACH: bool;
+    /// The next request; reads and writes may be at most `capacity` bytes long.
+    fn next(&mut self, capacity: usize) -> Next;
+    /// Makes the buffer of `request` (exactly its length) ready before it is sent.
+    fn prepare(&mut self, request: &Request, buffer: &mut [u8]);
+    /// Takes the result: whether the device reported success, and the buffer as it is now.
+    fn complete(&mut self, request: &Request, success: bool, buffer: &[u8], wrong: &mut Vec<Mismatch>);
+}
+
+/// What a block should have held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// The last write to it.
+    Version(u32),
+    /// Zeroes: write zeroes was the last to touch it.
+    Zeroes,
+    /// Anything but a block that was written to another place: it was discarded.
+    Discarded,
+}
+
+/// A block whose content is not what was written to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mismatch {
+    /// The logical block that was read.
+    pub lba: u64,
+    /// What it should have held.
+    pub expected: Expected,
+    /// What it held.
+    pub found: Found,
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mismatch { lba, expected, found } = self;
+        let what = match (expected, found) {
+            (Expected::Version(_), Found::Whole { lba: other, .. }) if other == lba => "stale",
+            (_, Found::Whole { .. }) => "misplaced",
+            (_, Found::Torn { .. }) => "torn",
+            (Expected::Version(_), Found::Zeroes) => "lost",
+            _ => "wrong",
+        };
+        write!(f, "block {lba} is {what}: expected ")?;
+        match expected {
+            Expected::Version(version) => write!(f, "version {version}")?,
+            Expected::Zeroes => write!(f, "zeroes")?,
+            Expected::Discarded => write!(f, "any content but another block's")?,
+        }
+        write!(f, ", found {found}")
+    }
+}
+
+/// Pure load: random reads and writes of one size, nothing verified.
+pub(crate) struct PlainPlan {
+    random: Random,
+    /// Requests of this size fit on the disk.
+    places: u64,
+    blocks: u32,
+    read_percent: u64,
+}
+
+impl PlainPlan {
+    /// Requests of `blocks` logical blocks at multiples of their own size on a disk of `disk_blocks`.
+    pub(crate) fn new(random: Random, disk_blocks: u64, blocks: u32, read_percent: u8) -> Self {
+        PlainPlan { random, places: disk_blocks / u64::from(blocks), blocks, read_percent: read_percent.into() }
+    }
+}
+
+impl Plan for PlainPlan {
+    const STAMP_EACH: bool = false;
+
+    #[inline]
+    fn next(&mut self, _capacity: usize) -> Next {
+        let lba = self.random.below(self.places) * u64::from(self.blocks);
+        let read = self.read_percent == 100 || self.random.chance(self.read_percent, 100);
+        Next::Request(Request {
+            kind: if read { Kind::Read } else { Kind::Write },
+            lba,
+            blocks: self.blocks,
+            version: 0,
+            index: 0,
+            unmap: false,
+            shift: 0,
+        })
+    }
+
+    #[inline]
+    fn prepare(&mut self, _request: &Request, _buffer: &mut [u8]) {}
+
+    #[inline]
+    fn complete(&mut self, _: &Request, _: bool, _: &[u8], _: &mut Vec<Mismatch>) {}
+}
