@@ -8,6 +8,15 @@ use crate::Status;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
+    /// The device could not be reached.
+    #[error("cannot {doing}: {source}")]
+    Device {
+        /// What was attempted.
+        doing: &'static str,
+        /// Why it failed.
+        #[source]
+        source: vfio::Error,
+    },
     /// A register holds a value with which no work is possible.
     #[error("{controller}: register {register} reads {value:#x}: {problem}")]
     Register {
@@ -86,5 +95,16 @@ impl Error {
             Error::Command { status, .. } => Some(*status),
             _ => None,
         }
+    }
+}
+
+/// Adds what was attempted to an error of the device.
+pub(crate) trait Doing<T> {
+    fn doing(self, doing: &'static str) -> Result<T, Error>;
+}
+
+impl<T> Doing<T> for Result<T, vfio::Error> {
+    fn doing(self, doing: &'static str) -> Result<T, Error> {
+        self.map_err(|source| Error::Device { doing, source })
     }
 }

@@ -1,1 +1,56 @@
-//! End-to-end tests: real front-ends and real guests against the target.
+//! The harness of the end-to-end tests: it runs the program `vhost-blk` and boots virtual machines
+//! against the sockets that it serves.
+//!
+//! - [`Target`] is a running `vhost-blk` (or another vhost-user-blk program): started, awaited, stopped, its log kept.
+//! - [`Guest`] is a virtual machine: QEMU with an emulated CPU, a Debian kernel and an initramfs made on the spot.
+//!   Shell scripts are run inside through [`Guest::run`], which returns their output and their own exit status.
+//! - [`Kernel`] and [`Initramfs`] say what the machine boots; [`Qmp`] talks to QEMU itself.
+//!
+//! Every wait has a deadline. What was started is killed when its value is dropped; when the test is panicking the
+//! whole console and the whole log are printed then. `tests/run.sh` provides what this needs of the machine.
+
+mod error;
+mod guest;
+mod initramfs;
+mod process;
+mod qmp;
+mod target;
+mod transcript;
+
+pub use error::Error;
+pub use guest::{Guest, Machine, Output};
+pub use initramfs::{Initramfs, Kernel};
+pub use process::Process;
+pub use qmp::Qmp;
+pub use target::{Peer, Target};
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The top of the repository.
+pub fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in a folder of the workspace").to_path_buf()
+}
+
+/// Cargo's build folder: `CARGO_TARGET_DIR`, or `target` at the top of the repository.
+pub fn build_dir() -> PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// Asks `probe` every few milliseconds until it has an answer, at most for `limit`.
+pub(crate) fn poll<T>(
+    limit: Duration,
+    waiting_for: &str,
+    mut probe: impl FnMut() -> Result<Option<T>, Error>,
+) -> Result<T, Error> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = probe()? {
+            return Ok(answer);
+        }
+        if Instant::now() >= deadline {
+            return Err(Error::Timeout { waiting_for: waiting_for.to_owned(), limit });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}

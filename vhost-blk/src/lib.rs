@@ -1,1 +1,13 @@
 //! A vhost-user-blk target that joins a guest's virtqueue to an NVMe queue pair.
+//!
+//! Two halves. The *data path* owns rings, requests and queue pairs on polled workers and never blocks; the
+//! *control side* (configuration, vhost-user sessions, controllers, exports) runs on threads that may block and hands
+//! lanes to the workers by value.
+
+pub mod address;
+pub mod blk_config;
+pub mod cli;
+pub mod config;
+#[cfg(feature = "demo")]
+pub mod demo;
+pub mod listener;

@@ -1,7 +1,8 @@
 //! A guard around `vfio_user::Client`, whose calls may block for ever or panic.
 //!
 //! The client lives on a thread of its own. A caller hands it a request and waits for the answer with a deadline. After
-//! a missed deadline, a lost socket or a panic nothing more is sent: what would come next on the socket is unknown.
+//! a missed deadline, a lost socket or a panic nothing more is sent: what would come next on the socket is unknown. The
+//! socket is shut down then, which ends the thread.
 
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -13,6 +14,7 @@ use std::time::Duration;
 
 use vfio_user::Client;
 
+use super::socket::ClientSocket;
 use crate::Error;
 
 type Request = Box<dyn FnOnce(&mut Client) + Send>;
@@ -23,6 +25,8 @@ pub(crate) struct Connection {
     deadline: Duration,
     requests: mpsc::Sender<Request>,
     state: Arc<State>,
+    /// `None` if it could not be told from others. A thread that waits in it then stays until the server ends.
+    client: Option<ClientSocket>,
 }
 
 /// What the callers and the thread share.
@@ -46,6 +50,7 @@ impl State {
 impl Connection {
     /// Connects and negotiates.
     pub fn open(socket: &Path, deadline: Duration) -> Result<Connection, Error> {
+        let refused = |reason| Error::Connect { socket: socket.to_owned(), reason };
         let (requests, incoming) = mpsc::channel::<Request>();
         let (opened, result) = mpsc::sync_channel(1);
         let state = Arc::new(State::default());
@@ -61,14 +66,22 @@ impl Connection {
                         }
                     }
                     Ok(Err(error)) => _ = opened.send(Err(error.to_string())),
-                    Err(panic) => _ = opened.send(Err(panic)),
+                    Err(panic) => _ = opened.send(Err(format!("its reply made no sense ({panic})"))),
                 }
             })
-            .map_err(|error| Error::Connect { socket: socket.to_owned(), reason: format!("no thread: {error}") })?;
+            .map_err(|error| refused(format!("no thread can be started: {error}")))?;
         match result.recv_timeout(deadline) {
-            Ok(Ok(())) => Ok(Connection { socket: socket.to_owned(), deadline, requests, state }),
-            Ok(Err(reason)) => Err(Error::Connect { socket: socket.to_owned(), reason }),
-            Err(_) => Err(Error::Timeout { socket: socket.to_owned(), request: "negotiate", after: deadline }),
+            Ok(Ok(())) => {
+                let client = ClientSocket::find(socket);
+                Ok(Connection { socket: socket.to_owned(), deadline, requests, state, client })
+            }
+            Ok(Err(reason)) => Err(refused(reason)),
+            Err(RecvTimeoutError::Disconnected) => Err(refused("its thread has ended".into())),
+            Err(RecvTimeoutError::Timeout) => {
+                ClientSocket::find(socket).iter().for_each(ClientSocket::shut_down);
+                let waited = deadline.as_millis();
+                Err(refused(format!("it did not answer within {waited} ms, perhaps as it serves another client")))
+            }
         }
     }
 
@@ -97,6 +110,7 @@ impl Connection {
             Ok(Err(error)) => Err(Error::Server { socket: self.socket.clone(), request, reason: error.to_string() }),
             Err(RecvTimeoutError::Timeout) => {
                 self.state.break_down(format!("'{request}' was not answered in time"));
+                self.client.iter().for_each(ClientSocket::shut_down);
                 Err(Error::Timeout { socket: self.socket.clone(), request, after: self.deadline })
             }
             Err(RecvTimeoutError::Disconnected) => {

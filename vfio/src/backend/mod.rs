@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{Error, IovaRange};
 
 mod connection;
+mod socket;
 pub(crate) mod user;
 
 /// VFIO's number of the PCI configuration space among a device's regions (`VFIO_PCI_CONFIG_REGION_INDEX`).

@@ -1,4 +1,8 @@
-//! A vfio-user server with one BAR: registers by message, one page of doorbells at 0x1000 in shared memory.
+//! Servers for the tests. The one here has one BAR: registers by message, one page of doorbells at 0x1000 in shared
+//! memory.
+#![allow(dead_code, reason = "each test program uses a part")]
+
+pub mod raw;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -6,7 +10,8 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use vfio::{Address, Device, Error, OpenOptions, SharedMemory};
@@ -32,6 +37,8 @@ pub struct Behaviour {
     pub stuck_at: Option<u64>,
     /// DMA maps are refused.
     pub refuse_dma: bool,
+    /// The length of the file behind BAR 0.
+    pub file_bytes: u64,
     /// The configuration space.
     pub config: Vec<u8>,
 }
@@ -44,7 +51,14 @@ impl Default for Behaviour {
         config[0x34] = 0x40;
         config[0x40..0x42].copy_from_slice(&[0x01, MSIX as u8]);
         config[MSIX as usize..][..2].copy_from_slice(&[0x11, 0]);
-        Behaviour { areas: vec![(0x1000, 0x1000)], refuse_read_of: None, stuck_at: None, refuse_dma: false, config }
+        Behaviour {
+            areas: vec![(0x1000, 0x1000)],
+            refuse_read_of: None,
+            stuck_at: None,
+            refuse_dma: false,
+            file_bytes: BAR_BYTES,
+            config,
+        }
     }
 }
 
@@ -54,6 +68,7 @@ struct State {
     config: Vec<u8>,
     messages: usize,
     resets: usize,
+    hang_up: bool,
     dma: BTreeMap<u64, (u64, u64, File)>,
     interrupts: BTreeMap<u32, File>,
 }
@@ -61,6 +76,18 @@ struct State {
 struct Backend {
     behaviour: Behaviour,
     state: Arc<Mutex<State>>,
+}
+
+impl Backend {
+    fn state(&self) -> MutexGuard<'_, State> {
+        let state = self.state.lock().unwrap();
+        if state.hang_up {
+            drop(state);
+            // Ends the server's thread, and with it the connection, without a message on the terminal.
+            std::panic::resume_unwind(Box::new(()));
+        }
+        state
+    }
 }
 
 impl ServerBackend for Backend {
@@ -73,7 +100,7 @@ impl ServerBackend for Backend {
                 std::thread::park();
             }
         }
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state();
         state.messages += 1;
         let from = if region == 0 { &state.registers } else { &state.config };
         data.copy_from_slice(&from[offset as usize..][..data.len()]);
@@ -81,7 +108,7 @@ impl ServerBackend for Backend {
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state();
         state.messages += 1;
         let to = if region == 0 { &mut state.registers } else { &mut state.config };
         to[offset as usize..][..data.len()].copy_from_slice(data);
@@ -93,17 +120,17 @@ impl ServerBackend for Backend {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         let file = fd.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
-        self.state.lock().unwrap().dma.insert(address, (size, offset, file));
+        self.state().dma.insert(address, (size, offset, file));
         Ok(())
     }
 
     fn dma_unmap(&mut self, _: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        let removed = self.state.lock().unwrap().dma.remove(&address);
+        let removed = self.state().dma.remove(&address);
         removed.filter(|(bytes, ..)| *bytes == size).map(|_| ()).ok_or(io::Error::from_raw_os_error(libc::EINVAL))
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state();
         state.resets += 1;
         state.config[4] = 0;
         Ok(())
@@ -112,7 +139,7 @@ impl ServerBackend for Backend {
     fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
         assert_eq!(index, 2, "only MSI-X is used");
         assert!(start + count <= VECTORS);
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.state();
         if flags & VFIO_IRQ_SET_DATA_EVENTFD != 0 {
             assert_eq!(fds.len(), count as usize);
             state.interrupts.extend((start..).zip(fds));
@@ -126,7 +153,7 @@ impl ServerBackend for Backend {
 pub struct TestServer {
     _directory: tempfile::TempDir,
     socket: PathBuf,
-    doorbells: Arc<SharedMemory>,
+    memory: Arc<SharedMemory>,
     state: Arc<Mutex<State>>,
 }
 
@@ -134,10 +161,8 @@ impl TestServer {
     pub fn start(behaviour: Behaviour) -> TestServer {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("device.sock");
-        // The file holds the whole BAR, as servers do: the offset in the file is the offset in the region.
-        let file = SharedMemory::create(BAR_BYTES as usize).unwrap();
-        let file = file.file().try_clone().unwrap();
-        let doorbells = Arc::new(SharedMemory::from_file(file, 0x1000, 0x1000).unwrap());
+        // The file holds the whole BAR: the offset in the file is the offset in the region.
+        let memory = Arc::new(SharedMemory::create(behaviour.file_bytes as usize).unwrap());
         let state = Arc::new(Mutex::new(State {
             registers: vec![0; BAR_BYTES as usize],
             config: behaviour.config.clone(),
@@ -167,18 +192,18 @@ impl TestServer {
                     .iter()
                     .map(|&(offset, size)| SparseArea { area: vfio_region_sparse_mmap_area { offset, size } })
                     .collect(),
-                mmap_fd: (!areas.is_empty()).then(|| doorbells.file().as_raw_fd()),
+                mmap_fd: (!areas.is_empty()).then(|| memory.file().as_raw_fd()),
             }
         });
         let server = Server::new(&socket, true, irqs.collect(), regions.collect()).unwrap();
         let mut backend = Backend { behaviour, state: state.clone() };
-        let keep = doorbells.clone();
+        let keep = memory.clone();
         std::thread::spawn(move || {
             let _keep = keep;
             // An error is the end of the connection, which tests bring about.
             let _ = server.run(&mut backend);
         });
-        TestServer { _directory: directory, socket, doorbells, state }
+        TestServer { _directory: directory, socket, memory, state }
     }
 
     pub fn try_open(&self) -> Result<Device, Error> {
@@ -190,8 +215,18 @@ impl TestServer {
         self.try_open().unwrap()
     }
 
-    pub fn doorbells(&self) -> &SharedMemory {
-        &self.doorbells
+    /// What the server sees of the register at `offset`, if that is mapped.
+    pub fn mapped_register(&self, offset: usize) -> u32 {
+        self.memory.slice::<AtomicU32>(offset, 1).unwrap()[0].load(Ordering::Acquire)
+    }
+
+    /// Ends the connection at the next message, without an answer.
+    pub fn hang_up(&self) {
+        self.state.lock().unwrap().hang_up = true;
+    }
+
+    pub fn resets(&self) -> usize {
+        self.state.lock().unwrap().resets
     }
 
     pub fn messages(&self) -> usize {

@@ -1,0 +1,341 @@
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ChildStdin;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use crate::initramfs::find_program;
+use crate::transcript::Transcript;
+use crate::{Error, Initramfs, Kernel, Process, Qmp, build_dir, poll};
+
+/// A virtual machine to be booted.
+///
+/// The CPU is emulated, by one thread: `/dev/kvm` may exist and yet be unable to run a kernel, and several threads of
+/// emulation hang now and then.
+#[derive(Clone, Debug)]
+pub struct Machine {
+    kernel: Kernel,
+    initramfs: Initramfs,
+    memory_mib: u32,
+    hotplug: &'static str,
+    cpus: u32,
+    append: String,
+    arguments: Vec<String>,
+    disks: usize,
+    boot_limit: Duration,
+}
+
+impl Machine {
+    /// A machine of 512 MiB and two CPUs that boots `kernel` with `initramfs` (made for that kernel).
+    pub fn new(kernel: &Kernel, initramfs: &Initramfs) -> Machine {
+        Machine {
+            kernel: kernel.clone(),
+            initramfs: initramfs.clone(),
+            memory_mib: 512,
+            hotplug: "",
+            cpus: 2,
+            append: String::new(),
+            arguments: Vec::new(),
+            disks: 0,
+            boot_limit: Duration::from_secs(120),
+        }
+    }
+
+    /// The memory in MiB.
+    pub fn memory_mib(mut self, mib: u32) -> Machine {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Leaves room for memory added while it runs: four modules, 4 GiB in all.
+    pub fn memory_slots(mut self) -> Machine {
+        self.hotplug = ",slots=4,maxmem=4G";
+        self
+    }
+
+    /// The number of CPUs. Linux uses no more queues of a disk than it has CPUs.
+    pub fn cpus(mut self, count: u32) -> Machine {
+        self.cpus = count;
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub fn append(mut self, text: &str) -> Machine {
+        self.append.push(' ');
+        self.append.push_str(text);
+        self
+    }
+
+    /// Adds arguments for QEMU.
+    pub fn arguments(mut self, arguments: &[&str]) -> Machine {
+        self.arguments.extend(arguments.iter().map(|&argument| argument.to_owned()));
+        self
+    }
+
+    /// Adds a disk served on the vhost-user socket at `socket`; `properties` are QEMU's for the device, for example
+    /// `num-queues=4,packed=on`, or nothing. The first one is `/dev/vda` in the guest and `disk0` for QEMU.
+    pub fn disk(mut self, socket: &Path, properties: &str) -> Machine {
+        let number = self.disks;
+        self.disks += 1;
+        let comma = if properties.is_empty() { "" } else { "," };
+        self.arguments.extend([
+            "-chardev".to_owned(),
+            format!("socket,id=c{number},path={}", socket.display()),
+            "-device".to_owned(),
+            format!("vhost-user-blk-pci,id=disk{number},chardev=c{number}{comma}{properties}"),
+        ]);
+        self
+    }
+
+    /// Boots the machine, with its files in `folder`, and waits until it takes scripts.
+    ///
+    /// Should QEMU itself abort, or the boot not end within its deadline, it is tried once more; this is written to
+    /// `e2e-retries.log` in the build folder, which `tests/run.sh` shows.
+    pub fn boot(&self, folder: &Path) -> Result<Guest, Error> {
+        match self.try_boot(folder) {
+            Err(error) if is_emulation_failure(&error) => {
+                let report = format!("{}: booted again after: {error}\n", test_name());
+                eprint!("{report}");
+                let path = build_dir().join("e2e-retries.log");
+                let written = File::options().create(true).append(true).open(path);
+                written
+                    .and_then(|mut file| file.write_all(report.as_bytes()))
+                    .map_err(Error::doing("noting a retry"))?;
+                self.try_boot(folder)
+            }
+            result => result,
+        }
+    }
+
+    fn try_boot(&self, folder: &Path) -> Result<Guest, Error> {
+        use std::os::unix::process::ExitStatusExt;
+        let initramfs = folder.join("initramfs");
+        self.initramfs.write(&initramfs)?;
+        let files = GuestFiles { console: folder.join("console.log"), monitor: folder.join("monitor.sock") };
+        let arguments = self.qemu_arguments(&initramfs, &files);
+        let program = find_program(Path::new("qemu-system-x86_64"))?;
+        let mut process = Process::start("QEMU", &program, arguments, &[], &folder.join("qemu.log"), true)?;
+        let (commands, output) = process.take_pipes();
+        let transcript = Transcript::of(output);
+        let mut guest = Guest { process, files, commands, transcript, scripts: 0 };
+        match guest.await_ready(self.boot_limit) {
+            // A refusal of QEMU to start (exit status 1) is not emulation gone wrong: no second try.
+            Err(Error::Ended { program, status, .. }) if status.signal().is_none() => {
+                Err(Error::Ended { program, status, expected: " before the guest was up" })
+            }
+            Err(error) => {
+                eprintln!("{}", guest.report());
+                Err(error)
+            }
+            Ok(()) => Ok(guest),
+        }
+    }
+
+    fn qemu_arguments(&self, initramfs: &Path, files: &GuestFiles) -> Vec<String> {
+        let memory = self.memory_mib;
+        let words = "-nodefaults -no-user-config -display none -accel tcg,thread=single -cpu max \
+                     -machine q35,memory-backend=mem -action reboot=shutdown \
+                     -serial chardev:console -serial chardev:scripts -chardev stdio,id=scripts,signal=off \
+                     -mon chardev=monitor,mode=control";
+        let mut arguments = words.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let pairs = [
+            ("-m", format!("{memory}M{}", self.hotplug)),
+            ("-object", format!("memory-backend-memfd,id=mem,size={memory}M,share=on")),
+            ("-smp", self.cpus.to_string()),
+            ("-chardev", format!("file,id=console,path={}", files.console.display())),
+            ("-chardev", format!("socket,id=monitor,server=on,wait=off,path={}", files.monitor.display())),
+            ("-kernel", self.kernel.image.display().to_string()),
+            ("-initrd", initramfs.display().to_string()),
+        ];
+        arguments.extend(pairs.into_iter().flat_map(|(option, value)| [option.to_owned(), value]));
+        // Warnings are shown; the rest of the kernel's log would cost seconds on an emulated serial port.
+        let append = format!("console=ttyS0 loglevel=5 panic=-1 reboot=t no_timer_check{}", self.append);
+        arguments.extend(["-append".to_owned(), append]);
+        arguments.extend(self.arguments.iter().cloned());
+        arguments
+    }
+}
+
+/// Whether a boot may have failed for a reason that lies in the emulation alone.
+fn is_emulation_failure(error: &Error) -> bool {
+    use std::os::unix::process::ExitStatusExt;
+    match error {
+        Error::Timeout { .. } => true,
+        Error::Ended { status, .. } => status.signal().is_some(),
+        _ => false,
+    }
+}
+
+fn test_name() -> String {
+    std::thread::current().name().unwrap_or("a test").to_owned()
+}
+
+#[derive(Clone, Debug)]
+struct GuestFiles {
+    console: PathBuf,
+    monitor: PathBuf,
+}
+
+/// A virtual machine that is up and takes scripts.
+pub struct Guest {
+    process: Process,
+    files: GuestFiles,
+    commands: ChildStdin,
+    transcript: Transcript,
+    scripts: u32,
+}
+
+/// What a script in the guest printed, and its own exit status.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// 0 if all went well.
+    pub status: i32,
+    /// Standard output and standard error.
+    pub text: String,
+}
+
+/// Lines of the kernel's log that no test may cause.
+const COMPLAINTS: [&str; 8] = [
+    "I/O error",
+    "EXT4-fs error",
+    "EXT4-fs warning",
+    "BUG:",
+    "WARNING:",
+    "Oops",
+    "Kernel panic",
+    "blocked for more than",
+];
+
+impl Guest {
+    /// Runs a shell script in the guest: busybox's shell, in a fresh process, `/` as working directory. Returns what
+    /// it printed; a status other than 0 is an error.
+    pub fn run(&mut self, script: &str, limit: Duration) -> Result<String, Error> {
+        let output = self.try_run(script, limit)?;
+        if output.status == 0 {
+            Ok(output.text)
+        } else {
+            Err(Error::Script { script: script.to_owned(), status: output.status, output: output.text })
+        }
+    }
+
+    /// Like [`Guest::run`], for scripts that may fail.
+    pub fn try_run(&mut self, script: &str, limit: Duration) -> Result<Output, Error> {
+        let deadline = Instant::now() + limit;
+        let number = self.send(script)?;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        self.next_line(&format!("@begin {number}"), left())?;
+        let (text, status) = self.next_line(&format!("@end {number} "), left())?;
+        let status = status.trim().parse().map_err(|_| Error::Script {
+            script: script.to_owned(),
+            status: -1,
+            output: format!("{text}\n(no exit status but {status:?})"),
+        })?;
+        // The closing line is preceded by a line feed of its own.
+        Ok(Output { status, text: text.strip_suffix('\n').unwrap_or(&text).to_owned() })
+    }
+
+    /// Everything the guest's kernel wrote to its console.
+    pub fn console(&self) -> String {
+        std::fs::read(&self.files.console).map(|b| String::from_utf8_lossy(&b).into_owned()).unwrap_or_default()
+    }
+
+    /// Fails if the kernel's console shows an I/O error, a file system error or a fault of the kernel.
+    pub fn check_kernel_log(&self) -> Result<(), Error> {
+        let console = self.console();
+        let lines = console.lines().filter(|line| COMPLAINTS.iter().any(|text| line.contains(text)));
+        let lines = lines.collect::<Vec<_>>().join("\n");
+        if lines.is_empty() { Ok(()) } else { Err(Error::KernelLog(lines)) }
+    }
+
+    /// A connection to QEMU's monitor. Only one at a time.
+    pub fn monitor(&self) -> Result<Qmp, Error> {
+        Qmp::connect(&self.files.monitor)
+    }
+
+    /// Restarts the guest inside the same QEMU, and waits until it takes scripts again.
+    pub fn reboot(&mut self, limit: Duration) -> Result<(), Error> {
+        self.monitor()?.execute("set-action", json!({ "reboot": "reset" }))?;
+        self.send("reboot -f")?;
+        self.await_ready(limit)?;
+        self.monitor()?.execute("set-action", json!({ "reboot": "shutdown" }))?;
+        Ok(())
+    }
+
+    /// Powers the guest off, waits for QEMU's end and looks through the kernel's log.
+    pub fn power_off(mut self, limit: Duration) -> Result<(), Error> {
+        self.send("poweroff -f")?;
+        let status = self.process.wait(limit)?;
+        if !status.success() {
+            let program = "QEMU".to_owned();
+            return Err(Error::Ended {
+                program,
+                status,
+                expected: " and not with success after the guest's power-off",
+            });
+        }
+        self.check_kernel_log()
+    }
+
+    fn send(&mut self, script: &str) -> Result<u32, Error> {
+        self.process.check_alive()?;
+        self.scripts += 1;
+        let line = format!("{} {}\n", self.scripts, base64(script.as_bytes()));
+        self.commands.write_all(line.as_bytes()).map_err(Error::doing("sending a script to the guest"))?;
+        self.commands.flush().map_err(Error::doing("sending a script to the guest"))?;
+        Ok(self.scripts)
+    }
+
+    fn await_ready(&mut self, limit: Duration) -> Result<(), Error> {
+        self.next_line("@ready ", limit).map(|_| ())
+    }
+
+    fn next_line(&mut self, prefix: &str, limit: Duration) -> Result<(String, String), Error> {
+        if let Some(found) = self.transcript.next_line(prefix, limit)? {
+            return Ok(found);
+        }
+        let status = poll(Duration::from_secs(10), "QEMU's end after its output had ended", || self.process.ended())?;
+        Err(Error::Ended { program: "QEMU".to_owned(), status, expected: " while a guest was in use" })
+    }
+
+    fn report(&self) -> String {
+        let console = self.console();
+        let scripts = self.transcript.text();
+        format!("==== console of the guest ====\n{console}\n==== scripts' output ====\n{scripts}\n==== end ====")
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.report());
+        }
+    }
+}
+
+/// RFC 4648, section 4.
+fn base64(bytes: &[u8]) -> String {
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut text = String::new();
+    for chunk in bytes.chunks(3) {
+        let group = chunk.iter().fold(0, |group, &byte| group << 8 | u32::from(byte)) << (8 * (3 - chunk.len()));
+        for place in 0..4 {
+            let digit = (group >> (18 - 6 * place)) & 63;
+            text.push(if place <= chunk.len() { char::from(ALPHABET[digit as usize]) } else { '=' });
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base64_as_in_the_rfc() {
+        for (plain, encoded) in [("", ""), ("f", "Zg=="), ("fo", "Zm8="), ("foo", "Zm9v"), ("foobar", "Zm9vYmFy")] {
+            assert_eq!(base64(plain.as_bytes()), encoded);
+        }
+    }
+}

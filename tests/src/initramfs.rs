@@ -1,0 +1,258 @@
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{Error, build_dir};
+
+const RUN_TESTS: &str = "run tests/run.sh once, which fetches and builds what the tests need";
+
+/// A Linux kernel for guests.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// The kernel's image.
+    pub image: PathBuf,
+    /// The folder with `modules.dep`; `None` for a kernel that has everything built in.
+    pub modules: Option<PathBuf>,
+}
+
+impl Kernel {
+    /// Debian's own kernel, or the one that the environment's `GUEST_KERNEL` names (an image; its modules in
+    /// `GUEST_MODULES`, the folder with `modules.dep`, unless it has everything built in).
+    pub fn stable() -> Result<Kernel, Error> {
+        match std::env::var_os("GUEST_KERNEL") {
+            Some(image) => {
+                Ok(Kernel { image: image.into(), modules: std::env::var_os("GUEST_MODULES").map(PathBuf::from) })
+            }
+            None => Kernel::unpacked("stable"),
+        }
+    }
+
+    /// The newer kernel from Debian's backports.
+    pub fn backports() -> Result<Kernel, Error> {
+        Kernel::unpacked("backports")
+    }
+
+    fn unpacked(flavour: &str) -> Result<Kernel, Error> {
+        let folder = build_dir().join("guest").join(flavour);
+        let kernel = Kernel { image: folder.join("vmlinuz"), modules: Some(folder.join("modules")) };
+        if kernel.image.exists() {
+            Ok(kernel)
+        } else {
+            Err(Error::Missing { what: "a kernel for the guests", path: kernel.image, advice: RUN_TESTS })
+        }
+    }
+
+    /// The files of the modules that `names` need, in the order in which they have to be loaded. Names of modules
+    /// that the kernel has built in are left out.
+    fn module_files(&self, names: &[String]) -> Result<Vec<PathBuf>, Error> {
+        let Some(folder) = &self.modules else { return Ok(Vec::new()) };
+        let dependencies = read_text(&folder.join("modules.dep"))?;
+        let built_in = read_text(&folder.join("modules.builtin"))?;
+        let mut files: Vec<PathBuf> = Vec::new();
+        for name in names {
+            let entry = dependencies.lines().filter_map(|line| line.split_once(':')).find(|e| is_module(e.0, name));
+            match entry {
+                // The list names the module needed first last.
+                Some((file, needed)) => {
+                    for file in needed.split_whitespace().rev().chain([file]) {
+                        let file = folder.join(file);
+                        if !files.contains(&file) {
+                            files.push(file);
+                        }
+                    }
+                }
+                None if built_in.lines().any(|line| is_module(line, name)) => {}
+                None => return Err(Error::Initramfs(format!("{} has no module {name}", folder.display()))),
+            }
+        }
+        Ok(files)
+    }
+}
+
+fn is_module(file: &str, name: &str) -> bool {
+    let stem = file.rsplit('/').next().and_then(|file| file.strip_suffix(".ko"));
+    stem.is_some_and(|stem| stem.replace('-', "_") == name.replace('-', "_"))
+}
+
+/// What a guest has in its memory when it starts: busybox, the kernel modules and host programs that were asked
+/// for, and an `/init` that runs the scripts which [`crate::Guest`] sends.
+#[derive(Clone, Debug)]
+pub struct Initramfs {
+    kernel: Kernel,
+    modules: Vec<String>,
+    programs: Vec<PathBuf>,
+    files: Vec<(String, PathBuf)>,
+}
+
+impl Initramfs {
+    /// With the modules for virtio block devices, and the host's programs to make and check ext4.
+    pub fn new(kernel: &Kernel) -> Initramfs {
+        let modules = ["virtio_pci", "virtio_blk"].map(str::to_owned).to_vec();
+        let programs = ["mkfs.ext4", "e2fsck", "blkdiscard"].map(PathBuf::from).to_vec();
+        Initramfs { kernel: kernel.clone(), modules, programs, files: Vec::new() }
+    }
+
+    /// Loads this kernel module, after those it needs, before the first script runs.
+    pub fn module(mut self, name: &str) -> Initramfs {
+        self.modules.push(name.to_owned());
+        self
+    }
+
+    /// Adds a program of the host (a name that is looked up, or a path) with its libraries; the guest's `PATH` has it.
+    pub fn program(mut self, name: impl Into<PathBuf>) -> Initramfs {
+        self.programs.push(name.into());
+        self
+    }
+
+    /// Adds a file of the host at `path` in the guest (no leading `/`).
+    pub fn file(mut self, path: &str, source: &Path) -> Initramfs {
+        self.files.push((path.to_owned(), source.to_path_buf()));
+        self
+    }
+
+    /// Writes the archive: uncompressed, because an emulated CPU unpacks slowly.
+    pub fn write(&self, to: &Path) -> Result<(), Error> {
+        let mut archive = Archive::default();
+        archive.file("init", INIT.as_bytes(), 0o755);
+        archive.file("bin/busybox", &read(&find_program(Path::new("busybox"))?)?, 0o755);
+        for (number, module) in self.kernel.module_files(&self.modules)?.iter().enumerate() {
+            archive.file(&format!("modules/{number:02}.ko"), &read(module)?, 0o644);
+        }
+        let mut libraries = BTreeSet::new();
+        for program in &self.programs {
+            let path = find_program(program)?;
+            let name = program.file_name().expect("a program's path ends in its name").to_string_lossy();
+            archive.file(&format!("host/{name}"), &read(&path)?, 0o755);
+            libraries.extend(libraries_of(&path)?);
+        }
+        for library in libraries {
+            archive.file(library.trim_start_matches('/'), &read(Path::new(&library))?, 0o755);
+        }
+        for (path, source) in &self.files {
+            archive.file(path, &read(source)?, 0o755);
+        }
+        std::fs::write(to, archive.finish()).map_err(Error::doing(format!("writing {}", to.display())))
+    }
+}
+
+/// The guest's first program. The first serial port is the kernel's console; scripts and their output go over the
+/// second, so that the two do not mix. Each script arrives as one line, `NUMBER BASE64`.
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /mnt /tmp /run /sbin /usr/bin /usr/sbin
+/bin/busybox --install -s
+export PATH=/host:/sbin:/usr/sbin:/bin:/usr/bin HOME=/
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+for module in /modules/*.ko; do [ -e "$module" ] && insmod "$module"; done
+exec </dev/ttyS1 >/dev/ttyS1 2>&1
+stty raw -echo
+echo "@ready $(uname -r)"
+while read -r number encoded; do
+    echo "$encoded" | base64 -d >/run/script
+    echo "@begin $number"
+    sh /run/script </dev/null
+    status=$?
+    printf '\n@end %s %s\n' "$number" "$status"
+done
+poweroff -f
+"#;
+
+/// An archive as the kernel wants its initramfs: cpio, "newc" (Documentation/driver-api/early-userspace).
+#[derive(Default)]
+struct Archive {
+    /// By path, so that a folder comes before what it holds.
+    entries: BTreeMap<String, (u32, Vec<u8>)>,
+}
+
+impl Archive {
+    fn file(&mut self, path: &str, content: &[u8], permissions: u32) {
+        for (end, _) in path.match_indices('/') {
+            self.entries.entry(path[..end].to_owned()).or_insert((0o040_755, Vec::new()));
+        }
+        self.entries.insert(path.to_owned(), (0o100_000 | permissions, content.to_vec()));
+    }
+
+    fn finish(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for (number, (path, (mode, content))) in self.entries.iter().enumerate() {
+            entry(&mut out, number + 1, path, *mode, content);
+        }
+        entry(&mut out, 0, "TRAILER!!!", 0, &[]);
+        out
+    }
+}
+
+fn entry(out: &mut Vec<u8>, inode: usize, path: &str, mode: u32, content: &[u8]) {
+    // Magic, then: inode, mode, user, group, links, time, file size, device (2), special device (2), length of
+    // the name with its closing zero, checksum.
+    let size = content.len();
+    out.extend_from_slice(b"070701");
+    for field in [inode, mode as usize, 0, 0, 1, 0, size, 0, 0, 0, 0, path.len() + 1, 0] {
+        out.extend_from_slice(format!("{field:08x}").as_bytes());
+    }
+    out.extend_from_slice(path.as_bytes());
+    out.push(0);
+    out.resize(out.len().next_multiple_of(4), 0);
+    out.extend_from_slice(content);
+    out.resize(out.len().next_multiple_of(4), 0);
+}
+
+/// Where a program of the host is; administrators' folders are looked through too.
+pub(crate) fn find_program(name: &Path) -> Result<PathBuf, Error> {
+    let folders = std::env::var("PATH").unwrap_or_default() + ":/usr/local/sbin:/usr/sbin:/sbin";
+    // Joining an absolute path yields that path.
+    folders
+        .split(':')
+        .map(|folder| Path::new(folder).join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| Error::Missing { what: "a program", path: name.to_path_buf(), advice: RUN_TESTS })
+}
+
+/// The shared libraries of a program, and its loader; none for a static one.
+fn libraries_of(program: &Path) -> Result<Vec<String>, Error> {
+    let output = Command::new("ldd").arg(program).output().map_err(Error::doing("running ldd"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    if text.contains("not found") {
+        return Err(Error::Initramfs(format!("{} lacks a library:\n{text}", program.display())));
+    }
+    Ok(text.split_whitespace().filter(|word| word.starts_with('/')).map(str::to_owned).collect())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(Error::doing(format!("reading {}", path.display())))
+}
+
+fn read_text(path: &Path) -> Result<String, Error> {
+    std::fs::read_to_string(path).map_err(Error::doing(format!("reading {}", path.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modules_come_after_what_they_need_and_built_in_ones_not_at_all() {
+        let folder = tempfile::tempdir().unwrap();
+        let dependencies = "kernel/a-b.ko: kernel/c.ko kernel/d.ko\nkernel/e.ko: kernel/d.ko\nkernel/d.ko:\n";
+        std::fs::write(folder.path().join("modules.dep"), dependencies).unwrap();
+        std::fs::write(folder.path().join("modules.builtin"), "kernel/f.ko\n").unwrap();
+        let kernel = Kernel { image: PathBuf::new(), modules: Some(folder.path().to_path_buf()) };
+        let files = kernel.module_files(&["f", "a_b", "e"].map(str::to_owned)).unwrap();
+        let expected = ["d", "c", "a-b", "e"].map(|name| folder.path().join(format!("kernel/{name}.ko")));
+        assert_eq!(files, expected);
+        assert!(kernel.module_files(&["g".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn an_archive_holds_folders_before_files_and_is_aligned() {
+        let mut archive = Archive::default();
+        archive.file("a/b/c", b"hello", 0o644);
+        let bytes = archive.finish();
+        assert_eq!(bytes.len() % 4, 0);
+        let at = |text: &[u8]| bytes.windows(text.len()).position(|window| window == text).unwrap();
+        assert!(at(b"a\0") < at(b"a/b\0") && at(b"a/b\0") < at(b"a/b/c\0") && at(b"a/b/c\0") < at(b"TRAILER!!!\0"));
+        // "hello" and the next header begin on multiples of four: the format's rule.
+        assert_eq!(at(b"hello") % 4, 0);
+    }
+}

@@ -1,0 +1,268 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::address::DeviceAddress;
+use crate::config::{self, CpuList, ExportSettings, Listen, Serial, Settings};
+
+/// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
+#[derive(Debug, Parser)]
+#[command(name = "vhost-blk", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub struct Cli {
+    /// What to do; serving when absent.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// Options of serving.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
+/// What to do.
+#[derive(Debug, clap::Subcommand)]
+pub enum Command {
+    /// Serve exports to front-ends until SIGTERM (the default)
+    Serve(ServeArgs),
+    /// Run verified I/O from a virtqueue through an embedded controller and back, and print what it costs
+    #[cfg(feature = "demo")]
+    Demo(crate::demo::Args),
+}
+
+/// Options of serving: one export by options, or several by a file.
+#[derive(Debug, clap::Args)]
+pub struct ServeArgs {
+    /// The NVMe controller: a PCI function (0000:01:00.0), vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]
+    pub device: Option<DeviceAddress>,
+    /// The vhost-user socket to listen on
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["config", "fd"])]
+    pub socket_path: Option<PathBuf>,
+    /// Use this inherited file descriptor as the vhost-user socket (listening, or already connected)
+    #[arg(long, value_name = "FDNUM", conflicts_with = "config", value_parser = clap::value_parser!(i32).range(0..))]
+    pub fd: Option<i32>,
+    /// Namespace identifier [default: the only one there is]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::namespace))]
+    pub namespace: Option<u32>,
+    /// Virtqueues offered to the guest [default: 64]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::queues))]
+    pub queues: Option<u16>,
+    /// Largest virtqueue accepted, in entries [default: 1024]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::queue_size))]
+    pub queue_size: Option<u16>,
+    /// CPUs with a polled worker each, such as 2,4-7 [default: one worker, not pinned]
+    #[arg(long, value_name = "LIST", conflicts_with = "config")]
+    pub cpus: Option<CpuList>,
+    /// Refuse every command that changes data
+    #[arg(long, conflicts_with = "config")]
+    pub read_only: bool,
+    /// Serial number shown to the guest, at most 20 characters [default: the drive's]
+    #[arg(long, value_name = "S", conflicts_with = "config")]
+    pub serial: Option<Serial>,
+    /// Read the exports from a TOML file instead
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print what this back-end can do as JSON, and exit (QEMU's conventions for vhost-user back-end programs)
+    #[arg(long)]
+    pub print_capabilities: bool,
+}
+
+type Parsed<T> = fn(&str) -> Result<T, String>;
+
+/// A parser for a number with a rule of its own.
+fn number<T: Clone + Send + Sync + 'static>(
+    check: fn(u64) -> Result<T, String>,
+) -> impl clap::builder::TypedValueParser<Value = T> {
+    use clap::builder::TypedValueParser;
+    let parse: Parsed<u64> = |text| match text.parse() {
+        Ok(number) => Ok(number),
+        Err(_) => Err("not a whole number".into()),
+    };
+    parse.try_map(check)
+}
+
+/// Where serving can be found when an option is missing.
+const HOW: &str = "use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)";
+
+impl ServeArgs {
+    /// The settings these options mean; reads the file of `--config`. The error is one line.
+    pub fn settings(self) -> Result<Settings, String> {
+        if let Some(path) = &self.config {
+            return config::load(path);
+        }
+        let Some(device) = self.device else {
+            return Err(format!("no device to serve: {HOW}"));
+        };
+        let listen = match (self.socket_path, self.fd) {
+            (Some(path), _) if path.as_os_str().is_empty() => return Err(format!("the socket path is empty: {HOW}")),
+            (Some(path), _) => Listen::Path(path),
+            (None, Some(number)) => Listen::Fd(number),
+            (None, None) => return Err(format!("no socket to serve on: {HOW}")),
+        };
+        let export = ExportSettings {
+            device,
+            listen,
+            namespace: self.namespace,
+            queues: self.queues.unwrap_or(config::DEFAULT_QUEUES),
+            queue_size: self.queue_size.unwrap_or(config::DEFAULT_QUEUE_SIZE),
+            read_only: self.read_only,
+            serial: self.serial,
+        };
+        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, exports: vec![export] })
+    }
+}
+
+/// What `--print-capabilities` prints: docs/interop/vhost-user.json of QEMU, `VHostUserBackendCapabilitiesBlock`.
+pub fn capabilities() -> String {
+    serde_json::json!({ "type": "block", "features": ["read-only"] }).to_string()
+}
+
+/// Why the program ends before it has begun.
+#[derive(Debug)]
+pub enum Stop {
+    /// Text that was asked for (help, version, capabilities): to standard output, exit status 0.
+    Print(String),
+    /// One line that says what is wrong and what to do: to standard error, exit status 2.
+    Usage(String),
+}
+
+/// Parses the command line (with the program's name first).
+pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, Stop> {
+    let args: Vec<_> = args.into_iter().collect();
+    // The conventions want every other argument ignored, wrong ones too.
+    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+        return Err(Stop::Print(capabilities() + "\n"));
+    }
+    Cli::try_parse_from(args).map_err(|error| {
+        let text = error.render().to_string();
+        if error.use_stderr() { Stop::Usage(one_line(&text)) } else { Stop::Print(text) }
+    })
+}
+
+/// Joins a message over several lines, without the usage that follows it.
+fn one_line(text: &str) -> String {
+    let head = text.split("\n\nUsage:").next().unwrap_or(text).split("\n\nFor more information").next().unwrap_or(text);
+    let line = head.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{line} (vhost-blk --help tells more)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse_words(words: &str) -> Result<Cli, Stop> {
+        parse(std::iter::once("vhost-blk").chain(words.split_whitespace()).map(Into::into))
+    }
+
+    fn settings(words: &str) -> Result<Settings, String> {
+        match parse_words(words) {
+            Ok(Cli { command: Some(Command::Serve(args)), .. }) | Ok(Cli { command: None, serve: args }) => {
+                args.settings()
+            }
+            Err(Stop::Usage(line)) => Err(line),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn serving_is_the_default() {
+        let expected = Settings {
+            cpus: vec![],
+            exports: vec![ExportSettings {
+                device: "sim:1G".parse().unwrap(),
+                listen: Listen::Path("/a".into()),
+                namespace: None,
+                queues: 64,
+                queue_size: 1024,
+                read_only: false,
+                serial: None,
+            }],
+        };
+        assert_eq!(settings("--device sim:1G --socket-path /a"), Ok(expected.clone()));
+        assert_eq!(settings("serve --device sim:1G --socket-path /a"), Ok(expected));
+    }
+
+    #[test]
+    fn every_option_arrives() {
+        let settings = settings(
+            "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --cpus 1-2 --read-only --serial S",
+        )
+        .unwrap();
+        assert_eq!(settings.cpus, [1, 2]);
+        assert_eq!(
+            settings.exports,
+            [ExportSettings {
+                device: "0000:01:00.0".parse().unwrap(),
+                listen: Listen::Fd(5),
+                namespace: Some(3),
+                queues: 2,
+                queue_size: 64,
+                read_only: true,
+                serial: Some("S".parse().unwrap()),
+            }]
+        );
+    }
+
+    #[test]
+    fn wrong_input_is_one_line_that_says_what_to_do() {
+        let more = "(vhost-blk --help tells more)";
+        for (words, expected) in [
+            ("", format!("no device to serve: {HOW}")),
+            ("--device sim:1G", format!("no socket to serve on: {HOW}")),
+            ("--socket-path /a", format!("no device to serve: {HOW}")),
+            (
+                "--device sim:1G --fd=-3",
+                format!("invalid value '-3' for '--fd <FDNUM>': -3 is not in 0..=2147483647 {more}"),
+            ),
+            (
+                "--device disk --socket-path /a",
+                format!(
+                    "invalid value 'disk' for '--device <ADDRESS>': device address \"disk\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH] {more}"
+                ),
+            ),
+            ("--queues 0", format!("invalid value '0' for '--queues <N>': 0 queues: use 1 to 256 {more}")),
+            ("--queues x", format!("invalid value 'x' for '--queues <N>': not a whole number {more}")),
+            (
+                "--queue-size 1000",
+                format!(
+                    "invalid value '1000' for '--queue-size <N>': queue size 1000: use a power of two from 2 to 32768 {more}"
+                ),
+            ),
+            (
+                "--namespace 0",
+                format!("invalid value '0' for '--namespace <N>': namespace 0: use 1 to 4294967294 {more}"),
+            ),
+            ("--colour", format!("unexpected argument '--colour' found {more}")),
+            ("--device", format!("a value is required for '--device <ADDRESS>' but none was supplied {more}")),
+            (
+                "--config a --device sim:1G",
+                format!("the argument '--config <FILE>' cannot be used with '--device <ADDRESS>' {more}"),
+            ),
+            (
+                "--device sim:1G --socket-path /a --fd 3",
+                format!("the argument '--socket-path <PATH>' cannot be used with '--fd <FDNUM>' {more}"),
+            ),
+        ] {
+            assert_eq!(settings(words), Err(expected), "{words}");
+        }
+    }
+
+    #[test]
+    fn capabilities_ignore_everything_else() {
+        match parse_words("--print-capabilities --no-such-option") {
+            Err(Stop::Print(text)) => {
+                let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+                assert_eq!(value, serde_json::json!({"type": "block", "features": ["read-only"]}));
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn help_and_version_are_no_errors() {
+        for words in ["--help", "--version", "serve --help"] {
+            assert!(matches!(parse_words(words), Err(Stop::Print(_))), "{words}");
+        }
+    }
+}
