@@ -1,0 +1,177 @@
+//! The completion queue: where the controller answers (NVMe Base 2.0, 3.3.1).
+
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Completion;
+
+/// A queue entry in the unit in which it is read.
+pub(crate) type CompletionEntry = [AtomicU64; 2];
+
+const _: () = assert!(size_of::<CompletionEntry>() == 16);
+
+/// The host's side of a completion queue over memory `M` (DMA memory, or plain memory in tests).
+///
+/// It cannot overflow: it has as many entries as the submission queue, more than there are slots.
+pub(crate) struct CompletionQueue<M> {
+    entries: M,
+    head: u16,
+    /// The phase tag of entries not seen yet, at bit 48 of the second word as it lies in the entry. The controller inverts
+    /// it on each pass; the first pass writes ones over the zeroed memory.
+    phase: u64,
+}
+
+const PHASE: u64 = 1 << 48;
+
+impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
+    /// An empty queue over zeroed memory.
+    pub fn new(entries: M) -> CompletionQueue<M> {
+        CompletionQueue { entries, head: 0, phase: PHASE }
+    }
+
+    /// Takes the next completion, if the controller has written it.
+    #[inline]
+    pub fn take(&mut self) -> Option<Completion> {
+        let entries: &[CompletionEntry] = &self.entries;
+        let entry = entries.get(usize::from(self.head))?;
+        // Acquire: pairs with the controller's write of the phase tag, which comes after the rest of the entry and after the
+        // data. One 64-bit load takes the tag together with everything else that is in the second half.
+        let word = entry[1].load(Ordering::Acquire);
+        if (word ^ self.phase) & PHASE != 0 {
+            return None;
+        }
+        let completion = Completion::from_words([entry[0].load(Ordering::Relaxed), word]);
+        let next = self.head + 1;
+        if usize::from(next) == entries.len() {
+            self.head = 0;
+            self.phase ^= PHASE;
+        } else {
+            self.head = next;
+        }
+        Some(completion)
+    }
+
+    /// Is there a completion to take?
+    #[inline]
+    pub fn ready(&self) -> bool {
+        // Acquire: as in `take`; whoever asks may go on to look at other memory.
+        let word = self.entries.get(usize::from(self.head)).map(|entry| entry[1].load(Ordering::Acquire));
+        word.is_some_and(|word| (word ^ self.phase) & PHASE == 0)
+    }
+
+    /// The head to announce: entries before it may be written again.
+    #[inline]
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Empties the queue and zeroes it, as after the controller has been reset: it must not be writing any more.
+    pub fn reset(&mut self) {
+        for word in self.entries.iter().flatten() {
+            // Relaxed: ordered before the controller's use by the doorbell that announces the command creating the queue.
+            word.store(0, Ordering::Relaxed);
+        }
+        self.head = 0;
+        self.phase = PHASE;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    /// The controller's side: writes entries with the phase of its pass.
+    struct Controller {
+        entries: Arc<[CompletionEntry]>,
+        written: usize,
+    }
+
+    impl Controller {
+        fn complete(&mut self, id: u16, result: u32) {
+            let entry = &self.entries[self.written % self.entries.len()];
+            let phase = u64::from((self.written / self.entries.len()).is_multiple_of(2));
+            entry[0].store(result.into(), Ordering::Relaxed);
+            // Release: pairs with the Acquire of the phase tag in `take`.
+            entry[1].store(u64::from(id) << 32 | phase << 48, Ordering::Release);
+            self.written += 1;
+        }
+    }
+
+    fn pair(entries: usize) -> (Controller, CompletionQueue<Arc<[CompletionEntry]>>) {
+        let entries: Arc<[CompletionEntry]> = (0..entries).map(|_| CompletionEntry::default()).collect();
+        (Controller { entries: entries.clone(), written: 0 }, CompletionQueue::new(entries))
+    }
+
+    #[test]
+    fn phases_tell_new_entries_over_many_passes() {
+        let (mut controller, mut queue) = pair(5);
+        assert!(queue.take().is_none());
+        let mut next = 0u16;
+        for round in 0..50 {
+            let batch = round % 5;
+            for at in 0..batch {
+                controller.complete(next + at, (next + at) as u32 + 1000);
+            }
+            assert_eq!(queue.ready(), batch > 0);
+            for _ in 0..batch {
+                let completion = queue.take().expect("written");
+                assert_eq!((completion.id(), completion.result()), (next, next as u32 + 1000));
+                next += 1;
+            }
+            assert!(queue.take().is_none());
+            assert!(!queue.ready());
+            assert_eq!(queue.head(), next % 5);
+        }
+    }
+
+    #[test]
+    fn another_thread_sees_the_whole_entry_once_the_phase_has_changed() {
+        let (mut controller, mut queue) = pair(64);
+        const COUNT: u32 = 20_000;
+        let taken = Arc::new(AtomicU64::new(0));
+        let seen = taken.clone();
+        let writer = std::thread::spawn(move || {
+            for at in 0..COUNT {
+                // Acquire: pairs with the Release below; an entry is not written over before it was taken.
+                while u64::from(at) >= seen.load(Ordering::Acquire) + 64 {
+                    std::thread::yield_now();
+                }
+                controller.complete(at as u16, at);
+            }
+        });
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        let mut at = 0;
+        while at < COUNT {
+            assert!(std::time::Instant::now() < deadline, "stopped at {at}");
+            let Some(completion) = queue.take() else {
+                std::thread::yield_now();
+                continue;
+            };
+            assert_eq!((completion.id(), completion.result()), (at as u16, at));
+            at += 1;
+            taken.store(at.into(), Ordering::Release);
+        }
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn a_reset_queue_begins_again_with_phase_one() {
+        let (mut controller, mut queue) = pair(2);
+        for id in 0..3 {
+            controller.complete(id, 0);
+            assert_eq!(queue.take().unwrap().id(), id);
+        }
+        queue.reset();
+        controller.written = 0;
+        assert!(queue.take().is_none());
+        controller.complete(9, 0);
+        assert_eq!(queue.take().unwrap().id(), 9);
+    }
+}

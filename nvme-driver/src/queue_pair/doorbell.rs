@@ -1,0 +1,141 @@
+//! Announcing a tail or head: by the doorbell register, or by its shadow in memory (Doorbell Buffer Config).
+
+use std::sync::atomic::{AtomicU32, Ordering, fence};
+
+use vfio::{Doorbell, DmaSlice};
+
+/// The shadow of one doorbell in host memory, and where the controller says when it wants to be told (NVMe Base 2.0, 5.8 and B.5).
+///
+/// Both slices have one element, at the doorbell's own offset in the shadow doorbell page and in the event index page.
+pub(crate) struct ShadowDoorbell {
+    pub value: DmaSlice<AtomicU32>,
+    pub event: DmaSlice<AtomicU32>,
+}
+
+/// The shadows of a queue pair's two doorbells.
+pub(crate) struct ShadowDoorbells {
+    pub submission: ShadowDoorbell,
+    pub completion: ShadowDoorbell,
+}
+
+/// One doorbell, with its shadow if the controller takes shadows.
+pub(crate) struct Bell {
+    register: Doorbell,
+    shadow: Option<ShadowDoorbell>,
+}
+
+impl Bell {
+    pub fn new(register: Doorbell, shadow: Option<ShadowDoorbell>) -> Bell {
+        let bell = Bell { register, shadow };
+        bell.reset();
+        bell
+    }
+
+    /// Announces `value`. Everything written to the queue before is visible to the controller first. True if the register
+    /// was written.
+    #[inline]
+    pub fn announce(&self, value: u16) -> bool {
+        if let Some(shadow) = &self.shadow
+            && let ([shadow], [event]) = (&*shadow.value, &*shadow.event)
+            && !announce_in_memory(shadow, event, value)
+        {
+            return false;
+        }
+        self.register.ring(u32::from(value));
+        true
+    }
+
+    /// The shadow of an empty queue.
+    pub fn reset(&self) {
+        if let Some(shadow) = &self.shadow {
+            for word in shadow.value.iter().chain(shadow.event.iter()) {
+                // Relaxed: before the queue is created; the admin doorbell orders it.
+                word.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Writes the shadow; true if the controller asked to be told by the register.
+fn announce_in_memory(shadow: &AtomicU32, event: &AtomicU32, value: u16) -> bool {
+    // Relaxed: only this thread writes it.
+    let old = shadow.load(Ordering::Relaxed) as u16;
+    // Release: pairs with the controller's Acquire of the shadow; it sees the entries written before. Shadows exist in software
+    // controllers, so ordering between processors is what is needed.
+    shadow.store(u32::from(value), Ordering::Release);
+    // Pairs with the controller's fence between its write of the event index and its last look at the shadow: either we see
+    // the new event index, or it sees the new value.
+    fence(Ordering::SeqCst);
+    passes(event.load(Ordering::Relaxed) as u16, old, value)
+}
+
+/// Does going from `old` to `new` pass the event index? (NVMe Base 2.0, B.5: the register is written when the event
+/// index is in `old..new`, around the end of the queue.)
+fn passes(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_register_is_written_exactly_when_the_event_index_is_passed() {
+        for entries in [2u16, 3, 16, 31] {
+            for old in 0..entries {
+                for steps in 1..entries {
+                    let new = (old + steps) % entries;
+                    let passed: Vec<u16> = (0..steps).map(|step| (old + step) % entries).collect();
+                    for event in 0..entries {
+                        assert_eq!(passes(event, old, new), passed.contains(&event), "{entries} {old} {new} {event}");
+                    }
+                }
+            }
+        }
+        assert!(!passes(7, 3, 3), "nothing new, nothing to tell");
+    }
+
+    #[test]
+    fn a_sleeping_controller_is_always_told() {
+        // The controller's side: sleeps only after it has asked to be told and looked once more.
+        use std::sync::Arc;
+        use std::sync::atomic::AtomicU64;
+        const ENTRIES: u16 = 8;
+        const COUNT: u64 = 20_000;
+        let words = Arc::new((AtomicU32::new(0), AtomicU32::new(0), AtomicU64::new(0), AtomicU64::new(0)));
+        let other = words.clone();
+        let (wake, sleeper) = std::sync::mpsc::channel::<()>();
+        let controller = std::thread::spawn(move || {
+            let (shadow, event, consumed, slept) = &*other;
+            let (mut head, mut done) = (0, 0);
+            while done < COUNT {
+                while shadow.load(Ordering::Acquire) != head {
+                    head = (head + 1) % u32::from(ENTRIES);
+                    done += 1;
+                    consumed.store(done, Ordering::Release);
+                }
+                event.store(head, Ordering::Relaxed);
+                fence(Ordering::SeqCst);
+                if shadow.load(Ordering::Acquire) == head && done < COUNT {
+                    slept.fetch_add(1, Ordering::Relaxed);
+                    sleeper.recv_timeout(std::time::Duration::from_secs(20)).expect("woken");
+                }
+            }
+        });
+        let (shadow, event, consumed, slept) = &*words;
+        let (mut tail, mut written) = (0, 0u64);
+        while written < COUNT {
+            if written - consumed.load(Ordering::Acquire) < u64::from(ENTRIES) - 1 {
+                tail = (tail + 1) % ENTRIES;
+                written += 1;
+                if announce_in_memory(shadow, event, tail) {
+                    let _ = wake.send(());
+                }
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        controller.join().expect("the controller was told each time");
+        assert!(slept.load(Ordering::Relaxed) > 0);
+    }
+}

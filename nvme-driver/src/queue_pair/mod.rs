@@ -1,0 +1,412 @@
+//! I/O queue pairs: a submission queue, its completion queue, and what is known of each command between them.
+//!
+//! A queue pair belongs to one thread, which needs neither lock nor atomic read-modify-write: it writes commands
+//! ([`QueuePair::submit`], [`QueuePair::push`]), announces a whole batch with one doorbell ([`QueuePair::ring`]) and collects
+//! answers by their phase tag ([`QueuePair::reap`]). Everything a command needs is allocated when the pair is made.
+
+mod completion;
+mod counters;
+mod doorbell;
+mod job;
+mod requests;
+mod slots;
+mod submission;
+mod submit;
+
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use vfio::{Doorbell, DmaBuffer, DmaSlice, DmaSpace};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, SglAlignment};
+use crate::{Command, Status};
+use completion::{CompletionEntry, CompletionQueue};
+use doorbell::Bell;
+use requests::{Outcome, Requests, Staged};
+use slots::{NO_REQUEST, Slots};
+use submission::{SubmissionEntry, SubmissionQueue};
+
+pub use counters::Counters;
+pub(crate) use doorbell::{ShadowDoorbell, ShadowDoorbells};
+pub use slots::CommandId;
+pub use submit::SubmitError;
+
+/// Every slot is in use: reap first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("all command slots of the queue pair are in use; try again after the next completions")]
+pub struct Full;
+
+/// One answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completed {
+    /// What was given with the request.
+    pub token: u64,
+    /// The command's status; of a request of several commands the first error, else success.
+    pub status: Status,
+    /// The command's result (completion DW0); 0 for a request of several commands.
+    pub result: u32,
+}
+
+/// How the owner learns of completions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Completions {
+    /// By looking.
+    Polling,
+    /// By the eventfd of the completion queue's interrupt vector.
+    Interrupt,
+}
+
+/// What a queue pair is made from.
+pub(crate) struct QueueSettings {
+    /// Queue identifier of both queues; 0 is the admin queue pair.
+    pub id: u16,
+    /// Entries of each queue, 2 to 4096.
+    pub entries: u16,
+    /// Most bytes per command (MDTS).
+    pub max_transfer: u32,
+    /// What the controller's SGLs can say, if it has any.
+    pub sgl: Option<SglAlignment>,
+    /// Commands older than this are told by `tick`.
+    pub timeout: Duration,
+    /// Non-blocking eventfd of the completion queue's interrupt vector.
+    pub interrupt: Option<EventFd>,
+    pub shadow: Option<ShadowDoorbells>,
+}
+
+/// An I/O submission queue and its completion queue.
+///
+/// There is one command slot fewer than entries. Dropping a pair frees its memory: delete it from the controller first
+/// (`Controller::delete_queue_pair`).
+pub struct QueuePair {
+    submission: SubmissionQueue<DmaSlice<SubmissionEntry>>,
+    completion: CompletionQueue<DmaSlice<CompletionEntry>>,
+    slots: Slots,
+    /// One page per slot, for PRP lists, SGLs and ranges.
+    lists: DmaSlice<[AtomicU64; LIST_WORDS]>,
+    max_bytes: u32,
+    id: u16,
+    sgl: Option<SglAlignment>,
+    staged: Staged,
+    counters: Counters,
+    submission_bell: Bell,
+    completion_bell: Bell,
+    requests: Requests,
+    stale: Stale,
+    clock: Clock,
+    completions: Completions,
+    interrupt: Option<EventFd>,
+    submission_iova: u64,
+    completion_iova: u64,
+}
+
+/// The coarse clock by which commands age, in milliseconds from 1 on.
+struct Clock {
+    start: Instant,
+    now: u32,
+    timeout: u32,
+    next_look: u32,
+}
+
+/// Answers that answered nothing: counted on the spot, told in the log later and rarely.
+#[derive(Default)]
+struct Stale {
+    told: u64,
+    last: u32,
+    next_telling: u32,
+}
+
+/// Between two log lines about stale completions of one queue pair.
+const STALE_TELLING_MS: u32 = 5_000;
+
+impl QueuePair {
+    /// Allocates the memory of a queue pair; the controller does not know of it yet.
+    pub(crate) fn new(
+        dma: &DmaSpace,
+        settings: QueueSettings,
+        submission: Doorbell,
+        completion: Doorbell,
+    ) -> Result<QueuePair, vfio::Error> {
+        let entries = usize::from(settings.entries.clamp(2, Slots::MAX + 1));
+        let slots = entries - 1;
+        // One allocation, each part on a page of its own: both queues have to be physically contiguous.
+        let page = PAGE_BYTES as usize;
+        let completion_at = (entries * size_of::<SubmissionEntry>()).next_multiple_of(page);
+        let lists_at = completion_at + (entries * size_of::<CompletionEntry>()).next_multiple_of(page);
+        let memory = dma.allocate(lists_at + slots * page)?;
+        let (submission_bell, completion_bell) = match settings.shadow {
+            Some(shadow) => (Some(shadow.submission), Some(shadow.completion)),
+            None => (None, None),
+        };
+        let timeout = u32::try_from(settings.timeout.as_millis()).unwrap_or(u32::MAX / 4).clamp(1, u32::MAX / 4);
+        Ok(QueuePair {
+            submission: SubmissionQueue::new(part(&memory, 0, entries)),
+            completion: CompletionQueue::new(part(&memory, completion_at, entries)),
+            slots: Slots::new(slots as u16, settings.id),
+            lists: part(&memory, lists_at, slots),
+            max_bytes: settings.max_transfer.min(MAX_COMMAND_BYTES),
+            id: settings.id,
+            sgl: settings.sgl,
+            staged: Staged::new(),
+            counters: Counters::default(),
+            submission_bell: Bell::new(submission, submission_bell),
+            completion_bell: Bell::new(completion, completion_bell),
+            requests: Requests::new(slots),
+            stale: Stale::default(),
+            clock: Clock { start: Instant::now(), now: 1, timeout, next_look: 0 },
+            completions: Completions::Polling,
+            interrupt: settings.interrupt,
+            submission_iova: memory.iova(),
+            completion_iova: memory.iova() + completion_at as u64,
+        })
+    }
+
+    /// Queue identifier of both queues.
+    #[inline]
+    pub fn id(&self) -> u16 {
+        self.id
+    }
+
+    /// Entries of each queue.
+    pub(crate) fn entries(&self) -> u16 {
+        self.completion.len() as u16
+    }
+
+    /// Where the controller finds the submission queue.
+    pub(crate) fn submission_iova(&self) -> u64 {
+        self.submission_iova
+    }
+
+    /// Where the controller finds the completion queue.
+    pub(crate) fn completion_iova(&self) -> u64 {
+        self.completion_iova
+    }
+
+    /// Commands the controller has.
+    #[inline]
+    pub fn outstanding(&self) -> usize {
+        self.slots.len() - self.slots.free()
+    }
+
+    /// Commands that can be out at once.
+    pub fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// What has been done so far.
+    pub fn counters(&self) -> &Counters {
+        &self.counters
+    }
+
+    /// Writes one command into the submission queue, with its command identifier; the controller does not know of it until
+    /// [`QueuePair::ring`]. The command is taken as it is: its namespace, blocks and data pointer are the caller's word.
+    #[inline]
+    pub fn push(&mut self, command: Command, token: u64) -> Result<CommandId, Full> {
+        self.push_for(command, token, NO_REQUEST)
+    }
+
+    #[inline]
+    fn push_for(&mut self, command: Command, token: u64, request: u16) -> Result<CommandId, Full> {
+        let id = self.slots.take(token, request).ok_or(Full)?;
+        self.submission.write(&command.with_id(id.0));
+        Ok(id)
+    }
+
+    /// Announces every command written since the last time with one doorbell; nothing if there are none.
+    #[inline]
+    pub fn ring(&mut self) {
+        let (written, tail) = self.submission.announce();
+        if written == 0 {
+            return;
+        }
+        self.counters.commands += u64::from(written);
+        self.counters.batches += 1;
+        if self.submission_bell.announce(tail) {
+            self.counters.submission_doorbells += 1;
+        }
+    }
+
+    /// Takes every completion there is and frees their slots with one doorbell; returns how many there were. Goes on with a
+    /// request that was waiting for slots, and announces its commands.
+    ///
+    /// `done` is called once per request. A completion that answers no command of this pair is counted and dropped.
+    #[inline]
+    pub fn reap(&mut self, mut done: impl FnMut(Completed)) -> usize {
+        let mut taken = 0;
+        // A controller that writes without end must not keep the thread here.
+        while taken < self.completion.len() {
+            let Some(completion) = self.completion.take() else { break };
+            taken += 1;
+            let answered = u32::from(completion.id()) << 16 | u32::from(completion.sq_id());
+            match self.slots.release(answered) {
+                Some(released) if released.request == NO_REQUEST => {
+                    done(Completed {
+                        token: released.token,
+                        status: completion.status(),
+                        result: completion.result(),
+                    });
+                }
+                Some(released) => {
+                    if let Outcome::Finished { token, status } = self.part_completed(released.request, completion.status()) {
+                        done(Completed { token, status, result: 0 });
+                    }
+                }
+                None => self.note_stale(answered),
+            }
+        }
+        if taken > 0 {
+            if self.completion_bell.announce(self.completion.head()) {
+                self.counters.completion_doorbells += 1;
+            }
+            if !self.staged.is_empty() {
+                self.issue_staged();
+                self.ring();
+            }
+        }
+        taken
+    }
+
+    /// Are there completions to reap?
+    #[inline]
+    pub fn ready(&self) -> bool {
+        self.completion.ready()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn part_completed(&mut self, request: u16, status: Status) -> Outcome {
+        let outcome = self.requests.completed(request, status);
+        if self.requests.failed(request)
+            && let Some((staged, ..)) = self.staged.parts()
+            && staged == request
+        {
+            self.staged.clear();
+        }
+        outcome
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn note_stale(&mut self, answered: u32) {
+        self.counters.stale_completions += 1;
+        self.stale.last = answered;
+    }
+
+    /// How completions are learned of.
+    pub fn completions(&self) -> Completions {
+        self.completions
+    }
+
+    /// Changes how completions are learned of. The interrupt itself is always delivered when the pair was made with one;
+    /// while polling, nobody reads its eventfd.
+    ///
+    /// Returns true if completions are there to be reaped now: after changing to [`Completions::Interrupt`], do so before
+    /// waiting, as their interrupts may be among those cleared here. Without an interrupt the pair goes on polling.
+    pub fn set_completions(&mut self, completions: Completions) -> bool {
+        self.completions = if self.interrupt.is_some() { completions } else { Completions::Polling };
+        match self.completions {
+            Completions::Polling => self.ready(),
+            Completions::Interrupt => self.acknowledge_interrupt(),
+        }
+    }
+
+    /// The eventfd to wait on with [`Completions::Interrupt`], if the pair was made with one.
+    pub fn interrupt(&self) -> Option<&EventFd> {
+        self.interrupt.as_ref()
+    }
+
+    /// Clears the eventfd, then looks: true if completions are there to be reaped. Call it after waking, and before waiting
+    /// again; an interrupt that comes after it makes the eventfd readable.
+    pub fn acknowledge_interrupt(&mut self) -> bool {
+        if let Some(event) = &self.interrupt {
+            // An error means that there was nothing to clear: the eventfd does not block.
+            let _ = event.read();
+        }
+        self.ready()
+    }
+
+    /// Lets commands age: `expired` gets the token of each request that has had a command out for longer than the timeout, once.
+    /// Call it every few milliseconds or less often, with the time; nothing else here reads a clock. A command is told at most an
+    /// eighth of the timeout and one interval of calls late, never early.
+    ///
+    /// Expired requests stay outstanding: the controller may still write to their memory until it has been reset
+    /// ([`QueuePair::drain_after_reset`]), or answer after all.
+    pub fn tick(&mut self, now: Instant, mut expired: impl FnMut(u64)) {
+        let elapsed = now.saturating_duration_since(self.clock.start).as_millis() as u32;
+        // 0 means "not seen yet" in a slot.
+        self.clock.now = elapsed.wrapping_add(1).max(1);
+        self.tell_stale();
+        if self.outstanding() == 0 || (self.clock.now.wrapping_sub(self.clock.next_look) as i32) < 0 {
+            return;
+        }
+        self.clock.next_look = self.clock.now.wrapping_add(self.clock.timeout / 8);
+        let requests = &mut self.requests;
+        self.slots.look(self.clock.now, self.clock.timeout, |command| {
+            let token = match command.request {
+                NO_REQUEST => Some(command.token),
+                request => requests.report(request),
+            };
+            if let Some(token) = token {
+                expired(token);
+            }
+        });
+    }
+
+    /// The age of the oldest command as of the last [`QueuePair::tick`]; `None` if none has been seen by one.
+    pub fn oldest(&self) -> Option<Duration> {
+        self.slots.oldest(self.clock.now).map(|age| Duration::from_millis(age.into()))
+    }
+
+    fn tell_stale(&mut self) {
+        let count = self.counters.stale_completions;
+        if count == self.stale.told || (self.clock.now.wrapping_sub(self.stale.next_telling) as i32) < 0 {
+            return;
+        }
+        log::warn!(
+            "queue pair {}: {} completions answered no command that is out (the last one: command {:#06x} of queue {}); dropped",
+            self.id,
+            count - self.stale.told,
+            self.stale.last >> 16,
+            self.stale.last & 0xffff
+        );
+        self.stale.told = count;
+        self.stale.next_telling = self.clock.now.wrapping_add(STALE_TELLING_MS);
+    }
+
+    /// Empties the pair after the controller has been reset or disabled, or is gone: `abandoned` gets the token of each request
+    /// that was outstanding, once. The queues are as new, ready to be created again.
+    ///
+    /// Before that, the controller may still write to the requests' memory.
+    pub fn drain_after_reset(&mut self, mut abandoned: impl FnMut(u64)) {
+        self.staged.clear();
+        let requests = &mut self.requests;
+        self.slots.release_all(|command| {
+            let token = match command.request {
+                NO_REQUEST => Some(command.token),
+                request => requests.abandon(request),
+            };
+            if let Some(token) = token {
+                abandoned(token);
+            }
+        });
+        self.submission.reset();
+        self.completion.reset();
+        self.submission_bell.reset();
+        self.completion_bell.reset();
+    }
+}
+
+impl std::fmt::Debug for QueuePair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueuePair")
+            .field("id", &self.id)
+            .field("entries", &self.completion.len())
+            .field("outstanding", &self.outstanding())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A part of the pair's memory.
+fn part<T: vfio::DmaElement>(memory: &DmaBuffer, at: usize, count: usize) -> DmaSlice<T> {
+    memory.slice(at, count).expect("the buffer was allocated with room for every part, each on a page boundary")
+}

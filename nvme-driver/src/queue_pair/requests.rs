@@ -1,0 +1,175 @@
+//! Requests of several commands: one completion for all of them, and the one request that waits for slots.
+
+use super::job::Job;
+use super::slots::NO_REQUEST;
+use crate::{LbaRange, Segment, Status};
+
+/// Segments, or ranges, for which the staging place has room from the start.
+const STAGED_ENTRIES: usize = 1024;
+
+/// One request of several commands.
+#[derive(Clone, Copy, Debug)]
+struct Request {
+    token: u64,
+    /// Commands the controller has.
+    outstanding: u32,
+    /// Commands are still to be issued.
+    more: bool,
+    /// The first error, else success.
+    status: Status,
+    reported: bool,
+}
+
+/// What became of a request when one of its commands completed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Other commands are out or to be issued.
+    Continues,
+    /// That was the last one.
+    Finished { token: u64, status: Status },
+}
+
+/// All requests of several commands of a queue pair.
+pub(crate) struct Requests {
+    requests: Box<[Request]>,
+    free: Vec<u16>,
+}
+
+impl Requests {
+    /// Room for one request per slot: each has at least one command out while it lives (what waits in the staging place
+    /// is issued as soon as slots become free).
+    pub fn new(slots: usize) -> Requests {
+        let count = slots.min(usize::from(NO_REQUEST)) as u16;
+        let empty = Request { token: 0, outstanding: 0, more: false, status: Status::SUCCESS, reported: false };
+        Requests { requests: vec![empty; usize::from(count)].into_boxed_slice(), free: (0..count).rev().collect() }
+    }
+
+    /// A new request without commands.
+    pub fn begin(&mut self, token: u64) -> Option<u16> {
+        let at = self.free.pop()?;
+        let fresh = Request { token, outstanding: 0, more: true, status: Status::SUCCESS, reported: false };
+        *self.requests.get_mut(usize::from(at))? = fresh;
+        Some(at)
+    }
+
+    /// A command of the request was issued; `more`: it was not the last one.
+    pub fn issued(&mut self, at: u16, more: bool) {
+        if let Some(request) = self.requests.get_mut(usize::from(at)) {
+            request.outstanding += 1;
+            request.more = more;
+        }
+    }
+
+    /// A command of the request completed. After an error no further command need be issued: see [`Requests::failed`].
+    pub fn completed(&mut self, at: u16, status: Status) -> Outcome {
+        let Some(request) = self.requests.get_mut(usize::from(at)) else { return Outcome::Continues };
+        request.outstanding -= 1;
+        if request.status.is_success() {
+            request.status = status;
+        }
+        // The rest of a failed request is not issued: what it would do cannot be told from the outside.
+        if request.outstanding > 0 || request.more && request.status.is_success() {
+            return Outcome::Continues;
+        }
+        let finished = Outcome::Finished { token: request.token, status: request.status };
+        self.free.push(at);
+        finished
+    }
+
+    /// Has a command of the request failed?
+    pub fn failed(&self, at: u16) -> bool {
+        self.requests.get(usize::from(at)).is_some_and(|request| !request.status.is_success())
+    }
+
+    /// The request's token, the first time it is asked for.
+    pub fn report(&mut self, at: u16) -> Option<u64> {
+        let request = self.requests.get_mut(usize::from(at))?;
+        (!std::mem::replace(&mut request.reported, true)).then_some(request.token)
+    }
+
+    /// A command of a request that is being given up; the token when it was the last one.
+    pub fn abandon(&mut self, at: u16) -> Option<u64> {
+        let request = self.requests.get_mut(usize::from(at))?;
+        request.more = false;
+        match self.completed(at, Status::ABORTED_BY_HOST) {
+            Outcome::Finished { token, .. } => Some(token),
+            Outcome::Continues => None,
+        }
+    }
+}
+
+/// The place for the one request whose commands did not all find a slot.
+#[derive(Default)]
+pub(crate) struct Staged {
+    /// The request, and what it still has to do.
+    job: Option<(u16, Job)>,
+    segments: Vec<Segment>,
+    ranges: Vec<LbaRange>,
+}
+
+impl Staged {
+    fn default() -> Staged {
+        Staged { job: None, segments: Vec::with_capacity(STAGED_ENTRIES), ranges: Vec::with_capacity(STAGED_ENTRIES) }
+    }
+
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.job.is_none()
+    }
+
+    /// Keeps the rest of a request. The lists are copied, since the caller's are gone when `submit` returns; lists longer than
+    /// any before make the storage grow once.
+    pub fn put(&mut self, request: u16, job: Job, segments: &[Segment], ranges: &[LbaRange]) {
+        self.segments.clear();
+        self.segments.extend_from_slice(segments);
+        self.ranges.clear();
+        self.ranges.extend_from_slice(ranges);
+        self.job = Some((request, job));
+    }
+
+    /// The request, its job, and its lists.
+    pub fn parts(&mut self) -> Option<(u16, &mut Job, &[Segment], &[LbaRange])> {
+        let (request, job) = self.job.as_mut()?;
+        Some((*request, job, &self.segments, &self.ranges))
+    }
+
+    pub fn clear(&mut self) {
+        self.job = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_error_is_the_requests_status() {
+        let mut requests = Requests::new(2);
+        let at = requests.begin(77).unwrap();
+        requests.issued(at, true);
+        requests.issued(at, true);
+        requests.issued(at, false);
+        assert_eq!(requests.completed(at, Status::SUCCESS), Outcome::Continues);
+        assert_eq!(requests.completed(at, Status::UNRECOVERED_READ), Outcome::Continues);
+        assert!(requests.failed(at));
+        let finished = Outcome::Finished { token: 77, status: Status::UNRECOVERED_READ };
+        assert_eq!(requests.completed(at, Status::INTERNAL_ERROR), finished);
+    }
+
+    #[test]
+    fn a_request_with_commands_to_come_is_not_finished_unless_it_failed() {
+        let mut requests = Requests::new(1);
+        let at = requests.begin(1).unwrap();
+        assert_eq!(requests.begin(2), None);
+        requests.issued(at, true);
+        assert_eq!(requests.completed(at, Status::SUCCESS), Outcome::Continues);
+        requests.issued(at, true);
+        let status = Status::WRITE_FAULT;
+        assert_eq!(requests.completed(at, status), Outcome::Finished { token: 1, status });
+        assert_eq!(requests.begin(2), Some(at));
+        requests.issued(at, true);
+        assert_eq!((requests.report(at), requests.report(at)), (Some(2), None));
+        requests.issued(at, true);
+        assert_eq!((requests.abandon(at), requests.abandon(at)), (None, Some(2)));
+    }
+}

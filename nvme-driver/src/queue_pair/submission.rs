@@ -1,0 +1,83 @@
+//! The submission queue: where commands are written (NVMe Base 2.0, 3.3.1).
+
+use std::ops::Deref;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::Command;
+
+/// A queue entry in the unit in which it is written.
+pub(crate) type SubmissionEntry = [AtomicU64; 8];
+
+const _: () = assert!(size_of::<SubmissionEntry>() == 64);
+
+/// The host's side of a submission queue over memory `M` (DMA memory, or plain memory in tests).
+///
+/// There is no look at the head: a command needs a slot, and there are fewer slots than entries, so whenever a slot is free
+/// the controller has consumed the entry at the tail (a command completes only after its entry was fetched).
+pub(crate) struct SubmissionQueue<M> {
+    entries: M,
+    tail: u16,
+    /// Written since the tail was last announced.
+    unannounced: u16,
+}
+
+impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
+    /// An empty queue of `entries.len()` entries.
+    pub fn new(entries: M) -> SubmissionQueue<M> {
+        SubmissionQueue { entries, tail: 0, unannounced: 0 }
+    }
+
+    /// Writes one command at the tail. The controller does not know of it until the doorbell is rung.
+    #[inline]
+    pub fn write(&mut self, command: &Command) {
+        let entries: &[SubmissionEntry] = &self.entries;
+        let Some(entry) = entries.get(usize::from(self.tail)) else { return };
+        for (word, &value) in entry.iter().zip(command.words()) {
+            // Relaxed: ordered before the controller's read by the barrier in `Doorbell::ring` (or the Release of the
+            // shadow doorbell).
+            word.store(value, Ordering::Relaxed);
+        }
+        let next = self.tail + 1;
+        self.tail = if usize::from(next) == entries.len() { 0 } else { next };
+        self.unannounced += 1;
+    }
+
+    /// How many commands were written since the last call, and the tail to announce.
+    #[inline]
+    pub fn announce(&mut self) -> (u16, u16) {
+        (std::mem::take(&mut self.unannounced), self.tail)
+    }
+
+    /// Empties the queue, as after the controller has been reset.
+    pub fn reset(&mut self) {
+        self.tail = 0;
+        self.unannounced = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(entries: usize) -> Vec<SubmissionEntry> {
+        (0..entries).map(|_| SubmissionEntry::default()).collect()
+    }
+
+    #[test]
+    fn commands_are_written_in_order_and_the_tail_wraps() {
+        // Five entries: any size works, not only powers of two.
+        let mut queue = SubmissionQueue::new(memory(5));
+        assert_eq!(queue.announce(), (0, 0));
+        for round in 0..4u16 {
+            for at in 0..3 {
+                queue.write(&Command::flush(1).with_id(round * 3 + at).with_cdw15(7));
+            }
+            assert_eq!(queue.announce(), (3, (round + 1) * 3 % 5));
+            assert_eq!(queue.announce().0, 0);
+        }
+        // The twelve commands lie at 0, 1, 2, 3, 4, 0, …: what is there is the last one of each place.
+        let ids: Vec<u64> = queue.entries.iter().map(|entry| entry[0].load(Ordering::Relaxed) >> 16 & 0xffff).collect();
+        assert_eq!(ids, [10, 11, 7, 8, 9]);
+        assert_eq!(queue.entries[0][7].load(Ordering::Relaxed), 7 << 32);
+    }
+}
