@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU32, Ordering, fence};
 
-use vfio::{Doorbell, DmaSlice};
+use vfio::{DmaSlice, Doorbell};
 
 /// The shadow of one doorbell in host memory, and where the controller says when it wants to be told (NVMe Base 2.0, 5.8 and B.5).
 ///

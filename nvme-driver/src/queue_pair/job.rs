@@ -116,9 +116,7 @@ impl Job {
                         let prps = prp::describe(segments, *position, piece.bytes, list, list_iova)?;
                         command.with_prps(prps.prp1, prps.prp2)
                     }
-                    Form::Sgl => {
-                        command.with_sgl(sgl::describe(segments, *position, piece.bytes, list, list_iova)?)
-                    }
+                    Form::Sgl => command.with_sgl(sgl::describe(segments, *position, piece.bytes, list, list_iova)?),
                 };
                 *position = position.advanced(segments, piece.bytes);
                 *lba += blocks;

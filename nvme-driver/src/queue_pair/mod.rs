@@ -16,7 +16,7 @@ mod submit;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
-use vfio::{Doorbell, DmaBuffer, DmaSlice, DmaSpace};
+use vfio::{DmaBuffer, DmaSlice, DmaSpace, Doorbell};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, SglAlignment};
@@ -240,14 +240,12 @@ impl QueuePair {
             let answered = u32::from(completion.id()) << 16 | u32::from(completion.sq_id());
             match self.slots.release(answered) {
                 Some(released) if released.request == NO_REQUEST => {
-                    done(Completed {
-                        token: released.token,
-                        status: completion.status(),
-                        result: completion.result(),
-                    });
+                    done(Completed { token: released.token, status: completion.status(), result: completion.result() });
                 }
                 Some(released) => {
-                    if let Outcome::Finished { token, status } = self.part_completed(released.request, completion.status()) {
+                    if let Outcome::Finished { token, status } =
+                        self.part_completed(released.request, completion.status())
+                    {
                         done(Completed { token, status, result: 0 });
                     }
                 }

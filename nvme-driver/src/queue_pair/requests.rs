@@ -108,7 +108,8 @@ pub(crate) struct Staged {
 }
 
 impl Staged {
-    fn default() -> Staged {
+    /// An empty place with room for most requests; the default has none and only stands in for a moment.
+    pub fn new() -> Staged {
         Staged { job: None, segments: Vec::with_capacity(STAGED_ENTRIES), ranges: Vec::with_capacity(STAGED_ENTRIES) }
     }
 

@@ -56,7 +56,12 @@ impl Slots {
         // One more than needed where it matters: the identifier FFFFh, which the error log uses for "no command", is never made.
         let bits = u16::BITS - count.leading_zeros();
         let free_slot = |id| Slot { token: 0, expected: FREE, seen: 0, id, request: NO_REQUEST, reported: false };
-        Slots { slots: (0..count).map(free_slot).collect(), free: (0..count).rev().collect(), mask: (1 << bits) - 1, queue }
+        Slots {
+            slots: (0..count).map(free_slot).collect(),
+            free: (0..count).rev().collect(),
+            mask: (1 << bits) - 1,
+            queue,
+        }
     }
 
     /// Number of slots.
@@ -199,24 +204,25 @@ mod tests {
 
     #[test]
     fn old_commands_are_reported_once_and_never_early() {
+        let none: [u64; 0] = [];
         let mut slots = Slots::new(3, 1);
         let id = slots.take(1, NO_REQUEST).unwrap();
-        let mut look = |slots: &mut Slots, now| {
-            let mut old = Vec::new();
+        let look = |slots: &mut Slots, now| {
+            let mut old: Vec<u64> = Vec::new();
             slots.look(now, 10, |command| old.push(command.token));
             old
         };
-        assert_eq!(look(&mut slots, 100), [], "first seen");
+        assert_eq!(look(&mut slots, 100), none, "first seen");
         slots.take(2, NO_REQUEST).unwrap();
-        assert_eq!(look(&mut slots, 109), []);
+        assert_eq!(look(&mut slots, 109), none);
         assert_eq!(slots.oldest(109), Some(9));
         assert_eq!(look(&mut slots, 110), [1]);
-        assert_eq!(look(&mut slots, 111), [], "once");
+        assert_eq!(look(&mut slots, 111), none, "once");
         assert_eq!(look(&mut slots, 119), [2]);
         assert_eq!(slots.free(), 1, "reported, not freed");
         slots.release(answer(id, 1)).unwrap();
         slots.take(3, NO_REQUEST).unwrap();
-        assert_eq!(look(&mut slots, 500), [], "the slot's new command is young");
+        assert_eq!(look(&mut slots, 500), none, "the slot's new command is young");
         assert_eq!(look(&mut slots, 510), [3]);
         let mut all = Vec::new();
         slots.release_all(|command| all.push(command.token));
