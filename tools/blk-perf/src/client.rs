@@ -88,15 +88,6 @@ impl Connection {
             .map_err(setup(&self.options, "sharing memory (ADD_MEM_REG)"))
     }
 
-    /// Takes the memory back from the target.
-    pub(crate) fn unshare(&mut self, memory: &mut SharedMemory) -> Result<(), Error> {
-        let bytes = memory.len();
-        let address = memory.as_mut_slice().as_ptr() as usize;
-        self.transport
-            .unmap_mem_region(address, bytes)
-            .map_err(setup(&self.options, "taking memory back (REM_MEM_REG)"))
-    }
-
     /// Sets up and starts the queues.
     ///
     /// The queues live in memory of the connection and must be dropped before it.
