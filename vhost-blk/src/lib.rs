@@ -11,3 +11,9 @@ pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod listener;
+
+pub mod counters;
+pub mod disk;
+pub mod guest_memory;
+pub mod request;
+pub mod ring;

@@ -1,0 +1,309 @@
+//! A guest's memory as its front-end describes it: an immutable table of regions.
+//!
+//! Each region is a shared mapping of the file the front-end sent, and the same piece of that file mapped for DMA. A table
+//! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. A region
+//! is unmapped, from the device first and from this process then, when the last table that names it is gone.
+//!
+//! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
+
+mod view;
+
+pub use view::{GuestSlice, GuestView, OutsideMemory};
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use vfio::{DmaMapping, DmaSpace};
+use vm_memory::{FileOffset, MmapRegion};
+
+/// Regions have to start and end on a multiple of this many bytes, in guest memory and in their file: the page of an IOMMU.
+pub const PAGE: u64 = 4096;
+
+/// `f_type` of hugetlbfs in `statfs(2)`.
+const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
+
+/// One memory region as a vhost-user message describes it ("Memory region description").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionDescription {
+    /// Guest-physical address of the first byte.
+    pub guest_address: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+    /// Address of the first byte in the front-end's own address space.
+    pub user_address: u64,
+    /// Where the region begins in its file, in bytes.
+    pub file_offset: u64,
+}
+
+impl std::fmt::Display for RegionDescription {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "memory region of {:#x} bytes at guest address {:#x} (front-end address {:#x}, file offset {:#x})",
+            self.bytes, self.guest_address, self.user_address, self.file_offset
+        )
+    }
+}
+
+/// A region that was refused.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A region without bytes.
+    #[error("{0} is empty")]
+    Empty(RegionDescription),
+    /// Address plus length does not fit into 64 bits, or into this process.
+    #[error("{0} does not fit into the address space")]
+    Overflow(RegionDescription),
+    /// An address or the length is not a multiple of [`PAGE`]; an IOMMU cannot map such a region.
+    #[error("{0} does not begin and end at multiples of {PAGE} bytes, which DMA needs")]
+    Unaligned(RegionDescription),
+    /// The new region overlaps one that is there already.
+    #[error("{new} overlaps the {old}")]
+    Overlap {
+        /// The refused region.
+        new: RegionDescription,
+        /// The one it overlaps in guest or front-end addresses.
+        old: RegionDescription,
+    },
+    /// The file ends before the region does: touching the missing part would kill this process.
+    #[error("{region} reaches beyond the end of its file, which has {file_bytes:#x} bytes")]
+    FileTooShort {
+        /// The refused region.
+        region: RegionDescription,
+        /// Length of the file in bytes.
+        file_bytes: u64,
+    },
+    /// The file could not be looked at or mapped.
+    #[error("{region}: cannot {attempt} its file: {source}")]
+    File {
+        /// The refused region.
+        region: RegionDescription,
+        /// What was attempted.
+        attempt: &'static str,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The region could not be mapped for the device.
+    #[error("{region} cannot be mapped for DMA: {source}")]
+    Dma {
+        /// The refused region.
+        region: RegionDescription,
+        /// What the device layer says.
+        source: vfio::Error,
+    },
+    /// There is no region with these addresses to remove.
+    #[error("{0} is not in the memory table")]
+    NoSuchRegion(RegionDescription),
+}
+
+/// A mapped region. Fields are dropped in their order: the device loses its access before the process does.
+struct Region {
+    description: RegionDescription,
+    /// I/O virtual address of the first byte.
+    iova: u64,
+    _dma: Option<DmaMapping>,
+    mapping: MmapRegion,
+    /// Where the region begins in `mapping`, which starts at a page of the file.
+    offset_in_mapping: usize,
+    /// Device and inode of the file: says that another descriptor names the same memory.
+    file: (u64, u64),
+}
+
+impl Region {
+    /// Address of the first byte in this process.
+    fn host(&self) -> *mut u8 {
+        // In bounds: `map` has made the mapping `offset_in_mapping + bytes` long at least.
+        self.mapping.as_ptr().wrapping_add(self.offset_in_mapping)
+    }
+
+    /// Maps the file into this process. The checks of `description` are done.
+    fn map(description: RegionDescription, file: File) -> Result<(MmapRegion, usize, (u64, u64)), Error> {
+        let failed = |attempt, source| Error::File { region: description, attempt, source };
+        let metadata = file.metadata().map_err(|e| failed("look at", e))?;
+        if description.file_offset.checked_add(description.bytes).is_none_or(|end| end > metadata.len()) {
+            return Err(Error::FileTooShort { region: description, file_bytes: metadata.len() });
+        }
+        // Hugepage files can be mapped in whole hugepages only, yet a region may begin within one: map from the page below.
+        let mut page = rustix::param::page_size() as u64;
+        let file_system = rustix::fs::fstatfs(&file).map_err(|e| failed("look at", e.into()))?;
+        if file_system.f_type as u64 == HUGETLBFS_MAGIC && metadata.blksize().is_power_of_two() {
+            page = page.max(metadata.blksize());
+        }
+        let start = description.file_offset & !(page - 1);
+        let offset = description.file_offset - start;
+        let bytes = (offset + description.bytes).checked_next_multiple_of(page).ok_or(Error::Overflow(description))?;
+        let bytes = usize::try_from(bytes).map_err(|_| Error::Overflow(description))?;
+        let mapping = MmapRegion::from_file(FileOffset::new(file, start), bytes)
+            .map_err(|e| failed("map", io::Error::other(e.to_string())))?;
+        Ok((mapping, offset as usize, (metadata.dev(), metadata.ino())))
+    }
+}
+
+/// The table: immutable, cheap to share, regions sorted by guest address.
+#[derive(Default)]
+pub struct GuestMemory {
+    regions: Vec<Arc<Region>>,
+}
+
+impl GuestMemory {
+    /// A table without regions: every address is outside.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// This table and one region more, mapped into this process and for the device.
+    ///
+    /// # Errors
+    /// The region is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
+    /// be mapped. This table stays as it is.
+    pub fn with_region(&self, dma: &DmaSpace, region: RegionDescription, file: File) -> Result<GuestMemory, Error> {
+        self.check(&region)?;
+        Ok(self.insert(Self::map_for_dma(dma, region, file)?))
+    }
+
+    /// This table without a region. Addresses and length have to match; the file offset does not (vhost-user, REM_MEM_REG).
+    ///
+    /// # Errors
+    /// No region has these addresses.
+    pub fn without_region(&self, region: &RegionDescription) -> Result<GuestMemory, Error> {
+        let same = |r: &Arc<Region>| {
+            let there = &r.description;
+            there.guest_address == region.guest_address
+                && there.bytes == region.bytes
+                && there.user_address == region.user_address
+        };
+        let at = self.regions.iter().position(same).ok_or(Error::NoSuchRegion(*region))?;
+        let mut regions = self.regions.clone();
+        regions.remove(at);
+        Ok(GuestMemory { regions })
+    }
+
+    /// A whole new table (SET_MEM_TABLE). A region that is in this table too, at the same addresses and the same place of
+    /// the same file, is shared instead of mapped anew: a front-end that adds memory by sending everything again gets a
+    /// table that [`is_superset_of`](Self::is_superset_of) this one, and its rings need not stop.
+    ///
+    /// # Errors
+    /// As [`with_region`](Self::with_region), for any of the regions.
+    pub fn replaced(&self, dma: &DmaSpace, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, Error> {
+        let mut table = GuestMemory::new();
+        for (description, file) in regions {
+            table.check(&description)?;
+            let region = match self.find_same(&description, &file) {
+                Some(region) => region,
+                None => Self::map_for_dma(dma, description, file)?,
+            };
+            table = table.insert(region);
+        }
+        Ok(table)
+    }
+
+    /// Does this table hold every region of `other`, the very same mappings?
+    pub fn is_superset_of(&self, other: &GuestMemory) -> bool {
+        other.regions.iter().all(|r| self.find(r.description.guest_address).is_some_and(|mine| Arc::ptr_eq(mine, r)))
+    }
+
+    /// Number of regions.
+    pub fn region_count(&self) -> usize {
+        self.regions.len()
+    }
+
+    /// The regions, by ascending guest address.
+    pub fn regions(&self) -> impl Iterator<Item = &RegionDescription> {
+        self.regions.iter().map(|r| &r.description)
+    }
+
+    /// The guest-physical address of something the front-end names by its own address, as it does with rings.
+    pub fn user_to_guest(&self, user_address: u64) -> Option<u64> {
+        self.regions.iter().map(|r| &r.description).find_map(|d| {
+            let offset = user_address.checked_sub(d.user_address)?;
+            (offset < d.bytes).then_some(d.guest_address + offset)
+        })
+    }
+
+    /// The region that holds the byte at `guest_address`.
+    fn find(&self, guest_address: u64) -> Option<&Arc<Region>> {
+        let next = self.regions.partition_point(|r| r.description.guest_address <= guest_address);
+        let region = &self.regions[next.checked_sub(1)?];
+        (guest_address - region.description.guest_address < region.description.bytes).then_some(region)
+    }
+
+    fn find_same(&self, description: &RegionDescription, file: &File) -> Option<Arc<Region>> {
+        let region = self.find(description.guest_address)?;
+        let metadata = file.metadata().ok()?;
+        (region.description == *description && region.file == (metadata.dev(), metadata.ino())).then(|| region.clone())
+    }
+
+    /// Checks what can be checked without the file.
+    fn check(&self, new: &RegionDescription) -> Result<(), Error> {
+        if new.bytes == 0 {
+            return Err(Error::Empty(*new));
+        }
+        let end = |start: u64, bytes: u64| start.checked_add(bytes).ok_or(Error::Overflow(*new));
+        let guest_end = end(new.guest_address, new.bytes)?;
+        let user_end = end(new.user_address, new.bytes)?;
+        // Also what an isize can say: the length of a Rust slice.
+        if isize::try_from(new.bytes).is_err() {
+            return Err(Error::Overflow(*new));
+        }
+        if (new.guest_address | new.bytes | new.file_offset) % PAGE != 0 {
+            return Err(Error::Unaligned(*new));
+        }
+        for old in self.regions() {
+            let apart = |start: u64, end: u64, old_start: u64| end <= old_start || start >= old_start + old.bytes;
+            if !apart(new.guest_address, guest_end, old.guest_address)
+                || !apart(new.user_address, user_end, old.user_address)
+            {
+                return Err(Error::Overlap { new: *new, old: *old });
+            }
+        }
+        Ok(())
+    }
+
+    fn insert(&self, region: Arc<Region>) -> GuestMemory {
+        let mut regions = Vec::with_capacity(self.regions.len() + 1);
+        regions.extend(self.regions.iter().cloned());
+        let at = regions.partition_point(|r| r.description.guest_address < region.description.guest_address);
+        regions.insert(at, region);
+        GuestMemory { regions }
+    }
+
+    fn map_for_dma(dma: &DmaSpace, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
+        let (mapping, offset_in_mapping, identity) = Region::map(description, file)?;
+        let mut region =
+            Region { description, iova: 0, _dma: None, mapping, offset_in_mapping, file: identity };
+        let file = region.mapping.file_offset().expect("made from a file in Region::map").file();
+        // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`. The
+        // DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing else unmaps either.
+        let mapped = unsafe { dma.map_raw(file, description.file_offset, region.host(), description.bytes as usize) };
+        let mapped = mapped.map_err(|source| Error::Dma { region: description, source })?;
+        region.iova = mapped.iova();
+        region._dma = Some(mapped);
+        Ok(Arc::new(region))
+    }
+
+    /// A table whose regions no device can reach: `iova` is the guest address plus `iova_offset`.
+    #[cfg(test)]
+    pub(crate) fn with_region_without_device(
+        &self,
+        description: RegionDescription,
+        file: File,
+        iova_offset: u64,
+    ) -> Result<GuestMemory, Error> {
+        self.check(&description)?;
+        let (mapping, offset_in_mapping, file) = Region::map(description, file)?;
+        let iova = description.guest_address + iova_offset;
+        Ok(self.insert(Arc::new(Region { description, iova, _dma: None, mapping, offset_in_mapping, file })))
+    }
+}
+
+impl std::fmt::Debug for GuestMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.regions()).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests;

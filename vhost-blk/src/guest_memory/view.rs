@@ -1,0 +1,252 @@
+//! From addresses a guest supplies to memory, checked at each use.
+
+use std::marker::PhantomData;
+use std::ops::Deref;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+use nvme_driver::Segment;
+use vfio::DmaElement;
+use vm_memory::VolatileMemory;
+
+use super::{GuestMemory, Region};
+
+/// Some byte of a range a guest named is in no region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes:#x} bytes at guest address {address:#x} are not (all) in guest memory")]
+pub struct OutsideMemory {
+    /// Guest-physical address of the range.
+    pub address: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// The region that was used last, ready for the next look: most requests of a guest stay in one.
+#[derive(Clone, Copy)]
+struct Window {
+    /// Guest-physical address of the first byte.
+    start: u64,
+    /// Length in bytes; 0 before the first look.
+    bytes: u64,
+    /// I/O virtual address of the first byte.
+    iova: u64,
+    /// The first byte in this process.
+    host: *mut u8,
+}
+
+/// A lane's way into guest memory: a table, kept alive, and the region that was used last.
+///
+/// All access to guest memory is atomic or volatile, for the guest may write at any time.
+pub struct GuestView {
+    window: Window,
+    memory: Arc<GuestMemory>,
+}
+
+// SAFETY: `window.host` points into a region of `memory`, which the view keeps alive and which is Send and Sync; it is
+// used for atomic accesses only.
+unsafe impl Send for GuestView {}
+
+const NO_WINDOW: Window = Window { start: 0, bytes: 0, iova: 0, host: std::ptr::null_mut() };
+
+impl GuestView {
+    /// A view of `memory`.
+    pub fn new(memory: Arc<GuestMemory>) -> Self {
+        GuestView { window: NO_WINDOW, memory }
+    }
+
+    /// The table in use.
+    pub fn memory(&self) -> &Arc<GuestMemory> {
+        &self.memory
+    }
+
+    /// Goes over to another table, which has to hold every region of the present one: requests in flight point into them.
+    /// Returns whether it does; if not, nothing changes.
+    #[must_use]
+    pub fn extend(&mut self, memory: Arc<GuestMemory>) -> bool {
+        if !memory.is_superset_of(&self.memory) {
+            return false;
+        }
+        self.window = NO_WINDOW;
+        self.memory = memory;
+        true
+    }
+
+    /// The offset of `address` in `self.window`, if `bytes` from there on are all in it; looks for the region if not.
+    #[inline(always)]
+    fn locate(&mut self, address: u64, bytes: u64) -> Option<u64> {
+        let offset = address.wrapping_sub(self.window.start);
+        if offset < self.window.bytes && bytes <= self.window.bytes - offset {
+            return Some(offset);
+        }
+        self.locate_slowly(address, bytes)
+    }
+
+    #[cold]
+    fn locate_slowly(&mut self, address: u64, bytes: u64) -> Option<u64> {
+        let region = self.memory.find(address)?;
+        let (start, available) = (region.description.guest_address, region.description.bytes);
+        self.window = Window { start, bytes: available, iova: region.iova, host: region.host() };
+        let offset = address - start;
+        (bytes <= available - offset).then_some(offset)
+    }
+
+    /// Calls `add` with the pieces the device sees `bytes` at `address` as: one, or one for each region they touch.
+    ///
+    /// # Errors
+    /// A byte is in no region; `add` may have been called for those before it.
+    #[inline(always)]
+    pub fn segments(&mut self, address: u64, bytes: u32, mut add: impl FnMut(Segment)) -> Result<(), OutsideMemory> {
+        if let Some(offset) = self.locate(address, bytes.into()) {
+            add(Segment { iova: self.window.iova + offset, bytes });
+            return Ok(());
+        }
+        self.segments_across(address, bytes, &mut add)
+    }
+
+    #[cold]
+    fn segments_across(
+        &mut self,
+        address: u64,
+        bytes: u32,
+        add: &mut dyn FnMut(Segment),
+    ) -> Result<(), OutsideMemory> {
+        self.pieces(address, bytes.into(), |region, offset, piece| {
+            add(Segment { iova: region.iova + offset, bytes: piece as u32 });
+        })
+    }
+
+    /// Two little-endian 64-bit words, each read once: a descriptor, or the header of a request.
+    ///
+    /// Where both words are in one region and aligned this is two atomic loads; else each byte is read once.
+    #[inline(always)]
+    pub fn read_pair(&mut self, address: u64) -> Result<[u64; 2], OutsideMemory> {
+        if address.is_multiple_of(8)
+            && let Some(offset) = self.locate(address, 16)
+        {
+            // SAFETY: `locate` found 16 bytes at `offset` within a region that `self.memory` keeps mapped. Regions start
+            // at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
+            let words = unsafe { &*self.window.host.add(offset as usize).cast::<[AtomicU64; 2]>() };
+            // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
+            return Ok([
+                u64::from_le(words[0].load(Ordering::Relaxed)),
+                u64::from_le(words[1].load(Ordering::Relaxed)),
+            ]);
+        }
+        self.read_pair_slowly(address)
+    }
+
+    #[cold]
+    fn read_pair_slowly(&mut self, address: u64) -> Result<[u64; 2], OutsideMemory> {
+        let mut low = [0; 8];
+        let mut high = [0; 8];
+        self.read(address, &mut low)?;
+        self.read(address.wrapping_add(8), &mut high)?;
+        Ok([u64::from_le_bytes(low), u64::from_le_bytes(high)])
+    }
+
+    /// Writes one byte: a request's status.
+    ///
+    /// Relaxed: the publication of the used ring orders it before the guest's look.
+    #[inline(always)]
+    pub fn write_byte(&mut self, address: u64, value: u8) -> Result<(), OutsideMemory> {
+        let offset = self.locate(address, 1).ok_or(OutsideMemory { address, bytes: 1 })?;
+        // SAFETY: `locate` found the byte at `offset` within a region that `self.memory` keeps mapped.
+        let byte = unsafe { &*self.window.host.add(offset as usize).cast::<AtomicU8>() };
+        byte.store(value, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Copies from guest memory; the range may cross regions. Not for the hot path.
+    ///
+    /// # Errors
+    /// A byte is in no region; `to` may be partly overwritten.
+    pub fn read(&mut self, address: u64, to: &mut [u8]) -> Result<(), OutsideMemory> {
+        let mut rest = to;
+        self.pieces(address, rest.len() as u64, |region, offset, bytes| {
+            let (piece, after) = std::mem::take(&mut rest).split_at_mut(bytes as usize);
+            region.volatile(offset, bytes).copy_to(piece);
+            rest = after;
+        })
+    }
+
+    /// Copies to guest memory; the range may cross regions. Not for the hot path.
+    ///
+    /// # Errors
+    /// A byte is in no region; those before it may have been written.
+    pub fn write(&mut self, address: u64, from: &[u8]) -> Result<(), OutsideMemory> {
+        let mut rest = from;
+        self.pieces(address, rest.len() as u64, |region, offset, bytes| {
+            let (piece, after) = rest.split_at(bytes as usize);
+            region.volatile(offset, bytes).copy_from(piece);
+            rest = after;
+        })
+    }
+
+    /// Visits the pieces of a range, region by region: (region, offset in it, length of the piece).
+    fn pieces(
+        &self,
+        address: u64,
+        bytes: u64,
+        mut visit: impl FnMut(&Region, u64, u64),
+    ) -> Result<(), OutsideMemory> {
+        let outside = OutsideMemory { address, bytes };
+        let mut done = 0;
+        while done < bytes {
+            let at = address.checked_add(done).ok_or(outside)?;
+            let region = self.memory.find(at).ok_or(outside)?;
+            let offset = at - region.description.guest_address;
+            let piece = (bytes - done).min(region.description.bytes - offset);
+            visit(region, offset, piece);
+            done += piece;
+        }
+        Ok(())
+    }
+}
+
+impl Region {
+    /// A piece for copying; `offset + bytes` has been checked against the region.
+    fn volatile(&self, offset: u64, bytes: u64) -> vm_memory::VolatileSlice<'_> {
+        self.mapping
+            .get_slice(self.offset_in_mapping + offset as usize, bytes as usize)
+            .expect("a piece that `pieces` cut out of this region")
+    }
+}
+
+/// Atomics in guest memory, resolved and checked once: a part of a ring. Keeps its region mapped.
+pub struct GuestSlice<T: DmaElement> {
+    first: NonNull<T>,
+    count: usize,
+    _region: Arc<Region>,
+    _elements: PhantomData<T>,
+}
+
+// SAFETY: a pointer to atomics in memory that `_region`, which is Send and Sync, keeps mapped; access is atomic.
+unsafe impl<T: DmaElement> Send for GuestSlice<T> {}
+
+impl<T: DmaElement> GuestSlice<T> {
+    /// `count` elements at a guest address; all in one region, for a ring that crosses regions could not be a slice.
+    ///
+    /// Returns `None` if they are not, or if the address is not aligned to the element.
+    pub fn new(memory: &GuestMemory, address: u64, count: usize) -> Option<GuestSlice<T>> {
+        let region = memory.find(address)?;
+        let offset = address - region.description.guest_address;
+        let bytes = count.checked_mul(size_of::<T>())? as u64;
+        if bytes > region.description.bytes - offset {
+            return None;
+        }
+        let first = NonNull::new(region.host().wrapping_add(offset as usize).cast::<T>())?;
+        first.is_aligned().then(|| GuestSlice { first, count, _region: region.clone(), _elements: PhantomData })
+    }
+}
+
+impl<T: DmaElement> Deref for GuestSlice<T> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        // SAFETY: `new` has checked bounds and alignment within a region that `_region` keeps mapped. `DmaElement` promises
+        // atomics, for which every bit pattern is valid and which others may change meanwhile.
+        unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
+    }
+}

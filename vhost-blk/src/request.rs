@@ -1,0 +1,358 @@
+//! Virtio-blk requests (virtio 1.2, section 5.2.6): from a chain of guest buffers to work for a drive.
+//!
+//! The driver may lay a request out over descriptors as it likes (2.7.4): the header is the first 16 bytes of the readable
+//! part, the status the last byte of the writable part, the data what is between.
+
+use nvme_driver::{LbaRange, Segment};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+};
+
+use crate::disk::Disk;
+use crate::guest_memory::GuestView;
+use crate::ring::{Buffer, Chain, MAX_CHAIN};
+
+/// Status byte: the request was carried out.
+pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
+/// Status byte: the request failed, or made no sense.
+pub const IOERR: u8 = VIRTIO_BLK_S_IOERR as u8;
+/// Status byte: this device does not do such requests.
+pub const UNSUPP: u8 = VIRTIO_BLK_S_UNSUPP as u8;
+
+/// The unit of sectors in requests, whatever the drive's block size (5.2.4): 1 << 9 bytes.
+pub const SECTOR_SHIFT: u8 = 9;
+
+/// Segments a discard or write zeroes request may have; what the configuration space offers may not be more.
+pub const MAX_RANGES: usize = 256;
+
+/// Bytes of a request's header (5.2.6): le32 type, le32 reserved, le64 sector.
+const HEADER_BYTES: u32 = 16;
+/// Bytes of a discard or write zeroes segment (5.2.6): le64 sector, le32 num_sectors, le32 flags.
+const RANGE_BYTES: u32 = 16;
+
+/// The most data one request may move, in bytes: what the length of a used element can say, less the status byte.
+const MAX_BYTES: u64 = u32::MAX as u64 - 1;
+
+/// What a request asks of the drive. Segments and ranges are in the [`Parser`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Blocks from this logical block on into the segments.
+    Read {
+        /// First logical block.
+        lba: u64,
+    },
+    /// The segments onto the blocks from this one on.
+    Write {
+        /// First logical block.
+        lba: u64,
+    },
+    /// The drive's volatile cache onto its media.
+    Flush,
+    /// The ranges are not needed any more.
+    Discard,
+    /// The ranges read as zeroes afterwards.
+    WriteZeroes {
+        /// They may be deallocated.
+        unmap: bool,
+    },
+}
+
+/// A request that is for the drive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Request {
+    /// What to do.
+    pub operation: Operation,
+    /// Bytes of data it moves.
+    pub bytes: u32,
+    /// Guest address of the status byte, which is in guest memory.
+    pub status: u64,
+    /// What the used element says after success: bytes written to the guest, the status byte included.
+    pub written: u32,
+}
+
+/// What became of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Parsed {
+    /// To be carried out by the drive.
+    Submit(Request),
+    /// Answered without the drive; the data, if any, is written already.
+    Answer {
+        /// What the status byte has to say.
+        code: u8,
+        /// Its guest address, in guest memory.
+        status: u64,
+        /// Length for the used element.
+        written: u32,
+    },
+    /// There is no byte in guest memory to put a status into: the driver is beyond help.
+    NoStatus,
+}
+
+/// Turns chains into requests. Its storage is made once.
+pub struct Parser {
+    /// The data of the last request as the device sees it, for [`Operation::Read`] and [`Operation::Write`].
+    pub segments: Vec<Segment>,
+    /// The blocks of the last request, for [`Operation::Discard`] and [`Operation::WriteZeroes`].
+    pub ranges: Vec<LbaRange>,
+    payload: Vec<u8>,
+}
+
+impl Default for Parser {
+    fn default() -> Self {
+        Parser {
+            // A buffer that crosses regions takes more than one segment: growing beyond this is rare, and possible.
+            segments: Vec::with_capacity(MAX_CHAIN),
+            ranges: Vec::with_capacity(MAX_RANGES),
+            payload: Vec::new(),
+        }
+    }
+}
+
+/// Why a request is answered without the drive.
+struct Refused(u8);
+
+const FAILED: Refused = Refused(IOERR);
+const UNSUPPORTED: Refused = Refused(UNSUPP);
+
+impl Parser {
+    /// A parser with room for the largest request.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Parses the request in `chain`: resolves every address in it against `view`, checks it against `disk`.
+    ///
+    /// Each byte of the request is read at most once; what is returned does not depend on guest memory any longer.
+    #[inline]
+    pub fn parse(&mut self, chain: &Chain, view: &mut GuestView, disk: &Disk) -> Parsed {
+        let Some((last, writable)) = chain.writable().split_last() else { return Parsed::NoStatus };
+        // Buffers are not empty. The end may overflow only where no memory is.
+        let status = last.address.wrapping_add(u64::from(last.bytes) - 1);
+        if view.segments(status, 1, |_| ()).is_err() {
+            return Parsed::NoStatus;
+        }
+        let tail = Buffer { address: last.address, bytes: last.bytes - 1 };
+        match self.request(chain.readable(), writable, tail, status, view, disk) {
+            Ok(parsed) => parsed,
+            // Only the status byte is known to be written.
+            Err(Refused(code)) => Parsed::Answer { code, status, written: 1 },
+        }
+    }
+
+    /// `writable` and `tail` are the writable part without the status byte.
+    #[inline(always)]
+    fn request(
+        &mut self,
+        readable: &[Buffer],
+        writable: &[Buffer],
+        tail: Buffer,
+        status: u64,
+        view: &mut GuestView,
+        disk: &Disk,
+    ) -> Result<Parsed, Refused> {
+        let (header, head, readable) = header(readable, view)?;
+        let kind = header[0] as u32;
+        let sector = header[1];
+        self.segments.clear();
+        match kind {
+            VIRTIO_BLK_T_IN => {
+                let bytes = self.data(None, writable, Some(tail), view)?;
+                let lba = disk.block(sector, bytes).ok_or(FAILED)?;
+                let operation = Operation::Read { lba };
+                Ok(Self::submit_data(Request { operation, bytes, status, written: bytes + 1 }))
+            }
+            VIRTIO_BLK_T_OUT => {
+                // 5.2.6.2: a read-only device fails writes with IOERR.
+                if disk.read_only {
+                    return Err(FAILED);
+                }
+                let bytes = self.data(head, readable, None, view)?;
+                let lba = disk.block(sector, bytes).ok_or(FAILED)?;
+                let operation = Operation::Write { lba };
+                Ok(Self::submit_data(Request { operation, bytes, status, written: 1 }))
+            }
+            _ => self.other(kind, (head, readable), (writable, tail), status, view, disk),
+        }
+    }
+
+    /// Nothing to move is done at once; the drive has no command for it.
+    #[inline(always)]
+    fn submit_data(request: Request) -> Parsed {
+        match request.bytes {
+            0 => Parsed::Answer { code: OK, status: request.status, written: request.written },
+            _ => Parsed::Submit(request),
+        }
+    }
+
+    /// Everything but reads and writes.
+    #[inline(never)]
+    fn other(
+        &mut self,
+        kind: u32,
+        (head, readable): (Option<Buffer>, &[Buffer]),
+        (writable, tail): (&[Buffer], Buffer),
+        status: u64,
+        view: &mut GuestView,
+        disk: &Disk,
+    ) -> Result<Parsed, Refused> {
+        let submit = |operation, bytes| Ok(Parsed::Submit(Request { operation, bytes, status, written: 1 }));
+        match kind {
+            // Without a volatile cache everything that completed is on the media already.
+            VIRTIO_BLK_T_FLUSH if !disk.namespace.volatile_write_cache => {
+                Ok(Parsed::Answer { code: OK, status, written: 1 })
+            }
+            VIRTIO_BLK_T_FLUSH => submit(Operation::Flush, 0),
+            VIRTIO_BLK_T_GET_ID => {
+                let mut written = 0;
+                for buffer in writable.iter().chain([&tail]) {
+                    let rest = &disk.serial[written..];
+                    let piece = &rest[..rest.len().min(buffer.bytes as usize)];
+                    view.write(buffer.address, piece).map_err(|_| FAILED)?;
+                    written += piece.len();
+                }
+                let room: u64 = writable.iter().map(|b| u64::from(b.bytes)).sum::<u64>() + u64::from(tail.bytes);
+                // The status follows the data directly only if the buffer is no longer than the string.
+                let written = if room <= u64::from(VIRTIO_BLK_ID_BYTES) { written + 1 } else { written };
+                Ok(Parsed::Answer { code: OK, status, written: written as u32 })
+            }
+            VIRTIO_BLK_T_DISCARD if disk.namespace.discard => {
+                if disk.read_only {
+                    return Err(FAILED);
+                }
+                // For discard every flag is reserved (5.2.6.2: UNSUPP if any is set).
+                self.block_ranges(head, readable, 0, view, disk)?;
+                self.unless_empty(Operation::Discard, status)
+            }
+            VIRTIO_BLK_T_WRITE_ZEROES if disk.namespace.write_zeroes => {
+                if disk.read_only {
+                    return Err(FAILED);
+                }
+                let flags =
+                    self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, view, disk)?;
+                // The flag is per segment; deallocation is a permission, so all have to give it.
+                let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
+                self.unless_empty(Operation::WriteZeroes { unmap }, status)
+            }
+            _ => Err(UNSUPPORTED),
+        }
+    }
+
+    fn unless_empty(&self, operation: Operation, status: u64) -> Result<Parsed, Refused> {
+        Ok(match self.ranges.is_empty() {
+            true => Parsed::Answer { code: OK, status, written: 1 },
+            false => Parsed::Submit(Request { operation, bytes: 0, status, written: 1 }),
+        })
+    }
+
+    /// Resolves the data buffers, in order; returns their length.
+    #[inline(always)]
+    fn data(
+        &mut self,
+        first: Option<Buffer>,
+        buffers: &[Buffer],
+        last: Option<Buffer>,
+        view: &mut GuestView,
+    ) -> Result<u32, Refused> {
+        let mut total = 0u64;
+        let segments = &mut self.segments;
+        let mut add = |buffer: &Buffer| {
+            total += u64::from(buffer.bytes);
+            view.segments(buffer.address, buffer.bytes, |segment| segments.push(segment)).map_err(|_| FAILED)
+        };
+        if let Some(first) = first {
+            add(&first)?;
+        }
+        for buffer in buffers {
+            add(buffer)?;
+        }
+        if let Some(last) = last
+            && last.bytes != 0
+        {
+            add(&last)?;
+        }
+        if total > MAX_BYTES {
+            return Err(FAILED);
+        }
+        Ok(total as u32)
+    }
+
+    /// Reads and checks the segments of a discard or write zeroes request into `self.ranges`. Returns the flags that all of
+    /// them have.
+    fn block_ranges(
+        &mut self,
+        head: Option<Buffer>,
+        readable: &[Buffer],
+        known_flags: u32,
+        view: &mut GuestView,
+        disk: &Disk,
+    ) -> Result<u32, Refused> {
+        self.ranges.clear();
+        self.payload.clear();
+        for buffer in head.iter().chain(readable) {
+            let start = self.payload.len();
+            let end = start + buffer.bytes as usize;
+            if end > MAX_RANGES * RANGE_BYTES as usize {
+                return Err(FAILED);
+            }
+            self.payload.resize(end, 0);
+            view.read(buffer.address, &mut self.payload[start..]).map_err(|_| FAILED)?;
+        }
+        let (entries, rest) = self.payload.as_chunks::<{ RANGE_BYTES as usize }>();
+        if entries.is_empty() || !rest.is_empty() {
+            return Err(FAILED);
+        }
+        let mut common = u32::MAX;
+        for entry in entries {
+            let word = |at: usize| u32::from_le_bytes([entry[at], entry[at + 1], entry[at + 2], entry[at + 3]]);
+            let sector = u64::from(word(0)) | u64::from(word(4)) << 32;
+            let (sectors, flags) = (word(8), word(12));
+            if flags & !known_flags != 0 {
+                return Err(UNSUPPORTED);
+            }
+            common &= flags;
+            let range = disk.range(sector, sectors).ok_or(FAILED)?;
+            if range.blocks != 0 {
+                self.ranges.push(range);
+            }
+        }
+        Ok(common & known_flags)
+    }
+}
+
+/// A request's header as two words, what is left of the buffer it ends in, and the buffers after that.
+type Header<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
+
+/// Takes the header off the readable part.
+#[inline(always)]
+fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>, Refused> {
+    let (first, rest) = readable.split_first().ok_or(FAILED)?;
+    if first.bytes == HEADER_BYTES {
+        return Ok((view.read_pair(first.address).map_err(|_| FAILED)?, None, rest));
+    }
+    split_header(readable, view)
+}
+
+/// A header that shares a buffer with data, or is spread over several.
+#[cold]
+fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>, Refused> {
+    let mut bytes = [0u8; HEADER_BYTES as usize];
+    let mut filled = 0;
+    for (index, buffer) in readable.iter().enumerate() {
+        let piece = (bytes.len() - filled).min(buffer.bytes as usize);
+        view.read(buffer.address, &mut bytes[filled..filled + piece]).map_err(|_| FAILED)?;
+        filled += piece;
+        if filled == bytes.len() {
+            let left = buffer.bytes - piece as u32;
+            // No overflow: `piece` bytes at the address were found in guest memory.
+            let head = (left != 0).then(|| Buffer { address: buffer.address + piece as u64, bytes: left });
+            let word = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| bytes[at + i]));
+            return Ok(([word(0), word(8)], head, &readable[index + 1..]));
+        }
+    }
+    Err(FAILED)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! The packed virtqueue (virtio 1.2, section 2.8).
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering, fence};
+
+use virtio_bindings::virtio_ring::{
+    VRING_PACKED_DESC_F_AVAIL, VRING_PACKED_DESC_F_USED, VRING_PACKED_EVENT_FLAG_DESC, VRING_PACKED_EVENT_FLAG_DISABLE,
+    VRING_PACKED_EVENT_FLAG_ENABLE,
+};
+
+use super::{
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
+    WRITE, event_passed, indirect_entries,
+};
+use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
+
+const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
+const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
+const ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
+const DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
+const AT_DESCRIPTOR: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
+/// The event flags are two bits, the rest is reserved (2.8.14).
+const EVENT_FLAGS: u16 = 3;
+
+/// A place in the ring: index of a descriptor and the wrap counter that goes with it (2.8.1).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Position {
+    index: u16,
+    wrap: bool,
+}
+
+impl Position {
+    /// From 15 bits of index and one of wrap counter.
+    fn from_bits(bits: u16) -> Self {
+        Position { index: bits & 0x7fff, wrap: bits & 0x8000 != 0 }
+    }
+
+    fn bits(self) -> u16 {
+        self.index | u16::from(self.wrap) << 15
+    }
+
+    /// `by` descriptors on, at most `size`.
+    #[inline(always)]
+    fn advanced(self, by: u16, size: u16) -> Self {
+        // At most 32767 + 32768: no overflow.
+        let index = self.index + by;
+        match index.checked_sub(size) {
+            Some(index) => Position { index, wrap: !self.wrap },
+            None => Position { index, ..self },
+        }
+    }
+}
+
+/// A packed virtqueue, device side.
+pub struct PackedRing {
+    /// Two words per descriptor: address, then length, id and flags.
+    descriptors: GuestSlice<AtomicU64>,
+    /// The driver's event suppression area: off_wrap, flags (2.8.14). We read it.
+    driver_event: GuestSlice<AtomicU16>,
+    /// Ours. The driver reads it.
+    device_event: GuestSlice<AtomicU16>,
+    size: u16,
+    indirect: bool,
+    event_idx: bool,
+    next_avail: Position,
+    next_used: Position,
+    /// The first used descriptor since the last publication: its index and second word, which is written last.
+    unpublished: Option<(u16, u64)>,
+    /// Ring entries given back since the last publication.
+    unpublished_entries: u16,
+}
+
+impl PackedRing {
+    /// See [`super::Ring::new`].
+    pub fn new(memory: &Arc<GuestMemory>, setup: &RingSetup) -> Result<Self, RingError> {
+        let size = setup.size;
+        if size == 0 || size > MAX_QUEUE_SIZE {
+            return Err(RingError::Size { packed: true, size });
+        }
+        let next_avail = Position::from_bits(setup.base as u16);
+        let next_used = Position::from_bits((setup.base >> 16) as u16);
+        if next_avail.index >= size || next_used.index >= size {
+            return Err(RingError::Base { base: setup.base, size });
+        }
+        let wrong = |part, address| RingError::Address { part, address };
+        // Alignments: 16 bytes for the ring, 4 for the event areas (2.8.10).
+        let part = |part, address: u64, alignment| {
+            if address.is_multiple_of(alignment) { Ok(()) } else { Err(wrong(part, address)) }
+        };
+        part(Part::Descriptors, setup.descriptors, 16)?;
+        part(Part::Driver, setup.driver, 4)?;
+        part(Part::Device, setup.device, 4)?;
+        Ok(PackedRing {
+            descriptors: GuestSlice::new(memory, setup.descriptors, 2 * usize::from(size))
+                .ok_or(wrong(Part::Descriptors, setup.descriptors))?,
+            driver_event: GuestSlice::new(memory, setup.driver, 2).ok_or(wrong(Part::Driver, setup.driver))?,
+            device_event: GuestSlice::new(memory, setup.device, 2).ok_or(wrong(Part::Device, setup.device))?,
+            size,
+            indirect: setup.indirect,
+            event_idx: setup.event_idx,
+            next_avail,
+            next_used,
+            unpublished: None,
+            unpublished_entries: 0,
+        })
+    }
+
+    pub(super) fn size(&self) -> u16 {
+        self.size
+    }
+
+    /// The second word of the next descriptor, if the driver has made it available: its AVAIL flag is our wrap counter, and
+    /// its USED flag is not (2.8.1).
+    #[inline(always)]
+    fn look(&self) -> Option<u64> {
+        // Acquire: pairs with the driver's write barrier before it sets the first flags of a chain (2.8.21); this one load
+        // of 64 bits takes length, id and flags at once.
+        let word = u64::from_le(self.descriptors[2 * usize::from(self.next_avail.index) + 1].load(Ordering::Acquire));
+        let flags = (word >> 48) as u16;
+        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
+        (avail == self.next_avail.wrap && used != self.next_avail.wrap).then_some(word)
+    }
+
+    #[inline(always)]
+    fn word(&self, index: u16, word: usize) -> u64 {
+        // Relaxed: ordered by the Acquire in `look`, which the whole chain precedes.
+        u64::from_le(self.descriptors[2 * usize::from(index) + word].load(Ordering::Relaxed))
+    }
+
+    /// See [`super::Ring::pop`].
+    #[inline]
+    pub(super) fn pop(&mut self, view: &mut GuestView, chain: &mut Chain) -> Result<Option<Head>, RingError> {
+        let Some(word) = self.look() else { return Ok(None) };
+        let first = self.next_avail.index;
+        chain.clear();
+        let mut at = self.next_avail;
+        let mut descriptor = Descriptor::packed([self.word(first, 0), word]);
+        let mut entries = 1;
+        loop {
+            at = at.advanced(1, self.size);
+            if descriptor.flags & INDIRECT != 0 {
+                self.indirect(descriptor, first, view, chain)?;
+                break;
+            }
+            chain.push(descriptor, first)?;
+            if descriptor.flags & NEXT == 0 {
+                break;
+            }
+            // A chain of `size` descriptors fills the ring; one more has come back to its beginning.
+            if entries == self.size {
+                return Err(RingError::Loop { head: first });
+            }
+            entries += 1;
+            descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);
+        }
+        self.next_avail = at;
+        // The id is that of the chain's last descriptor (2.8.6).
+        Ok(Some(Head { id: descriptor.link, entries }))
+    }
+
+    /// An indirect table (2.8.7): its descriptors are the chain, in order; of their flags only WRITE has a meaning.
+    #[inline(always)]
+    fn indirect(
+        &self,
+        table: Descriptor,
+        head: u16,
+        view: &mut GuestView,
+        chain: &mut Chain,
+    ) -> Result<(), RingError> {
+        if !self.indirect || table.flags & NEXT != 0 {
+            return Err(RingError::Indirect { head });
+        }
+        let entries = indirect_entries(table, head)?;
+        if entries as usize > MAX_CHAIN {
+            return Err(RingError::TooLong { head });
+        }
+        for index in 0..entries {
+            let words = view
+                .read_pair(table.address + DESCRIPTOR_BYTES * u64::from(index))
+                .map_err(|_| RingError::IndirectTable { head, address: table.address, bytes: table.bytes })?;
+            let descriptor = Descriptor::packed(words);
+            if descriptor.flags & INDIRECT != 0 {
+                return Err(RingError::Indirect { head });
+            }
+            chain.push(descriptor, head)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn unpop(&mut self, head: Head) {
+        let Position { index, wrap } = self.next_avail;
+        self.next_avail = match index.checked_sub(head.entries) {
+            Some(index) => Position { index, wrap },
+            None => Position { index: index + (self.size - head.entries), wrap: !wrap },
+        };
+    }
+
+    #[inline(always)]
+    pub(super) fn push_used(&mut self, head: Head, written: u32) {
+        // A used descriptor has both flags equal to the wrap counter, and WRITE says that its length counts (2.8.6, 2.8.8).
+        let mut flags = if self.next_used.wrap { AVAIL | USED } else { 0 };
+        if written != 0 {
+            flags |= WRITE;
+        }
+        let word = u64::from(written) | u64::from(head.id) << 32 | u64::from(flags) << 48;
+        let index = self.next_used.index;
+        match self.unpublished {
+            None => self.unpublished = Some((index, word)),
+            // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
+            Some(_) => self.descriptors[2 * usize::from(index) + 1].store(word.to_le(), Ordering::Relaxed),
+        }
+        self.next_used = self.next_used.advanced(head.entries, self.size);
+        self.unpublished_entries = self.unpublished_entries.saturating_add(head.entries);
+    }
+
+    #[inline]
+    pub(super) fn publish(&mut self) -> bool {
+        let Some((index, word)) = self.unpublished.take() else { return false };
+        // Release: pairs with the driver's read barrier after it sees the flags (2.8.22). The driver takes used descriptors
+        // in ring order, so the first one, written last, hides the others of the batch until now.
+        self.descriptors[2 * usize::from(index) + 1].store(word.to_le(), Ordering::Release);
+        let entries = std::mem::take(&mut self.unpublished_entries);
+        // SeqCst fence: the used descriptors are written before the driver's event area is read; pairs with the driver's
+        // barrier between writing that area and looking at the ring once more (2.8.10, 2.8.14).
+        fence(Ordering::SeqCst);
+        let flags = u16::from_le(self.driver_event[1].load(Ordering::Relaxed)) & EVENT_FLAGS;
+        match flags {
+            DISABLE => false,
+            AT_DESCRIPTOR if self.event_idx => {
+                let event = Position::from_bits(u16::from_le(self.driver_event[0].load(Ordering::Relaxed)));
+                // An event in the round before this one is that much behind.
+                let behind = if event.wrap == self.next_used.wrap { 0 } else { self.size };
+                let new = self.next_used.index;
+                event_passed(event.index.wrapping_sub(behind), new, new.wrapping_sub(entries))
+            }
+            // ENABLE, and what only a broken driver writes.
+            _ => true,
+        }
+    }
+
+    pub(super) fn enable_notifications(&mut self) -> bool {
+        self.device_event[1].store(ENABLE.to_le(), Ordering::Relaxed);
+        // SeqCst fence: the flags are visible before the ring is read; pairs with the driver's barrier between making a
+        // chain available and reading our event area (2.8.21.3).
+        fence(Ordering::SeqCst);
+        self.look().is_some()
+    }
+
+    pub(super) fn disable_notifications(&mut self) {
+        self.device_event[1].store(DISABLE.to_le(), Ordering::Relaxed);
+    }
+
+    pub(super) fn base(&self) -> u32 {
+        u32::from(self.next_avail.bits()) | u32::from(self.next_used.bits()) << 16
+    }
+}
