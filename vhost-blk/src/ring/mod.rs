@@ -346,6 +346,12 @@ impl Ring {
         either!(self, r => r.push_used(head, written))
     }
 
+    /// Was anything given back since the last publication?
+    #[inline]
+    pub fn unpublished(&self) -> bool {
+        either!(self, r => r.unpublished())
+    }
+
     /// Makes everything given back visible to the driver. Returns whether the driver wants to be notified of it.
     #[inline]
     pub fn publish(&mut self) -> bool {

@@ -213,6 +213,11 @@ impl PackedRing {
         self.unpublished_entries = self.unpublished_entries.saturating_add(head.entries);
     }
 
+    #[inline(always)]
+    pub(super) fn unpublished(&self) -> bool {
+        self.unpublished.is_some()
+    }
+
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
         let Some((index, word)) = self.unpublished.take() else { return false };

@@ -200,6 +200,11 @@ impl SplitRing {
         self.next_used = self.next_used.wrapping_add(1);
     }
 
+    #[inline(always)]
+    pub(super) fn unpublished(&self) -> bool {
+        self.published != self.next_used
+    }
+
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
         if self.published == self.next_used {

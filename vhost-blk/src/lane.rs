@@ -1,0 +1,489 @@
+//! A lane: a guest's virtqueue joined to an NVMe queue pair.
+//!
+//! The lane takes chains off the ring, turns them into work for the queue pair, and gives them back with a status when the
+//! drive has answered. It belongs to one thread at a time and shares nothing it writes: no lock, no allocation and no system
+//! call on a request's way, one publication and at most one eventfd write per batch.
+//!
+//! Crash recovery will note each chain between [`Ring::pop`] and [`QueuePair::submit`], and again before
+//! [`Ring::push_used`]; the log of written pages for live migration belongs where a status is written.
+
+use std::fs::File;
+use std::io::Write;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use nvme_driver::{QueuePair, Status, SubmitError, Work};
+
+use crate::counters::{LaneCounters, Tally};
+use crate::disk::Disk;
+use crate::guest_memory::{GuestMemory, GuestView};
+use crate::request::{self, Operation, Parsed, Parser, Request};
+use crate::ring::{Chain, Head, Ring};
+
+/// Chains a lane takes in one turn, so that the lanes of a worker take turns.
+const BATCH: usize = 64;
+
+/// What a lane is made from.
+pub struct LaneSetup {
+    /// For the log: the export and the queue's index.
+    pub name: String,
+    /// The virtqueue.
+    pub ring: Ring,
+    /// The memory its addresses are looked up in; has to hold the ring's.
+    pub memory: Arc<GuestMemory>,
+    /// The disk it serves.
+    pub disk: Arc<Disk>,
+    /// Written by the driver's side when there is work for a sleeping lane; `None`: the lane has to be polled for ever.
+    pub kick: Option<File>,
+    /// Written by the lane when the driver wants to hear of used chains; `None`: the driver polls.
+    pub call: Option<File>,
+    /// Written by the lane when it stops for good (VHOST_USER_SET_VRING_ERR).
+    pub error: Option<File>,
+    /// Where it counts.
+    pub counters: Arc<LaneCounters>,
+}
+
+/// What others may know of a lane that a worker owns.
+#[derive(Debug, Default)]
+pub struct LaneState {
+    broken: AtomicBool,
+}
+
+impl LaneState {
+    /// Did the guest break its ring? The lane does nothing any more, and the device needs a reset.
+    pub fn broken(&self) -> bool {
+        self.broken.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn set_broken(&self) {
+        self.broken.store(true, Ordering::Release);
+    }
+}
+
+/// A request the drive works on, or is about to: what is needed to answer it.
+#[derive(Clone, Copy, Default)]
+struct Slot {
+    /// Guest address of the status byte.
+    status: u64,
+    /// The chain; 0 entries: the slot is free.
+    head: Head,
+    /// Length for the used element if all goes well.
+    written: u32,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// Takes and answers requests.
+    Running,
+    /// Answers what is in flight, takes nothing.
+    Stopping,
+    /// The drive is gone: takes requests and answers each with an error.
+    WithoutDrive,
+    /// The guest broke its ring: touches it no more.
+    Broken,
+}
+
+/// A virtqueue being served.
+pub struct Lane {
+    ring: Ring,
+    view: GuestView,
+    chain: Chain,
+    parser: Parser,
+    slots: Vec<Slot>,
+    /// Slots that are free; its capacity is never exceeded.
+    free: Vec<u16>,
+    mode: Mode,
+    /// A parsed request (its segments and ranges are still in the parser) that found the queue pair full.
+    pending: Option<(Head, Request)>,
+    tally: Tally,
+    disk: Arc<Disk>,
+    call: Option<File>,
+    kick: Option<File>,
+    error: Option<File>,
+    counters: Arc<LaneCounters>,
+    state: Arc<LaneState>,
+    name: String,
+}
+
+impl Lane {
+    /// A lane that takes its first request when it is polled. The eventfds are made non-blocking: a front-end whose eventfd
+    /// is full must not stop a worker.
+    pub fn new(setup: LaneSetup) -> Lane {
+        let LaneSetup { name, ring, memory, disk, kick, call, error, counters } = setup;
+        let size = ring.size();
+        for event in [&kick, &call, &error].into_iter().flatten() {
+            set_nonblocking(&name, event);
+        }
+        Lane {
+            ring,
+            view: GuestView::new(memory),
+            chain: Chain::new(),
+            parser: Parser::new(),
+            slots: vec![Slot::default(); size.into()],
+            free: (0..size).rev().collect(),
+            mode: Mode::Running,
+            pending: None,
+            tally: counters.read(),
+            disk,
+            call,
+            kick,
+            error,
+            counters,
+            state: Arc::default(),
+            name,
+        }
+    }
+
+    /// For the log: the export and the queue's index.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// What others may watch while a worker owns the lane.
+    pub fn state(&self) -> &Arc<LaneState> {
+        &self.state
+    }
+
+    /// Requests the drive has not answered yet.
+    #[inline]
+    pub fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Where the ring's next user begins, see [`Ring::base`]; right only when nothing is in flight.
+    pub fn base(&self) -> u32 {
+        self.ring.base()
+    }
+
+    /// The eventfds, for a lane that goes on with another ring: kick, call, error.
+    pub fn into_events(mut self) -> [Option<File>; 3] {
+        [self.kick.take(), self.call.take(), self.error.take()]
+    }
+
+    /// Takes what the driver made available and hands it to `pair`, at most a batch; the caller rings the doorbell. `tag` is
+    /// or-ed into each token, whose lower 16 bits are the lane's. Returns how many chains were taken.
+    #[inline]
+    pub(crate) fn submit(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
+        if self.mode != Mode::Running {
+            return self.refuse();
+        }
+        if let Some((head, request)) = self.pending.take()
+            && !self.submit_one(pair, tag, head, request)
+        {
+            return 0;
+        }
+        let mut taken = 0;
+        // Without a free slot the guest has more in flight than its ring holds: it has to wait.
+        while taken < BATCH && !self.free.is_empty() {
+            let head = match self.ring.pop(&mut self.view, &mut self.chain) {
+                Ok(Some(head)) => head,
+                Ok(None) => break,
+                Err(error) => {
+                    self.break_down(&error);
+                    break;
+                }
+            };
+            taken += 1;
+            match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
+                Parsed::Submit(request) => {
+                    if !self.submit_one(pair, tag, head, request) {
+                        break;
+                    }
+                }
+                Parsed::Answer { code, status, written } => self.answer(head, code, status, written),
+                Parsed::NoStatus => {
+                    self.break_down(&NoStatus(head.id));
+                    break;
+                }
+            }
+        }
+        taken
+    }
+
+    /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
+    #[inline(always)]
+    fn submit_one(&mut self, pair: &mut QueuePair, tag: u64, head: Head, request: Request) -> bool {
+        let Some(&slot) = self.free.last() else {
+            self.pending = Some((head, request));
+            return false;
+        };
+        let segments = self.parser.segments.as_slice();
+        let ranges = self.parser.ranges.as_slice();
+        let work = match request.operation {
+            Operation::Read { lba } => Work::Read { lba, segments },
+            Operation::Write { lba } => Work::Write { lba, segments, fua: self.disk.force_unit_access() },
+            Operation::Flush => Work::Flush,
+            Operation::Discard => Work::Discard { ranges },
+            Operation::WriteZeroes { unmap } => {
+                Work::WriteZeroes { ranges, deallocate: unmap, fua: self.disk.force_unit_access() }
+            }
+        };
+        match pair.submit(&self.disk.namespace, work, tag | u64::from(slot)) {
+            Ok(()) => {
+                self.free.pop();
+                if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
+                    *entry = Slot { status: request.status, head, written: request.written };
+                }
+                match request.operation {
+                    Operation::Read { .. } => {
+                        self.tally.reads += 1;
+                        self.tally.bytes_read += u64::from(request.bytes);
+                    }
+                    Operation::Write { .. } => {
+                        self.tally.writes += 1;
+                        self.tally.bytes_written += u64::from(request.bytes);
+                    }
+                    Operation::Flush => self.tally.flushes += 1,
+                    Operation::Discard => self.tally.discards += 1,
+                    Operation::WriteZeroes { .. } => self.tally.write_zeroes += 1,
+                }
+                true
+            }
+            Err(error) => self.not_submitted(error, head, request),
+        }
+    }
+
+    /// What [`Lane::submit_one`] returns when the queue pair did not take the request.
+    #[cold]
+    #[inline(never)]
+    fn not_submitted(&mut self, error: SubmitError, head: Head, request: Request) -> bool {
+        if error == SubmitError::Full {
+            self.tally.full += 1;
+            self.pending = Some((head, request));
+            return false;
+        }
+        log::warn!("{}: the request at descriptor {} cannot be given to the drive: {error}", self.name, head.id);
+        self.answer(head, request::IOERR, request.status, 1);
+        true
+    }
+
+    /// Answers a request that is not (any longer) with the drive.
+    fn answer(&mut self, head: Head, code: u8, status: u64, written: u32) {
+        self.tally.answered += 1;
+        self.give_back(head, code, status, written);
+    }
+
+    #[inline(always)]
+    fn give_back(&mut self, head: Head, code: u8, status: u64, written: u32) {
+        if code != request::OK {
+            self.tally.errors += 1;
+        }
+        // The status byte was found in guest memory when the request was parsed, and no table loses a region meanwhile.
+        let _ = self.view.write_byte(status, code);
+        self.ring.push_used(head, written);
+    }
+
+    /// The drive has answered the request with this token.
+    #[inline]
+    pub(crate) fn complete(&mut self, token: u64, status: Status) {
+        let slot = token as u16;
+        let Some(entry) = self.slots.get_mut(usize::from(slot)) else { return };
+        let Slot { status: address, head, written } = *entry;
+        if head.entries == 0 {
+            return;
+        }
+        entry.head.entries = 0;
+        self.free.push(slot);
+        if status.is_success() && self.mode != Mode::Broken {
+            self.give_back(head, request::OK, address, written);
+        } else {
+            self.complete_badly(status, head, address);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn complete_badly(&mut self, status: Status, head: Head, address: u64) {
+        if self.mode == Mode::Broken {
+            return;
+        }
+        // Each doubling is told, so that a failing drive does not fill the log.
+        if (self.tally.errors + 1).is_power_of_two() {
+            log::warn!("{}: the drive answered: {status} ({} failed requests so far)", self.name, self.tally.errors + 1);
+        }
+        // Only the status byte is known to be written.
+        self.give_back(head, request::IOERR, address, 1);
+    }
+
+    /// Shows the driver everything answered since the last time, and notifies it if it asked for that.
+    #[inline]
+    pub(crate) fn publish(&mut self) {
+        if self.mode == Mode::Broken || !self.ring.unpublished() {
+            return;
+        }
+        if self.ring.publish() {
+            self.notify();
+        }
+        self.tally.batches += 1;
+        self.counters.write(&self.tally);
+    }
+
+    #[inline(never)]
+    fn notify(&mut self) {
+        if let Some(mut call) = self.call.as_ref() {
+            self.tally.calls += 1;
+            // An eventfd that is full (EAGAIN) is a notification already; any other error is the front-end's own doing.
+            let _ = call.write(&1u64.to_ne_bytes());
+        }
+    }
+
+    /// Takes requests only to answer them with an error; returns how many.
+    #[cold]
+    fn refuse(&mut self) -> usize {
+        if self.mode != Mode::WithoutDrive {
+            return 0;
+        }
+        if let Some((head, request)) = self.pending.take() {
+            self.answer(head, request::IOERR, request.status, 1);
+        }
+        for taken in 0..BATCH {
+            match self.ring.pop(&mut self.view, &mut self.chain) {
+                Ok(Some(head)) => match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
+                    Parsed::Submit(request) => self.answer(head, request::IOERR, request.status, 1),
+                    Parsed::Answer { code, status, written } => self.answer(head, code, status, written),
+                    Parsed::NoStatus => {
+                        self.break_down(&NoStatus(head.id));
+                        return taken;
+                    }
+                },
+                Ok(None) => return taken,
+                Err(error) => {
+                    self.break_down(&error);
+                    return taken;
+                }
+            }
+        }
+        BATCH
+    }
+
+    /// The guest broke the rules: what was answered so far is shown, then the ring is left alone for good.
+    #[cold]
+    #[inline(never)]
+    fn break_down(&mut self, why: &dyn std::fmt::Display) {
+        log::error!("{}: the guest broke its virtqueue, the device needs a reset: {why}", self.name);
+        self.publish();
+        self.mode = Mode::Broken;
+        self.pending = None;
+        self.state.set_broken();
+        if let Some(mut error) = self.error.as_ref() {
+            // As for the call: an error here is the front-end's own doing.
+            let _ = error.write(&1u64.to_ne_bytes());
+        }
+    }
+
+    /// Takes no more requests; those with the drive are still answered.
+    pub(crate) fn begin_stop(&mut self) {
+        if let Some((head, _)) = self.pending.take() {
+            // Nothing was popped after it: the ring's next user finds it where it was.
+            self.ring.unpop(head);
+        }
+        if self.mode != Mode::Broken {
+            self.mode = Mode::Stopping;
+        }
+    }
+
+    /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
+    pub(crate) fn drained(&self) -> bool {
+        self.in_flight() == 0 && self.pending.is_none()
+    }
+
+    /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
+    pub(crate) fn end(&mut self) {
+        if self.mode != Mode::Broken {
+            self.publish();
+            // Whether there is work already is for the ring's next user to find out.
+            let _ = self.ring.enable_notifications();
+        }
+        self.counters.write(&self.tally);
+    }
+
+    /// The drive is gone for good, its queue pair drained: everything from here on is answered with an error.
+    pub(crate) fn lose_drive(&mut self) {
+        if self.mode == Mode::Running {
+            self.mode = Mode::WithoutDrive;
+        }
+    }
+
+    /// Uses a table with more regions from now on; false if it lacks one of the present ones.
+    #[must_use]
+    pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> bool {
+        self.view.extend(memory)
+    }
+
+    /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one
+    /// is written once: a notification too many is harmless, a lost one is not.
+    pub(crate) fn set_call(&mut self, call: Option<File>) {
+        if let Some(call) = &call {
+            set_nonblocking(&self.name, call);
+        }
+        self.call = call;
+        self.notify();
+    }
+
+    pub(crate) fn set_kick(&mut self, kick: Option<File>) {
+        if let Some(kick) = &kick {
+            set_nonblocking(&self.name, kick);
+        }
+        self.kick = kick;
+    }
+
+    pub(crate) fn set_error(&mut self, error: Option<File>) {
+        if let Some(error) = &error {
+            set_nonblocking(&self.name, error);
+        }
+        self.error = error;
+    }
+
+    pub(crate) fn kick(&self) -> Option<&File> {
+        self.kick.as_ref()
+    }
+
+    /// Has to be polled even when nothing is in flight: nobody would wake it.
+    pub(crate) fn needs_polling(&self) -> bool {
+        self.kick.is_none() && matches!(self.mode, Mode::Running | Mode::WithoutDrive)
+    }
+
+    /// The kick eventfd ended a sleep.
+    pub(crate) fn count_kick(&mut self) {
+        self.tally.kicks += 1;
+    }
+
+    /// Asks the driver for notifications. True: there is work already, do not sleep.
+    #[must_use]
+    pub(crate) fn prepare_sleep(&mut self) -> bool {
+        matches!(self.mode, Mode::Running | Mode::WithoutDrive) && self.ring.enable_notifications()
+    }
+
+    /// Tells the driver that its ring is polled (again).
+    pub(crate) fn awake(&mut self) {
+        if matches!(self.mode, Mode::Running | Mode::WithoutDrive) {
+            self.ring.disable_notifications();
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        if self.in_flight() != 0 {
+            // The drive may still write to this memory. Unmapped, its DMA addresses could be given to another guest.
+            log::error!("{}: dropped with {} requests in flight; its guest memory stays mapped", self.name, self.in_flight());
+            std::mem::forget(self.view.memory().clone());
+        }
+    }
+}
+
+/// A chain without a place for its status.
+#[derive(Debug, thiserror::Error)]
+#[error("the request at descriptor {0} has no status byte in guest memory")]
+struct NoStatus(u16);
+
+fn set_nonblocking(name: &str, event: &File) {
+    let set = rustix::fs::fcntl_getfl(event)
+        .and_then(|flags| rustix::fs::fcntl_setfl(event, flags | rustix::fs::OFlags::NONBLOCK));
+    if let Err(error) = set {
+        log::warn!("{name}: cannot make an eventfd of the front-end non-blocking: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests;

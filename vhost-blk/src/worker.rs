@@ -1,0 +1,399 @@
+//! Workers: threads that poll lanes, one per CPU they are given.
+//!
+//! A worker owns queue pairs and the lanes that submit to them. Control threads hand both over by value and get them back
+//! the same way, by mail. While there is work a worker makes no system call; with nothing in flight for a while it asks the
+//! drivers for notifications and sleeps.
+
+mod group;
+mod mailbox;
+mod thread;
+
+pub use group::Group;
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvme_driver::QueuePair;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::guest_memory::GuestMemory;
+use crate::lane::{Lane, LaneState};
+use mailbox::{Mail, Mailbox};
+use thread::Worker;
+
+/// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
+const MAIL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A queue pair on a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PairId {
+    worker: usize,
+    index: usize,
+}
+
+impl PairId {
+    /// The worker the queue pair is on.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+}
+
+/// What a worker has to tell unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Event {
+    /// The controller has not answered requests within the command timeout. They stay unanswered, for it may still write to
+    /// their memory: stop the controller, then call [`WorkerPool::lose_drive`].
+    Expired {
+        /// The queue pair they were given to.
+        pair: PairId,
+        /// How many have just expired.
+        requests: usize,
+    },
+    /// A worker has panicked; its lanes are not served any more. A defect of this program.
+    WorkerDied {
+        /// The worker.
+        worker: usize,
+        /// What the panic said.
+        message: String,
+    },
+}
+
+/// What goes wrong between control threads and workers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A worker cannot run on the CPU it was given.
+    #[error("cannot pin a worker to CPU {cpu}: {source}; see /proc/self/status, Cpus_allowed_list, for the CPUs this process may use")]
+    Pin {
+        /// Number of the CPU.
+        cpu: usize,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A thread or its eventfd could not be made.
+    #[error("cannot start worker {worker}: {source}")]
+    Start {
+        /// Number of the worker.
+        worker: usize,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The worker does not answer: it has panicked, or the pool was shut down.
+    #[error("worker {worker} is gone")]
+    Gone {
+        /// Number of the worker.
+        worker: usize,
+    },
+    /// The new memory table lacks a region of the present one, into which requests may point.
+    #[error("the new memory table lacks a region that the running ring may use; stop the ring first")]
+    NotSuperset,
+    /// Workers ended with requests the drive had not answered.
+    #[error("{requests} requests were still with the drive when the workers had to end")]
+    Undrained {
+        /// How many.
+        requests: usize,
+    },
+}
+
+/// The drive has not answered what is in flight within the deadline. The lane is still on its worker, takes nothing more and
+/// can be asked for again.
+#[derive(Debug, thiserror::Error)]
+#[error("{name}: the drive has not answered all requests within the deadline")]
+pub struct StillBusy {
+    /// The lane's name.
+    pub name: String,
+    /// To ask again.
+    pub lane: StoppingLane,
+}
+
+/// Why a lane did not come back.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// See [`StillBusy`].
+    #[error(transparent)]
+    StillBusy(StillBusy),
+    /// The worker has died with the lane.
+    #[error("{name}: the worker that served it is gone")]
+    Gone {
+        /// The lane's name.
+        name: String,
+    },
+}
+
+struct Thread {
+    mailbox: Arc<Mailbox>,
+    pairs: AtomicUsize,
+    join: Mutex<Option<JoinHandle<usize>>>,
+}
+
+/// The workers of a program.
+pub struct WorkerPool {
+    threads: Vec<Thread>,
+    next_lane: AtomicU64,
+    events: Mutex<Option<Receiver<Event>>>,
+}
+
+impl WorkerPool {
+    /// Starts a worker on each of these CPUs; none given: one worker, wherever the scheduler puts it.
+    ///
+    /// # Errors
+    /// A CPU that does not exist or is not allowed to this process, or no resources for a thread.
+    pub fn start(cpus: &[usize]) -> Result<WorkerPool, Error> {
+        let (events, receiver) = mpsc::channel();
+        let places: Vec<Option<usize>> =
+            if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
+        // Whoever drives the workers and the drive needs a core, too.
+        let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
+        let mut pool =
+            WorkerPool { threads: Vec::new(), next_lane: AtomicU64::new(1), events: Mutex::new(Some(receiver)) };
+        for (number, cpu) in places.into_iter().enumerate() {
+            pool.threads.push(Self::start_thread(number, cpu, crowded, events.clone())?);
+        }
+        Ok(pool)
+    }
+
+    fn start_thread(
+        number: usize,
+        cpu: Option<usize>,
+        crowded: bool,
+        events: Sender<Event>,
+    ) -> Result<Thread, Error> {
+        let failed = |source| Error::Start { worker: number, source };
+        let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
+        let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
+        let (started, start) = mpsc::sync_channel(1);
+        let mine = mailbox.clone();
+        let body = move || {
+            let pinned = cpu.map_or(Ok(()), pin);
+            let go = pinned.is_ok();
+            // The starter waits for this.
+            let _ = started.send(pinned);
+            if !go {
+                return 0;
+            }
+            let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
+            mine.close();
+            result.unwrap_or_else(|panic| {
+                worker.abandon();
+                let message = panic_message(panic.as_ref());
+                log::error!("worker {number} panicked, its queues are not served any more: {message}");
+                let _ = events.send(Event::WorkerDied { worker: number, message });
+                0
+            })
+        };
+        let join = std::thread::Builder::new().name(format!("worker {number}")).spawn(body).map_err(failed)?;
+        match (start.recv(), cpu) {
+            (Ok(Err(source)), Some(cpu)) => Err(Error::Pin { cpu, source }),
+            _ => Ok(Thread { mailbox, pairs: AtomicUsize::new(0), join: Mutex::new(Some(join)) }),
+        }
+    }
+
+    /// Number of workers; they are numbered from 0.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there are no workers; there always are some.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// What workers tell unasked; the first caller gets it. It ends when all workers have ended.
+    pub fn events(&self) -> Option<Receiver<Event>> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Moves a queue pair to a worker.
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_queue_pair(&self, worker: usize, pair: QueuePair) -> PairId {
+        let thread = &self.threads[worker];
+        let index = thread.pairs.fetch_add(1, Ordering::Relaxed);
+        thread.mailbox.send(Mail::AddPair { index, pair });
+        PairId { worker, index }
+    }
+
+    /// Moves a lane to the worker that has this queue pair; it is polled from now on.
+    pub fn start_lane(&self, pair: PairId, lane: Lane) -> LaneHandle {
+        // Relaxed: a number, ordered with nothing.
+        let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
+        let mailbox = self.threads[pair.worker].mailbox.clone();
+        let handle = LaneHandle {
+            id,
+            worker: pair.worker,
+            name: lane.name().to_owned(),
+            state: lane.state().clone(),
+            mailbox: mailbox.clone(),
+        };
+        mailbox.send(Mail::Start { id, pair: pair.index, lane });
+        handle
+    }
+
+    /// The queue pair, if no lane uses it.
+    pub fn take_queue_pair(&self, pair: PairId) -> Option<QueuePair> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::TakePair { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).ok().flatten()
+    }
+
+    /// The controller behind this queue pair has been stopped and touches no memory any more. Answers everything in flight
+    /// with an error, and from then on everything its lanes are asked; returns when what was in flight is answered.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn lose_drive(&self, pair: PairId) -> Result<(), Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::LoseDrive { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.
+    ///
+    /// # Errors
+    /// Requests were not answered in time; their guest memory stays mapped until the process ends.
+    pub fn shutdown(&self, deadline: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + deadline;
+        for thread in &self.threads {
+            thread.mailbox.send(Mail::End { deadline });
+        }
+        let mut requests = 0;
+        for thread in &self.threads {
+            let join = thread.join.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // A panic of the thread has been reported when it happened.
+            requests += join.map_or(0, |join| join.join().unwrap_or(0));
+        }
+        if requests != 0 { Err(Error::Undrained { requests }) } else { Ok(()) }
+    }
+}
+
+impl Drop for WorkerPool {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown(Duration::from_secs(1)) {
+            log::error!("{error}");
+        }
+    }
+}
+
+fn pin(cpu: usize) -> io::Result<()> {
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
+}
+
+/// A lane that runs on a worker.
+pub struct LaneHandle {
+    id: u64,
+    worker: usize,
+    name: String,
+    state: Arc<LaneState>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl LaneHandle {
+    /// Takes the lane back: it takes no more requests, and comes when those in flight are answered.
+    ///
+    /// # Errors
+    /// [`StopError::StillBusy`]: not within `deadline`.
+    pub fn stop(self, deadline: Duration) -> Result<StoppedLane, StopError> {
+        let (reply, lane) = mpsc::channel();
+        self.mailbox.send(Mail::Stop { id: self.id, reply });
+        StoppingLane { name: self.name, lane }.wait(deadline)
+    }
+
+    /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
+    ///
+    /// # Errors
+    /// The table lacks a present region, or the worker is gone.
+    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), Error> {
+        let (reply, answer) = mpsc::channel();
+        self.mailbox.send(Mail::SetMemory { id: self.id, memory, reply });
+        match answer.recv_timeout(MAIL_DEADLINE) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::NotSuperset),
+            Err(_) => Err(Error::Gone { worker: self.worker }),
+        }
+    }
+
+    /// Replaces the eventfd that notifies the driver. The new one is written once, lest a notification be lost between the two.
+    pub fn set_call(&self, call: Option<File>) {
+        self.mailbox.send(Mail::SetCall { id: self.id, call });
+    }
+
+    /// Replaces the eventfd that wakes the lane.
+    pub fn set_kick(&self, kick: Option<File>) {
+        self.mailbox.send(Mail::SetKick { id: self.id, kick });
+    }
+
+    /// Replaces the eventfd that says that the lane has stopped for good.
+    pub fn set_error(&self, error: Option<File>) {
+        self.mailbox.send(Mail::SetError { id: self.id, error });
+    }
+
+    /// Did the guest break its ring (or a worker die)? Nothing is served any more, the device needs a reset.
+    pub fn broken(&self) -> bool {
+        self.state.broken()
+    }
+
+    /// The worker the lane is on.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+}
+
+/// A lane that takes no more requests and has to come back from its worker.
+pub struct StoppingLane {
+    name: String,
+    lane: Receiver<Lane>,
+}
+
+impl std::fmt::Debug for StoppingLane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoppingLane").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl StoppingLane {
+    /// Waits for the requests in flight.
+    ///
+    /// # Errors
+    /// As for [`LaneHandle::stop`].
+    pub fn wait(self, deadline: Duration) -> Result<StoppedLane, StopError> {
+        match self.lane.recv_timeout(deadline) {
+            Ok(lane) => Ok(StoppedLane { base: lane.base(), broken: lane.state().broken(), events: lane.into_events() }),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(StopError::StillBusy(StillBusy { name: self.name.clone(), lane: self }))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(StopError::Gone { name: self.name }),
+        }
+    }
+}
+
+/// What is left of a lane that has stopped: nothing in flight, everything answered shown to the driver.
+#[derive(Debug)]
+pub struct StoppedLane {
+    /// Where the ring's next user begins: for GET_VRING_BASE, and [`RingSetup::base`](crate::ring::RingSetup::base).
+    pub base: u32,
+    /// The guest had broken the ring.
+    pub broken: bool,
+    /// The kick, call and error eventfds.
+    pub events: [Option<File>; 3],
+}
+
+#[cfg(test)]
+mod tests;

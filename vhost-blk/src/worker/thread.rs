@@ -1,0 +1,341 @@
+//! The loop of one worker.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::Read;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use nvme_driver::QueuePair;
+use rustix::event::epoll;
+
+use super::group::Group;
+use super::mailbox::{LaneId, Mail, Mailbox};
+use super::{Event, PairId};
+use crate::lane::Lane;
+
+/// With nothing in flight for this long a worker goes to sleep.
+const IDLE_BEFORE_SLEEP: Duration = Duration::from_millis(2);
+/// Turns without work before a worker on a crowded machine lets others run.
+const SPINS_CROWDED: u32 = 16;
+/// The same where there is a core for every thread.
+const SPINS: u32 = 8192;
+/// Turns between two looks at the clock while there is work.
+const TURNS_PER_LOOK: u32 = 1024;
+/// How often the queue pairs' commands age.
+const TICK: Duration = Duration::from_millis(5);
+
+/// The mailbox among the things that end a sleep; lanes are numbered from 1.
+const MAILBOX: LaneId = 0;
+
+/// Where a lane is.
+#[derive(Clone, Copy)]
+struct Place {
+    pair: usize,
+    index: usize,
+    /// Its kick eventfd is being watched while asleep.
+    watched: bool,
+}
+
+pub(super) struct Worker {
+    number: usize,
+    mailbox: Arc<Mailbox>,
+    events: Sender<Event>,
+    epoll: OwnedFd,
+    groups: Vec<Option<Group>>,
+    lanes: HashMap<LaneId, Place>,
+    /// Lanes on their way out, and who waits for them.
+    stopping: Vec<(LaneId, Sender<Lane>)>,
+    /// Set by the last mail: the worker ends when everything in flight is answered, at this time at the latest.
+    ending: Option<Instant>,
+    crowded: bool,
+    turns: u32,
+    idle: u32,
+    idle_since: Option<Instant>,
+    last_tick: Instant,
+}
+
+impl Worker {
+    pub(super) fn new(
+        number: usize,
+        mailbox: Arc<Mailbox>,
+        events: Sender<Event>,
+        crowded: bool,
+    ) -> std::io::Result<Worker> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, mailbox.event(), epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
+        Ok(Worker {
+            number,
+            mailbox,
+            events,
+            epoll,
+            groups: Vec::new(),
+            lanes: HashMap::new(),
+            stopping: Vec::new(),
+            ending: None,
+            crowded,
+            turns: 0,
+            idle: 0,
+            idle_since: None,
+            last_tick: Instant::now(),
+        })
+    }
+
+    /// Runs until the mailbox says that it is enough and everything in flight is answered. Returns the number of requests
+    /// that were not answered in time.
+    pub(super) fn run(&mut self) -> usize {
+        loop {
+            if self.mailbox.has_mail() {
+                self.read_mail();
+            }
+            let mut moved = 0;
+            for group in self.groups.iter_mut().flatten() {
+                moved += group.poll();
+            }
+            if !self.stopping.is_empty() {
+                self.hand_back_drained();
+            }
+            if let Some(deadline) = self.ending {
+                let busy = self.groups.iter().flatten().any(Group::busy);
+                if !busy || Instant::now() >= deadline {
+                    return self.end();
+                }
+            }
+            if moved == 0 {
+                self.idle();
+                continue;
+            }
+            self.idle = 0;
+            self.idle_since = None;
+            self.turns = self.turns.wrapping_add(1);
+            if self.turns.is_multiple_of(TURNS_PER_LOOK) {
+                self.tick(Instant::now());
+            }
+        }
+    }
+
+    fn tick(&mut self, now: Instant) {
+        if now.duration_since(self.last_tick) < TICK {
+            return;
+        }
+        self.last_tick = now;
+        for (index, group) in self.groups.iter_mut().enumerate() {
+            let Some(group) = group else { continue };
+            let expired = group.tick(now);
+            if expired != 0 {
+                let pair = PairId { worker: self.number, index };
+                // Nobody listens any more when the program ends.
+                let _ = self.events.send(Event::Expired { pair, requests: expired });
+            }
+        }
+    }
+
+    /// A turn in which nothing moved.
+    fn idle(&mut self) {
+        self.idle = self.idle.saturating_add(1);
+        let spins = if self.crowded { SPINS_CROWDED } else { SPINS };
+        if self.idle < spins && !self.idle.is_multiple_of(SPINS_CROWDED) {
+            std::hint::spin_loop();
+            return;
+        }
+        let now = Instant::now();
+        self.tick(now);
+        if self.groups.iter().flatten().any(Group::busy) || !self.stopping.is_empty() {
+            self.idle_since = None;
+        } else if now.duration_since(*self.idle_since.get_or_insert(now)) >= IDLE_BEFORE_SLEEP {
+            self.sleep();
+            return;
+        }
+        if self.idle >= spins {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
+    fn sleep(&mut self) {
+        let unwatched = self.lanes.values().any(|place| {
+            let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
+            lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
+        });
+        if unwatched {
+            std::thread::yield_now();
+            return;
+        }
+        let mut work = false;
+        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
+            work |= lane.prepare_sleep();
+        }
+        if !work && !self.mailbox.has_mail() {
+            self.wait();
+        }
+        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
+            lane.awake();
+        }
+        self.idle = 0;
+        self.idle_since = None;
+    }
+
+    fn wait(&mut self) {
+        let mut space = [const { MaybeUninit::<epoll::Event>::uninit() }; 64];
+        // An error (a signal) is a wake-up like any other: everything is looked at again.
+        let Ok((woken, _)) = epoll::wait(&self.epoll, &mut space, None) else { return };
+        for event in woken {
+            let id = event.data.u64();
+            if id == MAILBOX {
+                self.mailbox.clear_event();
+                continue;
+            }
+            let Some(place) = self.lanes.get(&id) else { continue };
+            let Some(lane) = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index)) else {
+                continue;
+            };
+            if let Some(mut kick) = lane.kick() {
+                // Non-blocking, and of no consequence: the ring is looked at in any case.
+                let _ = kick.read(&mut [0; 8]);
+            }
+            lane.count_kick();
+        }
+    }
+
+    fn watch(epoll: &OwnedFd, id: LaneId, lane: &Lane) -> bool {
+        let Some(kick) = lane.kick() else { return false };
+        // Edge-triggered: something that claims to be readable for ever cannot keep the worker awake.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        match epoll::add(epoll, kick, epoll::EventData::new_u64(id), flags) {
+            Ok(()) => true,
+            Err(error) => {
+                log::warn!("{}: cannot wait for the kick eventfd, polling without sleep: {error}", lane.name());
+                false
+            }
+        }
+    }
+
+    fn unwatch(epoll: &OwnedFd, lane: &Lane) {
+        if let Some(kick) = lane.kick() {
+            // It may never have been watched.
+            let _ = epoll::delete(epoll, kick);
+        }
+    }
+
+    fn lane_mut(&mut self, id: LaneId) -> Option<&mut Lane> {
+        let place = self.lanes.get(&id)?;
+        self.groups.get_mut(place.pair)?.as_mut()?.lane_mut(place.index)
+    }
+
+    fn read_mail(&mut self) {
+        for mail in self.mailbox.take() {
+            // A reply that nobody waits for any more is dropped.
+            match mail {
+                Mail::AddPair { index, pair } => {
+                    if self.groups.len() <= index {
+                        self.groups.resize_with(index + 1, || None);
+                    }
+                    self.groups[index] = Some(Group::new(pair));
+                }
+                Mail::TakePair { index, reply } => {
+                    let _ = reply.send(self.take_pair(index));
+                }
+                Mail::Start { id, pair, lane } => self.start(id, pair, lane),
+                Mail::Stop { id, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.begin_stop();
+                        self.stopping.push((id, reply));
+                    }
+                }
+                Mail::SetMemory { id, memory, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        let _ = reply.send(lane.set_memory(memory));
+                    }
+                }
+                Mail::SetCall { id, call } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.set_call(call);
+                    }
+                }
+                Mail::SetError { id, error } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.set_error(error);
+                    }
+                }
+                Mail::SetKick { id, kick } => self.set_kick(id, kick),
+                Mail::LoseDrive { index, reply } => {
+                    if let Some(Some(group)) = self.groups.get_mut(index) {
+                        group.lose_drive();
+                    }
+                    let _ = reply.send(());
+                }
+                Mail::End { deadline } => {
+                    self.groups.iter_mut().flatten().flat_map(Group::lanes_mut).for_each(Lane::begin_stop);
+                    self.ending = Some(deadline);
+                }
+            }
+        }
+    }
+
+    fn take_pair(&mut self, index: usize) -> Option<QueuePair> {
+        let place = self.groups.get_mut(index)?;
+        match place.take()?.into_pair() {
+            Ok(pair) => Some(pair),
+            Err(group) => {
+                *place = Some(group);
+                None
+            }
+        }
+    }
+
+    fn start(&mut self, id: LaneId, pair: usize, lane: Lane) {
+        let Some(Some(group)) = self.groups.get_mut(pair) else {
+            // The caller has a PairId whose queue pair was taken back meanwhile.
+            log::error!("{}: there is no such queue pair on worker {}", lane.name(), self.number);
+            lane.state().set_broken();
+            return;
+        };
+        let watched = Self::watch(&self.epoll, id, &lane);
+        let index = group.add(lane);
+        self.lanes.insert(id, Place { pair, index, watched });
+    }
+
+    fn set_kick(&mut self, id: LaneId, kick: Option<File>) {
+        let Some(place) = self.lanes.get_mut(&id) else { return };
+        let group = self.groups.get_mut(place.pair).and_then(Option::as_mut);
+        let Some(lane) = group.and_then(|group| group.lane_mut(place.index)) else { return };
+        Self::unwatch(&self.epoll, lane);
+        lane.set_kick(kick);
+        place.watched = Self::watch(&self.epoll, id, lane);
+    }
+
+    fn hand_back_drained(&mut self) {
+        let Worker { stopping, lanes, groups, epoll, .. } = self;
+        stopping.retain(|(id, reply)| {
+            let Some(place) = lanes.get(id) else { return false };
+            let group = groups.get_mut(place.pair).and_then(Option::as_mut);
+            let Some(lane) = group.and_then(|group| group.remove_drained(place.index)) else { return true };
+            Self::unwatch(epoll, &lane);
+            lanes.remove(id);
+            // Whoever has given up waiting does not want the lane: it is dropped, drained.
+            let _ = reply.send(lane);
+            false
+        });
+    }
+
+    /// The last lines: what is drained is put down properly. What is not keeps its memory, see `Drop` of [`Lane`].
+    fn end(&mut self) -> usize {
+        let mut left = 0;
+        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
+            left += lane.in_flight();
+            lane.end();
+        }
+        left
+    }
+
+    /// After a panic: nobody serves these lanes any more. They are not dropped, for the drive may still use their memory.
+    pub(super) fn abandon(&mut self) {
+        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
+            lane.state().set_broken();
+        }
+        std::mem::forget(std::mem::take(&mut self.groups));
+    }
+}
