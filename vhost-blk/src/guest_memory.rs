@@ -272,8 +272,7 @@ impl GuestMemory {
 
     fn map_for_dma(dma: &DmaSpace, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
         let (mapping, offset_in_mapping, identity) = Region::map(description, file)?;
-        let mut region =
-            Region { description, iova: 0, _dma: None, mapping, offset_in_mapping, file: identity };
+        let mut region = Region { description, iova: 0, _dma: None, mapping, offset_in_mapping, file: identity };
         let file = region.mapping.file_offset().expect("made from a file in Region::map").file();
         // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`. The
         // DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing else unmaps either.

@@ -299,7 +299,11 @@ impl Lane {
         }
         // Each doubling is told, so that a failing drive does not fill the log.
         if (self.tally.errors + 1).is_power_of_two() {
-            log::warn!("{}: the drive answered: {status} ({} failed requests so far)", self.name, self.tally.errors + 1);
+            log::warn!(
+                "{}: the drive answered: {status} ({} failed requests so far)",
+                self.name,
+                self.tally.errors + 1
+            );
         }
         // Only the status byte is known to be written.
         self.give_back(head, request::IOERR, address, 1);
@@ -466,7 +470,11 @@ impl Drop for Lane {
     fn drop(&mut self) {
         if self.in_flight() != 0 {
             // The drive may still write to this memory. Unmapped, its DMA addresses could be given to another guest.
-            log::error!("{}: dropped with {} requests in flight; its guest memory stays mapped", self.name, self.in_flight());
+            log::error!(
+                "{}: dropped with {} requests in flight; its guest memory stays mapped",
+                self.name,
+                self.in_flight()
+            );
             std::mem::forget(self.view.memory().clone());
         }
     }

@@ -15,5 +15,7 @@ pub mod listener;
 pub mod counters;
 pub mod disk;
 pub mod guest_memory;
+pub mod lane;
 pub mod request;
 pub mod ring;
+pub mod worker;

@@ -229,8 +229,7 @@ impl Parser {
                 if disk.read_only {
                     return Err(FAILED);
                 }
-                let flags =
-                    self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, view, disk)?;
+                let flags = self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, view, disk)?;
                 // The flag is per segment; deallocation is a permission, so all have to give it.
                 let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
                 self.unless_empty(Operation::WriteZeroes { unmap }, status)

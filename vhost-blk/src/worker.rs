@@ -70,7 +70,9 @@ pub enum Event {
 #[non_exhaustive]
 pub enum Error {
     /// A worker cannot run on the CPU it was given.
-    #[error("cannot pin a worker to CPU {cpu}: {source}; see /proc/self/status, Cpus_allowed_list, for the CPUs this process may use")]
+    #[error(
+        "cannot pin a worker to CPU {cpu}: {source}; see /proc/self/status, Cpus_allowed_list, for the CPUs this process may use"
+    )]
     Pin {
         /// Number of the CPU.
         cpu: usize,
@@ -159,12 +161,7 @@ impl WorkerPool {
         Ok(pool)
     }
 
-    fn start_thread(
-        number: usize,
-        cpu: Option<usize>,
-        crowded: bool,
-        events: Sender<Event>,
-    ) -> Result<Thread, Error> {
+    fn start_thread(number: usize, cpu: Option<usize>, crowded: bool, events: Sender<Event>) -> Result<Thread, Error> {
         let failed = |source| Error::Start { worker: number, source };
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
@@ -375,7 +372,9 @@ impl StoppingLane {
     /// As for [`LaneHandle::stop`].
     pub fn wait(self, deadline: Duration) -> Result<StoppedLane, StopError> {
         match self.lane.recv_timeout(deadline) {
-            Ok(lane) => Ok(StoppedLane { base: lane.base(), broken: lane.state().broken(), events: lane.into_events() }),
+            Ok(lane) => {
+                Ok(StoppedLane { base: lane.base(), broken: lane.state().broken(), events: lane.into_events() })
+            }
             Err(RecvTimeoutError::Timeout) => {
                 Err(StopError::StillBusy(StillBusy { name: self.name.clone(), lane: self }))
             }

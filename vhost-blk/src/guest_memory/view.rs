@@ -105,12 +105,7 @@ impl GuestView {
     }
 
     #[cold]
-    fn segments_across(
-        &mut self,
-        address: u64,
-        bytes: u32,
-        add: &mut dyn FnMut(Segment),
-    ) -> Result<(), OutsideMemory> {
+    fn segments_across(&mut self, address: u64, bytes: u32, add: &mut dyn FnMut(Segment)) -> Result<(), OutsideMemory> {
         self.pieces(address, bytes.into(), |region, offset, piece| {
             add(Segment { iova: region.iova + offset, bytes: piece as u32 });
         })
@@ -184,12 +179,7 @@ impl GuestView {
     }
 
     /// Visits the pieces of a range, region by region: (region, offset in it, length of the piece).
-    fn pieces(
-        &self,
-        address: u64,
-        bytes: u64,
-        mut visit: impl FnMut(&Region, u64, u64),
-    ) -> Result<(), OutsideMemory> {
+    fn pieces(&self, address: u64, bytes: u64, mut visit: impl FnMut(&Region, u64, u64)) -> Result<(), OutsideMemory> {
         let outside = OutsideMemory { address, bytes };
         let mut done = 0;
         while done < bytes {

@@ -134,7 +134,9 @@ pub enum RingError {
         head: u16,
     },
     /// A chain has more descriptors than [`MAX_CHAIN`].
-    #[error("the chain at descriptor {head} has more than {MAX_CHAIN} descriptors; seg_max tells drivers how many they may use")]
+    #[error(
+        "the chain at descriptor {head} has more than {MAX_CHAIN} descriptors; seg_max tells drivers how many they may use"
+    )]
     TooLong {
         /// Where the chain begins.
         head: u16,
@@ -152,7 +154,9 @@ pub enum RingError {
         head: u16,
     },
     /// An indirect table whose length is 0 or not a multiple of 16, or which is not in guest memory.
-    #[error("the chain at descriptor {head} has an indirect table of {bytes} bytes at guest address {address:#x}, which is not a table in guest memory")]
+    #[error(
+        "the chain at descriptor {head} has an indirect table of {bytes} bytes at guest address {address:#x}, which is not a table in guest memory"
+    )]
     IndirectTable {
         /// Where the chain begins.
         head: u16,

@@ -160,13 +160,7 @@ impl PackedRing {
 
     /// An indirect table (2.8.7): its descriptors are the chain, in order; of their flags only WRITE has a meaning.
     #[inline(always)]
-    fn indirect(
-        &self,
-        table: Descriptor,
-        head: u16,
-        view: &mut GuestView,
-        chain: &mut Chain,
-    ) -> Result<(), RingError> {
+    fn indirect(&self, table: Descriptor, head: u16, view: &mut GuestView, chain: &mut Chain) -> Result<(), RingError> {
         if !self.indirect || table.flags & NEXT != 0 {
             return Err(RingError::Indirect { head });
         }

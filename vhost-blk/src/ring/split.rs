@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup, event_passed,
-    indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
+    event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -148,13 +148,7 @@ impl SplitRing {
     /// An indirect table (2.7.5.3): the end of a chain, which may have had direct descriptors before it. The flag WRITE of
     /// the descriptor that refers to the table is ignored, as 2.7.5.3.2 asks.
     #[inline(always)]
-    fn indirect(
-        &self,
-        table: Descriptor,
-        head: u16,
-        view: &mut GuestView,
-        chain: &mut Chain,
-    ) -> Result<(), RingError> {
+    fn indirect(&self, table: Descriptor, head: u16, view: &mut GuestView, chain: &mut Chain) -> Result<(), RingError> {
         if !self.indirect || table.flags & NEXT != 0 {
             return Err(RingError::Indirect { head });
         }
