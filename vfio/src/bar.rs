@@ -121,7 +121,7 @@ impl Bar {
 
     fn check(&self, offset: u64, bytes: u64) -> Result<(), Error> {
         let size = self.inner.region.size;
-        if offset % bytes == 0 && offset.checked_add(bytes).is_some_and(|end| end <= size) {
+        if offset.is_multiple_of(bytes) && offset.checked_add(bytes).is_some_and(|end| end <= size) {
             return Ok(());
         }
         let region = format!("BAR {}", self.inner.index);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::backend::Backend;
+use crate::backend::kernel::KernelBackend;
 use crate::backend::user::UserBackend;
 use crate::config_space::{self, ConfigSpace};
 use crate::{Address, Bar, DmaSpace, Error};
@@ -50,13 +51,7 @@ impl Device {
     pub fn open_with(address: &Address, options: &OpenOptions) -> Result<Device, Error> {
         let backend: Arc<dyn Backend> = match address {
             Address::VfioUser(socket) => Arc::new(UserBackend::open(socket, options.request_timeout)?),
-            Address::Pci(_) => {
-                return Err(Error::NotUsable {
-                    device: address.to_string(),
-                    reason: "kernel VFIO is not there yet".into(),
-                    advice: "use a vfio-user address".into(),
-                });
-            }
+            Address::Pci(pci) => Arc::new(KernelBackend::open(*pci)?),
         };
         if config_space::exists(&*backend) {
             config_space::enable_device(&*backend)?;

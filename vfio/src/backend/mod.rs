@@ -1,4 +1,4 @@
-//! The two ways to a device, behind one trait: [`user`] (a vfio-user socket) and the kernel's VFIO.
+//! The two ways to a device, behind one trait: [`user`] (a vfio-user socket) and [`kernel`] VFIO.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{Error, IovaRange};
 
 mod connection;
+pub(crate) mod kernel;
 mod socket;
 pub(crate) mod user;
 

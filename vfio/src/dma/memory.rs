@@ -32,9 +32,9 @@ pub struct SharedMemory {
 }
 
 impl SharedMemory {
-    /// New anonymous memory of zeroes, `bytes` long (rounded up to whole pages of 4096 bytes).
+    /// New anonymous memory of zeroes, `bytes` long (rounded up to whole pages).
     pub fn create(bytes: usize) -> Result<SharedMemory, Error> {
-        let bytes = round_up(bytes, PAGE)?;
+        let bytes = round_up(bytes, page_size())?;
         let file = anonymous_file(bytes, 0).map_err(|source| memory_error("creating memory", bytes, source))?;
         SharedMemory::from_file(file, 0, bytes)
     }
@@ -49,8 +49,9 @@ impl SharedMemory {
         if offset.checked_add(bytes as u64).is_none_or(|end| end > length) {
             return bad(format!("{bytes:#x} bytes at {offset:#x} do not lie in a file of {length:#x} bytes"));
         }
-        if offset % PAGE as u64 != 0 {
-            return bad(format!("offset {offset:#x} in its file is not a multiple of {PAGE}"));
+        let page = page_size() as u64;
+        if !offset.is_multiple_of(page) {
+            return bad(format!("offset {offset:#x} in its file is not a multiple of {page}"));
         }
         let memory = MmapOptions::new()
             .offset(offset)
@@ -63,7 +64,7 @@ impl SharedMemory {
     /// Memory of zeroes for DMA: hugepages if there are any free, else normal pages, locked if `lock`.
     /// `bytes` is a multiple of 2 MiB.
     pub(super) fn create_for_dma(bytes: usize, lock: bool) -> Result<SharedMemory, Error> {
-        if bytes % HUGE_1G == 0
+        if bytes.is_multiple_of(HUGE_1G)
             && let Ok(memory) = SharedMemory::create_huge(bytes, libc::MFD_HUGE_1GB)
         {
             return Ok(memory);
@@ -120,7 +121,7 @@ impl SharedMemory {
     /// `count` elements from `byte_offset` on; `None` if they are not inside, or misaligned.
     pub fn slice<T: DmaElement>(&self, byte_offset: usize, count: usize) -> Option<&[T]> {
         let end = count.checked_mul(size_of::<T>())?.checked_add(byte_offset)?;
-        if end > self.bytes || byte_offset % align_of::<T>() != 0 {
+        if end > self.bytes || !byte_offset.is_multiple_of(align_of::<T>()) {
             return None;
         }
         // SAFETY: `byte_offset` was checked to lie inside the mapping.
@@ -183,6 +184,13 @@ pub(super) fn round_up(bytes: usize, unit: usize) -> Result<usize, Error> {
         Some(rounded) if rounded > 0 => Ok(rounded),
         _ => Err(Error::BadMemory { reason: format!("{bytes} bytes cannot be allocated") }),
     }
+}
+
+/// The size of the machine's pages, bytes: a power of two, at least 4096.
+pub(crate) fn page_size() -> usize {
+    // SAFETY: the call reads a number the kernel has given the process.
+    let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+    usize::try_from(size).map_or(PAGE, |size| size.max(PAGE))
 }
 
 fn anonymous_file(bytes: usize, flags: libc::c_uint) -> io::Result<File> {
