@@ -6,6 +6,7 @@ compile_error!("NVMe structures are little-endian and are used in place; a big-e
 
 mod bounce;
 pub mod command;
+pub mod controller;
 mod data_pointer;
 pub mod error;
 pub mod features;
@@ -22,6 +23,7 @@ pub mod work;
 
 pub use bounce::{Bounce, BounceCounters, BouncePool};
 pub use command::{Command, Completion};
+pub use controller::{Controller, Erase, Event, FormatOptions, Options, QueuePairOptions};
 pub use data_pointer::SglAlignment;
 pub use error::Error;
 pub use identify::ControllerIdentity;

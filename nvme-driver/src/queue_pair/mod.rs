@@ -13,6 +13,7 @@ mod slots;
 mod submission;
 mod submit;
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
@@ -98,6 +99,9 @@ pub struct QueuePair {
     interrupt: Option<EventFd>,
     submission_iova: u64,
     completion_iova: u64,
+    memory: DmaBuffer,
+    /// Gone when the pair is: how the controller notices that a pair was dropped instead of deleted.
+    lease: Arc<()>,
 }
 
 /// The coarse clock by which commands age, in milliseconds from 1 on.
@@ -158,6 +162,8 @@ impl QueuePair {
             interrupt: settings.interrupt,
             submission_iova: memory.iova(),
             completion_iova: memory.iova() + completion_at as u64,
+            memory,
+            lease: Arc::new(()),
         })
     }
 
@@ -180,6 +186,16 @@ impl QueuePair {
     /// Where the controller finds the completion queue.
     pub(crate) fn completion_iova(&self) -> u64 {
         self.completion_iova
+    }
+
+    /// The memory of both queues and of the data pointers, to be kept until the controller has been told to forget it.
+    pub(crate) fn memory(&self) -> &DmaBuffer {
+        &self.memory
+    }
+
+    /// Alive as long as the pair is.
+    pub(crate) fn lease(&self) -> &Arc<()> {
+        &self.lease
     }
 
     /// Commands the controller has.

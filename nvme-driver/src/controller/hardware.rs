@@ -1,0 +1,197 @@
+//! The controller's registers with deadlines: enable, disable, shut down, see whether it is alive
+//! (NVMe Base 2.0, 3.5 and 3.6).
+
+use std::time::{Duration, Instant};
+
+use vfio::{Bar, Device};
+
+use crate::Error;
+use crate::error::Doing;
+use crate::identify::{CQ_ENTRY_SHIFT, SQ_ENTRY_SHIFT};
+use crate::registers::{
+    Capabilities, Configuration, ControllerStatus, SHUTDOWN_COMPLETE, SHUTDOWN_NORMAL, Version, admin_queue_attributes,
+    cq_doorbell, offset, sq_doorbell,
+};
+
+/// Base class, subclass and programming interface of an NVMe I/O controller (NVMe over PCIe Transport 1.0, 3.8.1.5).
+const CLASS_NVME: u32 = 0x01_08_02;
+
+/// A controller's registers, after its capabilities were found usable.
+pub(crate) struct Hardware {
+    pub device: Device,
+    pub name: String,
+    pub capabilities: Capabilities,
+    pub version: Version,
+    bar: Bar,
+    /// The longest the controller may take to become ready or not ready.
+    ready_timeout: Duration,
+}
+
+impl Hardware {
+    /// Reads the capabilities and refuses a device that is no NVMe controller, or none that this driver can drive.
+    pub fn new(device: &Device) -> Result<Hardware, Error> {
+        let name = device.address().to_string();
+        let class = device.config_space().read_u32(0x08).doing("read the class code from configuration space")? >> 8;
+        if class != CLASS_NVME {
+            return Err(Error::Register {
+                controller: name,
+                register: "class code",
+                value: class.into(),
+                problem: format!("an NVMe controller has {CLASS_NVME:#08x}; is this the right device?"),
+            });
+        }
+        let bar = device.bar(0).doing("map BAR0")?;
+        let raw = bar.read_u64(offset::CAP).doing("read CAP")?;
+        let problem =
+            |problem: String| Error::Register { controller: name.clone(), register: "CAP", value: raw, problem };
+        if raw == u64::MAX {
+            return Err(problem(GONE.into()));
+        }
+        let capabilities = Capabilities::from_bits(raw);
+        if capabilities.max_queue_entries() < 2 {
+            return Err(problem("queues of one entry (MQES 0) cannot be used".into()));
+        }
+        if capabilities.page_size_min() > 0 {
+            let bytes = 4096u64 << capabilities.page_size_min();
+            return Err(problem(format!("its smallest memory page is {bytes} bytes (MPSMIN); this driver uses 4096")));
+        }
+        if capabilities.command_sets() & 1 == 0 {
+            return Err(problem("it does not support the NVM Command Set (CSS)".into()));
+        }
+        let version = Version(bar.read_u32(offset::VS).doing("read VS")?);
+        let mut ready_timeout = capabilities.ready_timeout();
+        if capabilities.ready_modes() & 1 != 0 {
+            // CRTO.CRWMT holds what TO has no room for (NVMe Base 2.0, 3.1.3.22).
+            let crto = bar.read_u32(offset::CRTO).doing("read CRTO")?;
+            ready_timeout = ready_timeout.max(Duration::from_millis(500) * (crto & 0xffff));
+        }
+        Ok(Hardware { device: device.clone(), name, capabilities, version, bar, ready_timeout })
+    }
+
+    /// Queue pairs, admin included, whose doorbells lie in BAR0.
+    pub fn doorbell_pairs(&self) -> u64 {
+        let pair = 2 * (4u64 << self.capabilities.doorbell_stride());
+        self.bar.size().saturating_sub(offset::DOORBELLS) / pair
+    }
+
+    /// The doorbells of queue pair `id`: submission queue tail, completion queue head.
+    pub fn doorbells(&self, id: u16) -> Result<(vfio::Doorbell, vfio::Doorbell), Error> {
+        let stride = self.capabilities.doorbell_stride();
+        let doorbell = |at| self.bar.doorbell(at).doing("reach a doorbell in BAR0");
+        Ok((doorbell(sq_doorbell(id, stride))?, doorbell(cq_doorbell(id, stride))?))
+    }
+
+    fn csts(&self) -> Result<ControllerStatus, Error> {
+        self.bar.read_u32(offset::CSTS).doing("read CSTS").map(ControllerStatus::from_bits)
+    }
+
+    /// CSTS for a message; all ones when it cannot be read.
+    pub fn csts_or_ones(&self) -> u32 {
+        self.bar.read_u32(offset::CSTS).unwrap_or(u32::MAX)
+    }
+
+    /// An error when the controller is gone, or has reported a fatal status.
+    pub fn check(&self) -> Result<ControllerStatus, Error> {
+        let csts = self.csts()?;
+        if csts.is_gone() {
+            return Err(self.status_error(csts, GONE.into()));
+        }
+        if csts.fatal() {
+            return Err(self.status_error(csts, "a fatal status (CFS): reset the controller".into()));
+        }
+        Ok(csts)
+    }
+
+    fn status_error(&self, csts: ControllerStatus, problem: String) -> Error {
+        Error::Register { controller: self.name.clone(), register: "CSTS", value: csts.into_bits().into(), problem }
+    }
+
+    fn write_cc(&self, cc: Configuration) -> Result<(), Error> {
+        self.bar.write_u32(offset::CC, cc.into_bits()).doing("write CC")
+    }
+
+    fn cc(&self) -> Result<Configuration, Error> {
+        self.bar.read_u32(offset::CC).doing("read CC").map(Configuration::from_bits)
+    }
+
+    /// Clears CC.EN and waits until the controller is not ready: after that it touches no memory.
+    pub fn disable(&self) -> Result<(), Error> {
+        let cc = self.cc()?;
+        let csts = self.csts()?;
+        if csts.is_gone() {
+            return Err(self.status_error(csts, GONE.into()));
+        }
+        if cc.enable() && !csts.ready() && !csts.fatal() {
+            // It is still becoming ready for someone before us; EN may be cleared only after that (NVMe Base 2.0, 3.1.3.5).
+            // One that never gets there is disabled all the same: there is nothing better to do.
+            if let Err(error) = self.wait("become ready for its previous user", |csts| csts.ready() || csts.fatal()) {
+                log::warn!("{error}");
+            }
+        }
+        self.write_cc(cc.with_enable(false).with_shutdown(0))?;
+        self.wait("become not ready after CC.EN was cleared", |csts| !csts.ready())
+    }
+
+    /// Sets the admin queues (each of `entries`) and CC.EN, and waits until the controller is ready.
+    pub fn enable(&self, entries: u16, submission: u64, completion: u64) -> Result<(), Error> {
+        self.bar.write_u32(offset::AQA, admin_queue_attributes(entries)).doing("write AQA")?;
+        self.bar.write_u64(offset::ASQ, submission).doing("write ASQ")?;
+        self.bar.write_u64(offset::ACQ, completion).doing("write ACQ")?;
+        // CSS 0: the NVM Command Set; MPS 0: pages of 4096 bytes; AMS 0: round robin.
+        let cc = Configuration::new()
+            .with_enable(true)
+            .with_sq_entry_shift(SQ_ENTRY_SHIFT)
+            .with_cq_entry_shift(CQ_ENTRY_SHIFT);
+        self.write_cc(cc)?;
+        self.wait("become ready after CC.EN was set", |csts| csts.ready())?;
+        self.check().map(|_| ())
+    }
+
+    /// Notifies the controller of a normal shutdown and waits until it has completed, `timeout` at most.
+    pub fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
+        let csts = self.csts()?;
+        if csts.is_gone() {
+            return Err(self.status_error(csts, GONE.into()));
+        }
+        if csts.shutdown() == SHUTDOWN_COMPLETE {
+            return Ok(());
+        }
+        self.write_cc(self.cc()?.with_shutdown(SHUTDOWN_NORMAL))?;
+        self.wait_for("complete the shutdown after CC.SHN was set", timeout, |csts| {
+            csts.shutdown() == SHUTDOWN_COMPLETE
+        })
+    }
+
+    fn wait(&self, what: &str, reached: impl Fn(ControllerStatus) -> bool) -> Result<(), Error> {
+        self.wait_for(what, self.ready_timeout, reached)
+    }
+
+    fn wait_for(&self, what: &str, timeout: Duration, reached: impl Fn(ControllerStatus) -> bool) -> Result<(), Error> {
+        let start = Instant::now();
+        let mut pause = Duration::from_micros(20);
+        loop {
+            // The time before the look: a thread that was away for long still looks once after the deadline.
+            let waited = start.elapsed();
+            let csts = self.csts()?;
+            if csts.is_gone() {
+                return Err(self.status_error(csts, GONE.into()));
+            }
+            if reached(csts) {
+                return Ok(());
+            }
+            if csts.fatal() && csts.shutdown() == 0 && self.cc()?.enable() {
+                return Err(self.status_error(csts, format!("a fatal status (CFS) while it was to {what}")));
+            }
+            if waited >= timeout {
+                return Err(self.status_error(
+                    csts,
+                    format!("the controller did not {what} within {timeout:?}; reset the device, or replace it"),
+                ));
+            }
+            std::thread::sleep(pause.min(timeout - waited));
+            pause = (pause * 2).min(Duration::from_millis(5));
+        }
+    }
+}
+
+const GONE: &str = "all ones: the device does not answer; it was removed, has lost power, or its memory space is off";

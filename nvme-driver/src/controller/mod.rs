@@ -1,0 +1,392 @@
+//! A controller: brought up, asked, reset, shut down.
+
+mod admin;
+mod admin_commands;
+mod events;
+mod hardware;
+mod queues;
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use vfio::{Device, EventFd};
+use zerocopy::FromBytes;
+
+use crate::command::admin as opcode;
+use crate::features::{EventConfiguration, Feature, NumberOfQueues};
+use crate::identify::{self, CommandLimits, ControllerIdentity, RawController, RawNvmController, cns};
+use crate::registers::Version;
+use crate::{Command, Error};
+use admin::Admin;
+use hardware::Hardware;
+use queues::{Queues, Shadow};
+
+pub use admin_commands::{Erase, FormatOptions};
+pub use events::Event;
+pub use queues::QueuePairOptions;
+
+/// How a controller is opened.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Entries of each queue of a queue pair, unless [`QueuePairOptions`] says otherwise: 2 to 4096. A queue pair takes about
+    /// 4 KiB of memory per entry.
+    pub queue_entries: u16,
+    /// Queue pairs to ask the controller for, at least 1. It may grant fewer.
+    pub max_queue_pairs: u16,
+    /// Use shadow doorbells (Doorbell Buffer Config) if the controller offers them.
+    pub shadow_doorbells: bool,
+    /// Give the device eventfds for its interrupt vectors. Without, only polling works.
+    pub interrupts: bool,
+    /// Deadline of an admin command. (Format has a deadline of its own.)
+    pub admin_timeout: Duration,
+    /// Age at which `QueuePair::tick` reports a command of a queue pair.
+    pub io_timeout: Duration,
+    /// The longest wait for a shutdown, whatever the controller asks for (RTD3E).
+    pub shutdown_timeout: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options {
+            queue_entries: 512,
+            max_queue_pairs: 64,
+            shadow_doorbells: true,
+            interrupts: true,
+            admin_timeout: Duration::from_secs(10),
+            io_timeout: Duration::from_secs(30),
+            shutdown_timeout: Duration::from_secs(30),
+        }
+    }
+}
+
+/// A controller in operation. Clones are the same controller.
+///
+/// Its functions send admin commands one after the other, and may block for as long as their deadlines: they are for control
+/// threads. Data goes over [`crate::QueuePair`]s. When the last clone is dropped, the controller is shut down; its queue pairs
+/// are of no use then.
+#[derive(Clone)]
+pub struct Controller {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    hardware: Hardware,
+    options: Options,
+    identity: ControllerIdentity,
+    limits: CommandLimits,
+    /// Taken before `admin` where both are needed.
+    queues: Mutex<Queues>,
+    admin: Mutex<Admin>,
+    /// Eventfd of each interrupt vector, 0 being the admin queue's.
+    vectors: Vec<EventFd>,
+    shadow: Option<Shadow>,
+}
+
+/// The data under these locks is valid between any two statements: a panic elsewhere does not spoil it.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Controller {
+    /// Brings a controller up: reset, admin queue, Identify, number of queues, events, shadow doorbells
+    /// (NVMe Base 2.0, 3.5.1).
+    ///
+    /// Whoever used the controller before must have stopped.
+    pub fn open(device: &Device, options: &Options) -> Result<Controller, Error> {
+        if options.max_queue_pairs == 0 || options.queue_entries < 2 {
+            return Err(Error::Invalid(format!(
+                "{} queue pairs of {} entries make no sense; ask for at least 1 and 2",
+                options.max_queue_pairs, options.queue_entries
+            )));
+        }
+        let hardware = Hardware::new(device)?;
+        hardware.disable()?;
+        let mut admin = Admin::new(&hardware)?;
+        // From the moment it is enabled the controller may write to the admin queues; on any error it is stopped first.
+        let vectors;
+        let shadow;
+        let (identity, limits, granted) = {
+            let stop = Stop(&hardware);
+            admin.enable(&hardware)?;
+            let identity = identify_controller(&hardware, &mut admin, options)?;
+            let limits = command_limits(&hardware, &mut admin, options, &identity)?;
+            let use_shadow = options.shadow_doorbells && identity.supports_shadow_doorbells;
+            let granted = negotiate_queues(&hardware, &mut admin, options, use_shadow)?;
+            vectors = if options.interrupts { queues::enable_vectors(&hardware, granted)? } else { Vec::new() };
+            shadow = if use_shadow { Some(Shadow::new(&hardware)?) } else { None };
+            let shadow_used = start_services(&hardware, &mut admin, options, &identity, shadow.as_ref())?;
+            std::mem::forget(stop);
+            log::info!(
+                "{}: {} {} (firmware {}, NVMe {}), {granted} queue pairs, {} interrupt vectors, shadow doorbells {}",
+                hardware.name,
+                identity.model,
+                identity.serial,
+                identity.firmware,
+                identity.version,
+                vectors.len(),
+                if shadow_used { "on" } else { "off" }
+            );
+            (identity, limits, granted)
+        };
+        let queues = Mutex::new(Queues::new(granted, vectors.len()));
+        let inner = Inner {
+            hardware,
+            options: options.clone(),
+            identity,
+            limits,
+            queues,
+            admin: Mutex::new(admin),
+            vectors,
+            shadow,
+        };
+        Ok(Controller { inner: Arc::new(inner) })
+    }
+
+    /// What the controller says of itself.
+    pub fn identity(&self) -> &ControllerIdentity {
+        &self.inner.identity
+    }
+
+    /// The device it was opened on.
+    pub fn device(&self) -> &Device {
+        &self.inner.hardware.device
+    }
+
+    /// The options it was opened with.
+    pub fn options(&self) -> &Options {
+        &self.inner.options
+    }
+
+    /// Whether doorbells are shadowed in memory.
+    pub fn uses_shadow_doorbells(&self) -> bool {
+        self.inner.shadow.is_some()
+    }
+
+    /// Looks at CSTS: an error when the device is gone or has reported a fatal status.
+    pub fn health(&self) -> Result<(), Error> {
+        self.inner.hardware.check().map(|_| ())
+    }
+
+    /// Resets the controller and brings it up again, also after a command that was never answered or a fatal status.
+    ///
+    /// The controller forgets its queue pairs and touches no memory of their requests any more. Their owners must not ring
+    /// while this runs; afterwards they take out what was outstanding ([`crate::QueuePair::drain_after_reset`]), have the pair
+    /// created again ([`Controller::recreate_queue_pair`]) and submit anew. Features are as after power-on, unless saved.
+    /// Namespaces may have changed meanwhile.
+    pub fn reset(&self) -> Result<(), Error> {
+        let inner = &*self.inner;
+        let mut queues = lock(&inner.queues);
+        let mut admin = lock(&inner.admin);
+        admin.stop("a reset has failed");
+        if let Err(error) = inner.hardware.disable() {
+            // CC.EN does not help; the function's own reset may.
+            log::warn!("{error}; resetting the whole function");
+            inner.hardware.device.reset().map_err(|source| {
+                log::error!("{}: cannot reset the function: {source}", inner.hardware.name);
+                error
+            })?;
+            inner.hardware.disable()?;
+            self.enable_vectors_again()?;
+        }
+        admin.renew();
+        queues.forget();
+        admin.enable(&inner.hardware)?;
+        let result = self.bring_up_again(&mut admin, queues.granted());
+        if result.is_err() {
+            admin.stop("a reset has failed");
+            // The next attempt begins with the same; here it only keeps a half-started controller from going on.
+            let _ = inner.hardware.disable();
+        }
+        result
+    }
+
+    fn enable_vectors_again(&self) -> Result<(), Error> {
+        use crate::error::Doing;
+        let inner = &*self.inner;
+        if inner.vectors.is_empty() {
+            return Ok(());
+        }
+        let events: Vec<&EventFd> = inner.vectors.iter().collect();
+        inner.hardware.device.enable_interrupts(&events).doing("enable MSI-X vectors after a reset")
+    }
+
+    fn bring_up_again(&self, admin: &mut Admin, granted: u16) -> Result<(), Error> {
+        let inner = &*self.inner;
+        let identity = identify_controller(&inner.hardware, admin, &inner.options)?;
+        let same = |of: fn(&ControllerIdentity) -> &String| of(&identity) == of(&inner.identity);
+        if !same(|identity| &identity.serial) || !same(|identity| &identity.model) {
+            return Err(Error::Untrustworthy(format!(
+                "after a reset {} is {} {}, before it was {} {}; open it anew",
+                inner.hardware.name, identity.model, identity.serial, inner.identity.model, inner.identity.serial
+            )));
+        }
+        let now = negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?;
+        if now < granted {
+            return Err(Error::Untrustworthy(format!(
+                "after a reset {} grants {now} queue pairs, before it were {granted}; open it anew",
+                inner.hardware.name
+            )));
+        }
+        start_services(&inner.hardware, admin, &inner.options, &inner.identity, inner.shadow.as_ref()).map(|_| ())
+    }
+
+    /// Shuts the controller down: its volatile write cache is on its media afterwards. Only [`Controller::reset`] brings it back.
+    ///
+    /// Nothing may be outstanding on its queue pairs, and they are of no use afterwards. Dropping the last clone does the same,
+    /// but can only log an error.
+    pub fn shutdown(&self) -> Result<(), Error> {
+        self.inner.shut_down()
+    }
+}
+
+impl Inner {
+    fn shut_down(&self) -> Result<(), Error> {
+        lock(&self.admin).stop("it was shut down");
+        // RTD3E is what a shutdown usually takes; twice that leaves room for the unusual, within the option.
+        let usual = self.identity.shutdown_time.map_or(MIN_SHUTDOWN_TIMEOUT, |time| time.saturating_mul(2));
+        let timeout = usual.max(MIN_SHUTDOWN_TIMEOUT).min(self.options.shutdown_timeout);
+        self.hardware.shut_down(timeout)
+    }
+}
+
+/// A controller that says nothing of its shutdown (RTD3E 0), or promises wonders, gets this long.
+const MIN_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        if let Err(error) = self.shut_down() {
+            log::warn!("the controller was not shut down: {error}");
+        }
+        // Its queues' memory goes now: a controller that was disabled is sure to leave it alone.
+        if let Err(error) = self.hardware.disable() {
+            log::warn!("the controller was not disabled: {error}");
+        }
+        if !self.vectors.is_empty()
+            && let Err(error) = self.hardware.device.disable_interrupts()
+        {
+            log::debug!("{}: cannot disable interrupts: {error}", self.hardware.name);
+        }
+    }
+}
+
+/// Disables the controller when dropped, so that it does not write to memory that is freed.
+struct Stop<'a>(&'a Hardware);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.0.disable() {
+            log::debug!("after a failed bring-up: {error}");
+        }
+    }
+}
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller")
+            .field("device", &self.inner.hardware.name)
+            .field("model", &self.inner.identity.model)
+            .field("serial", &self.inner.identity.serial)
+            .finish_non_exhaustive()
+    }
+}
+
+/// One Identify data structure (NVMe Base 2.0, 5.17).
+fn identify(
+    hardware: &Hardware,
+    admin: &mut Admin,
+    timeout: Duration,
+    structure: u8,
+    namespace: u32,
+    name: &str,
+) -> Result<Vec<u8>, Error> {
+    let command = Command::new(opcode::IDENTIFY, namespace).with_cdw10(structure.into());
+    let name = || format!("Identify ({name}, namespace {namespace:#x})");
+    admin.execute_in(hardware, command, identify::BYTES, timeout, name).map(|(data, _)| data)
+}
+
+fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options) -> Result<ControllerIdentity, Error> {
+    let data = identify(hardware, admin, options.admin_timeout, cns::CONTROLLER, 0, "controller")?;
+    let raw =
+        RawController::ref_from_bytes(&data).map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
+    ControllerIdentity::parse(raw, hardware.capabilities.page_size_min(), hardware.version)
+}
+
+/// The limits of commands without data transfer, from controllers new enough to know of them.
+fn command_limits(
+    hardware: &Hardware,
+    admin: &mut Admin,
+    options: &Options,
+    identity: &ControllerIdentity,
+) -> Result<CommandLimits, Error> {
+    // CNS 06h came with command sets (CAP.CSS bit 6) and 2.0; others would only note an error in their log.
+    if identity.version < Version::new(2, 0) && hardware.capabilities.command_sets() & 1 << 6 == 0 {
+        return Ok(CommandLimits::NONE);
+    }
+    match identify(
+        hardware,
+        admin,
+        options.admin_timeout,
+        cns::COMMAND_SET_CONTROLLER,
+        0,
+        "NVM command set, controller",
+    ) {
+        Ok(data) => {
+            let raw = RawNvmController::ref_from_bytes(&data)
+                .map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
+            Ok(CommandLimits::parse(raw, hardware.capabilities.page_size_min()))
+        }
+        Err(Error::Command { status, .. }) => {
+            log::debug!("{}: no limits of the NVM command set: {status}", hardware.name);
+            Ok(CommandLimits::NONE)
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// Number of Queues (NVMe Base 2.0, 5.27.1.5): how many queue pairs can be used.
+fn negotiate_queues(hardware: &Hardware, admin: &mut Admin, options: &Options, shadow: bool) -> Result<u16, Error> {
+    // All doorbells have to lie in BAR0, and in the shadow page if there is one; the admin queue takes the first place.
+    let mut room = hardware.doorbell_pairs().saturating_sub(1).min(options.max_queue_pairs.into()) as u32;
+    if shadow {
+        room = room.min(u32::from(Shadow::room(hardware.capabilities.doorbell_stride())) - 1);
+    }
+    if room == 0 {
+        return Err(Error::Untrustworthy("BAR0 has no room for the doorbells of a single I/O queue pair".into()));
+    }
+    let wanted = NumberOfQueues { submission: room, completion: room };
+    let command =
+        Command::new(opcode::SET_FEATURES, 0).with_cdw10(NumberOfQueues::ID.into()).with_cdw11(wanted.to_dword());
+    let name = || format!("Set Features ({}, {room} pairs)", NumberOfQueues::NAME);
+    let granted = NumberOfQueues::from_dword(admin.execute(hardware, command, options.admin_timeout, name)?);
+    // It may grant more than was asked for.
+    Ok(room.min(granted.submission).min(granted.completion) as u16)
+}
+
+/// What every bring-up ends with: shadow doorbells, the choice of events, and event requests. True if shadows are used.
+fn start_services(
+    hardware: &Hardware,
+    admin: &mut Admin,
+    options: &Options,
+    identity: &ControllerIdentity,
+    shadow: Option<&Shadow>,
+) -> Result<bool, Error> {
+    if let Some(shadow) = shadow {
+        shadow.announce(hardware, admin, options.admin_timeout)?;
+    }
+    let events = EventConfiguration {
+        critical_warnings: 0x1f,
+        namespace_attributes: identity.namespace_events,
+        firmware_activation: identity.firmware_events,
+    };
+    let command =
+        Command::new(opcode::SET_FEATURES, 0).with_cdw10(EventConfiguration::ID.into()).with_cdw11(events.to_dword());
+    let name = || format!("Set Features ({})", EventConfiguration::NAME);
+    match admin.execute(hardware, command, options.admin_timeout, name) {
+        Ok(_) => {}
+        // The controller reports what it reports; nothing depends on it.
+        Err(error @ Error::Command { .. }) => log::warn!("{}: {error}", hardware.name),
+        Err(error) => return Err(error),
+    }
+    admin.request_events(identity.event_limit);
+    Ok(shadow.is_some())
+}

@@ -1,0 +1,349 @@
+//! I/O queue pairs: created, deleted, created again after a reset (NVMe Base 2.0, 5.4 to 5.7), and what they share.
+
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use vfio::{DmaBuffer, DmaSlice, EventFd};
+
+use super::admin::{Admin, AdminShadow};
+use super::hardware::Hardware;
+use super::{Controller, lock};
+use crate::command::admin;
+use crate::error::Doing;
+use crate::queue_pair::{QueuePair, QueueSettings, ShadowDoorbell, ShadowDoorbells};
+use crate::{Command, Error};
+
+/// How a queue pair is to be.
+#[derive(Clone, Debug, Default)]
+pub struct QueuePairOptions {
+    /// Entries of each queue, at least 2; `None`: as in [`super::Options`]. Bounded by what the controller can do.
+    pub entries: Option<u16>,
+    /// With an interrupt vector of its own, so that completions can be waited for.
+    pub interrupt: bool,
+}
+
+/// The queue identifiers the controller granted, and who has them.
+pub(crate) struct Queues {
+    /// `places[0]` is queue identifier 1.
+    places: Vec<Option<Place>>,
+    /// Vectors for queue pairs that are taken; `[0]` is vector 1.
+    vectors: Vec<bool>,
+    /// Memory the controller may still write to although its owner has given it up; freed by a reset.
+    quarantine: Vec<DmaBuffer>,
+}
+
+struct Place {
+    /// Dead when the queue pair was dropped without being deleted.
+    lease: Weak<()>,
+    /// Keeps the queues' memory until the controller has been told to forget it, whatever the owner does.
+    _memory: DmaBuffer,
+    vector: Option<u16>,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// The controller knows nothing of it: not created yet, deleted, or forgotten in a reset.
+    Unknown,
+    /// Only its completion queue exists.
+    CompletionOnly,
+    /// Both queues exist.
+    Created,
+}
+
+impl Queues {
+    pub fn new(granted: u16, vectors: usize) -> Queues {
+        Queues {
+            places: std::iter::repeat_with(|| None).take(granted.into()).collect(),
+            vectors: vec![false; vectors.saturating_sub(1)],
+            quarantine: Vec::new(),
+        }
+    }
+
+    pub fn granted(&self) -> u16 {
+        self.places.len() as u16
+    }
+
+    /// After the controller was disabled: it has forgotten all queues, and touches no memory any more.
+    pub fn forget(&mut self) {
+        for place in self.places.iter_mut() {
+            if let Some(place) = place {
+                place.state = State::Unknown;
+            }
+            if place.as_ref().is_some_and(|place| place.lease.strong_count() == 0) {
+                if let Some(vector) = place.as_ref().and_then(|place| place.vector) {
+                    self.vectors[usize::from(vector) - 1] = false;
+                }
+                *place = None;
+            }
+        }
+        self.quarantine.clear();
+    }
+
+    /// Keeps memory until the controller has been reset.
+    pub fn quarantine(&mut self, memory: DmaBuffer) {
+        self.quarantine.push(memory);
+    }
+
+    fn take_vector(&mut self) -> Option<u16> {
+        let at = self.vectors.iter().position(|taken| !taken)?;
+        self.vectors[at] = true;
+        Some(at as u16 + 1)
+    }
+
+    fn give_back(&mut self, id: u16) {
+        if let Some(place) = self.places[usize::from(id) - 1].take()
+            && let Some(vector) = place.vector
+        {
+            self.vectors[usize::from(vector) - 1] = false;
+        }
+    }
+}
+
+/// Shadow doorbells and event indexes, one page each (NVMe Base 2.0, 5.8 and B.5).
+pub(crate) struct Shadow {
+    values: DmaBuffer,
+    events: DmaBuffer,
+    stride: u8,
+}
+
+impl Shadow {
+    /// Queue pairs, admin included, that one page has room for.
+    pub fn room(stride: u8) -> u16 {
+        (4096 / (2 * (4u32 << stride))).min(u16::MAX.into()) as u16
+    }
+
+    pub fn new(hardware: &Hardware) -> Result<Shadow, Error> {
+        let page = || hardware.device.dma().allocate(4096).doing("allocate the shadow doorbells");
+        Ok(Shadow { values: page()?, events: page()?, stride: hardware.capabilities.doorbell_stride() })
+    }
+
+    /// Tells the controller, which has been reset before, to use the pages from now on.
+    pub fn announce(&self, hardware: &Hardware, admin: &mut Admin, timeout: Duration) -> Result<(), Error> {
+        for page in [&self.values, &self.events] {
+            page.write(0, &[0; 4096]).expect("it has 4096 bytes");
+        }
+        let command = Command::new(admin::DOORBELL_BUFFER_CONFIG, 0).with_prps(self.values.iova(), self.events.iova());
+        admin.execute(hardware, command, timeout, || "Doorbell Buffer Config".into())?;
+        let place = |index| part(&self.values, index, self.stride);
+        admin.use_shadow(AdminShadow { tail: place(0), head: place(1) });
+        Ok(())
+    }
+
+    fn doorbells(&self, id: u16) -> ShadowDoorbells {
+        let doorbell = |index| ShadowDoorbell {
+            value: part(&self.values, index, self.stride),
+            event: part(&self.events, index, self.stride),
+        };
+        let index = 2 * usize::from(id);
+        ShadowDoorbells { submission: doorbell(index), completion: doorbell(index + 1) }
+    }
+}
+
+fn part(page: &DmaBuffer, index: usize, stride: u8) -> DmaSlice<AtomicU32> {
+    page.slice(index * (4 << stride), 1).expect("no more queue pairs are granted than the page has room for")
+}
+
+impl Controller {
+    /// Queue pairs the controller granted. They can be in use all at once.
+    pub fn max_queue_pairs(&self) -> u16 {
+        lock(&self.inner.queues).granted()
+    }
+
+    /// Creates a queue pair. Give it back with [`Controller::delete_queue_pair`]; one that was dropped is deleted when its
+    /// place is needed.
+    pub fn create_queue_pair(&self, options: QueuePairOptions) -> Result<QueuePair, Error> {
+        let inner = &*self.inner;
+        let limit = inner.hardware.capabilities.max_queue_entries().min(MAX_ENTRIES.into()) as u16;
+        let entries = options.entries.unwrap_or(inner.options.queue_entries).min(limit);
+        if entries < 2 {
+            return Err(Error::Invalid(format!("a queue pair of {entries} entries cannot be; ask for 2 or more")));
+        }
+        let mut queues = lock(&inner.queues);
+        let id = match queues.places.iter().position(Option::is_none) {
+            Some(at) => at as u16 + 1,
+            None => self.reclaim(&mut queues)?,
+        };
+        let vector = match options.interrupt {
+            true => Some(queues.take_vector().ok_or_else(|| {
+                Error::Unsupported(format!(
+                    "another interrupt vector ({} for queue pairs)",
+                    inner.vectors.len().saturating_sub(1)
+                ))
+            })?),
+            false => None,
+        };
+        let result = self.make_pair(&mut queues, id, entries, vector);
+        match (&result, vector) {
+            (Ok(_), _) => {}
+            // Kept in its place if the controller may know of it.
+            (Err(_), _) if queues.places[usize::from(id) - 1].is_some() => {}
+            (Err(_), Some(vector)) => queues.vectors[usize::from(vector) - 1] = false,
+            (Err(_), None) => {}
+        }
+        result
+    }
+
+    fn make_pair(&self, queues: &mut Queues, id: u16, entries: u16, vector: Option<u16>) -> Result<QueuePair, Error> {
+        let inner = &*self.inner;
+        let (submission, completion) = inner.hardware.doorbells(id)?;
+        let interrupt = vector
+            .map(|vector| inner.vectors[usize::from(vector)].try_clone())
+            .transpose()
+            .map_err(|error| Error::Invalid(format!("cannot duplicate an interrupt's eventfd: {error}")))?;
+        let settings = QueueSettings {
+            id,
+            entries,
+            max_transfer: inner.identity.max_transfer.unwrap_or(u32::MAX),
+            sgl: inner.identity.sgl,
+            timeout: inner.options.io_timeout,
+            interrupt,
+            shadow: inner.shadow.as_ref().map(|shadow| shadow.doorbells(id)),
+        };
+        let pair = QueuePair::new(inner.hardware.device.dma(), settings, submission, completion)
+            .doing("allocate the memory of a queue pair")?;
+        queues.places[usize::from(id) - 1] = Some(Place {
+            lease: Arc::downgrade(pair.lease()),
+            _memory: pair.memory().clone(),
+            vector,
+            state: State::Unknown,
+        });
+        let created = self.create_queues(queues, &pair);
+        if created.is_err() && self.remove_queues(queues, id).is_ok() {
+            queues.give_back(id);
+        }
+        created.map(|()| pair)
+    }
+
+    /// Creates a queue pair again, with its old identifier and memory, after [`Controller::reset`].
+    ///
+    /// Its outstanding requests have to be taken out before, with [`QueuePair::drain_after_reset`].
+    pub fn recreate_queue_pair(&self, pair: &mut QueuePair) -> Result<(), Error> {
+        let mut queues = lock(&self.inner.queues);
+        let place = self.place_of(&mut queues, pair)?;
+        if place.state != State::Unknown {
+            return Err(Error::Invalid(format!(
+                "queue pair {} exists; it is created again only after a reset",
+                pair.id()
+            )));
+        }
+        if pair.outstanding() > 0 {
+            return Err(Error::Invalid(format!(
+                "queue pair {} has {} requests from before the reset; take them out first",
+                pair.id(),
+                pair.outstanding()
+            )));
+        }
+        self.create_queues(&mut queues, pair)
+    }
+
+    /// Deletes a queue pair. The controller touches neither its queues nor the memory of its outstanding requests when this
+    /// has succeeded; those requests get no completion.
+    ///
+    /// After an error the controller may still use that memory, until it has been reset; the queues' own is kept until then.
+    pub fn delete_queue_pair(&self, pair: QueuePair) -> Result<(), Error> {
+        let mut queues = lock(&self.inner.queues);
+        self.place_of(&mut queues, &pair)?;
+        self.remove_queues(&mut queues, pair.id())?;
+        queues.give_back(pair.id());
+        Ok(())
+    }
+
+    /// The place of a pair, if it is one of this controller's.
+    fn place_of<'a>(&self, queues: &'a mut Queues, pair: &QueuePair) -> Result<&'a mut Place, Error> {
+        let lease = Arc::downgrade(pair.lease());
+        let place = usize::from(pair.id()).checked_sub(1).and_then(|at| queues.places.get_mut(at)?.as_mut());
+        place.filter(|place| place.lease.ptr_eq(&lease)).ok_or_else(|| {
+            Error::Invalid(format!(
+                "queue pair {} does not belong to controller {}",
+                pair.id(),
+                self.inner.hardware.name
+            ))
+        })
+    }
+
+    /// Deletes a queue pair whose owner has dropped it, and returns its identifier.
+    fn reclaim(&self, queues: &mut Queues) -> Result<u16, Error> {
+        let dropped = |place: &Option<Place>| place.as_ref().is_some_and(|place| place.lease.strong_count() == 0);
+        let Some(at) = queues.places.iter().position(dropped) else {
+            return Err(Error::NoQueuePairsLeft { granted: queues.granted() });
+        };
+        let id = at as u16 + 1;
+        log::debug!("{}: queue pair {id} was dropped; deleting it", self.inner.hardware.name);
+        self.remove_queues(queues, id)?;
+        queues.give_back(id);
+        Ok(id)
+    }
+
+    /// Create I/O Completion Queue, then Create I/O Submission Queue (NVMe Base 2.0, 5.4, 5.5). Both are contiguous.
+    fn create_queues(&self, queues: &mut Queues, pair: &QueuePair) -> Result<(), Error> {
+        const CONTIGUOUS: u32 = 1;
+        const INTERRUPTS: u32 = 2;
+        let inner = &*self.inner;
+        let id = pair.id();
+        let Some(place) = &mut queues.places[usize::from(id) - 1] else {
+            return Err(Error::Invalid(format!("queue pair {id} has no place")));
+        };
+        let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
+        let flags = place.vector.map_or(CONTIGUOUS, |vector| u32::from(vector) << 16 | INTERRUPTS | CONTIGUOUS);
+        let mut admin = lock(&inner.admin);
+        let completion =
+            Command::new(admin::CREATE_CQ, 0).with_prps(pair.completion_iova(), 0).with_cdw10(size).with_cdw11(flags);
+        admin.execute(&inner.hardware, completion, inner.options.admin_timeout, || {
+            format!("Create I/O Completion Queue {id} of {} entries", pair.entries())
+        })?;
+        place.state = State::CompletionOnly;
+        let submission = Command::new(admin::CREATE_SQ, 0)
+            .with_prps(pair.submission_iova(), 0)
+            .with_cdw10(size)
+            .with_cdw11(u32::from(id) << 16 | CONTIGUOUS);
+        admin.execute(&inner.hardware, submission, inner.options.admin_timeout, || {
+            format!("Create I/O Submission Queue {id} of {} entries", pair.entries())
+        })?;
+        place.state = State::Created;
+        Ok(())
+    }
+
+    /// Delete I/O Submission Queue, then Delete I/O Completion Queue (NVMe Base 2.0, 5.6, 5.7), as far as they exist.
+    fn remove_queues(&self, queues: &mut Queues, id: u16) -> Result<(), Error> {
+        let inner = &*self.inner;
+        let Some(place) = &mut queues.places[usize::from(id) - 1] else { return Ok(()) };
+        let mut admin = lock(&inner.admin);
+        let mut delete = |opcode, name: &str| {
+            let command = Command::new(opcode, 0).with_cdw10(id.into());
+            admin.execute(&inner.hardware, command, inner.options.admin_timeout, || format!("{name} {id}"))
+        };
+        if place.state == State::Created {
+            delete(admin::DELETE_SQ, "Delete I/O Submission Queue")?;
+            place.state = State::CompletionOnly;
+        }
+        if place.state == State::CompletionOnly {
+            delete(admin::DELETE_CQ, "Delete I/O Completion Queue")?;
+            place.state = State::Unknown;
+        }
+        Ok(())
+    }
+}
+
+/// Eventfds for the admin queue (vector 0) and `pairs` queue pairs, as far as the device has vectors, enabled.
+pub(crate) fn enable_vectors(hardware: &Hardware, pairs: u16) -> Result<Vec<EventFd>, Error> {
+    let count = hardware.device.interrupt_vectors().min(u32::from(pairs) + 1);
+    if count == 0 {
+        return Ok(Vec::new());
+    }
+    let event = |_| {
+        EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).map_err(|error| {
+            Error::Invalid(format!(
+                "cannot make {count} eventfds for interrupts: {error}; raise the limit of open files"
+            ))
+        })
+    };
+    let vectors = (0..count).map(event).collect::<Result<Vec<_>, _>>()?;
+    let events: Vec<&EventFd> = vectors.iter().collect();
+    hardware.device.enable_interrupts(&events).doing("enable MSI-X vectors")?;
+    Ok(vectors)
+}
+
+/// More entries than this a queue pair does not use: each has a page for its data pointers.
+const MAX_ENTRIES: u16 = 4096;
