@@ -7,12 +7,16 @@
 //! Crash recovery will note each chain between [`Ring::pop`] and [`QueuePair::submit`], and again before
 //! [`Ring::push_used`]; the log of written pages for live migration belongs where a status is written.
 
+mod bounced;
+
 use std::fs::File;
 use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nvme_driver::{QueuePair, Status, SubmitError, Work};
+use nvme_driver::{BouncePool, QueuePair, Status, SubmitError, Work};
+
+use bounced::Bounced;
 
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::Disk;
@@ -67,7 +71,7 @@ struct Slot {
     status: u64,
     /// The chain; 0 entries: the slot is free.
     head: Head,
-    /// Length for the used element if all goes well.
+    /// Length for the used element if all goes well, at least 1; 0: the request is among the bounced ones.
     written: u32,
 }
 
@@ -93,8 +97,12 @@ pub struct Lane {
     /// Slots that are free; its capacity is never exceeded.
     free: Vec<u16>,
     mode: Mode,
+    /// The controller was stopped: nothing can be given to the queue pair any more.
+    drive_lost: bool,
     /// A parsed request (its segments and ranges are still in the parser) that found the queue pair full.
     pending: Option<(Head, Request)>,
+    /// Requests whose data is copied; nearly always empty.
+    bounced: Vec<Bounced>,
     tally: Tally,
     disk: Arc<Disk>,
     call: Option<File>,
@@ -102,6 +110,8 @@ pub struct Lane {
     error: Option<File>,
     counters: Arc<LaneCounters>,
     state: Arc<LaneState>,
+    /// Why the guest's ring is broken, until it has been told.
+    reason: Option<String>,
     name: String,
 }
 
@@ -122,7 +132,9 @@ impl Lane {
             slots: vec![Slot::default(); size.into()],
             free: (0..size).rev().collect(),
             mode: Mode::Running,
+            drive_lost: false,
             pending: None,
+            bounced: Vec::new(),
             tally: counters.read(),
             disk,
             call,
@@ -130,6 +142,7 @@ impl Lane {
             error,
             counters,
             state: Arc::default(),
+            reason: None,
             name,
         }
     }
@@ -163,7 +176,10 @@ impl Lane {
     /// Takes what the driver made available and hands it to `pair`, at most a batch; the caller rings the doorbell. `tag` is
     /// or-ed into each token, whose lower 16 bits are the lane's. Returns how many chains were taken.
     #[inline]
-    pub(crate) fn submit(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
+    pub(crate) fn submit(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> usize {
+        if !self.bounced.is_empty() {
+            self.advance_bounced(pair, pool, tag);
+        }
         if self.mode != Mode::Running {
             return self.refuse();
         }
@@ -224,22 +240,28 @@ impl Lane {
                 if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
                     *entry = Slot { status: request.status, head, written: request.written };
                 }
-                match request.operation {
-                    Operation::Read { .. } => {
-                        self.tally.reads += 1;
-                        self.tally.bytes_read += u64::from(request.bytes);
-                    }
-                    Operation::Write { .. } => {
-                        self.tally.writes += 1;
-                        self.tally.bytes_written += u64::from(request.bytes);
-                    }
-                    Operation::Flush => self.tally.flushes += 1,
-                    Operation::Discard => self.tally.discards += 1,
-                    Operation::WriteZeroes { .. } => self.tally.write_zeroes += 1,
-                }
+                self.count(request);
                 true
             }
             Err(error) => self.not_submitted(error, head, request),
+        }
+    }
+
+    #[inline(always)]
+    fn count(&mut self, request: Request) {
+        let tally = &mut self.tally;
+        match request.operation {
+            Operation::Read { .. } => {
+                tally.reads += 1;
+                tally.bytes_read += u64::from(request.bytes);
+            }
+            Operation::Write { .. } => {
+                tally.writes += 1;
+                tally.bytes_written += u64::from(request.bytes);
+            }
+            Operation::Flush => tally.flushes += 1,
+            Operation::Discard => tally.discards += 1,
+            Operation::WriteZeroes { .. } => tally.write_zeroes += 1,
         }
     }
 
@@ -247,10 +269,17 @@ impl Lane {
     #[cold]
     #[inline(never)]
     fn not_submitted(&mut self, error: SubmitError, head: Head, request: Request) -> bool {
-        if error == SubmitError::Full {
-            self.tally.full += 1;
-            self.pending = Some((head, request));
-            return false;
+        match error {
+            SubmitError::Full => {
+                self.tally.full += 1;
+                self.pending = Some((head, request));
+                return false;
+            }
+            SubmitError::NeedsBounce => {
+                self.bounce(head, request);
+                return true;
+            }
+            _ => {}
         }
         log::warn!("{}: the request at descriptor {} cannot be given to the drive: {error}", self.name, head.id);
         self.answer(head, request::IOERR, request.status, 1);
@@ -281,6 +310,9 @@ impl Lane {
         let Slot { status: address, head, written } = *entry;
         if head.entries == 0 {
             return;
+        }
+        if written == 0 {
+            return self.bounced_piece_done(slot, status);
         }
         entry.head.entries = 0;
         self.free.push(slot);
@@ -368,11 +400,17 @@ impl Lane {
         self.publish();
         self.mode = Mode::Broken;
         self.pending = None;
+        self.reason = Some(why.to_string());
         self.state.set_broken();
         if let Some(mut error) = self.error.as_ref() {
             // As for the call: an error here is the front-end's own doing.
             let _ = error.write(&1u64.to_ne_bytes());
         }
+    }
+
+    /// Why the ring is broken; told once.
+    pub(crate) fn take_reason(&mut self) -> Option<String> {
+        self.reason.take()
     }
 
     /// Takes no more requests; those with the drive are still answered.
@@ -403,6 +441,7 @@ impl Lane {
 
     /// The drive is gone for good, its queue pair drained: everything from here on is answered with an error.
     pub(crate) fn lose_drive(&mut self) {
+        self.drive_lost = true;
         if self.mode == Mode::Running {
             self.mode = Mode::WithoutDrive;
         }

@@ -320,6 +320,27 @@ impl Parser {
     }
 }
 
+/// Where the data of a read or write lies in guest memory; `chain` is the one it was parsed from.
+pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> Vec<Buffer> {
+    let read = matches!(operation, Operation::Read { .. });
+    let mut buffers = if read { chain.writable().to_vec() } else { chain.readable().to_vec() };
+    if read {
+        // The status byte is the last one.
+        if let Some(last) = buffers.last_mut() {
+            last.bytes -= 1;
+        }
+    } else {
+        let mut header = HEADER_BYTES;
+        for buffer in &mut buffers {
+            let piece = header.min(buffer.bytes);
+            header -= piece;
+            *buffer = Buffer { address: buffer.address + u64::from(piece), bytes: buffer.bytes - piece };
+        }
+    }
+    buffers.retain(|buffer| buffer.bytes != 0);
+    buffers
+}
+
 /// A request's header as two words, what is left of the buffer it ends in, and the buffers after that.
 type Header<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
 

@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nvme_driver::QueuePair;
+use nvme_driver::{BouncePool, QueuePair};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::guest_memory::GuestMemory;
@@ -47,14 +47,21 @@ impl PairId {
 /// What a worker has to tell unasked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Event {
+pub enum WorkerEvent {
     /// The controller has not answered requests within the command timeout. They stay unanswered, for it may still write to
-    /// their memory: stop the controller, then call [`WorkerPool::lose_drive`].
+    /// their memory: stop the controller, then call [`WorkerPool::fail_queue_pair`].
     Expired {
         /// The queue pair they were given to.
         pair: PairId,
         /// How many have just expired.
-        requests: usize,
+        count: usize,
+    },
+    /// A guest broke its virtqueue; the lane does nothing any more until the device is reset.
+    Broken {
+        /// The lane's name.
+        name: String,
+        /// What was wrong.
+        reason: String,
     },
     /// A worker has panicked; its lanes are not served any more. A defect of this program.
     WorkerDied {
@@ -139,7 +146,7 @@ struct Thread {
 pub struct WorkerPool {
     threads: Vec<Thread>,
     next_lane: AtomicU64,
-    events: Mutex<Option<Receiver<Event>>>,
+    events: Mutex<Receiver<WorkerEvent>>,
 }
 
 impl WorkerPool {
@@ -153,15 +160,19 @@ impl WorkerPool {
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         // Whoever drives the workers and the drive needs a core, too.
         let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
-        let mut pool =
-            WorkerPool { threads: Vec::new(), next_lane: AtomicU64::new(1), events: Mutex::new(Some(receiver)) };
+        let mut pool = WorkerPool { threads: Vec::new(), next_lane: AtomicU64::new(1), events: Mutex::new(receiver) };
         for (number, cpu) in places.into_iter().enumerate() {
             pool.threads.push(Self::start_thread(number, cpu, crowded, events.clone())?);
         }
         Ok(pool)
     }
 
-    fn start_thread(number: usize, cpu: Option<usize>, crowded: bool, events: Sender<Event>) -> Result<Thread, Error> {
+    fn start_thread(
+        number: usize,
+        cpu: Option<usize>,
+        crowded: bool,
+        events: Sender<WorkerEvent>,
+    ) -> Result<Thread, Error> {
         let failed = |source| Error::Start { worker: number, source };
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
@@ -181,7 +192,7 @@ impl WorkerPool {
                 worker.abandon();
                 let message = panic_message(panic.as_ref());
                 log::error!("worker {number} panicked, its queues are not served any more: {message}");
-                let _ = events.send(Event::WorkerDied { worker: number, message });
+                let _ = events.send(WorkerEvent::WorkerDied { worker: number, message });
                 0
             })
         };
@@ -202,19 +213,20 @@ impl WorkerPool {
         self.threads.is_empty()
     }
 
-    /// What workers tell unasked; the first caller gets it. It ends when all workers have ended.
-    pub fn events(&self) -> Option<Receiver<Event>> {
-        self.events.lock().unwrap_or_else(PoisonError::into_inner).take()
+    /// What workers have told unasked since the last call.
+    pub fn events(&self) -> Vec<WorkerEvent> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect()
     }
 
-    /// Moves a queue pair to a worker.
+    /// Moves a queue pair to a worker, and with it the bounce buffers for data its drive cannot reach where it lies
+    /// (64 KiB serve any request; more lets several be copied at a time).
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_queue_pair(&self, worker: usize, pair: QueuePair) -> PairId {
+    pub fn add_queue_pair(&self, worker: usize, pair: QueuePair, pool: BouncePool) -> PairId {
         let thread = &self.threads[worker];
         let index = thread.pairs.fetch_add(1, Ordering::Relaxed);
-        thread.mailbox.send(Mail::AddPair { index, pair });
+        thread.mailbox.send(Mail::AddPair { index, group: Group::new(pair, pool) });
         PairId { worker, index }
     }
 
@@ -246,9 +258,9 @@ impl WorkerPool {
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn lose_drive(&self, pair: PairId) -> Result<(), Error> {
+    pub fn fail_queue_pair(&self, pair: PairId) -> Result<(), Error> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::LoseDrive { index: pair.index, reply });
+        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
     }
 

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use nvme_driver::{QueuePair, Status};
+use nvme_driver::{BouncePool, QueuePair, Status};
 
 use crate::lane::Lane;
 
@@ -13,14 +13,16 @@ const LANE_SHIFT: u32 = 32;
 /// virtqueues.
 pub struct Group {
     pair: QueuePair,
+    /// For data the drive cannot reach where it lies.
+    pool: BouncePool,
     /// By index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
 }
 
 impl Group {
-    /// A queue pair without lanes.
-    pub fn new(pair: QueuePair) -> Self {
-        Group { pair, lanes: Vec::new() }
+    /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
+    pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
+        Group { pair, pool, lanes: Vec::new() }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
@@ -41,11 +43,11 @@ impl Group {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Group { pair, lanes } = self;
+        let Group { pair, pool, lanes } = self;
         let mut moved = 0;
         for (index, lane) in lanes.iter_mut().enumerate() {
             if let Some(lane) = lane {
-                moved += lane.submit(pair, (index as u64) << LANE_SHIFT);
+                moved += lane.submit(pair, pool, (index as u64) << LANE_SHIFT);
             }
         }
         pair.ring();
@@ -99,14 +101,17 @@ impl Group {
     /// The controller is stopped and touches no memory any more: what is in flight is answered with an error, as is
     /// everything that comes later.
     pub(crate) fn lose_drive(&mut self) {
-        let Group { pair, lanes } = self;
+        let Group { pair, pool, lanes } = self;
         pair.drain_after_reset(|token| {
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
                 lane.complete(token, Status::ABORTED_BY_HOST);
             }
         });
-        for lane in lanes.iter_mut().flatten() {
+        for (index, lane) in lanes.iter_mut().enumerate() {
+            let Some(lane) = lane else { continue };
             lane.lose_drive();
+            // Requests that are copied find out in their next turn.
+            lane.submit(pair, pool, (index as u64) << LANE_SHIFT);
             lane.publish();
         }
     }

@@ -11,6 +11,7 @@ use std::time::Instant;
 use nvme_driver::QueuePair;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::Group;
 use crate::guest_memory::GuestMemory;
 use crate::lane::Lane;
 
@@ -18,7 +19,7 @@ use crate::lane::Lane;
 pub(super) type LaneId = u64;
 
 pub(super) enum Mail {
-    AddPair { index: usize, pair: QueuePair },
+    AddPair { index: usize, group: Group },
     TakePair { index: usize, reply: Sender<Option<QueuePair>> },
     Start { id: LaneId, pair: usize, lane: Lane },
     Stop { id: LaneId, reply: Sender<Lane> },
@@ -26,7 +27,7 @@ pub(super) enum Mail {
     SetCall { id: LaneId, call: Option<File> },
     SetKick { id: LaneId, kick: Option<File> },
     SetError { id: LaneId, error: Option<File> },
-    LoseDrive { index: usize, reply: Sender<()> },
+    FailPair { index: usize, reply: Sender<()> },
     End { deadline: Instant },
 }
 

@@ -14,7 +14,7 @@ use rustix::event::epoll;
 
 use super::group::Group;
 use super::mailbox::{LaneId, Mail, Mailbox};
-use super::{Event, PairId};
+use super::{PairId, WorkerEvent};
 use crate::lane::Lane;
 
 /// With nothing in flight for this long a worker goes to sleep.
@@ -43,7 +43,7 @@ struct Place {
 pub(super) struct Worker {
     number: usize,
     mailbox: Arc<Mailbox>,
-    events: Sender<Event>,
+    events: Sender<WorkerEvent>,
     epoll: OwnedFd,
     groups: Vec<Option<Group>>,
     lanes: HashMap<LaneId, Place>,
@@ -62,7 +62,7 @@ impl Worker {
     pub(super) fn new(
         number: usize,
         mailbox: Arc<Mailbox>,
-        events: Sender<Event>,
+        events: Sender<WorkerEvent>,
         crowded: bool,
     ) -> std::io::Result<Worker> {
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
@@ -117,18 +117,29 @@ impl Worker {
         }
     }
 
+    /// What has to be done every few milliseconds.
     fn tick(&mut self, now: Instant) {
         if now.duration_since(self.last_tick) < TICK {
             return;
         }
         self.last_tick = now;
+        self.report_broken();
         for (index, group) in self.groups.iter_mut().enumerate() {
             let Some(group) = group else { continue };
             let expired = group.tick(now);
             if expired != 0 {
                 let pair = PairId { worker: self.number, index };
                 // Nobody listens any more when the program ends.
-                let _ = self.events.send(Event::Expired { pair, requests: expired });
+                let _ = self.events.send(WorkerEvent::Expired { pair, count: expired });
+            }
+        }
+    }
+
+    fn report_broken(&mut self) {
+        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
+            if let Some(reason) = lane.take_reason() {
+                // As above.
+                let _ = self.events.send(WorkerEvent::Broken { name: lane.name().to_owned(), reason });
             }
         }
     }
@@ -156,6 +167,7 @@ impl Worker {
 
     /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
     fn sleep(&mut self) {
+        self.report_broken();
         let unwatched = self.lanes.values().any(|place| {
             let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
             lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
@@ -229,11 +241,11 @@ impl Worker {
         for mail in self.mailbox.take() {
             // A reply that nobody waits for any more is dropped.
             match mail {
-                Mail::AddPair { index, pair } => {
+                Mail::AddPair { index, group } => {
                     if self.groups.len() <= index {
                         self.groups.resize_with(index + 1, || None);
                     }
-                    self.groups[index] = Some(Group::new(pair));
+                    self.groups[index] = Some(group);
                 }
                 Mail::TakePair { index, reply } => {
                     let _ = reply.send(self.take_pair(index));
@@ -261,7 +273,7 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
-                Mail::LoseDrive { index, reply } => {
+                Mail::FailPair { index, reply } => {
                     if let Some(Some(group)) = self.groups.get_mut(index) {
                         group.lose_drive();
                     }
