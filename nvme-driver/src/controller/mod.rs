@@ -167,6 +167,16 @@ impl Controller {
         self.inner.hardware.check().map(|_| ())
     }
 
+    /// What CSTS reads, for a message.
+    pub(crate) fn csts(&self) -> u32 {
+        self.inner.hardware.csts_or_ones()
+    }
+
+    /// Keeps memory that the controller may still write to until it has been reset.
+    pub(crate) fn quarantine(&self, memory: vfio::DmaBuffer) {
+        lock(&self.inner.queues).quarantine(memory);
+    }
+
     /// Resets the controller and brings it up again, also after a command that was never answered or a fatal status.
     ///
     /// The controller forgets its queue pairs and touches no memory of their requests any more. Their owners must not ring

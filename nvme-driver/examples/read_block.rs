@@ -1,0 +1,45 @@
+//! Opens a controller, says what it is, and reads a block.
+//!
+//! ```text
+//! cargo run -p nvme-driver --example read_block -- 0000:01:00.0          # a drive bound to vfio-pci
+//! cargo run -p nvme-driver --example read_block -- vfio-user:/path.sock  # a software controller
+//! ```
+//!
+//! After the address: the namespace (1) and the block (0).
+
+use std::error::Error;
+use std::time::Duration;
+
+use nvme_driver::{Controller, Options};
+
+fn main() -> Result<(), Box<dyn Error>> {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    let mut arguments = std::env::args().skip(1);
+    let address = arguments.next().ok_or("usage: read_block ADDRESS [NAMESPACE [BLOCK]]")?;
+    let id: u32 = arguments.next().as_deref().unwrap_or("1").parse().map_err(|error| format!("NAMESPACE: {error}"))?;
+    let block: u64 = arguments.next().as_deref().unwrap_or("0").parse().map_err(|error| format!("BLOCK: {error}"))?;
+
+    let device = vfio::Device::open(&address.parse()?)?;
+    let controller = Controller::open(&device, &Options::default())?;
+    let identity = controller.identity();
+    println!("model      {}", identity.model);
+    println!("serial     {}", identity.serial);
+    println!("firmware   {} (NVMe {})", identity.firmware, identity.version);
+    println!("namespaces {:?}", controller.namespaces()?);
+
+    let mut disk = controller.blocking(id, Duration::from_secs(10))?;
+    let namespace = disk.namespace();
+    println!("namespace  {id}: {} blocks of {} bytes", namespace.blocks, namespace.block_bytes());
+
+    let mut data = vec![0; namespace.block_bytes() as usize];
+    disk.read(block, &mut data)?;
+    println!("block {block}:");
+    for (line, bytes) in data.chunks(16).enumerate() {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x} ")).collect();
+        let text: String = bytes.iter().map(|&byte| if byte.is_ascii_graphic() { byte as char } else { '.' }).collect();
+        println!("{:06x}  {hex} {text}", line * 16);
+    }
+    drop(disk);
+    controller.shutdown()?;
+    Ok(())
+}
