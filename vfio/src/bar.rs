@@ -40,12 +40,16 @@ impl Bar {
     }
 
     /// Reads a 32-bit register; `offset` is a multiple of 4.
+    ///
+    /// What the device stored to DMA memory before it set the register is visible afterwards.
     pub fn read_u32(&self, offset: u64) -> Result<u32, Error> {
         self.check(offset, 4)?;
         match self.pointer::<u32>(offset) {
             Some((register, _area)) => {
                 // SAFETY: `register` points to 4 aligned bytes of the mapping that `_area` keeps.
-                Ok(u32::from_le(unsafe { VolatilePtr::new(register) }.read()))
+                let value = unsafe { VolatilePtr::new(register) }.read();
+                acquire_dma_loads();
+                Ok(u32::from_le(value))
             }
             None => {
                 let mut data = [0; 4];
@@ -57,13 +61,16 @@ impl Bar {
 
     /// Reads a 64-bit register in one access of 8 bytes; `offset` is a multiple of 8.
     ///
-    /// The kernel makes two 32-bit accesses of a request if the platform needs it, low half first.
+    /// What the device stored to DMA memory before it set the register is visible afterwards. Where the region is not
+    /// mapped, the kernel may make two 32-bit accesses of the request, low half first.
     pub fn read_u64(&self, offset: u64) -> Result<u64, Error> {
         self.check(offset, 8)?;
         match self.pointer::<u64>(offset) {
             Some((register, _area)) => {
                 // SAFETY: `register` points to 8 aligned bytes of the mapping that `_area` keeps.
-                Ok(u64::from_le(unsafe { VolatilePtr::new(register) }.read()))
+                let value = unsafe { VolatilePtr::new(register) }.read();
+                acquire_dma_loads();
+                Ok(u64::from_le(value))
             }
             None => {
                 let mut data = [0; 8];
@@ -109,7 +116,9 @@ impl Bar {
     pub fn doorbell(&self, offset: u64) -> Result<Doorbell, Error> {
         self.check(offset, 4)?;
         Ok(Doorbell(match self.pointer::<u32>(offset) {
-            Some((register, area)) => Target::Mapped(MappedDoorbell { register, _area: area.clone() }),
+            Some((register, area)) => {
+                Target::Mapped(MappedDoorbell { register, _area: area.clone(), _backend: self.inner.backend.clone() })
+            }
             None => Target::Request(Box::new(RequestDoorbell {
                 index: self.inner.index,
                 offset,
@@ -164,10 +173,13 @@ enum Target {
 
 struct MappedDoorbell {
     register: NonNull<u32>,
+    // In the order in which they have to go: the device is given back when nothing of it is mapped.
     _area: Arc<MappedArea>,
+    _backend: Arc<dyn Backend>,
 }
 
-// SAFETY: the pointer leads into the mapping that `_area` keeps, which any thread may use by volatile accesses.
+// SAFETY: the pointer leads into the mapping that `_area` keeps, which any thread may use by volatile
+// accesses; all else in it is `Send`.
 unsafe impl Send for MappedDoorbell {}
 
 struct RequestDoorbell {
@@ -225,4 +237,81 @@ fn publish_dma_stores() {
     };
     #[cfg(not(target_arch = "aarch64"))]
     std::sync::atomic::fence(Ordering::Release);
+}
+
+/// Orders an earlier load from a register before following loads from memory.
+///
+/// Pairs with the device's stores to DMA memory before the change of its register. x86-64 keeps loads in order.
+#[inline(always)]
+fn acquire_dma_loads() {
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a barrier instruction, as above. `oshld`: loads before it, loads and stores behind it.
+    unsafe {
+        std::arch::asm!("dmb oshld", options(nostack, preserves_flags))
+    };
+    #[cfg(not(target_arch = "aarch64"))]
+    std::sync::atomic::fence(Ordering::Acquire);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::fake::{BAR_BYTES, FakeBackend};
+
+    fn bar() -> (Arc<FakeBackend>, Bar) {
+        let backend = Arc::new(FakeBackend::default());
+        (backend.clone(), Bar::new(0, backend.region(0), backend))
+    }
+
+    #[test]
+    fn mapped_registers_need_no_request() {
+        let (backend, bar) = bar();
+        bar.write_u64(0x1ff8, 0x1122_3344_5566_7788).unwrap();
+        assert_eq!(bar.read_u32(0x1ff8).unwrap(), 0x5566_7788, "little-endian");
+        assert_eq!(bar.read_u32(0x1ffc).unwrap(), 0x1122_3344);
+        bar.write_u32(0x1000, 5).unwrap();
+        assert_eq!(bar.read_u64(0x1000).unwrap(), 5);
+        assert_eq!(backend.requests(), 0);
+    }
+
+    #[test]
+    fn other_registers_are_requests() {
+        let (backend, bar) = bar();
+        bar.write_u64(0x0ff8, 0x1122_3344_5566_7788).unwrap();
+        assert_eq!(bar.read_u32(0x0ff8).unwrap(), 0x5566_7788);
+        bar.write_u32(0x2000, 5).unwrap();
+        assert_eq!(bar.read_u64(0x2000).unwrap(), 5);
+        assert_eq!(backend.requests(), 4);
+    }
+
+    #[test]
+    fn accesses_outside_or_misaligned_are_refused() {
+        let (backend, bar) = bar();
+        for offset in [1, 2, 0x1001, BAR_BYTES, u64::MAX, u64::MAX - 3, BAR_BYTES - 2] {
+            assert!(matches!(bar.read_u32(offset), Err(Error::OutOfRegion { .. })), "{offset:#x}");
+            assert!(bar.write_u32(offset, 1).is_err() && bar.doorbell(offset).is_err(), "{offset:#x}");
+        }
+        for offset in [4, 0x1004, BAR_BYTES - 4, u64::MAX - 7] {
+            assert!(bar.read_u64(offset).is_err() && bar.write_u64(offset, 1).is_err(), "{offset:#x}");
+        }
+        assert_eq!(backend.requests(), 0);
+    }
+
+    #[test]
+    fn a_doorbell_outlives_its_bar_and_may_move() {
+        let (backend, bar) = bar();
+        let doorbell = bar.doorbell(0x1008).unwrap();
+        let requested = bar.doorbell(0x10).unwrap();
+        assert!(doorbell.is_mapped() && !requested.is_mapped());
+        assert!(bar.is_mapped(0x1008, 4) && !bar.is_mapped(0x1ffc, 8));
+        std::thread::spawn(move || {
+            doorbell.ring(0xdead_beef);
+            requested.ring(9);
+        })
+        .join()
+        .unwrap();
+        assert_eq!(bar.read_u32(0x1008).unwrap(), 0xdead_beef);
+        assert_eq!(backend.requests(), 1);
+        assert_eq!(bar.read_u32(0x10).unwrap(), 9);
+    }
 }

@@ -118,3 +118,60 @@ fn write<const N: usize>(backend: &dyn Backend, offset: u16, data: [u8; N]) -> R
     check(backend, offset, N)?;
     backend.write(CONFIG_REGION, offset.into(), &data)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::fake::FakeBackend;
+
+    fn config(bytes: &[(usize, u8)]) -> (Arc<FakeBackend>, ConfigSpace) {
+        let backend = Arc::new(FakeBackend::default());
+        bytes.iter().for_each(|&(at, byte)| backend.config.lock().unwrap()[at] = byte);
+        (backend.clone(), ConfigSpace::new(backend))
+    }
+
+    #[test]
+    fn capabilities_are_found_in_their_list() {
+        let (_, config) = config(&[(6, 0x10), (0x34, 0x43), (0x40, 1), (0x41, 0x70), (0x70, 0x11)]);
+        assert_eq!(config.capability(1).unwrap(), Some(0x40));
+        assert_eq!(config.capability(CAPABILITY_MSIX).unwrap(), Some(0x70));
+        assert_eq!(config.capability(5).unwrap(), None);
+    }
+
+    #[test]
+    fn without_the_status_bit_there_is_no_list() {
+        let (_, config) = config(&[(0x34, 0x40), (0x40, 0x11)]);
+        assert_eq!(config.capability(CAPABILITY_MSIX).unwrap(), None);
+    }
+
+    #[test]
+    fn a_list_that_loops_or_leaves_ends() {
+        let (backend, config) = config(&[(6, 0x10), (0x34, 0x40), (0x40, 1), (0x41, 0x40)]);
+        assert_eq!(config.capability(5).unwrap(), None);
+        backend.config.lock().unwrap()[0x41] = 0x10;
+        assert_eq!(config.capability(5).unwrap(), None);
+        // A removed device reads as all ones.
+        backend.config.lock().unwrap().fill(0xff);
+        assert_eq!(config.capability(CAPABILITY_MSIX).unwrap(), None);
+    }
+
+    #[test]
+    fn the_device_is_enabled_once_and_other_bits_stay() {
+        let (backend, config) = config(&[(4, 0x01), (5, 0x04)]);
+        enable_device(&*backend).unwrap();
+        assert_eq!(config.read_u16(COMMAND).unwrap(), 0x0407);
+        let requests = backend.requests();
+        enable_device(&*backend).unwrap();
+        assert_eq!(backend.requests(), requests + 1, "nothing is written if nothing changes");
+    }
+
+    #[test]
+    fn accesses_outside_or_misaligned_are_refused() {
+        let (_, config) = config(&[]);
+        assert!(config.read_u8(255).is_ok() && config.read_u8(256).is_err());
+        assert!(config.read_u16(254).is_ok() && config.read_u16(255).is_err());
+        assert!(config.read_u32(254).is_err() && config.write_u32(256, 0).is_err() && config.write_u16(1, 0).is_err());
+        config.write_u32(8, 0x0102_0304).unwrap();
+        assert_eq!(config.read_u16(10).unwrap(), 0x0102);
+    }
+}

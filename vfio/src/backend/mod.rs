@@ -9,6 +9,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::{Error, IovaRange};
 
 mod connection;
+#[cfg(test)]
+pub(crate) mod fake;
 pub(crate) mod kernel;
 mod socket;
 pub(crate) mod user;

@@ -215,12 +215,15 @@ impl Backend for UserBackend {
             .call("map memory for DMA", move |client| client.dma_map(file_offset, iova, bytes as u64, file.as_raw_fd()))
     }
 
+    /// A server forgets the memory of a connection that has ended, so that a broken one unmaps everything.
     fn dma_unmap(&self, iova: u64, bytes: usize) -> Result<(), Error> {
-        if self.connection.is_broken() {
-            // A server forgets the memory of a connection that has ended.
-            log::debug!("{}: DMA at {iova:#x} ends with the connection", self.connection.socket().display());
-            return Ok(());
+        let result = self.connection.call("unmap memory from DMA", move |client| client.dma_unmap(iova, bytes as u64));
+        match result {
+            Err(error) if self.connection.is_broken() => {
+                log::debug!("DMA at {iova:#x} ends with its connection: {error}");
+                Ok(())
+            }
+            other => other,
         }
-        self.connection.call("unmap memory from DMA", move |client| client.dma_unmap(iova, bytes as u64))
     }
 }

@@ -52,11 +52,13 @@ impl Pool {
         chunks.retain(|chunk| chunk.strong_count() > 0);
         for chunk in chunks.iter().filter_map(Weak::upgrade) {
             if let Some(buffer) = chunk.cut(bytes) {
+                buffer.piece.clear();
                 return Ok(buffer);
             }
         }
         let chunk = Chunk::new(space, round_up(bytes, HUGE_2M)?)?;
         chunks.push(Arc::downgrade(&chunk));
+        // New memory is zero.
         Ok(chunk.cut(bytes).expect("a new chunk is free, and as large as the buffer"))
     }
 }
@@ -66,14 +68,13 @@ impl Chunk {
         let lock = !space.inner.backend.pins_memory();
         let memory = Arc::new(SharedMemory::create_for_dma(bytes, lock)?);
         let mapping = space.map(memory.clone())?;
-        let free = RangeAllocator::new(&[IovaRange { start: 0, last: bytes as u64 - 1 }]);
+        let free = RangeAllocator::new(&[IovaRange { start: 0, last: memory.len() as u64 - 1 }]);
         Ok(Arc::new(Chunk { mapping, memory, free: Mutex::new(free) }))
     }
 
     fn cut(self: &Arc<Chunk>, bytes: usize) -> Option<DmaBuffer> {
         let offset = self.free().allocate(bytes as u64, PAGE as u64, 0)? as usize;
         let piece = Arc::new(Piece { offset, bytes, chunk: self.clone() });
-        piece.clear();
         Some(DmaBuffer { piece })
     }
 

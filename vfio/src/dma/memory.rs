@@ -61,11 +61,11 @@ impl SharedMemory {
         Ok(SharedMemory { file, file_offset: offset, bytes, memory })
     }
 
-    /// Memory of zeroes for DMA: hugepages if there are any free, else normal pages, locked if `lock`.
-    /// `bytes` is a multiple of 2 MiB.
+    /// Memory of zeroes for DMA, at least `bytes` long, which is a multiple of 2 MiB: hugepages if there are any free,
+    /// else normal pages, locked if `lock`.
     pub(super) fn create_for_dma(bytes: usize, lock: bool) -> Result<SharedMemory, Error> {
-        if bytes.is_multiple_of(HUGE_1G)
-            && let Ok(memory) = SharedMemory::create_huge(bytes, libc::MFD_HUGE_1GB)
+        if bytes >= HUGE_1G
+            && let Ok(memory) = SharedMemory::create_huge(round_up(bytes, HUGE_1G)?, libc::MFD_HUGE_1GB)
         {
             return Ok(memory);
         }
@@ -73,11 +73,9 @@ impl SharedMemory {
             Ok(memory) => return Ok(memory),
             Err(error) => error,
         };
-        warn_no_hugepages(bytes, &refused);
         let memory = SharedMemory::create(bytes)?;
-        if lock && let Err(error) = memory.memory.lock() {
-            warn_not_locked(bytes, &error);
-        }
+        let not_locked = if lock { memory.memory.lock().err() } else { None };
+        warn_once(bytes, &refused, not_locked);
         Ok(memory)
     }
 
@@ -210,20 +208,35 @@ fn memory_error(attempt: &'static str, bytes: usize, source: io::Error) -> Error
     Error::Memory { attempt, bytes, source, advice: String::new() }
 }
 
-fn warn_no_hugepages(bytes: usize, refused: &io::Error) {
+/// One warning per process: what is missing, what it costs and what to run.
+fn warn_once(bytes: usize, refused: &io::Error, not_locked: Option<io::Error>) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
+        let lock = not_locked.map_or_else(String::new, |error| {
+            format!(
+                ". They could not be locked either ({error}; RLIMIT_MEMLOCK is {}) and may be swapped out: raise the limit \
+                 (ulimit -l unlimited, LimitMEMLOCK=infinity for a service, --ulimit memlock=-1 for a container)",
+                memlock_limit()
+            )
+        });
         log::warn!(
-            "no hugepages for {} MiB of DMA memory ({refused}): normal pages are used, which cost the IOMMU more; \
-             to have hugepages, run: echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            "no hugepages for {} MiB of DMA memory ({refused}): normal pages are used, which cost more translations. To \
+             have 1 GiB of hugepages, run: echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages{lock}",
             bytes >> 20
         );
     });
 }
 
-fn warn_not_locked(bytes: usize, error: &io::Error) {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| log::warn!("{} MiB of DMA memory could not be locked ({error})", bytes >> 20));
+/// How much memory the process may lock, in words.
+fn memlock_limit() -> String {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: the call writes the structure, which outlives it.
+    let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };
+    match limit.rlim_cur {
+        _ if result != 0 => "not known".into(),
+        libc::RLIM_INFINITY => "unlimited".into(),
+        bytes => format!("{} KiB", bytes >> 10),
+    }
 }
 
 #[cfg(test)]

@@ -20,6 +20,8 @@ pub(crate) use memory::page_size;
 /// DMA addresses are congruent to the memory's offset in its file modulo this, bytes. Hugepages begin at multiples of
 /// it, in the file as in physical memory, so that the IOMMU can map them by its large pages.
 const LARGE_PAGE: u64 = 2 << 20;
+/// The same for memory that is at least this long, while there are such addresses.
+const LARGEST_PAGE: u64 = 1 << 30;
 
 /// The DMA address space of a device. Clones are the same space.
 #[derive(Clone)]
@@ -85,8 +87,9 @@ impl DmaSpace {
             });
         }
         let bytes = len as u64;
-        let iova = self.addresses().allocate(bytes, LARGE_PAGE.max(alignment), file_offset);
-        let iova = iova.ok_or_else(|| Error::NoDmaAddresses { device: self.inner.device.clone(), bytes })?;
+        let iova = self
+            .take_addresses(bytes, file_offset)
+            .ok_or_else(|| Error::NoDmaAddresses { device: self.inner.device.clone(), bytes })?;
         // SAFETY: the caller promises just this.
         if let Err(error) = unsafe { self.inner.backend.dma_map(iova, file, file_offset, host, len) } {
             // What was refused is not mapped, so that its addresses are free again.
@@ -101,12 +104,18 @@ impl DmaSpace {
         self.inner.ranges.clone()
     }
 
+    fn take_addresses(&self, bytes: u64, file_offset: u64) -> Option<u64> {
+        let mut addresses = self.addresses();
+        let largest = (bytes >= LARGEST_PAGE).then(|| addresses.allocate(bytes, LARGEST_PAGE, file_offset)).flatten();
+        largest.or_else(|| addresses.allocate(bytes, LARGE_PAGE, file_offset))
+    }
+
     fn addresses(&self) -> MutexGuard<'_, RangeAllocator> {
         self.inner.addresses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Memory the device can reach until this is dropped.
+/// Memory the device can reach until this is dropped. It keeps the device open.
 pub struct DmaMapping {
     iova: u64,
     len: usize,
@@ -141,5 +150,204 @@ impl Drop for DmaMapping {
                 log::warn!("{}: DMA addresses at {:#x} cannot be used again: {error}", space.device, self.iova)
             }
         }
+    }
+}
+
+impl std::fmt::Debug for DmaMapping {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DmaMapping({:#x}, {:#x} bytes)", self.iova, self.len)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+
+    use super::*;
+    use crate::backend::fake::FakeBackend;
+
+    const MIB: u64 = 1 << 20;
+
+    fn space() -> (Arc<FakeBackend>, DmaSpace) {
+        let backend = Arc::new(FakeBackend::default());
+        (backend.clone(), DmaSpace::new(backend, "fake".into()))
+    }
+
+    fn memory(bytes: usize) -> Arc<SharedMemory> {
+        Arc::new(SharedMemory::create(bytes).unwrap())
+    }
+
+    #[test]
+    fn what_leaves_this_crate_may_be_shared_between_threads() {
+        fn shared<T: Send + Sync>() {}
+        fn sent<T: Send>() {}
+        shared::<DmaSpace>();
+        shared::<DmaMapping>();
+        shared::<DmaBuffer>();
+        shared::<DmaSlice<AtomicU64>>();
+        shared::<SharedMemory>();
+        shared::<crate::Device>();
+        shared::<crate::Bar>();
+        sent::<crate::Doorbell>();
+    }
+
+    #[test]
+    fn address_0_is_never_given_out() {
+        let (_, space) = space();
+        assert_eq!(space.ranges()[0].start, 4096);
+        assert!(space.map(memory(4096)).unwrap().iova() > 0);
+    }
+
+    #[test]
+    fn a_mapping_ends_when_it_is_dropped_and_its_addresses_are_used_again() {
+        let (backend, space) = space();
+        let first = space.map(memory(8192)).unwrap();
+        let iova = first.iova();
+        assert_eq!(backend.mapped(), [(iova, 8192)]);
+        drop(first);
+        assert_eq!(backend.mapped(), []);
+        assert_eq!(space.map(memory(8192)).unwrap().iova(), iova);
+    }
+
+    #[test]
+    fn addresses_are_congruent_to_the_offset_in_the_file() {
+        let (_, space) = space();
+        let file = SharedMemory::create(8 * MIB as usize).unwrap();
+        for offset in [0, 4096, MIB, 2 * MIB, 5 * MIB - 4096] {
+            let part = SharedMemory::from_file(file.file().try_clone().unwrap(), offset, 3 << 20).unwrap();
+            let mapping = space.map(Arc::new(part)).unwrap();
+            assert_eq!(mapping.iova() % (2 * MIB), offset % (2 * MIB));
+        }
+    }
+
+    #[test]
+    fn long_memory_is_laid_out_for_the_largest_pages_while_it_can_be() {
+        let (_, space) = space();
+        let small = space.map(memory(4096)).unwrap();
+        // Nothing touches the memory: it takes no room.
+        let first = space.map(memory(0x6000_0000)).unwrap();
+        assert_eq!(first.iova(), 1 << 30);
+        // FakeBackend has 4 GiB of addresses: of what is left, this fits only where it is not a multiple of 1 GiB.
+        let second = space.map(memory(0x5000_0000)).unwrap();
+        assert_eq!(second.iova(), 0xa000_0000);
+        drop((small, first, second));
+    }
+
+    #[test]
+    fn a_refused_mapping_takes_no_addresses() {
+        let (backend, space) = space();
+        backend.refuse_map(true);
+        assert!(space.map(memory(3 << 30)).is_err());
+        assert!(space.allocate(4096).is_err());
+        backend.refuse_map(false);
+        assert!(space.map(memory(3 << 30)).is_ok());
+    }
+
+    #[test]
+    fn addresses_the_device_may_still_use_are_not_used_again() {
+        let (backend, space) = space();
+        let first = space.map(memory(4096)).unwrap();
+        let iova = first.iova();
+        backend.refuse_unmap(true);
+        drop(first);
+        backend.refuse_unmap(false);
+        assert_ne!(space.map(memory(4096)).unwrap().iova(), iova);
+    }
+
+    #[test]
+    fn no_addresses_left_is_an_error() {
+        let (_, space) = space();
+        let _most = space.map(memory(3 << 30)).unwrap();
+        let error = space.map(memory(2 << 30)).unwrap_err();
+        assert!(matches!(error, Error::NoDmaAddresses { .. }), "{error}");
+    }
+
+    #[test]
+    fn memory_that_is_not_made_of_pages_is_refused() {
+        let (_, space) = space();
+        let memory = memory(8192);
+        for (offset, host, bytes) in [(1, 0, 4096), (0, 1, 4096), (0, 0, 4095), (0, 0, 0)] {
+            let host = memory.as_ptr().wrapping_add(host);
+            // SAFETY: it is refused, so that nothing is mapped.
+            let result = unsafe { space.map_raw(memory.file(), offset, host, bytes) };
+            assert!(matches!(result, Err(Error::BadMemory { .. })), "{offset} {bytes}");
+        }
+    }
+
+    #[test]
+    fn small_buffers_share_one_mapping() {
+        let (backend, space) = space();
+        let buffers: Vec<_> = (0..100).map(|_| space.allocate(100).unwrap()).collect();
+        assert_eq!(backend.mapped().len(), 1);
+        let mut addresses: Vec<_> = buffers.iter().map(DmaBuffer::iova).collect();
+        addresses.sort();
+        assert!(addresses.windows(2).all(|pair| pair[0] + 4096 <= pair[1]), "{addresses:x?}");
+        assert!(addresses.iter().all(|address| address % 4096 == 0));
+        drop(buffers);
+        assert_eq!(backend.mapped(), [], "memory without buffers is given back");
+    }
+
+    #[test]
+    fn large_buffers_are_contiguous() {
+        let (backend, space) = space();
+        let small = space.allocate(4096).unwrap();
+        let large = space.allocate(5 << 20).unwrap();
+        assert_eq!(backend.mapped().len(), 2);
+        let (start, bytes) = backend.mapped().into_iter().find(|(start, _)| *start == large.iova()).unwrap();
+        assert_eq!((start, bytes), (large.iova(), 6 << 20));
+        assert!(large.slice::<AtomicU8>(0, 5 << 20).is_some());
+        drop(small);
+    }
+
+    #[test]
+    fn a_buffer_is_zero_even_where_another_one_was() {
+        let (_, space) = space();
+        let _keeps_the_chunk = space.allocate(4096).unwrap();
+        let first = space.allocate(8192).unwrap();
+        let iova = first.iova();
+        let words = first.slice::<AtomicU64>(0, 1024).unwrap();
+        words.iter().for_each(|word| word.store(u64::MAX, Ordering::Relaxed));
+        drop(first);
+        let other = space.allocate(8192).unwrap();
+        assert_ne!(other.iova(), iova, "a slice keeps its buffer");
+        drop(words);
+        let again = space.allocate(8192).unwrap();
+        assert_eq!(again.iova(), iova);
+        assert!(again.slice::<AtomicU64>(0, 1024).unwrap().iter().all(|word| word.load(Ordering::Relaxed) == 0));
+    }
+
+    #[test]
+    fn slices_of_a_buffer_stay_inside_it() {
+        let (_, space) = space();
+        let buffer = space.allocate(4096).unwrap();
+        let _neighbour = space.allocate(4096).unwrap();
+        assert_eq!(buffer.slice::<AtomicU64>(8, 511).unwrap().len(), 511);
+        assert_eq!(buffer.slice::<AtomicU64>(8, 511).unwrap().iova(), buffer.iova() + 8);
+        assert!(buffer.slice::<AtomicU64>(8, 512).is_none());
+        assert!(buffer.slice::<AtomicU64>(4, 1).is_none());
+        assert!(buffer.slice::<AtomicU64>(usize::MAX - 7, 1).is_none());
+        assert!(buffer.slice::<[AtomicU64; 8]>(0, 64).is_some());
+        assert!(buffer.write(4090, &[1; 6]).is_some() && buffer.write(4090, &[1; 7]).is_none());
+        let mut end = [0; 6];
+        assert!(buffer.read(4090, &mut end).is_some() && end == [1; 6]);
+        assert!(buffer.read(usize::MAX, &mut end).is_none());
+    }
+
+    #[test]
+    fn buffers_can_be_had_from_several_threads() {
+        let (_, space) = space();
+        std::thread::scope(|scope| {
+            for mark in 1..=4u64 {
+                let space = space.clone();
+                scope.spawn(move || {
+                    for round in 0..200 {
+                        let buffer = space.allocate(4096 * (1 + round % 3)).unwrap();
+                        let words = buffer.slice::<AtomicU64>(0, buffer.len() / 8).unwrap();
+                        words.iter().for_each(|word| word.store(mark, Ordering::Relaxed));
+                        assert!(words.iter().all(|word| word.load(Ordering::Relaxed) == mark));
+                    }
+                });
+            }
+        });
     }
 }
