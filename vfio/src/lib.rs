@@ -1,4 +1,78 @@
 //! Reaching a PCI device from user space: kernel VFIO and vfio-user behind one type.
+//!
+//! A driver in user space needs four things of a device: its registers, memory that both can reach, interrupts, and a
+//! reset. [`Device`] gives them in the same way, whether the device is a PCI function of this machine or is served by
+//! another program on a socket; a driver written on it runs on both.
+//!
+//! ```no_run
+//! use std::sync::atomic::{AtomicU64, Ordering};
+//! use vfio::Device;
+//!
+//! // "0000:01:00.0" is a PCI function, bound to vfio-pci; "vfio-user:/run/nvme.sock" is a server's socket.
+//! let device = Device::open(&"0000:01:00.0".parse()?)?;
+//!
+//! // Registers: typed, at byte offsets of a base address register.
+//! let registers = device.bar(0)?;
+//! let capabilities = registers.read_u64(0)?;
+//!
+//! // Memory for both: the host sees atomics, the device sees it at `iova`.
+//! let memory = device.dma().allocate(8192)?;
+//! let words = memory.slice::<AtomicU64>(0, 1024).expect("1024 words are 8192 bytes");
+//! words[0].store(capabilities, Ordering::Relaxed);
+//! registers.write_u64(0x28, memory.iova())?;
+//!
+//! // A doorbell: one store, which the device sees after the stores to memory before it.
+//! let doorbell = registers.doorbell(0x1000)?;
+//! doorbell.ring(1);
+//! # Ok::<(), vfio::Error>(())
+//! ```
+//!
+//! # Registers
+//!
+//! A [`Bar`] is mapped where the device allows that, honouring the areas it names; there an access is one load or store.
+//! Elsewhere each access is a request, to the kernel or over the socket, and takes microseconds. A [`Doorbell`] is found
+//! once and rung often. Registers that are mapped do not fail: a device that has gone reads as all ones.
+//!
+//! # Memory
+//!
+//! A device sees memory at DMA addresses (IOVAs) that [`DmaSpace`] hands out within the ranges the IOMMU reports,
+//! congruent to the memory's place in its file modulo 2 MiB (1 GiB for long memory), so that the IOMMU's large pages can
+//! be used. There are three ways to share memory:
+//! - [`DmaSpace::allocate`]: a driver's own queues and buffers. Small ones are cut from chunks of 2 MiB that are mapped
+//!   once. Hugepages are used where any are free.
+//! - [`DmaSpace::map`]: [`SharedMemory`], made here or of a file that came from elsewhere.
+//! - [`DmaSpace::map_raw`]: memory that somebody else has mapped.
+//!
+//! Mappings end when they are dropped. Memory is seen as atomics ([`DmaElement`]), as the device may change it at any
+//! time: a load with `Acquire` of what the device writes last (a phase bit, an index) orders the loads behind it, and
+//! [`Doorbell::ring`] and [`Bar::write_u32`] order all stores before them.
+//!
+//! # Interrupts
+//!
+//! [`Device::enable_interrupts`] joins each MSI-X vector with an [`EventFd`].
+//!
+//! # vfio-user
+//!
+//! Each connection has a thread, on which `vfio_user::Client` waits for the server. Callers wait for that thread with a
+//! deadline ([`OpenOptions::request_timeout`]): a server that is stuck or gone gives [`Error::Timeout`] once and
+//! [`Error::Disconnected`] from then on, and never holds a caller. Mapped registers and memory stay valid meanwhile; the
+//! server just does not see them any more. Open the device again to go on.
+//!
+//! The client does not look at the error flag of replies. So a server's refusal to map memory for DMA or to reset goes
+//! unnoticed here, and a refused register access ends in a timeout.
+//!
+//! # Kernel VFIO
+//!
+//! The device's own character device with iommufd is used where the kernel has both, else its IOMMU group and a type1v2
+//! container. What keeps a device from being opened (no IOMMU, another driver, no rights, a group that is shared, the
+//! limit on locked memory) is told with what to do about it.
+//!
+//! # Safety
+//!
+//! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] is its only unsafe
+//! function. A device is trusted with the memory that was mapped for it, and with nothing else. Memory that is still
+//! mapped for it when its buffer is dropped stays under the device's hands until the driver has stopped it: drop
+//! buffers after the commands that use them.
 
 mod address;
 mod backend;
