@@ -16,6 +16,8 @@ use crate::{ClientOptions, Error};
 const CLOCK_EVERY: u64 = 64;
 /// An interrupt-driven client looks at its stop flag at least this often, in milliseconds.
 const WAIT_MS: i32 = 50;
+/// How long a notification may come after the completions it tells of before it counts as missed.
+const LATE_CALL: Duration = Duration::from_secs(1);
 
 /// The queue type of this client: the context of a request is the number of its slot.
 pub(crate) type Ring = VirtioBlkQueue<'static, u32>;
@@ -265,11 +267,20 @@ pub(crate) fn drive<P: Plan>(
     }
     let mut polls = Polls::default();
     let mut stopping = false;
+    let mut timed_out = false;
     loop {
         let mut active = false;
         let mut busy = false;
-        for queue in queues.iter_mut() {
-            active |= queue.reap(shared);
+        for at in 0..queues.len() {
+            let reaped = queues[at].reap(shared);
+            if reaped
+                && timed_out
+                && let Some(waiter) = &waiter
+            {
+                waiter.expect_call(queues, at)?;
+            }
+            active |= reaped;
+            let queue = &mut queues[at];
             if !stopping && queue.has_work() {
                 active |= queue.submit()?;
                 busy |= queue.has_work();
@@ -290,9 +301,10 @@ pub(crate) fn drive<P: Plan>(
                 queue.check_stall(now, options.stall)?;
             }
         }
+        timed_out = false;
         if !active {
             match &waiter {
-                Some(waiter) => waiter.wait(queues)?,
+                Some(waiter) => timed_out = !waiter.collect(queues, WAIT_MS)?,
                 // The target's threads may need this CPU.
                 None => std::thread::yield_now(),
             }
@@ -320,13 +332,24 @@ impl Waiter {
         Ok(Waiter { epoll })
     }
 
-    /// Returns when a queue was notified, or after `WAIT_MS`.
-    fn wait<P: Plan>(&self, queues: &mut [QueueClient<'_, P>]) -> Result<(), Error> {
-        self.collect(queues, WAIT_MS)
+    /// Completions were found although no notification came: it has to be on its way. If it is not, a
+    /// client without a time limit would have slept for ever.
+    fn expect_call<P: Plan>(&self, queues: &mut [QueueClient<'_, P>], at: usize) -> Result<(), Error> {
+        let before = queues[at].stats.calls;
+        let deadline = Instant::now() + LATE_CALL;
+        while queues[at].stats.calls == before {
+            if Instant::now() >= deadline {
+                queues[at].stats.missed_calls += 1;
+                return Ok(());
+            }
+            self.collect(queues, WAIT_MS)?;
+        }
+        Ok(())
     }
 
-    /// Reads every eventfd that was written, and counts the writes.
-    fn collect<P: Plan>(&self, queues: &mut [QueueClient<'_, P>], timeout_ms: i32) -> Result<(), Error> {
+    /// Waits until a queue was notified, or the time is over; reads every eventfd that was written, and counts the
+    /// writes. Returns false if there was none.
+    fn collect<P: Plan>(&self, queues: &mut [QueueClient<'_, P>], timeout_ms: i32) -> Result<bool, Error> {
         let mut events = [EpollEvent::default(); 16];
         let ready = match self.epoll.wait(timeout_ms, &mut events) {
             Ok(ready) => ready,
@@ -347,6 +370,6 @@ impl Waiter {
             let calls = queue.completions.read().map_err(queue.event_error("reading a completion notification"))?;
             queue.stats.calls += calls;
         }
-        Ok(())
+        Ok(ready > 0)
     }
 }

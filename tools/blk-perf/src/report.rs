@@ -31,6 +31,7 @@ pub(crate) struct QueueStats {
     failures: Vec<String>,
     pub(crate) kicks: u64,
     pub(crate) calls: u64,
+    pub(crate) missed_calls: u64,
 }
 
 impl QueueStats {
@@ -46,6 +47,7 @@ impl QueueStats {
             failures: Vec::new(),
             kicks: 0,
             calls: 0,
+            missed_calls: 0,
         }
     }
 
@@ -83,7 +85,7 @@ impl QueueStats {
 }
 
 /// The result of a run. `serde` writes the object that `--json` prints.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, Serialize)]
 pub struct Report {
     /// Completed requests of the load; the final read-back is not among them.
     pub operations: u64,
@@ -126,6 +128,9 @@ pub struct Report {
     pub client_kicks: u64,
     /// Times the target notified the client of completions during the load.
     pub client_calls: u64,
+    /// Times completions were there and no notification followed although the client had asked for it: a guest would
+    /// have slept on. Read-back included.
+    pub client_missed_calls: u64,
     /// Share of the client's looks at its rings that found nothing (0 to 1): near 0, the client is the limit.
     pub client_empty_polls: f64,
     /// The run was stopped from outside before its end.
@@ -168,6 +173,7 @@ impl Report {
             blocks_read_back: 0,
             client_kicks: sum(|stats| stats.kicks),
             client_calls: sum(|stats| stats.calls),
+            client_missed_calls: 0,
             client_empty_polls: polls.empty as f64 / polls.all.max(1) as f64,
             interrupted: false,
             failures: Vec::new(),
@@ -181,15 +187,19 @@ impl Report {
         for stats in stats {
             self.io_errors += stats.errors;
             self.verify_errors += stats.wrong_blocks;
+            self.client_missed_calls += stats.missed_calls;
             let wrong = stats.mismatches.iter().map(ToString::to_string);
             self.failures.extend(stats.failures.iter().cloned().chain(wrong));
         }
         self.failures.truncate(DESCRIBED);
+        if self.client_missed_calls > 0 && self.failures.is_empty() {
+            self.failures.push(format!("{} notifications of completions never came", self.client_missed_calls));
+        }
     }
 
     /// True if something was done and all of it was right.
     pub fn is_success(&self) -> bool {
-        self.operations > 0 && self.io_errors == 0 && self.verify_errors == 0
+        self.operations > 0 && self.io_errors == 0 && self.verify_errors == 0 && self.client_missed_calls == 0
     }
 }
 
