@@ -1,0 +1,293 @@
+//! What a simulated controller is made of, and the short text form of it.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::error::{Error, invalid};
+use crate::faults::FaultPlan;
+
+/// A simulated controller. `Config::default()` is one namespace of 1 GiB with 512-byte blocks in memory.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The namespaces; the first has identifier 1. May be empty.
+    pub namespaces: Vec<NamespaceConfig>,
+    /// Largest data transfer of one command in bytes, reported as MDTS: 4096 times a power of two. `None`: no limit.
+    pub max_transfer: Option<u32>,
+    /// I/O queue pairs granted at most (1–2047).
+    pub max_queue_pairs: u16,
+    /// Entries of the largest I/O queue (2–65536), reported as CAP.MQES.
+    pub queue_entries: u32,
+    /// CAP.DSTRD: doorbells are `4 << doorbell_stride` bytes apart (0–8).
+    pub doorbell_stride: u8,
+    /// Whether SGLs are supported (SGLS in Identify Controller).
+    pub sgl: bool,
+    /// Whether shadow doorbells are supported (Doorbell Buffer Config).
+    pub shadow_doorbells: bool,
+    /// Whether there is a volatile write cache: what was not flushed is lost in a power cut.
+    pub volatile_write_cache: bool,
+    /// Bytes of unflushed data the cache holds per namespace; older data is written back by itself.
+    pub write_cache_bytes: u64,
+    /// NOIOB of every namespace, in logical blocks; 0: none.
+    pub noiob: u16,
+    /// Whether LBA formats with metadata are offered (so that a driver's refusal of them can be tested).
+    pub metadata_formats: bool,
+    /// How long the controller may take to become ready, reported as CAP.TO in units of 500 ms.
+    pub ready_timeout: Duration,
+    /// Serial number, at most 20 printable ASCII characters.
+    pub serial: String,
+    /// Faults from the start.
+    pub faults: FaultPlan,
+}
+
+/// A namespace.
+#[derive(Clone, Debug)]
+pub struct NamespaceConfig {
+    /// Size in bytes; rounded down to whole blocks.
+    pub bytes: u64,
+    /// Logical block size in bytes: 512 or 4096.
+    pub block_bytes: u32,
+    /// Metadata bytes per block: 0, or 8 if [`Config::metadata_formats`]. Such a namespace refuses I/O.
+    pub metadata_bytes: u16,
+    /// The file that holds the blocks, made if there is none; `None`: anonymous memory.
+    pub file: Option<PathBuf>,
+    /// Write protected.
+    pub read_only: bool,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            namespaces: vec![NamespaceConfig::default()],
+            max_transfer: Some(512 << 10),
+            max_queue_pairs: 16,
+            queue_entries: 1024,
+            doorbell_stride: 0,
+            sgl: true,
+            shadow_doorbells: true,
+            volatile_write_cache: false,
+            write_cache_bytes: 64 << 20,
+            noiob: 0,
+            metadata_formats: false,
+            ready_timeout: Duration::from_secs(2),
+            serial: "SIM0001".into(),
+            faults: FaultPlan::default(),
+        }
+    }
+}
+
+impl Default for NamespaceConfig {
+    fn default() -> NamespaceConfig {
+        NamespaceConfig { bytes: 1 << 30, block_bytes: 512, metadata_bytes: 0, file: None, read_only: false }
+    }
+}
+
+impl Config {
+    /// CAP.TO: the ready timeout in units of 500 ms, 1–255.
+    pub(crate) fn ready_timeout_units(&self) -> u8 {
+        self.ready_timeout.as_millis().div_ceil(500).clamp(1, 255) as u8
+    }
+
+    /// MDTS: a power of two of 4 KiB pages, 0: no limit.
+    pub(crate) fn mdts(&self) -> u8 {
+        self.max_transfer.map_or(0, |bytes| (bytes / 4096).ilog2() as u8)
+    }
+
+    /// Checks every value against what the specification and this simulator allow.
+    pub(crate) fn check(&self) -> Result<(), Error> {
+        let in_range = |what: &str, value: u64, range: std::ops::RangeInclusive<u64>| {
+            if range.contains(&value) {
+                return Ok(());
+            }
+            Err(invalid(format!("{what} is {value}: give {} to {}", range.start(), range.end())))
+        };
+        in_range("the number of I/O queue pairs", self.max_queue_pairs.into(), 1..=2047)?;
+        in_range("the number of queue entries", self.queue_entries.into(), 2..=65536)?;
+        in_range("the doorbell stride", self.doorbell_stride.into(), 0..=8)?;
+        in_range("the number of namespaces", self.namespaces.len() as u64, 0..=1024)?;
+        if let Some(bytes) = self.max_transfer
+            && (bytes < 8192 || !bytes.is_power_of_two())
+        {
+            return Err(invalid(format!("the largest transfer is {bytes} bytes: give a power of two from 8192")));
+        }
+        if self.serial.len() > 20 || !self.serial.bytes().all(|b| (0x20..0x7f).contains(&b)) {
+            return Err(invalid(format!(
+                "the serial number {:?} is not at most 20 printable ASCII characters",
+                self.serial
+            )));
+        }
+        for namespace in &self.namespaces {
+            namespace.check(self)?;
+        }
+        Ok(())
+    }
+}
+
+impl NamespaceConfig {
+    pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
+        if !matches!(self.block_bytes, 512 | 4096) {
+            return Err(invalid(format!("the block size is {}: give 512 or 4096", self.block_bytes)));
+        }
+        if self.bytes < u64::from(self.block_bytes) || self.bytes > 1 << 46 {
+            return Err(invalid(format!("the namespace size is {} bytes: give one block to 64 TiB", self.bytes)));
+        }
+        match self.metadata_bytes {
+            0 => Ok(()),
+            8 if config.metadata_formats => Ok(()),
+            n => Err(invalid(format!("{n} bytes of metadata per block: give 0, or 8 with metadata formats enabled"))),
+        }
+    }
+}
+
+/// Parses a size in bytes: a number, then nothing, `K`, `M`, `G` or `T` (powers of 1024).
+pub fn parse_size(text: &str) -> Result<u64, Error> {
+    let bad = || invalid(format!("the size {text:?} is not a number with an optional K, M, G or T, like 64M or 2T"));
+    let (digits, shift) = match text.as_bytes().last().ok_or_else(bad)? {
+        b'K' | b'k' => (&text[..text.len() - 1], 10),
+        b'M' | b'm' => (&text[..text.len() - 1], 20),
+        b'G' | b'g' => (&text[..text.len() - 1], 30),
+        b'T' | b't' => (&text[..text.len() - 1], 40),
+        _ => (text, 0),
+    };
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(bad());
+    }
+    let number: u64 = digits.parse().map_err(|_| bad())?;
+    number.checked_mul(1 << shift).filter(|bytes| *bytes > 0).ok_or_else(bad)
+}
+
+/// The text form of a [`Config`]: `SIZE[,key=value]…`.
+///
+/// `SIZE` is the size of each namespace (see [`parse_size`]). Keys: `lba` (512 or 4096), `file` (path; namespace *n* > 1
+/// uses `PATH.n`), `namespaces`, `queues` (I/O queue pairs), `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks),
+/// and, with the values `on` and `off`, `sgl`, `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`.
+///
+/// ```
+/// let config = "64M,lba=4096,namespaces=2".parse::<nvme_sim::SimAddress>().unwrap().config;
+/// assert_eq!((config.namespaces.len(), config.namespaces[1].block_bytes), (2, 4096));
+/// assert!("64Q".parse::<nvme_sim::SimAddress>().is_err());
+/// ```
+#[derive(Clone, Debug)]
+pub struct SimAddress {
+    /// The controller it describes.
+    pub config: Config,
+}
+
+impl FromStr for SimAddress {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<SimAddress, Error> {
+        let mut parts = text.split(',');
+        let mut config = Config::default();
+        let mut namespace =
+            NamespaceConfig { bytes: parse_size(parts.next().unwrap_or_default())?, ..Default::default() };
+        let mut count = 1;
+        for part in parts {
+            let (key, value) = part.split_once('=').ok_or_else(|| {
+                invalid(format!("{part:?} is not KEY=VALUE (in {text:?}; the form is SIZE[,KEY=VALUE]…)"))
+            })?;
+            match key {
+                "lba" => namespace.block_bytes = number(key, value)?,
+                "file" if value.is_empty() => return Err(invalid("file= needs a path".into())),
+                "file" => namespace.file = Some(value.into()),
+                "namespaces" => count = number(key, value)?,
+                "queues" => config.max_queue_pairs = number(key, value)?,
+                "queue-entries" => config.queue_entries = number(key, value)?,
+                "max-transfer" => config.max_transfer = parse_max_transfer(value)?,
+                "noiob" => config.noiob = number(key, value)?,
+                "sgl" => config.sgl = switch(key, value)?,
+                "shadow-doorbells" => config.shadow_doorbells = switch(key, value)?,
+                "write-cache" => config.volatile_write_cache = switch(key, value)?,
+                "metadata-formats" => config.metadata_formats = switch(key, value)?,
+                "read-only" => namespace.read_only = switch(key, value)?,
+                "serial" => config.serial = value.into(),
+                _ => {
+                    return Err(invalid(format!(
+                        "{key:?} is not known (in {text:?}); known: lba, file, namespaces, queues, queue-entries, \
+                         max-transfer, noiob, sgl, shadow-doorbells, write-cache, metadata-formats, read-only, serial"
+                    )));
+                }
+            }
+        }
+        config.namespaces = replicate(&namespace, count);
+        config.check()?;
+        Ok(SimAddress { config })
+    }
+}
+
+/// `count` namespaces like `first`, each with its own file: `PATH`, `PATH.2`, `PATH.3`…
+pub fn replicate(first: &NamespaceConfig, count: u32) -> Vec<NamespaceConfig> {
+    // More than `Config::check` accepts, few enough to be made before it says so.
+    let with_file = |n: u32| {
+        let mut namespace = first.clone();
+        if let (Some(path), 2..) = (&first.file, n) {
+            let mut name = path.clone().into_os_string();
+            name.push(format!(".{n}"));
+            namespace.file = Some(name.into());
+        }
+        namespace
+    };
+    (1..=count.min(65536)).map(with_file).collect()
+}
+
+/// Parses the largest transfer: a size, or `none`.
+pub fn parse_max_transfer(value: &str) -> Result<Option<u32>, Error> {
+    if value == "none" {
+        return Ok(None);
+    }
+    let bytes = parse_size(value)?;
+    u32::try_from(bytes).map(Some).map_err(|_| invalid(format!("the largest transfer {value:?} is above 2 GiB")))
+}
+
+fn number<T: FromStr>(key: &str, value: &str) -> Result<T, Error> {
+    value.parse().map_err(|_| invalid(format!("{key}={value}: {value:?} is not a number that fits")))
+}
+
+fn switch(key: &str, value: &str) -> Result<bool, Error> {
+    match value {
+        "on" | "true" | "yes" => Ok(true),
+        "off" | "false" | "no" => Ok(false),
+        _ => Err(invalid(format!("{key}={value}: give on or off"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        for (text, bytes) in [("4096", 4096), ("64M", 64 << 20), ("10g", 10 << 30), ("2T", 2 << 40), ("1K", 1024)] {
+            assert_eq!(parse_size(text).unwrap(), bytes);
+        }
+        for text in ["", "M", "-1", "1.5G", "64Q", "+5", "0", "99999999999T", "1é"] {
+            assert!(parse_size(text).is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn addresses() {
+        let address: SimAddress = "2T,lba=4096,file=/tmp/a,namespaces=2,sgl=off,max-transfer=128K".parse().unwrap();
+        let config = address.config;
+        assert_eq!(config.namespaces[0].bytes, 2 << 40);
+        assert_eq!(config.namespaces[1].file.as_deref(), Some(std::path::Path::new("/tmp/a.2")));
+        assert_eq!((config.sgl, config.max_transfer), (false, Some(128 << 10)));
+        assert_eq!(config.mdts(), 5);
+        for (text, said) in [
+            ("", "size"),
+            ("64M,lba=1000", "1000"),
+            ("64M,lba", "KEY=VALUE"),
+            ("64M,colour=red", "colour"),
+            ("64M,sgl=maybe", "on or off"),
+            ("64M,queues=0", "queue pairs"),
+            ("64M,queues=99999", "fits"),
+            ("64M,max-transfer=5000", "power of two"),
+            ("64M,namespaces=5000", "5000"),
+            ("64M,file=", "path"),
+            ("100T", "64 TiB"),
+        ] {
+            let error = text.parse::<SimAddress>().unwrap_err().to_string();
+            assert!(error.contains(said), "{text:?}: {error}");
+        }
+    }
+}

@@ -1,0 +1,803 @@
+//! The controller's one data thread: it owns the queues and the namespaces, and does all their work.
+//!
+//! It polls the doorbells. When nothing runs it first yields the processor at every look, then, after
+//! [`YIELD_TIME`], sleeps in naps that grow from 20 µs to 1 ms: an idle controller costs about a thousand short wake-ups a
+//! second, and the first command after a pause waits for up to 1 ms (plus what the system takes to wake a thread).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::command::{Command, Completion};
+use crate::data_pointer::Pointers;
+use crate::dma::{DmaFault, DmaView};
+use crate::error::{Error, invalid};
+use crate::events::Events;
+use crate::faults::{Decision, FaultState};
+use crate::features::Features;
+use crate::interrupts::Signals;
+use crate::namespace::Namespace;
+use crate::queue::{CompletionQueue, SubmissionQueue};
+use crate::random::Random;
+use crate::registers::{self, CSTS_FATAL, CSTS_READY, CSTS_SHUTDOWN_COMPLETE, CSTS_SHUTDOWN_OCCURRING};
+use crate::shared::{Counters, PowerLoss, Request, Shared};
+use crate::status::Status;
+
+/// Commands fetched from one queue before the next queue has its turn; their completions are posted together.
+const BURST: u32 = 16;
+/// How long an idle controller yields before it naps.
+const YIELD_TIME: Duration = Duration::from_millis(2);
+const SHORTEST_NAP: Duration = Duration::from_micros(20);
+const LONGEST_NAP: Duration = Duration::from_millis(1);
+/// Looks for work without a pause, before yielding.
+const SPINS: u32 = 20;
+
+/// Where the controller is between off and ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum State {
+    Disabled,
+    /// Enabled; ready from then on.
+    Starting(Instant),
+    Ready,
+    /// A shutdown was completed: only a reset leads on.
+    ShutDown,
+    /// CSTS.CFS is set: only a reset leads on.
+    Failed,
+}
+
+/// Shadow doorbells and EventIdx in host memory (NVMe Base 2.0, 5.8).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shadow {
+    pub doorbells: u64,
+    pub event_idx: u64,
+}
+
+/// A command that a fault holds back.
+pub(crate) struct Held {
+    pub due: Instant,
+    pub sq: u16,
+    pub command: Command,
+    decision: Decision,
+}
+
+/// What became of a command.
+pub(crate) enum Outcome {
+    /// It completes, with this in dword 0.
+    Done(u32),
+    /// It completes later.
+    Later,
+}
+
+pub(crate) struct Controller {
+    pub shared: Arc<Shared>,
+    pub view: DmaView,
+    pub pointers: Pointers,
+    /// By identifier minus one.
+    pub namespaces: Vec<Option<Namespace>>,
+    /// By identifier; 0 is the admin queue.
+    pub sqs: Vec<Option<SubmissionQueue>>,
+    pub cqs: Vec<Option<CompletionQueue>>,
+    /// The identifiers of the submission queues there are.
+    pub live: Vec<u16>,
+    pub shadow: Option<Shadow>,
+    pub events: Events,
+    pub features: Features,
+    pub held: Vec<Held>,
+    /// Completions whose queue was full.
+    late: VecDeque<Completion>,
+    batch: Vec<Completion>,
+    faults: FaultState,
+    signals: Signals,
+    state: State,
+    /// A reset that the `never_reset` fault holds back.
+    reset_waits: bool,
+    power_random: Random,
+    refusals: u64,
+    pub started: Instant,
+}
+
+impl Controller {
+    pub fn new(shared: Arc<Shared>) -> Result<Controller, Error> {
+        let config = &shared.config;
+        let namespaces = (1..)
+            .zip(&config.namespaces)
+            .map(|(id, namespace)| Namespace::new(id, namespace, config).map(Some))
+            .collect::<Result<Vec<_>, _>>()?;
+        let queues = usize::from(config.max_queue_pairs) + 1;
+        Ok(Controller {
+            view: DmaView::new(shared.dma.clone()),
+            pointers: Pointers::new(config.sgl),
+            namespaces,
+            sqs: vec![None; queues],
+            cqs: vec![None; queues],
+            live: Vec::with_capacity(queues),
+            shadow: None,
+            events: Events::new(),
+            features: Features::new(config),
+            held: Vec::new(),
+            late: VecDeque::new(),
+            batch: Vec::with_capacity(BURST as usize),
+            faults: FaultState::new(),
+            signals: Signals::new(shared.interrupts.clone()),
+            state: State::Disabled,
+            reset_waits: false,
+            power_random: Random::new(config.faults.seed ^ 0x706f_7765_7263_7574),
+            refusals: 0,
+            started: Instant::now(),
+            shared,
+        })
+    }
+
+    /// Runs until the simulator stops.
+    pub fn run(mut self) {
+        let mut idle = Idle::new();
+        while !self.shared.stop.load(Ordering::Relaxed) {
+            let changed = self.faults.refresh(&self.shared.faults);
+            let mut worked = changed;
+            if self.shared.take_attention() || changed {
+                self.attend();
+                worked = true;
+            }
+            worked |= self.poll();
+            if worked {
+                idle.reset();
+            } else {
+                idle.pause(&mut self);
+            }
+        }
+        self.shared.refuse_requests();
+    }
+
+    /// One look at everything that may have work; whether there was any.
+    fn poll(&mut self) -> bool {
+        match self.state {
+            State::Ready => {}
+            State::Starting(ready) => return self.poll_start(ready),
+            State::Disabled | State::ShutDown | State::Failed => return false,
+        }
+        if self.shared.faults.removed() {
+            return false;
+        }
+        if self.faults.plan.fatal {
+            self.fail("a fatal status was injected");
+            return true;
+        }
+        if self.faults.plan.stopped {
+            return false;
+        }
+        let mut worked = !self.late.is_empty() && self.post_late();
+        worked |= !self.held.is_empty() && self.release_held(Instant::now());
+        let mut n = 0;
+        while let Some(&queue) = self.live.get(n) {
+            worked |= self.poll_queue(queue);
+            n += 1;
+        }
+        worked
+    }
+
+    /// Fetches and carries out what one queue has.
+    #[inline]
+    fn poll_queue(&mut self, id: u16) -> bool {
+        let index = usize::from(id);
+        let tail = match self.shadow {
+            Some(shadow) if id != 0 => {
+                match self.view.load_u32(shadow.doorbells + self.shared.doorbell_offset(id, false) as u64) {
+                    Ok(tail) => tail,
+                    Err(fault) => return self.fail_dma("reading a shadow doorbell", fault),
+                }
+            }
+            _ => self.shared.doorbell(id, false),
+        };
+        let Some(sq) = &mut self.sqs[index] else { return false };
+        if tail != sq.tail && Some(tail) != sq.refused_tail {
+            if tail >= sq.size {
+                sq.refused_tail = Some(tail);
+                let size = sq.size;
+                self.invalid_doorbell(id, format!("submission queue tail {tail} of {size} entries"));
+                return true;
+            }
+            sq.tail = tail;
+            sq.refused_tail = None;
+        }
+        let pending = sq.pending();
+        if pending == 0 {
+            return false;
+        }
+        let cq = sq.cq;
+        let count = pending.min(BURST);
+        let count = count.min(self.room(cq, count));
+        if count == 0 {
+            return false;
+        }
+        // What was mapped before the host rang is seen, because the doorbell was loaded before.
+        self.view.refresh();
+        let mut batch = std::mem::take(&mut self.batch);
+        for _ in 0..count {
+            let Some(sq) = &mut self.sqs[index] else { break };
+            match self.view.fetch(sq.take()) {
+                Ok(words) => {
+                    let completion = self.begin(id, Command(words), &batch);
+                    batch.extend(completion);
+                }
+                Err(fault) => {
+                    self.batch = batch;
+                    return self.fail_dma("fetching a command", fault);
+                }
+            }
+            if self.state != State::Ready || self.faults.plan.stopped || self.shared.faults.removed() {
+                break;
+            }
+        }
+        if self.faults.plan.reorder {
+            self.faults.shuffle(&mut batch);
+        }
+        if self.state == State::Ready && !self.faults.plan.stopped && !self.shared.faults.removed() {
+            for completion in &batch {
+                self.post(*completion);
+            }
+            self.signal(cq);
+        }
+        batch.clear();
+        self.batch = batch;
+        true
+    }
+
+    /// A fetched command: what a fault makes of it, or what it asks for.
+    #[inline]
+    fn begin(&mut self, sq: u16, command: Command, batch: &[Completion]) -> Option<Completion> {
+        let id = command.id();
+        if batch.iter().any(|other| other.id == id && other.sq == sq)
+            || !self.held.is_empty() && self.held.iter().any(|held| held.sq == sq && held.command.id() == id)
+            || sq == 0 && self.events.is_waiting(id)
+        {
+            return Some(self.completion(sq, &command, Err(Status::COMMAND_ID_CONFLICT)));
+        }
+        if !self.faults.any() {
+            return self.execute(sq, &command);
+        }
+        let decision = self.faults.decide(&self.shared.faults, &command, sq == 0);
+        if decision.remove {
+            log::info!("fault: removed at {}", self.describe(sq, &command));
+            self.shared.faults.set_removed(true);
+            return None;
+        }
+        if decision.fatal {
+            self.fail("a fatal status was injected at a command");
+            return None;
+        }
+        if decision.stop {
+            log::info!("fault: stopped at {}", self.describe(sq, &command));
+            self.faults.plan.stopped = true;
+            return None;
+        }
+        if let Some(delay) = decision.delay {
+            log::debug!("fault: {} waits {delay:?}", self.describe(sq, &command));
+            self.held.push(Held { due: Instant::now() + delay, sq, command, decision });
+            return None;
+        }
+        self.execute_with(sq, &command, &decision)
+    }
+
+    fn execute_with(&mut self, sq: u16, command: &Command, decision: &Decision) -> Option<Completion> {
+        let mut completion = match decision.fail {
+            Some(status) => {
+                log::debug!("fault: {} fails with {status:?}", self.describe(sq, command));
+                Completion { result: 0, sq, id: command.id(), status }
+            }
+            None => self.execute(sq, command)?,
+        };
+        if decision.lose {
+            log::debug!("fault: {} loses its completion", self.describe(sq, command));
+            return None;
+        }
+        if decision.wrong_id {
+            // Any identifier other than the command's own; the host has most likely none outstanding by that name.
+            completion.id ^= 1 + (self.faults.random() % 0xffff) as u16;
+            log::debug!("fault: {} completes as {:#x}", self.describe(sq, command), completion.id);
+        }
+        Some(completion)
+    }
+
+    #[inline]
+    fn execute(&mut self, sq: u16, command: &Command) -> Option<Completion> {
+        let result = if command.fused() != 0 {
+            Err(Status::INVALID_FIELD)
+        } else if sq == 0 {
+            match crate::admin::execute(self, command) {
+                Ok(Outcome::Done(result)) => Ok(result),
+                Ok(Outcome::Later) => return None,
+                Err(status) => Err(status),
+            }
+        } else {
+            crate::io::execute(self, command).map(|()| 0)
+        };
+        Some(self.completion(sq, command, result))
+    }
+
+    #[inline]
+    fn completion(&mut self, sq: u16, command: &Command, result: Result<u32, Status>) -> Completion {
+        if sq != 0 {
+            Counters::add(&self.shared.counters.commands, 1);
+        }
+        let (result, status) = match result {
+            Ok(result) => (result, Status::SUCCESS),
+            Err(status) => {
+                self.refused(sq, command, status);
+                (0, status)
+            }
+        };
+        Completion { result, sq, id: command.id(), status }
+    }
+
+    fn describe(&self, sq: u16, command: &Command) -> String {
+        format!(
+            "command {:#x} (opcode {:#04x}, namespace {:#x}) of queue {sq}",
+            command.id(),
+            command.opcode(),
+            command.namespace()
+        )
+    }
+
+    /// Says in the log, and in the error log page, what was refused and why.
+    #[cold]
+    fn refused(&mut self, sq: u16, command: &Command, status: Status) {
+        if sq != 0 {
+            Counters::add(&self.shared.counters.errors, 1);
+        }
+        self.refusals += 1;
+        // A host that sends nothing but nonsense must not be slowed down by the log.
+        if self.refusals <= 100 || self.refusals.is_power_of_two() {
+            log::warn!(
+                "{} refused: {status:?}; dwords 10-12 {:#x} {:#x} {:#x}",
+                self.describe(sq, command),
+                command.dword(10),
+                command.dword(11),
+                command.dword(12)
+            );
+        }
+        let lba = if sq != 0 { command.lba() } else { 0 };
+        self.events.record_error(sq, command.id(), status, lba, command.namespace());
+    }
+
+    /// Room in a completion queue; asks the host's doorbell only when less than `wanted` is known of.
+    #[inline]
+    fn room(&mut self, id: u16, wanted: u32) -> u32 {
+        let Some(cq) = &self.cqs[usize::from(id)] else { return 0 };
+        let room = cq.room();
+        if room >= wanted {
+            return room;
+        }
+        self.update_head(id);
+        self.cqs[usize::from(id)].as_ref().map_or(0, CompletionQueue::room)
+    }
+
+    fn update_head(&mut self, id: u16) {
+        let head = match self.shadow {
+            Some(shadow) if id != 0 => {
+                match self.view.load_u32(shadow.doorbells + self.shared.doorbell_offset(id, true) as u64) {
+                    Ok(head) => head,
+                    Err(fault) => {
+                        self.fail_dma("reading a shadow doorbell", fault);
+                        return;
+                    }
+                }
+            }
+            _ => self.shared.doorbell(id, true),
+        };
+        let Some(cq) = &mut self.cqs[usize::from(id)] else { return };
+        if head == cq.head || Some(head) == cq.refused_head {
+            return;
+        }
+        if !cq.advance(head) {
+            cq.refused_head = Some(head);
+            let (size, unread) = (cq.size, cq.unread());
+            let text = format!("completion queue head {head} of {size} entries, {unread} unread");
+            self.invalid_doorbell(id, text);
+        }
+    }
+
+    /// Posts a completion, or keeps it until its queue has room.
+    #[inline]
+    pub fn post(&mut self, completion: Completion) {
+        let Some(sq) = &self.sqs[usize::from(completion.sq)] else { return };
+        let (head, cq) = (sq.head, sq.cq);
+        if self.room(cq, 1) == 0 {
+            self.late.push_back(completion);
+            return;
+        }
+        let Some(queue) = &mut self.cqs[usize::from(cq)] else { return };
+        if let Err(fault) = queue.post(&self.view, &completion, head) {
+            self.fail_dma("posting a completion", fault);
+        }
+    }
+
+    /// Interrupts once for what was posted to a queue.
+    #[inline]
+    pub fn signal(&mut self, id: u16) {
+        if let Some(cq) = &mut self.cqs[usize::from(id)]
+            && std::mem::take(&mut cq.signal)
+            && let Some(vector) = cq.vector
+            && self.signals.send(vector)
+        {
+            Counters::add(&self.shared.counters.interrupts, 1);
+        }
+    }
+
+    fn signal_all(&mut self) {
+        for id in 0..self.cqs.len() as u16 {
+            self.signal(id);
+        }
+    }
+
+    fn post_late(&mut self) -> bool {
+        let waiting = std::mem::take(&mut self.late);
+        let count = waiting.len();
+        for completion in waiting {
+            self.post(completion);
+        }
+        self.signal_all();
+        self.late.len() < count
+    }
+
+    /// Carries out the held commands that are due.
+    fn release_held(&mut self, now: Instant) -> bool {
+        let mut worked = false;
+        let mut n = 0;
+        while n < self.held.len() {
+            if self.held[n].due > now {
+                n += 1;
+                continue;
+            }
+            let held = self.held.swap_remove(n);
+            if let Some(completion) = self.execute_with(held.sq, &held.command, &held.decision) {
+                self.post(completion);
+            }
+            worked = true;
+        }
+        if worked {
+            self.signal_all();
+        }
+        worked
+    }
+
+    /// Ends held commands of a queue (or one of them) with `status`; how many there were.
+    pub fn end_held(&mut self, sq: u16, id: Option<u16>, status: Status) -> usize {
+        let mut ended = 0;
+        let mut n = 0;
+        while n < self.held.len() {
+            let held = &self.held[n];
+            if held.sq != sq || id.is_some_and(|id| id != held.command.id()) {
+                n += 1;
+                continue;
+            }
+            let held = self.held.swap_remove(n);
+            self.post(Completion { result: 0, sq, id: held.command.id(), status });
+            ended += 1;
+        }
+        if ended > 0 {
+            self.signal_all();
+        }
+        ended
+    }
+
+    /// Forgets completions of a queue that is deleted.
+    pub fn drop_late(&mut self, sq: u16) {
+        self.late.retain(|completion| completion.sq != sq);
+    }
+
+    fn invalid_doorbell(&mut self, queue: u16, text: String) {
+        log::warn!("queue {queue}: invalid doorbell value: {text}; ignored");
+        self.events.invalid_doorbell_value(queue);
+        self.deliver_events();
+    }
+
+    /// Completes waiting Asynchronous Event Requests with the events there are.
+    pub fn deliver_events(&mut self) {
+        while let Some((id, result)) = self.events.next_delivery(&self.features) {
+            self.post(Completion { result, sq: 0, id, status: Status::SUCCESS });
+        }
+        self.signal(0);
+    }
+
+    #[cold]
+    fn fail_dma(&mut self, doing: &str, fault: DmaFault) -> bool {
+        self.fail(&format!("{doing}: {fault}"));
+        true
+    }
+
+    /// Reports a fatal status (CSTS.CFS) and stops.
+    pub fn fail(&mut self, why: &str) {
+        log::error!("controller fatal status: {why}");
+        self.state = State::Failed;
+        self.shared.registers().status |= CSTS_FATAL;
+    }
+}
+
+/// Being enabled, reset, shut down and asked.
+impl Controller {
+    /// Carries out what was asked by registers and requests.
+    fn attend(&mut self) {
+        self.view.refresh();
+        while let Some((request, answer)) = self.shared.next_request() {
+            // The asker may have given up: then nobody wants to know.
+            let _ = answer.send(self.answer(request));
+        }
+        if self.shared.faults.removed() {
+            return;
+        }
+        let (wanted, cc) = {
+            let mut registers = self.shared.registers();
+            (std::mem::take(&mut registers.wanted), registers.configuration)
+        };
+        if wanted.subsystem_reset {
+            log::info!("NVM subsystem reset");
+            self.clear();
+            let mut registers = self.shared.registers();
+            registers.power_on();
+            registers.status = registers::CSTS_SUBSYSTEM_RESET;
+            return;
+        }
+        self.reset_waits |= wanted.reset;
+        if self.reset_waits && !self.faults.plan.never_reset {
+            self.clear();
+            self.shared.registers().controller_reset();
+        }
+        if registers::enabled(cc) && self.state == State::Disabled && !self.reset_waits {
+            self.start(cc);
+        }
+        self.shut_down(cc);
+        if self.faults.plan.fatal && self.state != State::Failed && registers::enabled(cc) {
+            self.fail("a fatal status was injected");
+        }
+    }
+
+    /// Leaves nothing of queues and commands behind: a controller level reset (NVMe Base 2.0, 3.7.2).
+    fn clear(&mut self) {
+        self.reset_waits = false;
+        self.state = State::Disabled;
+        self.sqs.fill(None);
+        self.cqs.fill(None);
+        self.live.clear();
+        self.shadow = None;
+        self.held.clear();
+        self.late.clear();
+        self.events.reset();
+        self.refusals = 0;
+        let config = self.shared.config.clone();
+        self.features = Features::new(&config);
+        self.apply_write_cache();
+        self.clear_doorbells();
+    }
+
+    fn clear_doorbells(&mut self) {
+        for id in 0..self.sqs.len() as u16 {
+            self.shared.clear_doorbell(id, false);
+            self.shared.clear_doorbell(id, true);
+        }
+    }
+
+    /// Makes the namespaces cache as the volatile write cache feature says.
+    pub fn apply_write_cache(&mut self) {
+        let on = self.shared.config.volatile_write_cache && self.features.write_cache();
+        for namespace in self.namespaces.iter_mut().flatten() {
+            if let Err(error) = namespace.set_write_cache(on) {
+                log::error!("namespace {}: {error}; it works without a write cache", namespace.id);
+            }
+        }
+    }
+
+    /// CC.EN was set (3.5.1).
+    fn start(&mut self, cc: u32) {
+        let (aqa, asq, acq) = {
+            let registers = self.shared.registers();
+            (registers.admin_attributes, registers.admin_sq, registers.admin_cq)
+        };
+        if !self.shared.config_space().bus_master() {
+            log::warn!(
+                "enabled while PCI bus mastering is off (command register bit 2): a real controller could not reach memory"
+            );
+        }
+        let page = 4096 << registers::memory_page_size(cc);
+        let refuse = if cc >> 4 & 7 != 0 {
+            Some(format!("CC.CSS is {}: only the NVM command set (0) is supported", cc >> 4 & 7))
+        } else if registers::memory_page_size(cc) > registers::MPS_MAX {
+            Some(format!("CC.MPS is {}: at most {}", registers::memory_page_size(cc), registers::MPS_MAX))
+        } else if cc >> 11 & 7 != 0 {
+            Some(format!("CC.AMS is {}: only round robin (0) is supported", cc >> 11 & 7))
+        } else if aqa & 0xfff == 0 || aqa >> 16 == 0 {
+            Some(format!("AQA is {aqa:#x}: admin queues have at least 2 entries"))
+        } else if asq % page != 0 || acq % page != 0 {
+            Some(format!("ASQ {asq:#x} or ACQ {acq:#x} is not aligned to the page size {page}"))
+        } else {
+            None
+        };
+        if let Some(why) = refuse {
+            self.fail(&why);
+            return;
+        }
+        self.pointers.page = page;
+        self.clear_doorbells();
+        self.sqs[0] = Some(SubmissionQueue::new(asq, (aqa & 0xfff) + 1, 0));
+        let mut cq = CompletionQueue::new(acq, (aqa >> 16) + 1, Some(0));
+        cq.users = 1;
+        self.cqs[0] = Some(cq);
+        self.live.push(0);
+        self.state = State::Starting(Instant::now() + self.faults.plan.ready_delay);
+    }
+
+    fn poll_start(&mut self, ready: Instant) -> bool {
+        if self.faults.plan.never_ready || Instant::now() < ready {
+            return false;
+        }
+        log::info!("ready");
+        self.state = State::Ready;
+        self.shared.registers().status |= CSTS_READY;
+        true
+    }
+
+    /// CC.SHN was set (3.6.1, 3.6.2).
+    fn shut_down(&mut self, cc: u32) {
+        let kind = registers::shutdown_notification(cc);
+        if kind == 0 || kind == 3 || self.shared.registers().status & registers::CSTS_SHUTDOWN == CSTS_SHUTDOWN_COMPLETE
+        {
+            return;
+        }
+        if self.faults.plan.shutdown_hangs {
+            self.shared.registers().status |= CSTS_SHUTDOWN_OCCURRING;
+            return;
+        }
+        // Abrupt shutdown may lose what was not flushed; this controller keeps it.
+        self.namespaces.iter_mut().flatten().for_each(Namespace::flush);
+        if self.state != State::Failed {
+            self.state = State::ShutDown;
+        }
+        log::info!("shut down ({})", if kind == 1 { "normal" } else { "abrupt" });
+        let mut registers = self.shared.registers();
+        registers.status = registers.status & !registers::CSTS_SHUTDOWN | CSTS_SHUTDOWN_COMPLETE;
+    }
+
+    fn answer(&mut self, request: Request) -> Result<u64, Error> {
+        match request {
+            Request::RefreshDma => self.view.refresh(),
+            Request::Reset => {
+                self.clear();
+                let mut registers = self.shared.registers();
+                registers.power_on();
+            }
+            Request::PowerCut(loss) => return Ok(self.power_cut(loss)),
+            Request::AddNamespace(config) => {
+                let free = self.namespaces.iter().position(Option::is_none).unwrap_or(self.namespaces.len());
+                let id = free as u32 + 1;
+                if id > crate::identify::namespace_limit(&self.shared.config) {
+                    return Err(invalid(format!("{free} namespaces are the most this controller can have")));
+                }
+                let namespace = Namespace::new(id, &config, &self.shared.config)?;
+                if free == self.namespaces.len() {
+                    self.namespaces.push(None);
+                }
+                self.namespaces[free] = Some(namespace);
+                self.apply_write_cache();
+                self.namespace_changed(id);
+                return Ok(id.into());
+            }
+            Request::RemoveNamespace(id) => {
+                let place = self.namespaces.get_mut((id as usize).wrapping_sub(1));
+                place.and_then(Option::take).ok_or_else(|| invalid(format!("there is no namespace {id}")))?;
+                self.namespace_changed(id);
+            }
+            Request::Resize(id, bytes) => {
+                let namespace = self.namespaces.get_mut((id as usize).wrapping_sub(1)).and_then(Option::as_mut);
+                namespace.ok_or_else(|| invalid(format!("there is no namespace {id}")))?.resize(bytes)?;
+                self.namespace_changed(id);
+            }
+        }
+        Ok(0)
+    }
+
+    fn namespace_changed(&mut self, id: u32) {
+        self.events.namespace_changed(id);
+        self.deliver_events();
+    }
+
+    fn power_cut(&mut self, loss: PowerLoss) -> u64 {
+        let mut lost = 0;
+        for namespace in self.namespaces.iter_mut().flatten() {
+            let random = (loss == PowerLoss::Some).then_some(&mut self.power_random);
+            lost += namespace.power_cut(random) as u64;
+        }
+        log::info!("power cut: {lost} unflushed blocks lost");
+        Counters::add(&self.shared.counters.power_cuts, 1);
+        self.clear();
+        self.shared.registers().power_on();
+        lost
+    }
+
+    /// Before a nap: what is too slow to do at every look.
+    fn before_nap(&mut self) {
+        if self.state != State::Ready || self.shared.faults.removed() {
+            return;
+        }
+        for id in 0..self.cqs.len() as u16 {
+            if self.cqs[usize::from(id)].is_some() {
+                self.update_head(id);
+            }
+        }
+        self.refuse_unknown_doorbells();
+        self.publish_event_idx();
+    }
+
+    /// Doorbells of queues that do not exist must not be rung.
+    fn refuse_unknown_doorbells(&mut self) {
+        for id in 0..self.sqs.len() as u16 {
+            let missing = [self.sqs[usize::from(id)].is_none(), self.cqs[usize::from(id)].is_none()];
+            for (missing, completion) in missing.into_iter().zip([false, true]) {
+                if missing && self.shared.doorbell(id, completion) != 0 {
+                    log::warn!("queue {id}: doorbell of a queue that does not exist was rung");
+                    self.shared.clear_doorbell(id, completion);
+                    self.events.unknown_doorbell(id);
+                    self.deliver_events();
+                }
+            }
+        }
+    }
+
+    /// Asks the host to ring the real doorbells at its next entry. While the controller is awake it leaves EventIdx behind,
+    /// so that the host does not ring.
+    fn publish_event_idx(&mut self) {
+        let Some(shadow) = self.shadow else { return };
+        for n in 0..self.live.len() {
+            let id = self.live[n];
+            let Some(sq) = self.sqs[usize::from(id)].filter(|_| id != 0) else { continue };
+            let at = shadow.event_idx + self.shared.doorbell_offset(id, false) as u64;
+            if let Err(fault) = self.view.store_u32(at, sq.tail) {
+                self.fail_dma("writing an EventIdx", fault);
+                return;
+            }
+        }
+        // Pairs with the fence between the host's shadow doorbell and its look at EventIdx: one of the two sees the other.
+        std::sync::atomic::fence(Ordering::SeqCst);
+    }
+}
+
+/// How the idle data thread passes its time.
+struct Idle {
+    looks: u32,
+    since: Option<Instant>,
+    nap: Duration,
+}
+
+impl Idle {
+    fn new() -> Idle {
+        Idle { looks: 0, since: None, nap: SHORTEST_NAP }
+    }
+
+    #[inline]
+    fn reset(&mut self) {
+        self.looks = 0;
+        self.since = None;
+        self.nap = SHORTEST_NAP;
+    }
+
+    fn pause(&mut self, controller: &mut Controller) {
+        self.looks += 1;
+        if self.looks < SPINS {
+            std::hint::spin_loop();
+            return;
+        }
+        let now = Instant::now();
+        if now.duration_since(*self.since.get_or_insert(now)) < YIELD_TIME {
+            std::thread::yield_now();
+            return;
+        }
+        controller.before_nap();
+        if controller.shadow.is_some() && controller.poll() {
+            self.reset();
+            return;
+        }
+        let due = controller.held.iter().map(|held| held.due.saturating_duration_since(now)).min();
+        Counters::add(&controller.shared.counters.naps, 1);
+        std::thread::park_timeout(due.map_or(self.nap, |due| self.nap.min(due)));
+        self.nap = (self.nap * 2).min(LONGEST_NAP);
+    }
+}

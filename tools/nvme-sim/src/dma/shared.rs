@@ -1,0 +1,235 @@
+//! Memory that others write too: guest memory, doorbells, the blocks of a namespace.
+//!
+//! The only unsafe code of the crate. No reference into such memory is ever made: single words go through atomics, and
+//! bytes are copied by pointer. A copy that races with its owner yields some mixture of old and new bytes, as a device's
+//! DMA would, and nothing else depends on them.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use memmap2::{MmapOptions, MmapRaw, RemapOptions, UncheckedAdvice};
+
+const PAGE: usize = 4096;
+
+/// A mapped piece of shared memory of fixed length. All access is checked against that length.
+pub(crate) struct SharedBytes {
+    map: MmapRaw,
+    /// Where the piece begins inside the mapping.
+    start: usize,
+    len: usize,
+}
+
+impl SharedBytes {
+    /// `len` bytes of zeroes that cost memory only where they are written (terabytes are fine).
+    pub fn anonymous(len: usize) -> io::Result<SharedBytes> {
+        let map = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
+        Ok(SharedBytes { map: MmapRaw::from(map), start: 0, len })
+    }
+
+    /// A new memory file of `len` bytes, and its mapping.
+    pub fn memory_file(name: &std::ffi::CStr, len: usize) -> io::Result<(File, SharedBytes)> {
+        // SAFETY: `name` is a valid C string for the length of the call.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: `fd` was just opened and has no other owner.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        file.set_len(len as u64)?;
+        let bytes = SharedBytes::of_file(&file, 0, len, true)?;
+        Ok((file, bytes))
+    }
+
+    /// Maps `len` bytes of `file` from `offset`. The file must be that long already.
+    pub fn of_file(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
+        let metadata = file.metadata()?;
+        let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
+        if metadata.is_file() && end > metadata.len() {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("the file has {} bytes, the mapping would end at {end}", metadata.len()),
+            ));
+        }
+        // Files on hugetlbfs (their block size is the huge page) are mapped in whole huge pages only.
+        let unit = if metadata.blksize() > PAGE as u64 { metadata.blksize() } else { PAGE as u64 };
+        let (mut from, mut inner) = (offset, 0);
+        if !offset.is_multiple_of(unit) || !(len as u64).is_multiple_of(unit) {
+            from = offset - offset % unit;
+            inner = (offset - from) as usize;
+        }
+        let whole = (inner + len).next_multiple_of(unit as usize);
+        let map = |from: u64, len: usize| {
+            let mut options = MmapOptions::new();
+            options.offset(from).len(len);
+            if writable { options.map_raw(file) } else { options.map_raw_read_only(file) }
+        };
+        match map(from, whole) {
+            Ok(map) => Ok(SharedBytes { map, start: inner, len }),
+            // Not hugetlbfs after all, and the file ends inside the last unit.
+            Err(_) => Ok(SharedBytes { map: map(offset, len)?, start: 0, len }),
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// The address of `len` bytes at `offset`, if they lie inside.
+    #[inline]
+    fn at(&self, offset: usize, len: usize) -> Option<*mut u8> {
+        let end = offset.checked_add(len)?;
+        (end <= self.len).then(|| self.map.as_mut_ptr().wrapping_add(self.start + offset))
+    }
+
+    #[inline]
+    fn atomic_u32(&self, offset: usize) -> Option<&AtomicU32> {
+        let at = self.at(offset, 4).filter(|at| at.addr() % 4 == 0)?;
+        // SAFETY: in bounds and aligned, checked above; the mapping lives as long as `self`.
+        Some(unsafe { AtomicU32::from_ptr(at.cast()) })
+    }
+
+    #[inline]
+    fn atomic_u64(&self, offset: usize) -> Option<&AtomicU64> {
+        let at = self.at(offset, 8).filter(|at| at.addr() % 8 == 0)?;
+        // SAFETY: in bounds and aligned, checked above; the mapping lives as long as `self`.
+        Some(unsafe { AtomicU64::from_ptr(at.cast()) })
+    }
+
+    /// Loads an aligned word; `None` where it is outside or misaligned.
+    #[inline]
+    pub fn load_u32(&self, offset: usize, order: Ordering) -> Option<u32> {
+        Some(u32::from_le(self.atomic_u32(offset)?.load(order)))
+    }
+
+    /// Stores an aligned word; `None` where it is outside or misaligned.
+    #[inline]
+    pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) -> Option<()> {
+        self.atomic_u32(offset)?.store(value.to_le(), order);
+        Some(())
+    }
+
+    /// Loads an aligned word; `None` where it is outside or misaligned.
+    #[inline]
+    pub fn load_u64(&self, offset: usize, order: Ordering) -> Option<u64> {
+        Some(u64::from_le(self.atomic_u64(offset)?.load(order)))
+    }
+
+    /// Stores an aligned word; `None` where it is outside or misaligned.
+    #[inline]
+    pub fn store_u64(&self, offset: usize, value: u64, order: Ordering) -> Option<()> {
+        self.atomic_u64(offset)?.store(value.to_le(), order);
+        Some(())
+    }
+
+    /// Copies bytes out of the shared memory.
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> Option<()> {
+        let from = self.at(offset, into.len())?;
+        // SAFETY: `from` has `into.len()` mapped bytes (checked); `into` is private memory, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
+        Some(())
+    }
+
+    /// Copies bytes into the shared memory.
+    pub fn write(&self, offset: usize, from: &[u8]) -> Option<()> {
+        let into = self.at(offset, from.len())?;
+        // SAFETY: `into` has `from.len()` mapped bytes (checked); `from` is private memory, so they do not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
+        Some(())
+    }
+
+    /// Copies `len` bytes to another piece of shared memory, with nothing in between.
+    #[inline]
+    pub fn copy_to(&self, offset: usize, into: &SharedBytes, into_offset: usize, len: usize) -> Option<()> {
+        let from = self.at(offset, len)?;
+        let into = into.at(into_offset, len)?;
+        // SAFETY: both have `len` mapped bytes (checked). `copy` rather than `copy_nonoverlapping`: nothing but the
+        // callers' habit says that the two pieces are not one mapping.
+        unsafe { std::ptr::copy(from, into, len) };
+        Some(())
+    }
+
+    /// Whether `len` bytes equal those of another piece.
+    pub fn equals(&self, offset: usize, other: &SharedBytes, other_offset: usize, len: usize) -> Option<bool> {
+        let a = self.at(offset, len)?;
+        let b = other.at(other_offset, len)?;
+        // SAFETY: both have `len` mapped bytes (checked); memcmp only reads them.
+        Some(unsafe { libc::memcmp(a.cast(), b.cast(), len) } == 0)
+    }
+
+    /// Writes zeroes.
+    pub fn zero(&self, offset: usize, len: usize) -> Option<()> {
+        let at = self.at(offset, len)?;
+        // SAFETY: `at` has `len` mapped bytes (checked).
+        unsafe { std::ptr::write_bytes(at, 0, len) };
+        Some(())
+    }
+
+    /// Gives the whole pages inside the range back to the system. Only for anonymous memory, where they then read zero.
+    pub fn forget_pages(&self, offset: usize, len: usize) -> io::Result<()> {
+        let first = offset.next_multiple_of(PAGE);
+        let last = offset.saturating_add(len).min(self.len) / PAGE * PAGE;
+        if first >= last {
+            return Ok(());
+        }
+        // SAFETY: the range lies inside the mapping; no reference to its bytes exists anywhere (module rule).
+        unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, self.start + first, last - first) }
+    }
+
+    /// Changes the length of a whole mapping; new bytes read zero (the file behind it must have them already).
+    pub fn resize(&mut self, len: usize) -> io::Result<()> {
+        debug_assert_eq!(self.start, 0, "only whole mappings are resized");
+        // SAFETY: `&mut self`: nothing else uses the mapping, and no pointer into it is kept.
+        unsafe { self.map.remap(len, RemapOptions::new().may_move(true))? };
+        self.len = len;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_outside_is_reached() {
+        let bytes = SharedBytes::anonymous(8192).unwrap();
+        assert_eq!(bytes.load_u32(8188, Ordering::Relaxed), Some(0));
+        assert_eq!(bytes.load_u32(8192, Ordering::Relaxed), None);
+        assert_eq!(bytes.load_u32(2, Ordering::Relaxed), None, "misaligned");
+        assert_eq!(bytes.load_u64(8188, Ordering::Relaxed), None);
+        assert_eq!(bytes.write(8191, &[1, 2]), None);
+        assert_eq!(bytes.read(usize::MAX, &mut [0; 2]), None);
+        assert_eq!(bytes.zero(1, 8192), None);
+        let other = SharedBytes::anonymous(4096).unwrap();
+        assert_eq!(bytes.copy_to(0, &other, 0, 4097), None);
+        assert_eq!(bytes.equals(0, &other, 1, 4096), None);
+    }
+
+    #[test]
+    fn a_piece_inside_a_file() {
+        let (file, whole) = SharedBytes::memory_file(c"test", 16384).unwrap();
+        whole.write(8000, b"here").unwrap();
+        let piece = SharedBytes::of_file(&file, 8000, 100, true).unwrap();
+        let mut got = [0; 4];
+        piece.read(0, &mut got).unwrap();
+        assert_eq!(&got, b"here");
+        assert!(piece.read(97, &mut got).is_none());
+        assert!(SharedBytes::of_file(&file, 8192, 8193, true).is_err());
+    }
+
+    #[test]
+    fn resized_and_forgotten_memory_reads_zero() {
+        let mut bytes = SharedBytes::anonymous(8192).unwrap();
+        bytes.write(0, &[7; 8192]).unwrap();
+        bytes.forget_pages(1, 8191).unwrap();
+        let mut got = [9; 8192];
+        bytes.read(0, &mut got).unwrap();
+        assert!(got[..4096].iter().all(|b| *b == 7), "a page that is not wholly inside stays");
+        assert!(got[4096..].iter().all(|b| *b == 0));
+        bytes.resize(1 << 20).unwrap();
+        assert_eq!(bytes.load_u64((1 << 20) - 8, Ordering::Relaxed), Some(0));
+        assert_eq!(bytes.load_u64(0, Ordering::Relaxed), Some(0x0707_0707_0707_0707));
+    }
+}

@@ -1,0 +1,142 @@
+//! An NVMe controller in software, served on a vfio-user socket until it is told to stop.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use nvme_sim::{Config, Error, FaultRule, NamespaceConfig, Simulator, parse_max_transfer, parse_size, replicate};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// An NVMe controller in software, served on a vfio-user socket.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// Path of the vfio-user socket
+    #[arg(long)]
+    socket: PathBuf,
+    /// Size of each namespace: a number, then nothing, K, M, G or T
+    #[arg(long, default_value = "1G", value_parser = parse_size)]
+    size: u64,
+    /// Logical block size in bytes: 512 or 4096
+    #[arg(long, default_value_t = 512)]
+    lba: u32,
+    /// Keep the blocks in this file (namespace n > 1: PATH.n) instead of memory
+    #[arg(long)]
+    file: Option<PathBuf>,
+    /// Number of namespaces
+    #[arg(long, default_value_t = 1)]
+    namespaces: u32,
+    /// I/O queue pairs granted at most
+    #[arg(long, default_value_t = 16)]
+    queues: u16,
+    /// Entries of the largest I/O queue (CAP.MQES)
+    #[arg(long, default_value_t = 1024)]
+    queue_entries: u32,
+    /// log2 of the doorbell stride in dwords (CAP.DSTRD)
+    #[arg(long, default_value_t = 0)]
+    doorbell_stride: u8,
+    /// Largest transfer of one command: a size that is a power of two, or "none"
+    #[arg(long, default_value = "512K", value_parser = max_transfer)]
+    max_transfer: MaxTransfer,
+    /// Boundary that I/O should not cross, in logical blocks (NOIOB); 0: none
+    #[arg(long, default_value_t = 0)]
+    noiob: u16,
+    /// Do not offer SGLs
+    #[arg(long)]
+    no_sgl: bool,
+    /// Do not offer shadow doorbells
+    #[arg(long)]
+    no_shadow_doorbells: bool,
+    /// Have a volatile write cache
+    #[arg(long)]
+    write_cache: bool,
+    /// Offer LBA formats with metadata
+    #[arg(long)]
+    metadata_formats: bool,
+    /// Write protect the namespaces
+    #[arg(long)]
+    read_only: bool,
+    /// Serial number
+    #[arg(long, default_value = "SIM0001")]
+    serial: String,
+    /// Milliseconds the controller may take to become ready (CAP.TO)
+    #[arg(long, default_value_t = 2000)]
+    ready_timeout: u64,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// A fault: ACTION[,CONDITION]…; may be repeated. Actions: delay=TIME[..TIME], fail=TYPE:CODE, lose, wrong-id, fatal, stop,
+    /// remove. Conditions: opcode=NAME or number, admin, nsid=N, lba=FIRST[..LAST], skip=N, limit=N, p=PROBABILITY
+    #[arg(long = "fault", value_name = "RULE")]
+    faults: Vec<FaultRule>,
+    /// Shuffle completions that are posted together
+    #[arg(long)]
+    reorder: bool,
+    /// Never become ready
+    #[arg(long)]
+    never_ready: bool,
+}
+
+/// `--max-transfer`; a type of its own, because clap takes an `Option` for an optional argument.
+#[derive(Clone)]
+struct MaxTransfer(Option<u32>);
+
+fn max_transfer(text: &str) -> Result<MaxTransfer, Error> {
+    parse_max_transfer(text).map(MaxTransfer)
+}
+
+impl Arguments {
+    fn config(self) -> (Config, PathBuf) {
+        let namespace = NamespaceConfig {
+            bytes: self.size,
+            block_bytes: self.lba,
+            metadata_bytes: 0,
+            file: self.file,
+            read_only: self.read_only,
+        };
+        let mut config = Config {
+            namespaces: replicate(&namespace, self.namespaces),
+            max_transfer: self.max_transfer.0,
+            max_queue_pairs: self.queues,
+            queue_entries: self.queue_entries,
+            doorbell_stride: self.doorbell_stride,
+            sgl: !self.no_sgl,
+            shadow_doorbells: !self.no_shadow_doorbells,
+            volatile_write_cache: self.write_cache,
+            noiob: self.noiob,
+            metadata_formats: self.metadata_formats,
+            ready_timeout: Duration::from_millis(self.ready_timeout),
+            serial: self.serial,
+            ..Default::default()
+        };
+        config.faults.seed = self.seed;
+        config.faults.rules = self.faults;
+        config.faults.reorder = self.reorder;
+        config.faults.never_ready = self.never_ready;
+        (config, self.socket)
+    }
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    let (config, socket) = Arguments::parse().config();
+    match run(config, socket) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("nvme-sim: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: Config, socket: PathBuf) -> Result<(), Box<dyn std::error::Error>> {
+    // Before the socket is there: a signal that comes early must remove it too.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let simulator = Simulator::start(config, &socket)?;
+    let signal = signals.forever().next();
+    log::info!("signal {}: stopping", signal.unwrap_or_default());
+    simulator.stop();
+    Ok(())
+}

@@ -1,0 +1,275 @@
+//! The front-end's side: vfio-user messages on a socket, one front-end at a time.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
+    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_TYPE_MASK, VFIO_PCI_MSIX_IRQ_INDEX,
+    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
+    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_sparse_mmap_area,
+};
+use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
+
+use crate::config_space::{BarLayout, CONFIG_BYTES};
+use crate::registers::DOORBELLS;
+use crate::shared::{Request, Shared};
+
+const BAR0: u32 = 0;
+const CONFIG: u32 = 7;
+
+/// Largest access by message; larger than any register or table.
+const MAX_ACCESS: usize = 1 << 20;
+
+/// The regions of the device; `memory` is the file behind BAR0, of which the doorbells may be mapped.
+fn regions(layout: &BarLayout, memory: RawFd) -> Vec<ServerRegion> {
+    let region = |index: u32| {
+        let (size, flags) = match index {
+            BAR0 => {
+                (layout.bytes, VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE | VFIO_REGION_INFO_FLAG_MMAP)
+            }
+            CONFIG => (CONFIG_BYTES as u64, VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE),
+            _ => (0, 0),
+        };
+        let argsz = size_of::<vfio_region_info>() as u32;
+        let region_info = vfio_region_info { argsz, flags, index, cap_offset: 0, size, offset: 0 };
+        let doorbells = vfio_region_sparse_mmap_area { offset: DOORBELLS, size: layout.doorbell_bytes };
+        let mapped = index == BAR0;
+        ServerRegion {
+            region_info,
+            sparse_areas: if mapped { vec![SparseArea { area: doorbells }] } else { vec![] },
+            mmap_fd: mapped.then_some(memory),
+        }
+    };
+    (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
+}
+
+fn irqs(layout: &BarLayout) -> Vec<IrqInfo> {
+    let irq = |index| {
+        let msix = index == VFIO_PCI_MSIX_IRQ_INDEX;
+        let flags = if msix { VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE } else { 0 };
+        IrqInfo { index, flags, count: if msix { layout.vectors.into() } else { 0 } }
+    };
+    (0..VFIO_PCI_NUM_IRQS).map(irq).collect()
+}
+
+/// Serves one front-end after the other until `shared.stop` is set and the listener shut down.
+pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
+    let listener = UnixListener::from(listener);
+    loop {
+        let result = listener.try_clone().map(|listener| {
+            let server = Server::from_owned_fd(
+                OwnedFd::from(listener),
+                true,
+                irqs(&shared.layout),
+                regions(&shared.layout, memory.as_raw_fd()),
+            );
+            let mut front_end = FrontEnd { shared: shared.clone(), msix_table: vec![0; msix_bytes(&shared.layout)] };
+            // The crate panics on some malformed messages (a version that is no C string): such a front-end is dropped,
+            // and the next one served.
+            catch_unwind(AssertUnwindSafe(|| server.run(&mut front_end)))
+        });
+        let stopping = shared.stop.load(Ordering::Acquire);
+        if !stopping {
+            front_end_gone(&shared);
+        }
+        match result {
+            _ if stopping => return,
+            Ok(Ok(Ok(()))) => log::info!("the front-end has gone"),
+            Ok(Ok(Err(error))) => {
+                log::warn!("the front-end is dropped: {error}");
+                // An accept that fails at once would fail again and again.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Ok(Err(_)) => log::error!("the front-end is dropped: it sent a malformed message"),
+            Err(error) => {
+                log::error!("cannot use the listening socket: {error}");
+                return;
+            }
+        }
+    }
+}
+
+/// Leaves nothing of a front-end behind.
+fn front_end_gone(shared: &Shared) {
+    if let Err(error) = shared.ask(Request::Reset) {
+        log::error!("{error}");
+    }
+    shared.interrupts.disable_all();
+    shared.dma.clear();
+    if let Err(error) = shared.ask(Request::RefreshDma) {
+        log::error!("{error}");
+    }
+}
+
+fn msix_bytes(layout: &BarLayout) -> usize {
+    usize::from(layout.vectors) * 16
+}
+
+/// What one front-end sees.
+struct FrontEnd {
+    shared: Arc<Shared>,
+    msix_table: Vec<u8>,
+}
+
+/// The part of an access `[offset, offset + len)` inside `[start, start + size)`: its place in the data, and in the area.
+fn overlap(offset: u64, len: usize, start: u64, size: u64) -> Option<(std::ops::Range<usize>, u64)> {
+    let from = offset.max(start);
+    let to = offset.saturating_add(len as u64).min(start.saturating_add(size));
+    (from < to).then(|| ((from - offset) as usize..(to - offset) as usize, from - start))
+}
+
+fn too_large(len: usize) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, format!("an access of {len} bytes"))
+}
+
+impl FrontEnd {
+    fn gone(&self) -> bool {
+        self.shared.faults.removed() || self.shared.stop.load(Ordering::Acquire)
+    }
+
+    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+        let layout = &self.shared.layout;
+        if let Some((part, at)) = overlap(offset, data.len(), 0, DOORBELLS) {
+            self.shared.registers().read(at, &mut data[part]);
+        }
+        if let Some((part, at)) = overlap(offset, data.len(), DOORBELLS, layout.doorbell_bytes) {
+            let _ = self.shared.doorbells.read(at as usize, &mut data[part]);
+        }
+        if let Some((part, at)) = overlap(offset, data.len(), layout.msix_table, self.msix_table.len() as u64) {
+            let at = at as usize;
+            let len = part.len();
+            data[part].copy_from_slice(&self.msix_table[at..at + len]);
+        }
+    }
+
+    fn write_bar(&mut self, offset: u64, data: &[u8]) {
+        let layout = self.shared.layout;
+        if let Some((part, at)) = overlap(offset, data.len(), 0, DOORBELLS) {
+            self.shared.registers().write(at, &data[part]);
+            self.shared.call_attention();
+        }
+        if let Some((part, at)) = overlap(offset, data.len(), DOORBELLS, layout.doorbell_bytes) {
+            self.ring(at, &data[part]);
+        }
+        if let Some((part, at)) = overlap(offset, data.len(), layout.msix_table, self.msix_table.len() as u64) {
+            let at = at as usize;
+            self.msix_table[at..at + part.len()].copy_from_slice(&data[part]);
+        }
+    }
+
+    /// A doorbell write by message.
+    fn ring(&self, at: u64, data: &[u8]) {
+        if !at.is_multiple_of(4) || !data.len().is_multiple_of(4) {
+            log::warn!("doorbell write of {} bytes at {at:#x}: not a dword; ignored", data.len());
+            return;
+        }
+        for (n, word) in data.chunks_exact(4).enumerate() {
+            let value = u32::from_le_bytes(word.try_into().expect("chunks of four bytes"));
+            // Release: pairs with the Acquire in `Shared::doorbell`; the front-end wrote its entries before it sent this.
+            let _ = self.shared.doorbells.store_u32(at as usize + 4 * n, value, Ordering::Release);
+        }
+        self.shared.wake();
+    }
+}
+
+impl ServerBackend for FrontEnd {
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        if data.len() > MAX_ACCESS {
+            return Err(too_large(data.len()));
+        }
+        data.fill(0);
+        match region {
+            _ if self.gone() => data.fill(0xff),
+            BAR0 => self.read_bar(offset, data),
+            CONFIG => self.shared.config_space().read(offset, data),
+            _ => {
+                log::warn!("read of {} bytes at {offset:#x} in region {region}, which is empty", data.len());
+                data.fill(0xff);
+            }
+        }
+        Ok(())
+    }
+
+    fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        if data.len() > MAX_ACCESS {
+            return Err(too_large(data.len()));
+        }
+        match region {
+            _ if self.gone() => {}
+            BAR0 => self.write_bar(offset, data),
+            CONFIG => {
+                let reset = self.shared.config_space().write(offset, data);
+                if reset {
+                    self.reset()?;
+                }
+            }
+            _ => log::warn!("write of {} bytes at {offset:#x} in region {region}, which is empty", data.len()),
+        }
+        Ok(())
+    }
+
+    fn dma_map(
+        &mut self,
+        flags: DmaMapFlags,
+        offset: u64,
+        address: u64,
+        size: u64,
+        file: Option<File>,
+    ) -> io::Result<()> {
+        let Some(file) = file else {
+            let text = format!("DMA map of {size} bytes at {address:#x} without a file descriptor: not supported");
+            log::error!("{text}");
+            return Err(io::Error::new(io::ErrorKind::Unsupported, text));
+        };
+        let (readable, writable) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
+        log::debug!("DMA map of {size} bytes at {address:#x}, file offset {offset:#x}");
+        self.shared.dma.map(&file, offset, address, size, readable, writable).inspect_err(|error| {
+            log::error!("cannot map {size} bytes at {address:#x} for DMA (file offset {offset:#x}): {error}");
+        })
+    }
+
+    fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
+        log::debug!("DMA unmap of {size} bytes at {address:#x}");
+        if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
+            self.shared.dma.clear();
+        } else if self.shared.dma.unmap(address, size).inspect_err(|error| log::error!("{error}"))? == 0 {
+            log::warn!("DMA unmap of {size} bytes at {address:#x}: nothing is mapped there");
+        }
+        // The answer promises that the memory is not touched any more.
+        self.shared.ask(Request::RefreshDma).map(drop).map_err(io::Error::other)
+    }
+
+    fn reset(&mut self) -> io::Result<()> {
+        self.shared.ask(Request::Reset).map(drop).map_err(io::Error::other)
+    }
+
+    fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {
+        let (data, action) = (flags & VFIO_IRQ_SET_DATA_TYPE_MASK, flags & VFIO_IRQ_SET_ACTION_TYPE_MASK);
+        if index != VFIO_PCI_MSIX_IRQ_INDEX || action != VFIO_IRQ_SET_ACTION_TRIGGER {
+            // Front-ends switch all kinds off at start: nothing to do, and no error.
+            if count == 0 || data == VFIO_IRQ_SET_DATA_NONE {
+                return Ok(());
+            }
+            let text = format!("SET_IRQS of kind {index}, flags {flags:#x}: only MSI-X triggers are supported");
+            log::error!("{text}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        match data {
+            VFIO_IRQ_SET_DATA_NONE if count == 0 => self.shared.interrupts.disable_all(),
+            VFIO_IRQ_SET_DATA_NONE => self.shared.interrupts.trigger(start, count),
+            VFIO_IRQ_SET_DATA_EVENTFD if count == 0 => self.shared.interrupts.disable_all(),
+            _ => {
+                let result = self.shared.interrupts.assign(start, count, fds);
+                result.inspect_err(|error| log::error!("{error}"))?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,182 @@
+//! What the message thread, the data thread and the simulator's owner share.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::Thread;
+use std::time::Duration;
+
+use crate::config::{Config, NamespaceConfig};
+use crate::config_space::{BarLayout, ConfigSpace};
+use crate::dma::{DmaTable, SharedBytes};
+use crate::error::Error;
+use crate::faults::FaultControl;
+use crate::interrupts::Interrupts;
+use crate::registers::Registers;
+
+/// The data thread answers requests between two commands; formatting a large file-backed namespace takes longest.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// What is lost in a power cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PowerLoss {
+    /// Every block that was not flushed.
+    All,
+    /// About half of the blocks that were not flushed, chosen by the fault seed.
+    Some,
+}
+
+/// A request to the data thread.
+pub(crate) enum Request {
+    /// Let go of DMA regions that were unmapped.
+    RefreshDma,
+    /// Function level reset, or the front-end has gone.
+    Reset,
+    PowerCut(PowerLoss),
+    AddNamespace(NamespaceConfig),
+    RemoveNamespace(u32),
+    Resize(u32, u64),
+}
+
+type Answer = Result<u64, Error>;
+
+/// Counts of what a controller did. Single values may be read at any time; they are not a consistent set.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// I/O commands carried out or refused.
+    pub commands: AtomicU64,
+    /// I/O commands that completed with an error.
+    pub errors: AtomicU64,
+    /// Read commands that succeeded.
+    pub reads: AtomicU64,
+    /// Write commands that succeeded.
+    pub writes: AtomicU64,
+    /// Bytes read by the host.
+    pub bytes_read: AtomicU64,
+    /// Bytes written by the host.
+    pub bytes_written: AtomicU64,
+    /// MSI-X messages sent (eventfd writes).
+    pub interrupts: AtomicU64,
+    /// Times the idle data thread went to sleep.
+    pub naps: AtomicU64,
+    /// Unsafe shutdowns and power cuts.
+    pub power_cuts: AtomicU64,
+}
+
+impl Counters {
+    /// Adds to a counter that only the data thread writes.
+    pub(crate) fn add(counter: &AtomicU64, n: u64) {
+        // Relaxed: a single writer, and nothing is ordered by it.
+        counter.store(counter.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+}
+
+pub(crate) struct Shared {
+    pub config: Config,
+    pub layout: BarLayout,
+    pub registers: Mutex<Registers>,
+    pub config_space: Mutex<ConfigSpace>,
+    pub doorbells: SharedBytes,
+    pub dma: Arc<DmaTable>,
+    pub interrupts: Arc<Interrupts>,
+    pub faults: FaultControl,
+    pub counters: Counters,
+    /// `None` once nobody answers any more.
+    requests: Mutex<Option<VecDeque<(Request, SyncSender<Answer>)>>>,
+    /// Registers were written, or there are requests.
+    attention: AtomicBool,
+    pub stop: AtomicBool,
+    pub data_thread: OnceLock<Thread>,
+}
+
+/// A lock whose holder cannot leave half-done changes behind: poison is no reason to stop.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub fn new(config: Config, layout: BarLayout, doorbells: SharedBytes) -> Shared {
+        Shared {
+            layout,
+            registers: Mutex::new(Registers::new(&config)),
+            config_space: Mutex::new(ConfigSpace::new(&layout)),
+            doorbells,
+            dma: Arc::new(DmaTable::new()),
+            interrupts: Arc::new(Interrupts::new(layout.vectors)),
+            faults: FaultControl::new(config.faults.clone()),
+            counters: Counters::default(),
+            requests: Mutex::new(Some(VecDeque::new())),
+            attention: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+            data_thread: OnceLock::new(),
+            config,
+        }
+    }
+
+    pub fn registers(&self) -> MutexGuard<'_, Registers> {
+        lock(&self.registers)
+    }
+
+    pub fn config_space(&self) -> MutexGuard<'_, ConfigSpace> {
+        lock(&self.config_space)
+    }
+
+    /// Wakes the data thread.
+    pub fn wake(&self) {
+        if let Some(thread) = self.data_thread.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Makes the data thread look at registers and requests.
+    pub fn call_attention(&self) {
+        // Release: pairs with the Acquire in `take_attention`.
+        self.attention.store(true, Ordering::Release);
+        self.wake();
+    }
+
+    /// Whether there is something besides queues to look at.
+    #[inline]
+    pub fn take_attention(&self) -> bool {
+        // The plain load keeps the line shared while there is nothing.
+        self.attention.load(Ordering::Relaxed) && self.attention.swap(false, Ordering::Acquire)
+    }
+
+    /// Has the data thread carry a request out, and waits for it.
+    pub fn ask(&self, request: Request) -> Answer {
+        let (sender, receiver) = sync_channel(1);
+        let stopped = Error::NoAnswer("it was stopped");
+        lock(&self.requests).as_mut().ok_or(stopped)?.push_back((request, sender));
+        self.call_attention();
+        receiver.recv_timeout(ANSWER_DEADLINE).unwrap_or(Err(Error::NoAnswer("it is gone, or busy for too long")))
+    }
+
+    pub fn next_request(&self) -> Option<(Request, SyncSender<Answer>)> {
+        lock(&self.requests).as_mut()?.pop_front()
+    }
+
+    /// Nobody answers requests any more; whoever waits sees that at once.
+    pub fn refuse_requests(&self) {
+        *lock(&self.requests) = None;
+    }
+
+    /// Byte offset of a doorbell: submission queue tail, or completion queue head.
+    #[inline]
+    pub fn doorbell_offset(&self, queue: u16, completion: bool) -> usize {
+        (usize::from(queue) * 2 + usize::from(completion)) << (2 + self.config.doorbell_stride)
+    }
+
+    /// A doorbell's value.
+    #[inline]
+    pub fn doorbell(&self, queue: u16, completion: bool) -> u32 {
+        // Acquire: pairs with the store by which the host rings; the entries it wrote before are visible after it.
+        self.doorbells.load_u32(self.doorbell_offset(queue, completion), Ordering::Acquire).unwrap_or(0)
+    }
+
+    /// Puts a doorbell back to its value after reset.
+    pub fn clear_doorbell(&self, queue: u16, completion: bool) {
+        // Relaxed: the completion (or CSTS) that lets the host ring again is published after it.
+        let _ = self.doorbells.store_u32(self.doorbell_offset(queue, completion), 0, Ordering::Relaxed);
+    }
+}
