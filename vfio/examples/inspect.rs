@@ -1,12 +1,25 @@
 //! Opens a device and prints what it offers: `cargo run -p vfio --example inspect -- 0000:01:00.0`
 
-use vfio::{Address, Device};
+use std::process::ExitCode;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
+use vfio::{Address, Device, Error};
+
+fn main() -> ExitCode {
     env_logger::init();
     let Some(text) = std::env::args().nth(1) else {
-        return Err("give a PCI address such as 0000:01:00.0, or vfio-user:/path/to.sock".into());
+        eprintln!("give a PCI address such as 0000:01:00.0, or vfio-user:/path/to.sock");
+        return ExitCode::FAILURE;
     };
+    match inspect(&text) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn inspect(text: &str) -> Result<(), Error> {
     let device = Device::open(&text.parse::<Address>()?)?;
     println!("{}", device.address());
     let config = device.config_space();

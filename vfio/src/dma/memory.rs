@@ -213,10 +213,10 @@ fn warn_once(bytes: usize, refused: &io::Error, not_locked: Option<io::Error>) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let lock = not_locked.map_or_else(String::new, |error| {
+            let limit = memlock_limit();
             format!(
-                ". They could not be locked either ({error}; RLIMIT_MEMLOCK is {}) and may be swapped out: raise the limit \
-                 (ulimit -l unlimited, LimitMEMLOCK=infinity for a service, --ulimit memlock=-1 for a container)",
-                memlock_limit()
+                ". They could not be locked either ({error}; RLIMIT_MEMLOCK is {limit}) and may be swapped out: \
+                 {RAISE_MEMLOCK}"
             )
         });
         log::warn!(
@@ -227,8 +227,12 @@ fn warn_once(bytes: usize, refused: &io::Error, not_locked: Option<io::Error>) {
     });
 }
 
+/// How to be allowed to lock more memory.
+pub(crate) const RAISE_MEMLOCK: &str = "raise the limit (ulimit -l unlimited, LimitMEMLOCK=infinity for a service, \
+     --ulimit memlock=-1 for a container)";
+
 /// How much memory the process may lock, in words.
-fn memlock_limit() -> String {
+pub(crate) fn memlock_limit() -> String {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: the call writes the structure, which outlives it.
     let result = unsafe { libc::getrlimit(libc::RLIMIT_MEMLOCK, &mut limit) };

@@ -15,7 +15,7 @@ pub use buffer::{DmaBuffer, DmaElement, DmaSlice};
 pub use iova::IovaRange;
 use iova::RangeAllocator;
 pub use memory::SharedMemory;
-pub(crate) use memory::page_size;
+pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
 
 /// DMA addresses are congruent to the memory's offset in its file modulo this, bytes. Hugepages begin at multiples of
 /// it, in the file as in physical memory, so that the IOMMU can map them by its large pages.

@@ -5,6 +5,7 @@ use std::io;
 use iommufd_ioctls::IommufdError;
 use vfio_ioctls::VfioError;
 
+use crate::dma::{RAISE_MEMLOCK, memlock_limit};
 use crate::{Error, PciAddress};
 
 /// The device an error is about.
@@ -20,8 +21,14 @@ const ON_MODULES: &str = "load the modules: modprobe vfio-pci vfio_iommu_type1; 
 const ON_BUSY: &str = "another program has it open: stop that one first (fuser -v shows which)";
 const ON_INTERRUPTS: &str =
     "if the kernel log speaks of interrupt remapping, switch that on in the firmware; see dmesg otherwise";
-const ON_MEMLOCK: &str = "the memory that may be locked is used up: raise the limit (ulimit -l unlimited, \
-     LimitMEMLOCK=infinity for a service, --ulimit memlock=-1 for a container) or give less memory to the device";
+
+/// What to do when no more memory may be locked.
+fn on_memlock() -> String {
+    format!(
+        "the memory that may be locked (RLIMIT_MEMLOCK, now {}) is used up: {RAISE_MEMLOCK}, or give less memory to the device",
+        memlock_limit()
+    )
+}
 
 /// The error for `attempt`, with the kernel's own reason where `vfio-ioctls` has kept it.
 pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError) -> Error {
@@ -63,7 +70,8 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
         VfioError::GroupGetDeviceFD(source) | VfioError::VfioDeviceBindIommufd(source) => {
             let source = io::Error::from(source);
             let advice = match source.raw_os_error() {
-                Some(libc::EBUSY) => ON_BUSY,
+                // A device's own file answers so (vfio_df_open) where a group is busy.
+                Some(libc::EBUSY | libc::EINVAL) => ON_BUSY,
                 Some(libc::ENODEV) => "the device has gone, or was taken from vfio-pci: bind it again",
                 _ => "dmesg may say why",
             };
@@ -72,7 +80,7 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
         VfioError::IommuDmaMap(source) | VfioError::IommufdIoctlError(IommufdError::IommuIoasMap(source)) => {
             let source = io::Error::from(source);
             let advice = match source.raw_os_error() {
-                Some(libc::ENOMEM) => ON_MEMLOCK.into(),
+                Some(libc::ENOMEM) => on_memlock(),
                 Some(libc::ENOSPC) => {
                     "there are too many mappings: raise /sys/module/vfio_iommu_type1/parameters/dma_entry_limit".into()
                 }
@@ -145,7 +153,11 @@ mod tests {
         says(VfioError::ContainerSetIOMMU(errno(libc::EPERM)), &["interrupt remapping"]);
         says(VfioError::GroupGetDeviceFD(errno(libc::ENODEV)), &["bind it again"]);
         says(VfioError::VfioDeviceBindIommufd(errno(libc::EBUSY)), &["another program"]);
-        says(VfioError::IommuDmaMap(errno(libc::ENOMEM)), &["ulimit -l", "LimitMEMLOCK", "memlock=-1"]);
+        says(VfioError::VfioDeviceBindIommufd(errno(libc::EINVAL)), &["another program"]);
+        says(
+            VfioError::IommuDmaMap(errno(libc::ENOMEM)),
+            &["RLIMIT_MEMLOCK", "ulimit -l", "LimitMEMLOCK", "memlock=-1"],
+        );
         says(VfioError::IommuDmaMap(errno(libc::ENOSPC)), &["dma_entry_limit"]);
         let map = |number| VfioError::IommufdIoctlError(IommufdError::IommuIoasMap(errno(number)));
         says(map(libc::ENOMEM), &["ulimit -l"]);
