@@ -323,6 +323,24 @@ mod tests {
     }
 
     #[test]
+    fn the_example_is_right_and_so_are_the_lines_it_leaves_out() {
+        let example = include_str!("../../setup/vhost-blk.toml");
+        assert_eq!(parse(example, "example").unwrap().exports.len(), 1);
+        // A comment that is a line of TOML begins without a space.
+        let all: String = example
+            .lines()
+            .map(|line| match line.strip_prefix('#') {
+                Some(rest) if !rest.starts_with(' ') => format!("{rest}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        let settings = parse(&all, "example").unwrap();
+        assert_eq!((settings.cpus.len(), settings.exports.len()), (2, 2));
+        assert_eq!(settings.exports[0].queues, DEFAULT_QUEUES, "what the example shows is the default");
+        assert_eq!(settings.exports[0].queue_size, DEFAULT_QUEUE_SIZE);
+    }
+
+    #[test]
     fn errors_name_the_line() {
         assert_eq!(
             error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueus = 4\n"),

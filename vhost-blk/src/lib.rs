@@ -5,12 +5,17 @@
 //! lanes to the workers by value.
 
 pub mod address;
+pub mod bell;
 pub mod blk_config;
 pub mod cli;
 pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
+pub mod drive;
+pub mod export;
 pub mod listener;
+pub mod session;
+pub mod target;
 
 pub mod counters;
 pub mod disk;

@@ -1,9 +1,19 @@
 //! The program `vhost-blk`.
 
 use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
+use rustix::event::{PollFd, PollFlags, poll};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use vhost_blk::cli::{self, Cli, Command, Stop};
+use vhost_blk::config::Settings;
+use vhost_blk::target::Target;
+
+/// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
+const DEFAULT_LOG: &str = "info,nvme_sim=warn,vfio_user=warn";
 
 fn main() -> ExitCode {
     let cli = match cli::parse(std::env::args_os()) {
@@ -18,12 +28,12 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
     let result = match cli {
         #[cfg(feature = "demo")]
         Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::demo::run(args),
         Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => {
-            args.settings().map(|_| ())
+            args.settings().and_then(|settings| serve(&settings))
         }
     };
     match result {
@@ -33,4 +43,50 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Serves until a signal ends it, or until no front-end can come any more.
+fn serve(settings: &Settings) -> Result<(), String> {
+    let cannot = |error: std::io::Error| format!("cannot handle signals: {error}");
+    // Before anything is opened: a signal in between has to find us ready.
+    let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(cannot)?);
+    let stopping = Arc::new(AtomicBool::new(false));
+    for number in [SIGTERM, SIGINT] {
+        // The second one ends the program at once, whatever the first one is waiting for.
+        signal_hook::flag::register_conditional_shutdown(number, 128 + number, stopping.clone()).map_err(cannot)?;
+        signal_hook::flag::register(number, stopping.clone()).map_err(cannot)?;
+        signals.push(signal(number).map_err(cannot)?);
+    }
+    let target = Target::start(settings)?;
+    loop {
+        let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN), PollFd::new(&counters, PollFlags::IN)];
+        sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));
+        match poll(&mut sources, None) {
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(error) => return Err(format!("cannot wait for signals: {error}")),
+            Ok(_) => {}
+        }
+        if !sources[1].revents().is_empty() {
+            drain(&counters);
+            target.log_counters();
+        }
+        if !sources[0].revents().is_empty() || sources[2..].iter().any(|signal| !signal.revents().is_empty()) {
+            break;
+        }
+    }
+    log::info!("stopping: requests under way are finished first");
+    target.stop()
+}
+
+/// A stream that becomes readable when the signal arrives.
+fn signal(number: i32) -> std::io::Result<UnixStream> {
+    let (read, write) = UnixStream::pair()?;
+    read.set_nonblocking(true)?;
+    signal_hook::low_level::pipe::register(number, write)?;
+    Ok(read)
+}
+
+fn drain(mut stream: &UnixStream) {
+    let mut bytes = [0; 64];
+    while matches!(std::io::Read::read(&mut stream, &mut bytes), Ok(count) if count > 0) {}
 }

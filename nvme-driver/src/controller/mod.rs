@@ -5,6 +5,7 @@ mod admin_commands;
 mod events;
 mod hardware;
 mod queues;
+mod stop;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;

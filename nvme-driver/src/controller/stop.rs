@@ -1,0 +1,35 @@
+//! Stopping a controller that does not work any more, by whatever still does.
+
+use super::{Controller, lock};
+use crate::Error;
+use crate::error::Doing;
+
+impl Controller {
+    /// Stops the controller, also one that has failed: when this has succeeded it touches no memory, its queue pairs are of no
+    /// use, and nothing is sent to it until [`Controller::reset`].
+    ///
+    /// Tried in this order: clearing CC.EN, a reset of the function, clearing Bus Master Enable (PCI Local Bus 3.0, 6.2.2). A
+    /// device that is gone counts as stopped.
+    pub fn disable(&self) -> Result<(), Error> {
+        let inner = &*self.inner;
+        let mut queues = lock(&inner.queues);
+        let mut admin = lock(&inner.admin);
+        admin.stop("it was disabled");
+        let gone = inner.hardware.csts_or_ones() == u32::MAX;
+        if let Err(error) = inner.hardware.disable() {
+            log::warn!("{error}; stopping the whole function");
+            let stopped = inner.hardware.device.reset().or_else(|_| {
+                let space = inner.hardware.device.config_space();
+                let command = space.read_u16(vfio::COMMAND)?;
+                space.write_u16(vfio::COMMAND, command & !vfio::COMMAND_BUS_MASTER)
+            });
+            match stopped.doing("stop the function") {
+                // All ones: it has left the bus, or its server is gone.
+                Err(error) if gone => log::debug!("{error}"),
+                stopped => stopped?,
+            }
+        }
+        queues.forget();
+        Ok(())
+    }
+}

@@ -1,0 +1,248 @@
+//! One front-end's connection: messages in, replies out, until it goes away.
+//!
+//! The `vhost` crate reads and answers the messages; this loop looks at each header first. It keeps messages away from
+//! the crate which we do not offer (the crate would leave their bodies in the stream), and sends the error reply where
+//! the crate refuses a message without one, so that a wrong message costs the front-end that message and no more.
+
+use std::collections::HashSet;
+use std::io::{Read, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
+
+/// What the loop needs of the device besides the handling of messages.
+pub trait Device: VhostUserBackendReqHandlerMut {
+    /// Why the last message was refused; `None` when no method has refused one since the last call.
+    fn take_refusal(&mut self) -> Option<String>;
+    /// Whether REPLY_ACK is negotiated.
+    fn reply_ack(&self) -> bool;
+}
+
+/// Why a connection ended.
+#[derive(Debug, PartialEq, Eq)]
+pub enum End {
+    /// The front-end closed it.
+    Closed,
+    /// We were told to stop.
+    Stopped,
+    /// The front-end broke the protocol beyond repair, or the socket failed.
+    Broken(String),
+}
+
+/// `struct vhost_user_header` (vhost-user, "Header"): request, flags, size; the machine's byte order.
+const HEADER_BYTES: usize = 12;
+const VERSION_MASK: u32 = 0x3;
+const VERSION: u32 = 0x1;
+const REPLY: u32 = 1 << 2;
+const NEED_REPLY: u32 = 1 << 3;
+/// The longest body the `vhost` crate takes; longer than any message we know.
+const MAX_BODY: u32 = 4096;
+/// How long the rest of a header may take.
+const HEADER_DEADLINE: Duration = Duration::from_secs(1);
+
+#[derive(Clone, Copy)]
+struct Header {
+    request: u32,
+    flags: u32,
+    size: u32,
+}
+
+impl Header {
+    fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Header {
+        let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+        Header { request: word(0), flags: word(4), size: word(8) }
+    }
+
+    /// The request, if it is one we serve; everything else never reaches the crate.
+    fn served(&self) -> Option<FrontendReq> {
+        use FrontendReq::*;
+        let request = FrontendReq::try_from(self.request).ok()?;
+        let known = matches!(
+            request,
+            GET_FEATURES
+                | SET_FEATURES
+                | SET_OWNER
+                | RESET_OWNER
+                | SET_MEM_TABLE
+                | SET_VRING_NUM
+                | SET_VRING_ADDR
+                | SET_VRING_BASE
+                | GET_VRING_BASE
+                | SET_VRING_KICK
+                | SET_VRING_CALL
+                | SET_VRING_ERR
+                | GET_PROTOCOL_FEATURES
+                | SET_PROTOCOL_FEATURES
+                | GET_QUEUE_NUM
+                | SET_VRING_ENABLE
+                | SET_BACKEND_REQ_FD
+                | GET_CONFIG
+                | SET_CONFIG
+                | RESET_DEVICE
+                | GET_MAX_MEM_SLOTS
+                | ADD_MEM_REG
+                | REM_MEM_REG
+        );
+        (known && self.flags & !(VERSION_MASK | NEED_REPLY) == 0).then_some(request)
+    }
+
+    /// Whether the front-end waits for a reply of its own kind, which no acknowledgement can stand for.
+    fn has_own_reply(&self) -> bool {
+        use FrontendReq::*;
+        matches!(
+            FrontendReq::try_from(self.request),
+            Ok(GET_FEATURES
+                | GET_PROTOCOL_FEATURES
+                | GET_QUEUE_NUM
+                | GET_VRING_BASE
+                | GET_CONFIG
+                | GET_MAX_MEM_SLOTS
+                | SET_LOG_BASE
+                | CREATE_CRYPTO_SESSION
+                | POSTCOPY_ADVISE
+                | GET_INFLIGHT_FD
+                | GET_STATUS
+                | GET_SHARED_OBJECT
+                | SET_DEVICE_STATE_FD
+                | CHECK_DEVICE_STATE
+                | GET_SHMEM_CONFIG)
+        )
+    }
+
+    fn name(&self) -> String {
+        match FrontendReq::try_from(self.request) {
+            Ok(request) => format!("{request:?}"),
+            Err(_) => format!("request {}", self.request),
+        }
+    }
+}
+
+/// Serves one front-end until it goes away or `stop` becomes readable.
+pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: impl AsFd, name: &str) -> End {
+    let own = match stream.try_clone() {
+        Ok(own) => own,
+        Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
+    };
+    let handler = BackendReqHandler::from_stream(stream, device.clone());
+    let mut connection = Connection { stream: own, handler, device, name, complained: HashSet::new() };
+    loop {
+        let mut sources = [PollFd::new(&stop, PollFlags::IN), PollFd::new(&connection.stream, PollFlags::IN)];
+        match poll(&mut sources, None) {
+            Ok(_) if !sources[0].revents().is_empty() => return End::Stopped,
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(error) => return End::Broken(format!("cannot wait for messages: {error}")),
+        }
+        if let Err(end) = connection.message() {
+            return end;
+        }
+    }
+}
+
+struct Connection<'a, D: Device> {
+    stream: UnixStream,
+    handler: BackendReqHandler<Mutex<D>>,
+    device: Arc<Mutex<D>>,
+    name: &'a str,
+    /// Requests whose refusal has been logged.
+    complained: HashSet<u32>,
+}
+
+impl<D: Device> Connection<'_, D> {
+    /// Handles the message at the front of the stream.
+    fn message(&mut self) -> Result<(), End> {
+        let header = self.peek()?;
+        if header.flags & VERSION_MASK != VERSION || header.size > MAX_BODY {
+            return Err(End::Broken(format!(
+                "message {} with flags {:#x} and {} bytes is no vhost-user message",
+                header.request, header.flags, header.size
+            )));
+        }
+        let Some(request) = header.served() else {
+            self.skip(header)?;
+            return self.refuse(header, "it is not offered", true);
+        };
+        let Err(error) = self.handler.handle_request() else { return Ok(()) };
+        match error {
+            Error::Disconnected => return Err(End::Closed),
+            Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage => {
+                return Err(End::Broken(error.to_string()));
+            }
+            _ => {}
+        }
+        let refusal = self.device().take_refusal();
+        // The crate acknowledges what a method refused, and whatever goes wrong inside these three messages, but nothing
+        // that it finds wrong before.
+        let acknowledged = refusal.is_some()
+            || (matches!(
+                request,
+                FrontendReq::SET_MEM_TABLE | FrontendReq::SET_CONFIG | FrontendReq::SET_BACKEND_REQ_FD
+            ) && !matches!(error, Error::InactiveOperation(_)));
+        self.refuse(header, &refusal.unwrap_or_else(|| error.to_string()), !acknowledged)
+    }
+
+    fn device(&self) -> std::sync::MutexGuard<'_, D> {
+        self.device.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The next header, left in the stream.
+    fn peek(&self) -> Result<Header, End> {
+        let deadline = Instant::now() + HEADER_DEADLINE;
+        loop {
+            let mut bytes = [0; HEADER_BYTES];
+            match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
+                Ok((_, 0)) => return Err(End::Closed),
+                Ok((_, HEADER_BYTES)) => return Ok(Header::from_bytes(bytes)),
+                // The header comes in pieces: nobody does that, and nobody may hold us up with it.
+                Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
+                Ok(_) => return Err(End::Broken("a message's header stays incomplete".into())),
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Err(End::Closed),
+                Err(error) => return Err(End::Broken(format!("cannot read from the socket: {error}"))),
+            }
+        }
+    }
+
+    /// Takes a whole message out of the stream; the kernel closes descriptors that nobody receives.
+    fn skip(&mut self, header: Header) -> Result<(), End> {
+        let mut message = vec![0; HEADER_BYTES + header.size as usize];
+        self.stream.read_exact(&mut message).map_err(|error| match error.kind() {
+            std::io::ErrorKind::UnexpectedEof => End::Closed,
+            _ => End::Broken(format!("cannot read from the socket: {error}")),
+        })
+    }
+
+    /// Logs a refused message once for each kind, and tells the front-end where it waits for an answer.
+    fn refuse(&mut self, header: Header, why: &str, acknowledge: bool) -> Result<(), End> {
+        let request = header.name();
+        if header.has_own_reply() {
+            // Its reply cannot say "no": an end of the connection is the only answer that leaves nobody waiting.
+            return Err(End::Broken(format!("{request} cannot be answered: {why}")));
+        }
+        if self.complained.insert(header.request) {
+            log::warn!("{}: {request} refused: {why}", self.name);
+        } else {
+            log::debug!("{}: {request} refused again: {why}", self.name);
+        }
+        if acknowledge && header.flags & NEED_REPLY != 0 && self.device().reply_ack() {
+            let mut reply = [0; HEADER_BYTES + 8];
+            let words = [header.request, VERSION | REPLY, 8, 1, 0];
+            for (bytes, word) in reply.chunks_exact_mut(4).zip(words) {
+                bytes.copy_from_slice(&word.to_ne_bytes());
+            }
+            if cfg!(target_endian = "big") {
+                // The 64-bit value's low half comes last there.
+                reply[HEADER_BYTES..].copy_from_slice(&1u64.to_ne_bytes());
+            }
+            self.stream.write_all(&reply).map_err(|error| End::Broken(format!("cannot send a reply: {error}")))?;
+        }
+        Ok(())
+    }
+}

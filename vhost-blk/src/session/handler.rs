@@ -1,0 +1,422 @@
+//! The messages of the vhost-user protocol, each as a change to the session.
+
+use std::fs::File;
+use std::sync::atomic::Ordering;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use super::connection::Device;
+use super::ring_state::{Addresses, Notifier, RingState};
+use super::{MEMORY_SLOTS, RING_FEATURES, Session};
+use crate::blk_config;
+use crate::guest_memory::RegionDescription;
+use crate::listener::is_eventfd;
+
+/// What we offer. In-flight tracking and dirty logging are not there yet, so they are not offered.
+pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+
+impl Device for Session {
+    fn take_refusal(&mut self) -> Option<String> {
+        self.refusal.take()
+    }
+
+    fn reply_ack(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+}
+
+impl Session {
+    /// Keeps the reason for the log and gives the crate an error that makes it send the error reply.
+    fn answer<T>(&mut self, result: std::result::Result<T, String>) -> Result<T> {
+        result.map_err(|why| {
+            self.refusal = Some(why);
+            Error::InvalidParam
+        })
+    }
+
+    fn ring_index(&self, index: u32) -> std::result::Result<usize, String> {
+        let count = self.rings.len();
+        usize::try_from(index)
+            .ok()
+            .filter(|index| *index < count)
+            .ok_or_else(|| format!("there is no ring {index}; {count} are offered"))
+    }
+
+    /// The ring at `index`, for settings that cannot change under a running ring.
+    fn resting(&self, index: u32) -> std::result::Result<usize, String> {
+        let index = self.ring_index(index)?;
+        if self.running.contains_key(&index) {
+            return Err(format!("ring {index} runs; stop it with GET_VRING_BASE first"));
+        }
+        Ok(index)
+    }
+
+    fn try_set_features(&mut self, features: u64) -> std::result::Result<(), String> {
+        let unknown = features & !self.export.features;
+        if unknown != 0 {
+            return Err(format!("feature bits {unknown:#x} are not offered"));
+        }
+        let before = self.enabled_from_start();
+        if !self.running.is_empty() && (features ^ self.features) & RING_FEATURES != 0 {
+            return Err("rings run; stop them before their format changes".into());
+        }
+        if features != self.features {
+            let paused = self.pause_all();
+            self.negotiate(features);
+            let after = self.enabled_from_start();
+            if before != after {
+                self.rings.iter_mut().for_each(|ring| ring.enabled = after);
+            }
+            self.rings.iter_mut().for_each(RingState::changed);
+            self.resume(paused)?;
+        }
+        self.settle()
+    }
+
+    fn try_set_vring_num(&mut self, index: u32, entries: u32) -> std::result::Result<(), String> {
+        let index = self.resting(index)?;
+        let most = self.export.queue_size;
+        let size = u16::try_from(entries).ok().filter(|size| (1..=most).contains(size)).ok_or_else(|| {
+            format!("ring {index} with {entries} entries: 1 to {most} are accepted (--queue-size sets the limit)")
+        })?;
+        self.rings[index].size = size;
+        self.rings[index].changed();
+        self.settle()
+    }
+
+    fn try_set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        addresses: Addresses,
+    ) -> std::result::Result<(), String> {
+        let index = self.ring_index(index)?;
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return Err("dirty logging is not offered".into());
+        }
+        // Front-ends repeat the addresses of a running ring when they switch logging; that changes nothing.
+        if self.running.get(&index).is_some_and(|running| running.addresses == addresses) {
+            return Ok(());
+        }
+        self.resting(index as u32)?;
+        self.rings[index].addresses = Some(addresses);
+        self.rings[index].changed();
+        self.settle()
+    }
+
+    fn notifier(what: &str, file: Option<File>) -> std::result::Result<Notifier, String> {
+        if let Some(file) = &file {
+            if !is_eventfd(file) {
+                return Err(format!("the {what} descriptor is no eventfd"));
+            }
+            // A worker must never wait for a front-end.
+            let flags = rustix::fs::fcntl_getfl(file).map_err(|error| format!("the {what} descriptor: {error}"))?;
+            rustix::fs::fcntl_setfl(file, flags | rustix::fs::OFlags::NONBLOCK)
+                .map_err(|error| format!("the {what} descriptor cannot be made non-blocking: {error}"))?;
+        }
+        Ok(file.into())
+    }
+
+    fn try_set_kick(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let kick = Self::notifier("kick", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_kick(duplicate(&kick)?);
+        }
+        self.rings[index].kick = kick;
+        self.rings[index].changed();
+        self.settle()
+    }
+
+    fn try_set_call(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let call = Self::notifier("call", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_call(duplicate(&call)?);
+        }
+        self.rings[index].call = call;
+        Ok(())
+    }
+
+    fn try_set_error(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let error = Self::notifier("error", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_error(duplicate(&error)?);
+        }
+        self.rings[index].error = error;
+        Ok(())
+    }
+
+    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<VhostUserVringState, String> {
+        let ring = self.ring_index(index)?;
+        self.pause(ring);
+        let base = self.rings[ring].base;
+        self.rings[ring].stop(base);
+        Ok(VhostUserVringState::new(index, base))
+    }
+
+    fn try_set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> std::result::Result<(), String> {
+        let regions = regions.iter().map(description).zip(files).collect();
+        let memory =
+            self.memory.replaced(self.export.drive.dma(), regions).map_err(|error| format!("memory: {error}"))?;
+        self.set_memory(memory)
+    }
+
+    fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<(), String> {
+        if self.memory.region_count() >= MEMORY_SLOTS {
+            return Err(format!("there are {MEMORY_SLOTS} memory regions already"));
+        }
+        let memory = self
+            .memory
+            .with_region(self.export.drive.dma(), description(region), file)
+            .map_err(|error| format!("memory: {error}"))?;
+        self.set_memory(memory)
+    }
+
+    fn try_remove_region(&mut self, region: &VhostUserMemoryRegion) -> std::result::Result<(), String> {
+        let memory = self.memory.without_region(&description(region)).map_err(|error| format!("memory: {error}"))?;
+        self.set_memory(memory)
+    }
+
+    fn try_set_config(&mut self, offset: u32, data: &[u8]) -> std::result::Result<(), String> {
+        if self.export.features & blk_config::F_CONFIG_WCE == 0 {
+            return Err("the write cache mode of this disk cannot be changed".into());
+        }
+        let writeback = blk_config::written_mode(&self.config(), offset, data)?;
+        self.disk.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only.
+    fn try_reset(&mut self) -> std::result::Result<(), String> {
+        self.pause_all();
+        let enabled = self.enabled_from_start();
+        self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
+        self.disk.writeback.store(self.export.namespace.volatile_write_cache, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+fn duplicate(notifier: &Notifier) -> std::result::Result<Option<File>, String> {
+    notifier.try_clone().map_err(|error| format!("cannot duplicate the descriptor: {error}"))
+}
+
+fn description(region: &VhostUserMemoryRegion) -> RegionDescription {
+    RegionDescription {
+        guest_address: region.guest_phys_addr,
+        bytes: region.memory_size,
+        user_address: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+/// For messages whose features are not offered; the connection keeps them away, so this is never reached.
+fn not_offered<T>() -> Result<T> {
+    Err(Error::InvalidOperation("not offered"))
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        // Repeated by some front-ends; the connection's owner is who it is.
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // The specification deprecates it and allows two readings: ignore it, or disable all rings.
+        self.pause_all();
+        let enabled = self.enabled_from_start();
+        self.rings.iter_mut().for_each(|ring| {
+            ring.enabled = enabled;
+            let base = ring.base;
+            ring.stop(base);
+        });
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        let result = self.try_reset();
+        self.answer(result)
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.export.features)
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let result = self.try_set_features(features);
+        self.answer(result)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let result = self.try_set_mem_table(regions, files).map(|()| None);
+        self.answer(result)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let result = self.try_set_vring_num(index, num);
+        self.answer(result)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Addresses { descriptors: descriptor, driver: available, device: used };
+        let result = self.try_set_vring_addr(index, flags, addresses);
+        self.answer(result)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let result = self.resting(index).and_then(|index| {
+            self.rings[index].base = base;
+            self.rings[index].changed();
+            self.settle()
+        });
+        self.answer(result)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let result = self.try_get_vring_base(index);
+        self.answer(result)
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_kick(index, fd);
+        self.answer(result)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_call(index, fd);
+        self.answer(result)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_error(index, fd);
+        self.answer(result)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_FEATURES)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !PROTOCOL_FEATURES.bits();
+        let result = if unknown == 0 {
+            self.protocol_features = features;
+            Ok(())
+        } else {
+            Err(format!("protocol feature bits {unknown:#x} are not offered"))
+        };
+        self.answer(result)
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let result = self.ring_index(index).and_then(|index| {
+            self.rings[index].enabled = enable;
+            self.rings[index].changed();
+            self.settle()
+        });
+        self.answer(result)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let result = blk_config::read(&self.config(), offset, size)
+            .ok_or_else(|| format!("{size} bytes at {offset} lie outside the configuration space"));
+        self.answer(result)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let result = self.try_set_config(offset, buf);
+        self.answer(result)
+    }
+
+    fn set_backend_req_fd(&mut self, backend: Backend) {
+        self._backend = Some(backend);
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MEMORY_SLOTS as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let result = self.try_add_region(region, fd).map(|()| None);
+        self.answer(result)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let result = self.try_remove_region(region);
+        self.answer(result)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        not_offered()
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered()
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered()
+    }
+}

@@ -1,0 +1,234 @@
+//! One front-end's session: what it negotiated, its memory and its rings (the vhost-user protocol, back-end side).
+//!
+//! A ring *is wanted* when the front-end has said all there is to say about it ([`ring_state`]); it *runs* when, besides,
+//! its addresses lie in memory that has arrived. Every message only changes what is wanted, and [`Session::settle`]
+//! starts what can run, so the order of the messages does not matter.
+
+pub mod connection;
+mod handler;
+mod ring_state;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use vhost::vhost_user::Backend;
+
+use crate::blk_config::{self, BlockConfig};
+use crate::disk::Disk;
+use crate::drive::Lease;
+use crate::export::Export;
+use crate::guest_memory::GuestMemory;
+use crate::lane::{Lane, LaneSetup};
+use crate::ring::{Ring, RingSetup};
+use crate::worker::LaneHandle;
+use ring_state::{Addresses, RingState};
+
+/// Memory regions a front-end may add one by one. QEMU uses at most 512 slots and keeps a few for itself.
+pub const MEMORY_SLOTS: usize = 509;
+
+/// A ring in operation.
+struct Running {
+    handle: LaneHandle,
+    /// The place on a queue pair; given back when dropped.
+    lease: Lease,
+    addresses: Addresses,
+}
+
+/// The state of one front-end's connection; dropping it stops its rings and forgets its memory.
+pub struct Session {
+    export: Arc<Export>,
+    memory: Arc<GuestMemory>,
+    disk: Arc<Disk>,
+    /// SET_FEATURES; 0 before.
+    features: u64,
+    /// SET_PROTOCOL_FEATURES; 0 before.
+    protocol_features: u64,
+    rings: Vec<RingState>,
+    /// By ring index.
+    running: HashMap<usize, Running>,
+    /// The channel to the front-end (SET_BACKEND_REQ_FD). Kept open: a resize will be told through it.
+    _backend: Option<Backend>,
+    refusal: Option<String>,
+}
+
+/// Features that change how a running ring is read; all others concern single requests.
+const RING_FEATURES: u64 = blk_config::F_RING_PACKED | blk_config::F_EVENT_IDX | blk_config::F_INDIRECT_DESC;
+
+impl Session {
+    /// A session that has not heard anything yet.
+    pub fn new(export: Arc<Export>) -> Session {
+        // Without a cache in the drive every write is written through; the driver may ask for the same.
+        let writeback = export.namespace.volatile_write_cache;
+        Session {
+            disk: Arc::new(disk(&export, 0, writeback)),
+            memory: Arc::new(GuestMemory::new()),
+            features: 0,
+            protocol_features: 0,
+            rings: (0..export.queues).map(|_| RingState::default()).collect(),
+            running: HashMap::new(),
+            _backend: None,
+            refusal: None,
+            export,
+        }
+    }
+
+    /// Without protocol features there is no message to enable a ring: all of them are from the start.
+    fn enabled_from_start(&self) -> bool {
+        self.features & blk_config::F_PROTOCOL_FEATURES == 0
+    }
+
+    /// The configuration space as the driver sees it now.
+    fn config(&self) -> BlockConfig {
+        let writeback = self.disk.writeback.load(Ordering::Relaxed);
+        blk_config::config(&self.export.namespace, self.export.features, self.export.queues, writeback)
+    }
+
+    /// A new disk for new features; running lanes keep theirs.
+    fn negotiate(&mut self, features: u64) {
+        let writeback = self.disk.writeback.load(Ordering::Relaxed);
+        self.disk = Arc::new(disk(&self.export, features, writeback));
+        self.features = features;
+    }
+
+    /// Starts every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
+    fn settle(&mut self) -> Result<(), String> {
+        let mut result = Ok(());
+        for index in 0..self.rings.len() {
+            let outcome = match (self.rings[index].wanted(), self.running.contains_key(&index)) {
+                (Some(addresses), false) => self.try_start(index, addresses, None),
+                (None, true) => {
+                    self.pause(index);
+                    Ok(())
+                }
+                _ => Ok(()),
+            };
+            result = result.and(outcome);
+        }
+        result
+    }
+
+    /// Starts a ring; if that fails, the ring rests until something about it changes.
+    fn try_start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), String> {
+        let result = self.start(index, addresses, lease);
+        if result.is_err() {
+            self.rings[index].fail();
+        }
+        result
+    }
+
+    /// Starts a ring, on the given place or a new one. A ring whose memory is not there yet waits: that is no error.
+    fn start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), String> {
+        let guest = |address| self.memory.user_to_guest(address);
+        let (Some(descriptors), Some(driver), Some(device)) =
+            (guest(addresses.descriptors), guest(addresses.driver), guest(addresses.device))
+        else {
+            if !std::mem::replace(&mut self.rings[index].told_waiting, true) {
+                log::info!("{}: ring {index} waits for the memory it lies in", self.export.name);
+            }
+            return Ok(());
+        };
+        let state = &self.rings[index];
+        let has = |feature: u64| self.features & feature != 0;
+        let setup = RingSetup {
+            packed: has(blk_config::F_RING_PACKED),
+            size: state.size,
+            event_idx: has(blk_config::F_EVENT_IDX),
+            indirect: has(blk_config::F_INDIRECT_DESC),
+            descriptors,
+            driver,
+            device,
+            base: state.base,
+        };
+        let ring = Ring::new(&self.memory, &setup).map_err(|error| format!("ring {index} cannot run: {error}"))?;
+        let duplicate = |what: &str, file: std::io::Result<_>| {
+            file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
+        };
+        let lane = Lane::new(LaneSetup {
+            name: format!("{} ring {index}", self.export.name),
+            ring,
+            memory: self.memory.clone(),
+            disk: self.disk.clone(),
+            kick: duplicate("kick", state.kick.try_clone())?,
+            call: duplicate("call", state.call.try_clone())?,
+            error: duplicate("error", state.error.try_clone())?,
+            counters: self.export.counters(index),
+        });
+        let lease = match lease {
+            Some(lease) => lease,
+            None => self.export.drive.lease(self.export.worker_hint(index), state.size)?,
+        };
+        let handle = lease.start(lane);
+        log::debug!("{}: ring {index} runs: {setup:?}", self.export.name);
+        self.rings[index].told_waiting = false;
+        self.running.insert(index, Running { handle, lease, addresses });
+        Ok(())
+    }
+
+    /// Stops a ring if it runs, and keeps where it stopped. Its place stays with the caller.
+    fn pause(&mut self, index: usize) -> Option<Lease> {
+        let Running { handle, lease, .. } = self.running.remove(&index)?;
+        if let Some(base) = lease.stop(handle) {
+            self.rings[index].base = base;
+        }
+        Some(lease)
+    }
+
+    /// Stops every ring; what comes back is where each ran.
+    fn pause_all(&mut self) -> Vec<(usize, Lease)> {
+        let mut running: Vec<usize> = self.running.keys().copied().collect();
+        running.sort_unstable();
+        running.into_iter().filter_map(|index| Some((index, self.pause(index)?))).collect()
+    }
+
+    /// Puts a new memory table in force. Rings go on where the new table holds all of the old one, and are stopped and
+    /// started again where it does not: no request may be under way in memory that is taken away.
+    fn set_memory(&mut self, memory: GuestMemory) -> Result<(), String> {
+        let memory = Arc::new(memory);
+        if memory.is_superset_of(&self.memory) {
+            let mut result = Ok(());
+            for running in self.running.values() {
+                result = result.and(running.handle.set_memory(memory.clone()).map_err(|error| error.to_string()));
+            }
+            self.memory = memory;
+            self.rings.iter_mut().for_each(|ring| ring.failed = false);
+            return result.and(self.settle());
+        }
+        let paused = self.pause_all();
+        // From here on nothing holds the old table: what it had alone is unmapped.
+        self.memory = memory;
+        self.rings.iter_mut().for_each(RingState::changed);
+        self.resume(paused).and(self.settle())
+    }
+
+    /// Starts rings again where they ran before.
+    fn resume(&mut self, paused: Vec<(usize, Lease)>) -> Result<(), String> {
+        let mut result = Ok(());
+        for (index, lease) in paused {
+            if let Some(addresses) = self.rings[index].wanted() {
+                result = result.and(self.try_start(index, addresses, Some(lease)));
+            }
+        }
+        result
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.pause_all();
+    }
+}
+
+fn disk(export: &Export, features: u64, writeback: bool) -> Disk {
+    Disk {
+        namespace: export.namespace.clone(),
+        read_only: export.read_only,
+        serial: export.serial,
+        features,
+        writeback: AtomicBool::new(writeback),
+    }
+}
+
+/// How long a ring may take to stop: every request under way has to end, and the drive's own deadline is the longest.
+pub const STOP_DEADLINE: Duration = Duration::from_secs(40);
