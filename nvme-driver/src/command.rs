@@ -248,6 +248,12 @@ impl Completion {
         (self.0[1] >> 32) as u16
     }
 
+    /// Identifiers of command (31:16) and submission queue (15:0) together: what is answered. Untrusted as they are.
+    #[inline]
+    pub const fn answered(&self) -> u32 {
+        (self.0[1] >> 16) as u32
+    }
+
     /// Phase tag.
     #[inline]
     pub const fn phase(&self) -> bool {

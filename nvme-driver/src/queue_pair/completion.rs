@@ -29,34 +29,55 @@ impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
         CompletionQueue { entries, head: 0, phase: PHASE }
     }
 
-    /// Takes the next completion, if the controller has written it.
-    #[inline]
-    pub fn take(&mut self) -> Option<Completion> {
+    /// Takes every completion the controller has written, one pass over the queue at most: a controller that writes without
+    /// end must not keep the thread here. Returns how many there were.
+    #[inline(always)]
+    pub fn take_all(&mut self, mut each: impl FnMut(Completion)) -> usize {
+        // In registers for the length of the loop.
         let entries: &[CompletionEntry] = &self.entries;
-        let entry = entries.get(usize::from(self.head))?;
-        // Acquire: pairs with the controller's write of the phase tag, which comes after the rest of the entry and after the
-        // data. One 64-bit load takes the tag together with everything else that is in the second half.
-        let word = entry[1].load(Ordering::Acquire);
-        if (word ^ self.phase) & PHASE != 0 {
-            return None;
+        let (mut head, mut phase) = (usize::from(self.head), self.phase);
+        let mut taken = 0;
+        while let Some(entry) = entries.get(head) {
+            // Acquire: pairs with the controller's write of the phase tag, which comes after the rest of the entry and after
+            // the data. One 64-bit load takes the tag together with everything else that is in the second half.
+            let word = entry[1].load(Ordering::Acquire);
+            if (word ^ phase) & PHASE != 0 {
+                break;
+            }
+            each(Completion::from_words([entry[0].load(Ordering::Relaxed), word]));
+            head += 1;
+            if head == entries.len() {
+                head = 0;
+                phase ^= PHASE;
+            }
+            taken += 1;
+            if taken == entries.len() {
+                break;
+            }
         }
-        let completion = Completion::from_words([entry[0].load(Ordering::Relaxed), word]);
-        let next = self.head + 1;
-        if usize::from(next) == entries.len() {
-            self.head = 0;
-            self.phase ^= PHASE;
-        } else {
-            self.head = next;
-        }
-        Some(completion)
+        self.head = head as u16;
+        self.phase = phase;
+        taken
     }
 
     /// Is there a completion to take?
     #[inline]
     pub fn ready(&self) -> bool {
-        // Acquire: as in `take`; whoever asks may go on to look at other memory.
+        // Acquire: as in `take_all`; whoever asks may go on to look at other memory.
         let word = self.entries.get(usize::from(self.head)).map(|entry| entry[1].load(Ordering::Acquire));
         word.is_some_and(|word| (word ^ self.phase) & PHASE == 0)
+    }
+
+    /// How many completions are there to take.
+    pub fn answered(&self) -> usize {
+        let (passed, coming) = self.entries.split_at(usize::from(self.head));
+        // Acquire: as in `ready`. Beyond the end of the queue the next pass begins, with the other phase.
+        let new = |entry: &CompletionEntry, phase| (entry[1].load(Ordering::Acquire) ^ phase) & PHASE == 0;
+        let before_end = coming.iter().take_while(|entry| new(entry, self.phase)).count();
+        if before_end < coming.len() {
+            return before_end;
+        }
+        before_end + passed.iter().take_while(|entry| new(entry, self.phase ^ PHASE)).count()
     }
 
     /// The head to announce: entries before it may be written again.
@@ -98,10 +119,17 @@ mod tests {
             let entry = &self.entries[self.written % self.entries.len()];
             let phase = u64::from((self.written / self.entries.len()).is_multiple_of(2));
             entry[0].store(result.into(), Ordering::Relaxed);
-            // Release: pairs with the Acquire of the phase tag in `take`.
+            // Release: pairs with the Acquire of the phase tag in `take_all`.
             entry[1].store(u64::from(id) << 32 | phase << 48, Ordering::Release);
             self.written += 1;
         }
+    }
+
+    /// All there are, in order.
+    fn take_all(queue: &mut CompletionQueue<Arc<[CompletionEntry]>>) -> Vec<Completion> {
+        let mut all = Vec::new();
+        assert_eq!(queue.take_all(|completion| all.push(completion)), all.len());
+        all
     }
 
     fn pair(entries: usize) -> (Controller, CompletionQueue<Arc<[CompletionEntry]>>) {
@@ -112,7 +140,7 @@ mod tests {
     #[test]
     fn phases_tell_new_entries_over_many_passes() {
         let (mut controller, mut queue) = pair(5);
-        assert!(queue.take().is_none());
+        assert!(take_all(&mut queue).is_empty());
         let mut next = 0u16;
         for round in 0..50 {
             let batch = round % 5;
@@ -120,12 +148,14 @@ mod tests {
                 controller.complete(next + at, (next + at) as u32 + 1000);
             }
             assert_eq!(queue.ready(), batch > 0);
-            for _ in 0..batch {
-                let completion = queue.take().expect("written");
+            assert_eq!(queue.answered(), usize::from(batch));
+            let taken = take_all(&mut queue);
+            assert_eq!(taken.len(), usize::from(batch));
+            for completion in taken {
                 assert_eq!((completion.id(), completion.result()), (next, next as u32 + 1000));
                 next += 1;
             }
-            assert!(queue.take().is_none());
+            assert!(take_all(&mut queue).is_empty());
             assert!(!queue.ready());
             assert_eq!(queue.head(), next % 5);
         }
@@ -150,13 +180,14 @@ mod tests {
         let mut at = 0;
         while at < COUNT {
             assert!(std::time::Instant::now() < deadline, "stopped at {at}");
-            let Some(completion) = queue.take() else {
-                std::thread::yield_now();
-                continue;
-            };
-            assert_eq!((completion.id(), completion.result()), (at as u16, at));
-            at += 1;
+            let some = queue.take_all(|completion| {
+                assert_eq!((completion.id(), completion.result()), (at as u16, at));
+                at += 1;
+            });
             taken.store(at.into(), Ordering::Release);
+            if some == 0 {
+                std::thread::yield_now();
+            }
         }
         writer.join().unwrap();
     }
@@ -166,12 +197,12 @@ mod tests {
         let (mut controller, mut queue) = pair(2);
         for id in 0..3 {
             controller.complete(id, 0);
-            assert_eq!(queue.take().unwrap().id(), id);
+            assert_eq!(take_all(&mut queue)[0].id(), id);
         }
         queue.reset();
         controller.written = 0;
-        assert!(queue.take().is_none());
+        assert!(take_all(&mut queue).is_empty());
         controller.complete(9, 0);
-        assert_eq!(queue.take().unwrap().id(), 9);
+        assert_eq!(take_all(&mut queue)[0].id(), 9);
     }
 }

@@ -5,6 +5,8 @@
 pub struct Counters {
     /// Commands announced to the controller.
     pub commands: u64,
+    /// Commands the controller has answered (or that a reset took back).
+    pub completions: u64,
     /// Batches of commands announced.
     pub batches: u64,
     /// Writes to the submission doorbell register (fewer than batches with shadow doorbells).

@@ -86,6 +86,9 @@ pub struct QueuePair {
     /// One page per slot, for PRP lists, SGLs and ranges.
     lists: DmaSlice<[AtomicU64; LIST_WORDS]>,
     max_bytes: u32,
+    /// A transfer of one segment that ends within this many bytes from the start of its first page takes no list: two pages
+    /// (or nothing, if one command may not even move that much).
+    plain_bytes: u32,
     id: u16,
     sgl: Option<SglAlignment>,
     staged: Staged,
@@ -142,13 +145,15 @@ impl QueuePair {
             Some(shadow) => (Some(shadow.submission), Some(shadow.completion)),
             None => (None, None),
         };
+        let (max_bytes, two_pages) = (settings.max_transfer.min(MAX_COMMAND_BYTES), 2 * PAGE_BYTES as u32);
         let timeout = u32::try_from(settings.timeout.as_millis()).unwrap_or(u32::MAX / 4).clamp(1, u32::MAX / 4);
         Ok(QueuePair {
             submission: SubmissionQueue::new(part(&memory, 0, entries)),
             completion: CompletionQueue::new(part(&memory, completion_at, entries)),
             slots: Slots::new(slots as u16, settings.id),
             lists: part(&memory, lists_at, slots),
-            max_bytes: settings.max_transfer.min(MAX_COMMAND_BYTES),
+            max_bytes,
+            plain_bytes: if max_bytes >= two_pages { two_pages } else { 0 },
             id: settings.id,
             sgl: settings.sgl,
             staged: Staged::new(),
@@ -198,10 +203,10 @@ impl QueuePair {
         &self.lease
     }
 
-    /// Commands the controller has.
+    /// Commands the controller has, or will have with the next doorbell.
     #[inline]
     pub fn outstanding(&self) -> usize {
-        self.slots.len() - self.slots.free()
+        (self.counters.commands + self.submission.unannounced() as u64 - self.counters.completions) as usize
     }
 
     /// Commands that can be out at once.
@@ -216,14 +221,9 @@ impl QueuePair {
 
     /// Writes one command into the submission queue, with its command identifier; the controller does not know of it until
     /// [`QueuePair::ring`]. The command is taken as it is: its namespace, blocks and data pointer are the caller's word.
-    #[inline]
+    #[inline(always)]
     pub fn push(&mut self, command: Command, token: u64) -> Result<CommandId, Full> {
-        self.push_for(command, token, NO_REQUEST)
-    }
-
-    #[inline]
-    fn push_for(&mut self, command: Command, token: u64, request: u16) -> Result<CommandId, Full> {
-        let id = self.slots.take(token, request).ok_or(Full)?;
+        let id = self.slots.take(token).ok_or(Full)?;
         self.submission.write(&command.with_id(id.0));
         Ok(id)
     }
@@ -235,7 +235,7 @@ impl QueuePair {
         if written == 0 {
             return;
         }
-        self.counters.commands += u64::from(written);
+        self.counters.commands += written as u64;
         self.counters.batches += 1;
         if self.submission_bell.announce(tail) {
             self.counters.submission_doorbells += 1;
@@ -246,29 +246,29 @@ impl QueuePair {
     /// request that was waiting for slots, and announces its commands.
     ///
     /// `done` is called once per request. A completion that answers no command of this pair is counted and dropped.
-    #[inline]
+    #[inline(always)]
     pub fn reap(&mut self, mut done: impl FnMut(Completed)) -> usize {
-        let mut taken = 0;
-        // A controller that writes without end must not keep the thread here.
-        while taken < self.completion.len() {
-            let Some(completion) = self.completion.take() else { break };
-            taken += 1;
-            let answered = u32::from(completion.id()) << 16 | u32::from(completion.sq_id());
-            match self.slots.release(answered) {
-                Some(released) if released.request == NO_REQUEST => {
-                    done(Completed { token: released.token, status: completion.status(), result: completion.result() });
-                }
-                Some(released) => {
-                    if let Outcome::Finished { token, status } =
-                        self.part_completed(released.request, completion.status())
-                    {
-                        done(Completed { token, status, result: 0 });
-                    }
-                }
-                None => self.note_stale(answered),
+        let QueuePair { completion, slots, requests, staged, counters, stale, .. } = self;
+        let mut unanswering = 0;
+        let taken = completion.take_all(|completion| match slots.release(completion.answered()) {
+            Some(released) if released.request == NO_REQUEST => {
+                done(Completed { token: released.token, status: completion.status(), result: completion.result() });
             }
-        }
+            Some(released) => {
+                if let Outcome::Finished { token, status } =
+                    part_completed(requests, staged, released.request, completion.status())
+                {
+                    done(Completed { token, status, result: 0 });
+                }
+            }
+            None => {
+                unanswering += 1;
+                stale.last = completion.answered();
+            }
+        });
         if taken > 0 {
+            counters.completions += (taken - unanswering) as u64;
+            counters.stale_completions += unanswering as u64;
             if self.completion_bell.announce(self.completion.head()) {
                 self.counters.completion_doorbells += 1;
             }
@@ -286,24 +286,9 @@ impl QueuePair {
         self.completion.ready()
     }
 
-    #[cold]
-    #[inline(never)]
-    fn part_completed(&mut self, request: u16, status: Status) -> Outcome {
-        let outcome = self.requests.completed(request, status);
-        if self.requests.failed(request)
-            && let Some((staged, ..)) = self.staged.parts()
-            && staged == request
-        {
-            self.staged.clear();
-        }
-        outcome
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn note_stale(&mut self, answered: u32) {
-        self.counters.stale_completions += 1;
-        self.stale.last = answered;
+    /// How many completions are there to reap. Walks the queue: for tests and measurements.
+    pub fn answered(&self) -> usize {
+        self.completion.answered()
     }
 
     /// How completions are learned of.
@@ -403,6 +388,7 @@ impl QueuePair {
                 abandoned(token);
             }
         });
+        self.counters.completions = self.counters.commands;
         self.submission.reset();
         self.completion.reset();
         self.submission_bell.reset();
@@ -418,6 +404,17 @@ impl std::fmt::Debug for QueuePair {
             .field("outstanding", &self.outstanding())
             .finish_non_exhaustive()
     }
+}
+
+/// A command of a request of several has completed.
+#[cold]
+#[inline(never)]
+fn part_completed(requests: &mut Requests, staged: &mut Staged, request: u16, status: Status) -> Outcome {
+    let outcome = requests.completed(request, status);
+    if requests.failed(request) && staged.is(request) {
+        staged.clear();
+    }
+    outcome
 }
 
 /// A part of the pair's memory.

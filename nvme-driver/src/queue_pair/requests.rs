@@ -118,6 +118,11 @@ impl Staged {
         self.job.is_none()
     }
 
+    /// Is it this request that waits here?
+    pub fn is(&self, request: u16) -> bool {
+        self.job.as_ref().is_some_and(|(at, _)| *at == request)
+    }
+
     /// Keeps the rest of a request. The lists are copied, since the caller's are gone when `submit` returns; lists longer than
     /// any before make the storage grow once.
     pub fn put(&mut self, request: u16, job: Job, segments: &[Segment], ranges: &[LbaRange]) {

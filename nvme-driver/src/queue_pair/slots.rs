@@ -9,25 +9,29 @@ pub struct CommandId(pub u16);
 /// A command belongs to no request of several commands.
 pub(crate) const NO_REQUEST: u16 = u16::MAX;
 
-/// Set in `Slot::expected` while the slot is free; a completion has no such bit.
+/// Set in `Slot::key` while the slot is free; no completion has such a bit.
 const FREE: u64 = 1 << 32;
 
 /// One slot; 32 bytes, so that two share a cache line and none crosses one.
 #[derive(Clone, Copy)]
+#[repr(align(32))]
 struct Slot {
     /// The caller's token.
     token: u64,
-    /// Bits 63:32 and 31:16 of a completion's second word that answer this command: command identifier and queue identifier.
-    expected: u64,
-    /// The check during which the command was first seen; 0: not yet.
+    /// What bits 47:16 of a completion's second word have to be to answer the command: command identifier (31:16 here) and
+    /// queue identifier (15:0). While the slot is free: the same of its next command, and [`FREE`].
+    key: u64,
+    /// When the command was first looked at; 0: not yet.
     seen: u32,
-    /// The command identifier in use, or to be used next.
-    id: u16,
-    /// The request the command is part of, or [`NO_REQUEST`].
+    /// The free slot after this one, while it is free itself.
+    next_free: u16,
+    /// The request the command is part of; [`NO_REQUEST`] if it is none's, and while the slot is free.
     request: u16,
     /// The command has been reported as too old.
     reported: bool,
 }
+
+const _: () = assert!(size_of::<Slot>() == 32);
 
 /// What was kept about a command that has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +43,11 @@ pub(crate) struct Released {
 /// All slots of a queue pair.
 pub(crate) struct Slots {
     slots: Box<[Slot]>,
-    /// Free slots; the one used last comes first, as its list page is likeliest in the cache.
-    free: Vec<u16>,
+    /// The first free slot; `slots.len()` when there is none. The one used last comes first, as its list page is likeliest in
+    /// the cache.
+    first_free: u16,
     /// Bits of the slot in a command identifier.
     mask: u16,
-    queue: u16,
 }
 
 impl Slots {
@@ -53,67 +57,73 @@ impl Slots {
     /// `count` free slots (1 to [`Slots::MAX`]) of submission queue `queue`.
     pub fn new(count: u16, queue: u16) -> Slots {
         let count = count.clamp(1, Slots::MAX);
-        // One more than needed where it matters: the identifier FFFFh, which the error log uses for "no command", is never made.
+        // One bit more than needed where it matters: the identifier FFFFh, "no command" in the error log, is never made.
         let bits = u16::BITS - count.leading_zeros();
-        let free_slot = |id| Slot { token: 0, expected: FREE, seen: 0, id, request: NO_REQUEST, reported: false };
-        Slots {
-            slots: (0..count).map(free_slot).collect(),
-            free: (0..count).rev().collect(),
-            mask: (1 << bits) - 1,
-            queue,
-        }
+        let slot = |at: u16| Slot {
+            token: 0,
+            key: FREE | u64::from(at) << 16 | u64::from(queue),
+            seen: 0,
+            next_free: at + 1,
+            request: NO_REQUEST,
+            reported: false,
+        };
+        Slots { slots: (0..count).map(slot).collect(), first_free: 0, mask: (1 << bits) - 1 }
     }
 
     /// Number of slots.
+    #[inline]
     pub fn len(&self) -> usize {
         self.slots.len()
     }
 
-    /// Free slots.
-    #[inline]
-    pub fn free(&self) -> usize {
-        self.free.len()
-    }
-
-    /// The slot that [`Slots::take`] will take.
+    /// The slot that [`Slots::take`] will take; `None` if all are taken.
     #[inline]
     pub fn next(&self) -> Option<u16> {
-        self.free.last().copied()
+        Some(self.first_free).filter(|&at| usize::from(at) < self.slots.len())
     }
 
-    /// Takes a slot for a command; `None` if there is none.
-    #[inline]
-    pub fn take(&mut self, token: u64, request: u16) -> Option<CommandId> {
-        let at = self.free.pop()?;
-        let slot = self.slots.get_mut(usize::from(at))?;
+    /// Takes a slot for a command that belongs to no request; `None` if there is none.
+    #[inline(always)]
+    pub fn take(&mut self, token: u64) -> Option<CommandId> {
+        let slot = self.slots.get_mut(usize::from(self.first_free))?;
+        self.first_free = slot.next_free;
         slot.token = token;
-        slot.expected = u64::from(slot.id) << 16 | u64::from(self.queue);
         slot.seen = 0;
-        slot.request = request;
-        Some(CommandId(slot.id))
+        slot.key &= !FREE;
+        Some(CommandId((slot.key >> 16) as u16))
+    }
+
+    /// Makes a command that was just taken part of a request.
+    pub fn assign(&mut self, id: CommandId, request: u16) {
+        if let Some(slot) = self.slots.get_mut(usize::from(id.0 & self.mask)) {
+            slot.request = request;
+        }
     }
 
     /// Frees the slot of the command that a completion answers, given bits 47:16 of its second word (command identifier and
     /// submission queue identifier). `None`: no such command is out, the completion answers nothing.
-    #[inline]
+    #[inline(always)]
     pub fn release(&mut self, answered: u32) -> Option<Released> {
         let at = (answered >> 16) as u16 & self.mask;
         let slot = self.slots.get_mut(usize::from(at))?;
-        if slot.expected != u64::from(answered) {
+        if slot.key != u64::from(answered) {
             return None;
         }
-        slot.expected = FREE;
-        // The next user of the slot has another sequence; it wraps by itself in the high bits.
-        slot.id = slot.id.wrapping_add(self.mask + 1);
+        // The slot's next command has another sequence; it wraps by itself in the high bits.
+        slot.key = u64::from(answered.wrapping_add((u32::from(self.mask) + 1) << 16)) | FREE;
+        slot.next_free = self.first_free;
+        self.first_free = at;
         let released = Released { token: slot.token, request: slot.request };
-        self.free.push(at);
+        if released.request != NO_REQUEST {
+            slot.request = NO_REQUEST;
+        }
         Some(released)
     }
 
     /// Looks at every command: those older than `limit` are reported, once each. `now` counts in the unit of `limit` and is
     /// not 0. A command's age counts from the first look at it: it is reported at most one interval late, never early.
     pub fn look(&mut self, now: u32, limit: u32, mut old: impl FnMut(Released)) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.expected != FREE) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.key & FREE == 0) {
             if slot.seen == 0 {
                 slot.seen = now;
                 slot.reported = false;
@@ -124,21 +134,20 @@ impl Slots {
         }
     }
 
-    /// When the command that has been out longest was first looked at, if any has been.
+    /// How long the command that has been out longest has been so since the first look at it, if any was looked at.
     pub fn oldest(&self, now: u32) -> Option<u32> {
-        let out = self.slots.iter().filter(|slot| slot.expected != FREE && slot.seen != 0);
+        let out = self.slots.iter().filter(|slot| slot.key & FREE == 0 && slot.seen != 0);
         out.map(|slot| now.wrapping_sub(slot.seen)).max()
     }
 
     /// Frees every slot, telling what each command was. Their memory must be out of the controller's reach.
     pub fn release_all(&mut self, mut each: impl FnMut(Released)) {
         for at in 0..self.slots.len() {
-            let slot = &self.slots[at];
-            if slot.expected != FREE {
-                let answered = slot.expected as u32;
-                if let Some(released) = self.release(answered) {
-                    each(released);
-                }
+            let key = self.slots[at].key;
+            if key & FREE == 0
+                && let Some(released) = self.release(key as u32)
+            {
+                each(released);
             }
         }
     }
@@ -152,6 +161,11 @@ mod tests {
         u32::from(id.0) << 16 | u32::from(queue)
     }
 
+    /// Takes all that are free.
+    fn free(slots: &mut Slots) -> usize {
+        std::iter::from_fn(|| slots.take(0)).count()
+    }
+
     #[test]
     fn identifiers_are_unique_and_never_ffff() {
         for count in [1, 2, 3, 127, 128, 255, 256, 1023, 4095] {
@@ -159,9 +173,9 @@ mod tests {
             assert_eq!(slots.len(), usize::from(count));
             // Long enough for every sequence to wrap.
             for _ in 0..(1 << 16) / usize::from(count) + 2 {
-                let mut ids: Vec<CommandId> = std::iter::from_fn(|| slots.take(0, NO_REQUEST)).collect();
+                let mut ids: Vec<CommandId> = std::iter::from_fn(|| slots.take(0)).collect();
                 assert_eq!(ids.len(), usize::from(count));
-                assert_eq!(slots.free(), 0);
+                assert_eq!(slots.next(), None);
                 ids.iter().for_each(|&id| assert!(slots.release(answer(id, 3)).is_some()));
                 ids.sort_by_key(|id| id.0);
                 ids.dedup();
@@ -174,23 +188,27 @@ mod tests {
     #[test]
     fn a_completion_frees_only_the_command_it_answers() {
         let mut slots = Slots::new(7, 3);
-        let first = slots.take(11, NO_REQUEST).unwrap();
+        let first = slots.take(11).unwrap();
         assert_eq!(slots.release(answer(first, 4)), None, "another queue");
         assert_eq!(slots.release(answer(CommandId(first.0 + 1), 3)), None, "a free slot");
         assert_eq!(slots.release(answer(CommandId(first.0 | 7), 3)), None, "no such slot");
         assert_eq!(slots.release(answer(first, 3)), Some(Released { token: 11, request: NO_REQUEST }));
         assert_eq!(slots.release(answer(first, 3)), None, "the same again");
-        let second = slots.take(12, 5).unwrap();
+        let second = slots.take(12).unwrap();
+        slots.assign(second, 5);
         assert_eq!(second.0 & 7, first.0 & 7, "the slot used last comes first");
         assert_eq!(slots.release(answer(first, 3)), None, "an old answer for a slot in use again");
         assert_eq!(slots.release(answer(second, 3)), Some(Released { token: 12, request: 5 }));
-        assert_eq!(slots.free(), 7);
+        let third = slots.take(13).unwrap();
+        let plain = Released { token: 13, request: NO_REQUEST };
+        assert_eq!(slots.release(answer(third, 3)), Some(plain), "the next command is not part of that request");
+        assert_eq!(free(&mut slots), 7);
     }
 
     #[test]
     fn every_other_identifier_is_refused() {
         let mut slots = Slots::new(3, 1);
-        let id = slots.take(1, NO_REQUEST).unwrap();
+        let id = slots.take(1).unwrap();
         for other in 0..=u16::MAX {
             if other != id.0 {
                 assert_eq!(slots.release(answer(CommandId(other), 1)), None);
@@ -206,29 +224,31 @@ mod tests {
     fn old_commands_are_reported_once_and_never_early() {
         let none: [u64; 0] = [];
         let mut slots = Slots::new(3, 1);
-        let id = slots.take(1, NO_REQUEST).unwrap();
+        let id = slots.take(1).unwrap();
         let look = |slots: &mut Slots, now| {
             let mut old: Vec<u64> = Vec::new();
             slots.look(now, 10, |command| old.push(command.token));
             old
         };
         assert_eq!(look(&mut slots, 100), none, "first seen");
-        slots.take(2, NO_REQUEST).unwrap();
+        slots.take(2).unwrap();
         assert_eq!(look(&mut slots, 109), none);
         assert_eq!(slots.oldest(109), Some(9));
         assert_eq!(look(&mut slots, 110), [1]);
         assert_eq!(look(&mut slots, 111), none, "once");
         assert_eq!(look(&mut slots, 119), [2]);
-        assert_eq!(slots.free(), 1, "reported, not freed");
+        let third = slots.take(9).unwrap();
+        assert_eq!(slots.next(), None, "reported, not freed");
+        slots.release(answer(third, 1)).unwrap();
         slots.release(answer(id, 1)).unwrap();
-        slots.take(3, NO_REQUEST).unwrap();
+        slots.take(3).unwrap();
         assert_eq!(look(&mut slots, 500), none, "the slot's new command is young");
         assert_eq!(look(&mut slots, 510), [3]);
         let mut all = Vec::new();
         slots.release_all(|command| all.push(command.token));
         all.sort();
         assert_eq!(all, [2, 3]);
-        assert_eq!(slots.free(), 3);
         assert_eq!(slots.oldest(510), None);
+        assert_eq!(free(&mut slots), 3);
     }
 }

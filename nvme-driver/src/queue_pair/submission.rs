@@ -17,18 +17,18 @@ const _: () = assert!(size_of::<SubmissionEntry>() == 64);
 pub(crate) struct SubmissionQueue<M> {
     entries: M,
     tail: u16,
-    /// Written since the tail was last announced.
-    unannounced: u16,
+    /// The tail that was announced last.
+    announced: u16,
 }
 
 impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     /// An empty queue of `entries.len()` entries.
     pub fn new(entries: M) -> SubmissionQueue<M> {
-        SubmissionQueue { entries, tail: 0, unannounced: 0 }
+        SubmissionQueue { entries, tail: 0, announced: 0 }
     }
 
     /// Writes one command at the tail. The controller does not know of it until the doorbell is rung.
-    #[inline]
+    #[inline(always)]
     pub fn write(&mut self, command: &Command) {
         let entries: &[SubmissionEntry] = &self.entries;
         let Some(entry) = entries.get(usize::from(self.tail)) else { return };
@@ -39,19 +39,29 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
         }
         let next = self.tail + 1;
         self.tail = if usize::from(next) == entries.len() { 0 } else { next };
-        self.unannounced += 1;
+    }
+
+    /// How many commands were written since the last announcement.
+    #[inline]
+    pub fn unannounced(&self) -> usize {
+        match usize::from(self.tail).checked_sub(self.announced.into()) {
+            Some(written) => written,
+            None => usize::from(self.tail) + self.entries.len() - usize::from(self.announced),
+        }
     }
 
     /// How many commands were written since the last call, and the tail to announce.
     #[inline]
-    pub fn announce(&mut self) -> (u16, u16) {
-        (std::mem::take(&mut self.unannounced), self.tail)
+    pub fn announce(&mut self) -> (usize, u16) {
+        let written = self.unannounced();
+        self.announced = self.tail;
+        (written, self.tail)
     }
 
     /// Empties the queue, as after the controller has been reset.
     pub fn reset(&mut self) {
         self.tail = 0;
-        self.unannounced = 0;
+        self.announced = 0;
     }
 }
 
@@ -72,6 +82,7 @@ mod tests {
             for at in 0..3 {
                 queue.write(&Command::flush(1).with_id(round * 3 + at).with_cdw15(7));
             }
+            assert_eq!(queue.unannounced(), 3);
             assert_eq!(queue.announce(), (3, (round + 1) * 3 % 5));
             assert_eq!(queue.announce().0, 0);
         }

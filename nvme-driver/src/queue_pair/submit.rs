@@ -47,21 +47,44 @@ impl QueuePair {
     ///
     /// A request that is refused has had no effect. `work`'s lists are not needed after the call; the memory the segments name
     /// has to stay mapped until the request has completed.
-    #[inline]
+    #[inline(always)]
     pub fn submit(&mut self, namespace: &Namespace, work: Work<'_>, token: u64) -> Result<(), SubmitError> {
-        match work {
-            Work::Read { lba, segments } => self.transfer(namespace, io::READ, 0, lba, segments, token),
-            Work::Write { lba, segments, fua } => {
-                self.transfer(namespace, io::WRITE, if fua { CDW12_FUA } else { 0 }, lba, segments, token)
-            }
-            other => self.submit_other(namespace, other, token),
+        let (opcode, flags, lba, segments) = match work {
+            Work::Read { lba, segments } => (io::READ, 0, lba, segments),
+            Work::Write { lba, segments, fua } => (io::WRITE, if fua { CDW12_FUA } else { 0 }, lba, segments),
+            _ => return self.submit_other(namespace, work, token),
+        };
+        // One segment in at most two pages is nearly every small request, and done here.
+        if let &[Segment { iova, bytes }] = segments
+            && let offset = iova % PAGE_BYTES
+            // Two pages need no list.
+            && offset + u64::from(bytes) <= u64::from(self.plain_bytes)
+            // Anything else cannot be a PRP.
+            && iova.is_multiple_of(4)
+            // Number of blocks, zero-based as the command has it: no blocks become more than any namespace has.
+            && let last = u64::from(bytes >> namespace.block_shift).wrapping_sub(1)
+            && let Some(room) = namespace.blocks.checked_sub(lba)
+            && last < room
+            && (last + 1) << namespace.block_shift == u64::from(bytes)
+            && (namespace.boundary_blocks == 0 || !crosses_boundary(namespace, lba, last as u32 + 1))
+            && self.staged.is_empty()
+        {
+            let spills = offset + u64::from(bytes) > PAGE_BYTES;
+            let prp2 = if spills { (iova | (PAGE_BYTES - 1)).wrapping_add(1) } else { 0 };
+            let command = Command::blocks(opcode, namespace.id, lba, last as u32 + 1, flags).with_prps(iova, prp2);
+            self.push(command, token)?;
+            return Ok(());
         }
+        self.transfer(namespace, opcode, flags, lba, segments, token)
     }
 
     #[inline(never)]
     fn submit_other(&mut self, namespace: &Namespace, work: Work<'_>, token: u64) -> Result<(), SubmitError> {
         match work {
-            Work::Read { .. } | Work::Write { .. } => self.submit(namespace, work, token),
+            Work::Read { lba, segments } => self.transfer(namespace, io::READ, 0, lba, segments, token),
+            Work::Write { lba, segments, fua } => {
+                self.transfer(namespace, io::WRITE, if fua { CDW12_FUA } else { 0 }, lba, segments, token)
+            }
             Work::Compare { lba, segments } => {
                 supported(namespace.compare, "the drive does not support Compare")?;
                 self.transfer(namespace, io::COMPARE, 0, lba, segments, token)
@@ -88,42 +111,9 @@ impl QueuePair {
         }
     }
 
-    /// Read, Write, Compare. The case of one segment in at most two pages is done here; it is nearly every small request.
-    #[inline]
-    fn transfer(
-        &mut self,
-        namespace: &Namespace,
-        opcode: u8,
-        flags: u32,
-        lba: u64,
-        segments: &[Segment],
-        token: u64,
-    ) -> Result<(), SubmitError> {
-        if let &[Segment { iova, bytes }] = segments
-            && self.staged.is_empty()
-        {
-            let blocks = bytes >> namespace.block_shift;
-            let whole = blocks << namespace.block_shift == bytes && bytes != 0;
-            let within = lba < namespace.blocks && u64::from(blocks) <= namespace.blocks - lba;
-            let offset = (iova % PAGE_BYTES) as u32;
-            // Two pages need no list; a first address that is not a multiple of four cannot be a PRP.
-            let two_pages = bytes <= 2 * PAGE_BYTES as u32 - offset && iova.is_multiple_of(4);
-            if whole && within && two_pages && bytes <= self.max_bytes && !crosses_boundary(namespace, lba, blocks) {
-                let prp2 = if bytes > PAGE_BYTES as u32 - offset {
-                    (iova - u64::from(offset)).wrapping_add(PAGE_BYTES)
-                } else {
-                    0
-                };
-                let command = Command::blocks(opcode, namespace.id, lba, blocks, flags).with_prps(iova, prp2);
-                self.push(command, token)?;
-                return Ok(());
-            }
-        }
-        self.transfer_any(namespace, opcode, flags, lba, segments, token)
-    }
-
+    /// Read, Write, Compare, of any shape.
     #[inline(never)]
-    fn transfer_any(
+    fn transfer(
         &mut self,
         namespace: &Namespace,
         opcode: u8,
@@ -178,7 +168,7 @@ impl QueuePair {
         for range in ranges {
             check_range(namespace, range.lba, range.blocks.into())?;
         }
-        if self.slots.free() == 0 || !self.staged.is_empty() {
+        if self.slots.next().is_none() || !self.staged.is_empty() {
             return Err(SubmitError::Full);
         }
         self.issue(job, &[], ranges, false, token)
@@ -218,8 +208,9 @@ impl QueuePair {
         while !job.is_done(ranges)
             && let Some(slot) = self.slots.next()
             && let Ok(command) = self.next_command(job, slot, segments, ranges)
-            && self.push_for(command, 0, request).is_ok()
+            && let Ok(id) = self.push(command, 0)
         {
+            self.slots.assign(id, request);
             self.requests.issued(request, !job.is_done(ranges));
             issued += 1;
         }
@@ -274,7 +265,7 @@ fn check_range(namespace: &Namespace, lba: u64, blocks: u64) -> Result<(), Submi
 }
 
 /// Would one command cross a boundary of the namespace (NOIOB)?
-#[inline]
+#[inline(never)]
 fn crosses_boundary(namespace: &Namespace, lba: u64, blocks: u32) -> bool {
     let boundary = u64::from(namespace.boundary_blocks);
     if boundary == 0 {

@@ -1,0 +1,6 @@
+//! Queue pairs against the simulated controller.
+
+mod faults;
+mod interrupts;
+mod setup;
+mod transfers;
