@@ -62,6 +62,11 @@ impl Group {
         moved
     }
 
+    /// The queue pair.
+    pub fn pair(&self) -> &QueuePair {
+        &self.pair
+    }
+
     /// The lane with this index.
     pub fn lane_mut(&mut self, index: usize) -> Option<&mut Lane> {
         self.lanes.get_mut(index)?.as_mut()

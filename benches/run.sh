@@ -1,0 +1,24 @@
+#!/bin/sh
+# Benchmarks. `benches/run.sh instructions [--json]` counts instructions per request; needs valgrind.
+set -eu
+cd "$(dirname "$0")/.."
+
+usage() {
+    echo "usage: benches/run.sh instructions [--json]" >&2
+    exit 2
+}
+
+[ $# -ge 1 ] || usage
+what=$1
+shift
+case $what in
+instructions)
+    command -v valgrind >/dev/null || {
+        echo "benches/run.sh: valgrind is missing; install it: apt-get install valgrind" >&2
+        exit 1
+    }
+    cargo build --release --quiet --package benches --bin instructions
+    exec "${CARGO_TARGET_DIR:-target}/release/instructions" "$@"
+    ;;
+*) usage ;;
+esac

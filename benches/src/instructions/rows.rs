@@ -1,0 +1,68 @@
+//! What is measured.
+
+use crate::guest::Layout;
+
+/// What a row exercises.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// From avail ring to used ring, driver included.
+    Lane(Layout),
+    /// The driver alone: submit, ring, reap.
+    Driver,
+    /// Our ring alone: pop, walk, give back, publish.
+    Ring(Layout),
+    /// The same with `virtio-queue`.
+    VirtioQueue(Layout),
+}
+
+/// One row of the table.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    pub name: &'static str,
+    pub what: What,
+    /// Requests per batch.
+    pub batch: u16,
+}
+
+impl Row {
+    /// Rounds before counting begins.
+    pub fn warm_up(&self) -> u32 {
+        4
+    }
+
+    /// Rounds counted. Enough for the rings to wrap.
+    pub fn rounds(&self) -> u32 {
+        if self.batch == 1 { 300 } else { 60 }
+    }
+
+    /// Requests counted.
+    pub fn requests(&self) -> u64 {
+        u64::from(self.rounds()) * u64::from(self.batch)
+    }
+}
+
+const SPLIT: Layout = Layout { packed: false, indirect: false };
+const SPLIT_INDIRECT: Layout = Layout { packed: false, indirect: true };
+const PACKED: Layout = Layout { packed: true, indirect: false };
+const PACKED_INDIRECT: Layout = Layout { packed: true, indirect: true };
+
+/// All rows, the most important first.
+pub const ROWS: &[Row] = &[
+    Row { name: "lane, split ring, batch 32", what: What::Lane(SPLIT), batch: 32 },
+    Row { name: "lane, split ring, batch 1", what: What::Lane(SPLIT), batch: 1 },
+    Row { name: "lane, split ring with indirect descriptors, batch 32", what: What::Lane(SPLIT_INDIRECT), batch: 32 },
+    Row { name: "lane, split ring with indirect descriptors, batch 1", what: What::Lane(SPLIT_INDIRECT), batch: 1 },
+    Row { name: "lane, packed ring, batch 32", what: What::Lane(PACKED), batch: 32 },
+    Row { name: "lane, packed ring, batch 1", what: What::Lane(PACKED), batch: 1 },
+    Row { name: "lane, packed ring with indirect descriptors, batch 32", what: What::Lane(PACKED_INDIRECT), batch: 32 },
+    Row { name: "driver alone, batch 32", what: What::Driver, batch: 32 },
+    Row { name: "driver alone, batch 1", what: What::Driver, batch: 1 },
+    Row { name: "ring alone, split, batch 32", what: What::Ring(SPLIT), batch: 32 },
+    Row { name: "ring alone, split with indirect descriptors, batch 32", what: What::Ring(SPLIT_INDIRECT), batch: 32 },
+    Row { name: "virtio-queue 0.18, split, batch 32", what: What::VirtioQueue(SPLIT), batch: 32 },
+    Row {
+        name: "virtio-queue 0.18, split with indirect descriptors, batch 32",
+        what: What::VirtioQueue(SPLIT_INDIRECT),
+        batch: 32,
+    },
+];
