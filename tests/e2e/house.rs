@@ -1,0 +1,139 @@
+//! The rules of the house that a machine can check: what lies where, who may use whom, and where `unsafe` may be.
+
+use std::collections::BTreeSet;
+use std::process::Command;
+
+use e2e::workspace;
+use serde_json::Value;
+
+fn output_of(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).args(arguments).current_dir(workspace()).output().unwrap();
+    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// Every file of the repository.
+fn files() -> Vec<String> {
+    // The checkout may belong to another user than the one who runs the tests.
+    let text = output_of("git", &["-c", "safe.directory=*", "ls-files"]);
+    let files: Vec<_> = text.lines().map(str::to_owned).collect();
+    assert!(files.len() > 50, "git knows {} files: is this a checkout?", files.len());
+    files
+}
+
+#[test]
+fn the_top_level_is_as_agreed() {
+    let allowed = [
+        ".ci",
+        ".gitignore",
+        "Cargo.lock",
+        "Cargo.toml",
+        "LICENSE",
+        "README.md",
+        "benches",
+        "nvme-driver",
+        "rustfmt.toml",
+        "setup",
+        "tests",
+        "tools",
+        "vfio",
+        "vhost-blk",
+    ];
+    let found: BTreeSet<_> = files().iter().map(|file| file.split('/').next().unwrap().to_owned()).collect();
+    let strangers: Vec<_> = found.iter().filter(|name| !allowed.contains(&name.as_str())).collect();
+    assert!(strangers.is_empty(), "{strangers:?}");
+}
+
+/// Rust code without its comments and the contents of its strings: good enough to look for a keyword.
+fn code_of(source: &str) -> String {
+    let mut code = String::new();
+    for line in source.lines() {
+        let mut quoted = false;
+        let mut characters = line.chars().peekable();
+        while let Some(character) = characters.next() {
+            match character {
+                '\\' if quoted => _ = characters.next(),
+                // A quote as a character is no beginning of a string.
+                '\'' if !quoted && characters.peek() == Some(&'"') => _ = characters.next(),
+                '"' => quoted = !quoted,
+                '/' if !quoted && characters.peek() == Some(&'/') => break,
+                _ if quoted => {}
+                _ => code.push(character),
+            }
+        }
+        code.push('\n');
+    }
+    code
+}
+
+fn has_unsafe(source: &str) -> bool {
+    code_of(source).split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
+}
+
+#[test]
+fn unsafe_code_is_found() {
+    assert!(has_unsafe("let x = unsafe { y() };"));
+    assert!(has_unsafe("pub unsafe fn f() {} // why"));
+    assert!(!has_unsafe("let x = 1; // unsafe { }\n/// unsafe\n#![forbid(unsafe_code)]\nlet y = \"unsafe\";"));
+    assert!(has_unsafe("f('\"'); unsafe { }"));
+}
+
+#[test]
+fn unsafe_is_only_in_its_rooms() {
+    let rooms = ["vfio/", "tools/nvme-sim/src/dma/", "vhost-blk/src/guest_memory", "vhost-blk/src/ring"];
+    for file in files().iter().filter(|file| file.ends_with(".rs")) {
+        let source = std::fs::read_to_string(workspace().join(file)).unwrap();
+        if !rooms.iter().any(|room| file.starts_with(room)) {
+            assert!(!has_unsafe(&source), "{file} has unsafe code, outside of {rooms:?}");
+        }
+    }
+    let driver = std::fs::read_to_string(workspace().join("nvme-driver/src/lib.rs")).unwrap();
+    assert!(driver.lines().any(|line| line == "#![forbid(unsafe_code)]"), "nvme-driver forbids unsafe code");
+}
+
+/// What each crate may use of the workspace; test dependencies do not count.
+const ARROWS: [(&str, &[&str]); 7] = [
+    ("vfio", &[]),
+    ("nvme-driver", &["vfio"]),
+    ("vhost-blk", &["nvme-driver", "vfio", "nvme-sim", "blk-perf"]),
+    ("nvme-sim", &[]),
+    ("blk-perf", &["vfio", "nvme-driver", "nvme-sim"]),
+    ("e2e", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
+    ("benches", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
+];
+
+#[test]
+fn arrows_between_crates_go_one_way() {
+    let text = output_of(env!("CARGO"), &["metadata", "--format-version", "1", "--no-deps", "--offline", "--locked"]);
+    let metadata: Value = serde_json::from_str(&text).unwrap();
+    let packages = metadata["packages"].as_array().unwrap();
+    let name = |value: &Value| value["name"].as_str().unwrap().to_owned();
+    let ours: Vec<_> = packages.iter().map(name).collect();
+    for package in packages {
+        let crate_name = name(package);
+        let rule = ARROWS.iter().find(|rule| rule.0 == crate_name);
+        let (_, allowed) = rule.unwrap_or_else(|| panic!("say in ARROWS what {crate_name} may use"));
+        for dependency in package["dependencies"].as_array().unwrap() {
+            let used = name(dependency);
+            // `null` is a normal dependency; the simulator's tests must not know the driver either.
+            let counts = dependency["kind"] != "dev" || crate_name == "nvme-sim" || crate_name == "vfio";
+            if counts && ours.contains(&used) {
+                assert!(allowed.contains(&used.as_str()), "{crate_name} uses {used}");
+            }
+            // The embedded controller and its client can be switched off by a distribution.
+            if crate_name == "vhost-blk" && dependency["kind"].is_null() && ["nvme-sim", "blk-perf"].contains(&&*used) {
+                assert_eq!(dependency["optional"], true, "{crate_name} uses {used} only as a feature");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_crate_has_the_common_lints() {
+    let manifests: Vec<_> = files().into_iter().filter(|file| file.ends_with("/Cargo.toml")).collect();
+    assert!(manifests.len() >= ARROWS.len(), "{manifests:?}");
+    for file in manifests {
+        let manifest = std::fs::read_to_string(workspace().join(&file)).unwrap();
+        assert!(manifest.contains("[lints]\nworkspace = true\n"), "{file}");
+    }
+}
