@@ -103,7 +103,8 @@ impl Device {
         self.inner.backend.disable_interrupts()
     }
 
-    /// Resets the device's function, then lets it answer memory accesses and do DMA again.
+    /// Resets the device's function, then lets it answer memory accesses and do DMA again. DMA mappings stay; interrupts
+    /// have to be enabled again.
     pub fn reset(&self) -> Result<(), Error> {
         self.inner.backend.reset()?;
         if config_space::exists(&*self.inner.backend) {

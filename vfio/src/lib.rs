@@ -65,14 +65,15 @@
 //!
 //! The device's own character device with iommufd is used where the kernel has both, else its IOMMU group and a type1v2
 //! container. What keeps a device from being opened (no IOMMU, another driver, no rights, a group that is shared, the
-//! limit on locked memory) is told with what to do about it.
+//! limit on locked memory) is told with what to do about it. One process can open several devices, but not two of one
+//! IOMMU group.
 //!
 //! # Safety
 //!
 //! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] is its only unsafe
-//! function. A device is trusted with the memory that was mapped for it, and with nothing else. Memory that is still
-//! mapped for it when its buffer is dropped stays under the device's hands until the driver has stopped it: drop
-//! buffers after the commands that use them.
+//! function. A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
+//! buffer are given to the next one: drop a buffer after the commands that use it. A vfio-user server is trusted further:
+//! if it makes the file behind a mapped register shorter, the next access kills the process (SIGBUS).
 
 mod address;
 mod backend;

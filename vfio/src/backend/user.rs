@@ -1,10 +1,12 @@
 //! A device on a vfio-user socket.
 //!
-//! Three things the `vfio_user` crate (0.1.7) hides, and what is made of them here:
-//! - It does not look at the error flag of replies. A refused DMA map or reset looks like success; the device will
-//!   report the commands that use such memory as failed. A refused register access has a shorter reply than the crate
-//!   waits for: it ends in [`Error::Timeout`] and the connection is given up.
+//! What the `vfio_user` crate (0.1.7) hides, and what is made of it here:
+//! - It does not look at the error flag of replies. A refused DMA map, reset or change of interrupts looks like success;
+//!   the device will report the commands that use such memory as failed. A refused register access or DMA unmap (of
+//!   memory whose map was refused, say) has a shorter reply than the crate waits for: it ends in [`Error::Timeout`] and
+//!   the connection is given up.
 //! - It has no deadlines and panics on some odd replies: see [`super::connection`].
+//! - It does not tell what was negotiated, nor how many kinds of interrupts there are: the least is assumed.
 //! - Its `resettable()` is inverted; it is not used.
 
 use std::fs::File;

@@ -18,7 +18,7 @@ pub(super) struct Subject {
 }
 
 const ON_MODULES: &str = "load the modules: modprobe vfio-pci vfio_iommu_type1; in a container, pass /dev/vfio in";
-const ON_BUSY: &str = "another program has it open: stop that one first (fuser -v shows which)";
+const ON_BUSY: &str = "it is open already: stop the program that has it (fuser -v shows which)";
 const ON_INTERRUPTS: &str =
     "if the kernel log speaks of interrupt remapping, switch that on in the firmware; see dmesg otherwise";
 
@@ -106,7 +106,9 @@ pub(super) fn on_open(error: &io::Error, path: &str) -> String {
         io::ErrorKind::PermissionDenied => {
             format!("your user may not open {path}: chown it to the user (a udev rule makes that last), or run as root")
         }
-        io::ErrorKind::ResourceBusy => format!("{ON_BUSY} {path}"),
+        io::ErrorKind::ResourceBusy => {
+            format!("{path} is open already: stop the program that has it (fuser -v {path})")
+        }
         _ => match error.raw_os_error() {
             Some(libc::ENODEV) => format!("nothing is behind {path}: {ON_MODULES}"),
             _ => String::new(),
@@ -147,13 +149,13 @@ mod tests {
         let errno = errno::Error::new;
         says(VfioError::OpenContainer(os(libc::ENOENT)), &["modprobe vfio-pci"]);
         says(VfioError::OpenGroup(os(libc::EACCES), "7".into()), &["/dev/vfio/7", "chown"]);
-        says(VfioError::OpenGroup(os(libc::EBUSY), "7".into()), &["fuser -v", "/dev/vfio/7"]);
+        says(VfioError::OpenGroup(os(libc::EBUSY), "7".into()), &["fuser -v /dev/vfio/7"]);
         says(VfioError::GroupViable, &["0000:01:00.1 (nvme)", "group 7", "vfio-pci"]);
-        says(VfioError::GroupSetContainer, &["group 7", "another program"]);
+        says(VfioError::GroupSetContainer, &["group 7", "open already"]);
         says(VfioError::ContainerSetIOMMU(errno(libc::EPERM)), &["interrupt remapping"]);
         says(VfioError::GroupGetDeviceFD(errno(libc::ENODEV)), &["bind it again"]);
-        says(VfioError::VfioDeviceBindIommufd(errno(libc::EBUSY)), &["another program"]);
-        says(VfioError::VfioDeviceBindIommufd(errno(libc::EINVAL)), &["another program"]);
+        says(VfioError::VfioDeviceBindIommufd(errno(libc::EBUSY)), &["open already"]);
+        says(VfioError::VfioDeviceBindIommufd(errno(libc::EINVAL)), &["open already"]);
         says(
             VfioError::IommuDmaMap(errno(libc::ENOMEM)),
             &["RLIMIT_MEMLOCK", "ulimit -l", "LimitMEMLOCK", "memlock=-1"],
