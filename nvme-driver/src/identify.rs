@@ -519,10 +519,6 @@ impl RawNamespace {
             .position(|format| format.shift == shift && format.metadata.get() == 0)
             .map(|at| at as u8)
     }
-
-    pub(crate) fn size(&self) -> u64 {
-        self.nsze.get()
-    }
 }
 
 /// Number of logical blocks is a zero-based 16-bit field in every command that has one.

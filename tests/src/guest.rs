@@ -119,7 +119,7 @@ impl Machine {
         let mut process = Process::start("QEMU", &program, arguments, &[], &folder.join("qemu.log"), true)?;
         let (commands, output) = process.take_pipes();
         let transcript = Transcript::of(output);
-        let mut guest = Guest { process, files, commands, transcript, scripts: 0 };
+        let mut guest = Guest { process, files, commands, transcript, scripts: 0, checked: 0 };
         match guest.await_ready(self.boot_limit) {
             // A refusal of QEMU to start (exit status 1) is not emulation gone wrong: no second try.
             Err(Error::Ended { program, status, .. }) if status.signal().is_none() => {
@@ -185,6 +185,8 @@ pub struct Guest {
     commands: ChildStdin,
     transcript: Transcript,
     scripts: u32,
+    /// Up to where the console needs no further look.
+    checked: usize,
 }
 
 /// What a script in the guest printed, and its own exit status.
@@ -209,8 +211,8 @@ const COMPLAINTS: [&str; 8] = [
 ];
 
 impl Guest {
-    /// Runs a shell script in the guest: busybox's shell, in a fresh process, `/` as working directory. Returns what
-    /// it printed; a status other than 0 is an error.
+    /// Runs a script in the guest: by a fresh `bash`, with `/` as working directory. Returns what
+    /// it printed on both outputs; a status other than 0 is an error.
     pub fn run(&mut self, script: &str, limit: Duration) -> Result<String, Error> {
         let output = self.try_run(script, limit)?;
         if output.status == 0 {
@@ -244,7 +246,11 @@ impl Guest {
     /// Fails if the kernel's console shows an I/O error, a file system error or a fault of the kernel.
     pub fn check_kernel_log(&self) -> Result<(), Error> {
         let console = self.console();
-        let lines = console.lines().filter(|line| COMPLAINTS.iter().any(|text| line.contains(text)));
+        let lines = console
+            .get(self.checked..)
+            .unwrap_or_default()
+            .lines()
+            .filter(|line| COMPLAINTS.iter().any(|text| line.contains(text)));
         let lines = lines.collect::<Vec<_>>().join("\n");
         if lines.is_empty() { Ok(()) } else { Err(Error::KernelLog(lines)) }
     }
@@ -254,11 +260,16 @@ impl Guest {
         Qmp::connect(&self.files.monitor)
     }
 
-    /// Restarts the guest inside the same QEMU, and waits until it takes scripts again.
+    /// Looks through the kernel's log, restarts the guest inside the same QEMU, and waits until it takes scripts again.
+    ///
+    /// A kernel that goes down stops its devices under requests on their way, which it reports as I/O errors; what it
+    /// says from here until it is up again is therefore not looked at.
     pub fn reboot(&mut self, limit: Duration) -> Result<(), Error> {
+        self.check_kernel_log()?;
         self.monitor()?.execute("set-action", json!({ "reboot": "reset" }))?;
         self.send("reboot -f")?;
         self.await_ready(limit)?;
+        self.checked = self.console().len();
         self.monitor()?.execute("set-action", json!({ "reboot": "shutdown" }))?;
         Ok(())
     }
@@ -302,7 +313,8 @@ impl Guest {
     fn report(&self) -> String {
         let console = self.console();
         let scripts = self.transcript.text();
-        format!("==== console of the guest ====\n{console}\n==== scripts' output ====\n{scripts}\n==== end ====")
+        let qemu = self.process.log();
+        format!("==== console ====\n{console}\n==== scripts ====\n{scripts}\n==== QEMU ====\n{qemu}\n==== end ====")
     }
 }
 

@@ -85,10 +85,12 @@ pub struct Initramfs {
 }
 
 impl Initramfs {
-    /// With the modules for virtio block devices, and the host's programs to make and check ext4.
+    /// With the modules for virtio block devices, the host's programs to make and check ext4, and some whose
+    /// namesakes in busybox do less: its `dd` silently gives up direct I/O where that fails. Its shell takes its own
+    /// programs before any in `PATH`, so scripts are run by `bash`.
     pub fn new(kernel: &Kernel) -> Initramfs {
         let modules = ["virtio_pci", "virtio_blk"].map(str::to_owned).to_vec();
-        let programs = ["mkfs.ext4", "e2fsck", "blkdiscard"].map(PathBuf::from).to_vec();
+        let programs = ["mkfs.ext4", "e2fsck", "blkdiscard", "bash", "dd", "head", "cmp"].map(PathBuf::from).to_vec();
         Initramfs { kernel: kernel.clone(), modules, programs, files: Vec::new() }
     }
 
@@ -151,7 +153,7 @@ echo "@ready $(uname -r)"
 while read -r number encoded; do
     echo "$encoded" | base64 -d >/run/script
     echo "@begin $number"
-    sh /run/script </dev/null
+    bash /run/script </dev/null
     status=$?
     printf '\n@end %s %s\n' "$number" "$status"
 done

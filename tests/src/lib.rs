@@ -38,7 +38,7 @@ pub fn build_dir() -> PathBuf {
 }
 
 /// Asks `probe` every few milliseconds until it has an answer, at most for `limit`.
-pub(crate) fn poll<T>(
+pub fn poll<T>(
     limit: Duration,
     waiting_for: &str,
     mut probe: impl FnMut() -> Result<Option<T>, Error>,

@@ -152,3 +152,28 @@ fn a_file_that_is_shorter_than_its_area_is_refused() {
     let error = server.try_open().unwrap_err();
     assert!(error.to_string().contains("its file has 0x1000 bytes"), "{error}");
 }
+
+#[test]
+fn a_server_with_another_client_is_an_error_in_time() {
+    let server = TestServer::start(Behaviour::default());
+    let _first = server.open();
+    let (result, took) = timed(|| server.try_open());
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("another client"), "{error}");
+    assert!(took < LATE, "{took:?}");
+}
+
+#[test]
+fn the_connection_ends_with_the_last_that_needs_it() {
+    let server = RawServer::start(|message| match message.command {
+        raw::VERSION => Some(raw::version()),
+        raw::DEVICE_GET_INFO => Some(raw::device_info(0)),
+        _ => None,
+    });
+    let device = server.open(LATE).unwrap();
+    let config = device.config_space();
+    drop(device);
+    assert!(!server.is_left());
+    drop(config);
+    server.join();
+}

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use server::{Behaviour, TestServer};
-use vfio::{EventFd, SharedMemory};
+use vfio::{Error, EventFd, SharedMemory};
 
 #[test]
 fn registers_are_reached_by_message_and_doorbells_by_memory() {
@@ -66,4 +66,65 @@ fn interrupts_reach_their_eventfds() {
     server.interrupt(2);
     assert_eq!(events[2].read().unwrap(), 1);
     assert!(events[0].read().is_err());
+}
+
+#[test]
+fn the_device_may_do_dma_after_open_and_after_reset() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let may = vfio::COMMAND_MEMORY_SPACE | vfio::COMMAND_BUS_MASTER;
+    assert_eq!(device.config_space().read_u16(vfio::COMMAND).unwrap(), may);
+    // The server's reset clears the command register, as a device's does.
+    device.reset().unwrap();
+    assert_eq!(server.resets(), 1);
+    assert_eq!(device.config_space().read_u16(vfio::COMMAND).unwrap(), may);
+}
+
+#[test]
+fn a_device_without_the_capability_has_no_vectors() {
+    let mut behaviour = Behaviour::default();
+    behaviour.config[server::MSIX as usize] = 0x05;
+    let server = TestServer::start(behaviour);
+    let device = server.open();
+    assert_eq!(device.interrupt_vectors(), 0);
+    let event = EventFd::new(0).unwrap();
+    assert!(matches!(device.enable_interrupts(&[&event]), Err(Error::Interrupts { asked: 1, available: 0, .. })));
+}
+
+#[test]
+fn interrupts_that_are_enabled_replace_the_earlier_ones() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let events: Vec<_> = (0..5).map(|_| EventFd::new(libc::EFD_NONBLOCK).unwrap()).collect();
+    device.enable_interrupts(&[&events[0], &events[1]]).unwrap();
+    device.enable_interrupts(&[&events[2]]).unwrap();
+    assert_eq!(server.vectors(), [0]);
+    server.interrupt(0);
+    assert!(events[0].read().is_err());
+    assert_eq!(events[2].read().unwrap(), 1);
+    device.disable_interrupts().unwrap();
+    assert!(server.vectors().is_empty());
+    assert!(device.enable_interrupts(&[]).is_err());
+    assert!(device.enable_interrupts(&events.iter().collect::<Vec<_>>()).is_err(), "5 of 4 vectors");
+}
+
+#[test]
+fn several_threads_use_one_device() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    std::thread::scope(|scope| {
+        for thread in 0..4u32 {
+            let device = device.clone();
+            scope.spawn(move || {
+                let bar = device.bar(0).unwrap();
+                for round in 0..50 {
+                    let register = u64::from(0x100 + thread * 8);
+                    bar.write_u32(register, thread << 16 | round).unwrap();
+                    assert_eq!(bar.read_u32(register).unwrap(), thread << 16 | round);
+                    let buffer = device.dma().allocate(4096).unwrap();
+                    assert!(device.bar(0).unwrap().is_mapped(0x1000, 4) && buffer.iova() > 0);
+                }
+            });
+        }
+    });
 }

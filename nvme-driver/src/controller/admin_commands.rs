@@ -74,13 +74,9 @@ impl Controller {
             let mut admin = lock(&self.inner.admin);
             self.identify_namespace(&mut admin, id)?
         };
-        // An inactive namespace reads as zeroes (NVMe Base 2.0, 5.17.2.1), or is an invalid one.
         let Some(raw) = raw else { return Err(self.no_such_namespace(id)) };
         let raw = RawNamespace::ref_from_bytes(&raw)
             .map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
-        if raw.size() == 0 {
-            return Err(self.no_such_namespace(id));
-        }
         let mut admin = lock(&self.inner.admin);
         let descriptors = self.identify_descriptors(&mut admin, id)?;
         let write_cache_enabled = self.inner.identity.volatile_write_cache && {
@@ -104,7 +100,7 @@ impl Controller {
     fn no_such_namespace(&self, namespace: u32) -> Error {
         match self.namespaces() {
             Ok(active) if active.contains(&namespace) => {
-                Error::Format { namespace, reason: "its size (NSZE) is 0; it has to be formatted first".into() }
+                Error::Untrustworthy(format!("namespace {namespace} is active, and Identify says nothing of it"))
             }
             Ok(active) => Error::NoSuchNamespace { namespace, active: active.into_iter().take(16).collect() },
             Err(error) => error,
@@ -117,6 +113,8 @@ impl Controller {
             return Ok(None);
         }
         match self.identify(admin, cns::NAMESPACE, id, "namespace") {
+            // An inactive namespace reads as zeroes (NVMe Base 2.0, 5.17.2.1).
+            Ok(data) if data.iter().all(|&byte| byte == 0) => Ok(None),
             Ok(data) => Ok(Some(data)),
             Err(Error::Command { status, .. }) if status.kind() == Status::INVALID_NAMESPACE => Ok(None),
             Err(error) => Err(error),
@@ -226,7 +224,11 @@ impl Controller {
     ) -> Result<Vec<u8>, Error> {
         const RETAIN_EVENT: u32 = 1 << 15;
         let identity = &self.inner.identity;
-        if bytes == 0 || !bytes.is_multiple_of(4) || !offset.is_multiple_of(4) {
+        if bytes == 0
+            || !bytes.is_multiple_of(4)
+            || !offset.is_multiple_of(4)
+            || offset.checked_add(bytes as u64).is_none()
+        {
             return Err(Error::Invalid(format!(
                 "a log page is read in multiples of 4 bytes, not {bytes} from {offset} on"
             )));
@@ -238,10 +240,7 @@ impl Controller {
         }
         let piece = identity.max_transfer.map_or(MAX_DATA, |limit| MAX_DATA.min(limit as usize));
         let mut page = Vec::with_capacity(bytes);
-        while page.len() < bytes {
-            let length = piece.min(bytes - page.len());
-            let at = offset + page.len() as u64;
-            let last = page.len() + length == bytes;
+        for (at, length, last) in pieces(offset, bytes, piece) {
             let dwords = (length / 4 - 1) as u32;
             let command = Command::new(opcode::GET_LOG_PAGE, namespace)
                 .with_cdw10(dwords << 16 | if last { 0 } else { RETAIN_EVENT } | u32::from(id))
@@ -302,3 +301,23 @@ impl Controller {
 
 /// What every controller gives of a log page in one command.
 const PIECE: usize = 4096;
+
+/// `bytes` from `offset` on in pieces of at most `limit`: where each begins, its length, whether it is the last.
+fn pieces(offset: u64, bytes: usize, limit: usize) -> impl Iterator<Item = (u64, usize, bool)> {
+    (0..bytes).step_by(limit).map(move |at| {
+        let length = limit.min(bytes - at);
+        (offset + at as u64, length, at + length == bytes)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_last_piece_is_the_last() {
+        assert_eq!(pieces(8, 100, 100).collect::<Vec<_>>(), [(8, 100, true)]);
+        assert_eq!(pieces(0, 96, 40).collect::<Vec<_>>(), [(0, 40, false), (40, 40, false), (80, 16, true)]);
+        assert_eq!(pieces(4, 80, 40).collect::<Vec<_>>(), [(4, 40, false), (44, 40, true)]);
+    }
+}

@@ -153,10 +153,12 @@ impl Hardware {
         if csts.is_gone() {
             return Err(self.status_error(csts, GONE.into()));
         }
-        if csts.shutdown() == SHUTDOWN_COMPLETE {
+        let cc = self.cc()?;
+        // One that is not enabled has nothing to save, and a shutdown of it could only be undone by enabling it.
+        if csts.shutdown() == SHUTDOWN_COMPLETE || !cc.enable() {
             return Ok(());
         }
-        self.write_cc(self.cc()?.with_shutdown(SHUTDOWN_NORMAL))?;
+        self.write_cc(cc.with_shutdown(SHUTDOWN_NORMAL))?;
         self.wait_for("complete the shutdown after CC.SHN was set", timeout, |csts| {
             csts.shutdown() == SHUTDOWN_COMPLETE
         })

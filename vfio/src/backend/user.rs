@@ -97,7 +97,13 @@ fn describe(region: &vfio_user::Region) -> Described {
         index: region.index,
         flags: region.flags,
         size: region.size,
-        file: region.file_offset.as_ref().and_then(|file| Some((file.file().try_clone().ok()?, file.start()))),
+        file: region.file_offset.as_ref().and_then(|file| match file.file().try_clone() {
+            Ok(duplicate) => Some((duplicate, file.start())),
+            Err(error) => {
+                log::warn!("region {} is not mapped, and slow: its file cannot be duplicated: {error}", region.index);
+                None
+            }
+        }),
         sparse: region.sparse_areas.iter().map(|area| (area.offset, area.size)).collect(),
     }
 }
@@ -108,7 +114,12 @@ fn map_region(region: Described) -> Result<Region, String> {
     if region.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
         return Ok(mapped);
     }
-    let areas = if region.sparse.is_empty() { vec![(0, region.size)] } else { region.sparse };
+    let areas = match region.sparse {
+        // A region that is not made of pages can be mappable only in parts.
+        sparse if sparse.is_empty() && !region.size.is_multiple_of(PAGE) => Vec::new(),
+        sparse if sparse.is_empty() => vec![(0, region.size)],
+        sparse => sparse,
+    };
     for (offset, bytes) in areas {
         let end = offset.checked_add(bytes).filter(|end| *end <= region.size);
         if end.is_none() || bytes == 0 || offset % PAGE != 0 || bytes % PAGE != 0 {
@@ -226,6 +237,59 @@ impl Backend for UserBackend {
                 Ok(())
             }
             other => other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::SharedMemory;
+
+    fn region(flags: u32, size: u64, start: u64, sparse: &[(u64, u64)]) -> Described {
+        let memory = SharedMemory::create(0x4000).unwrap();
+        let file = Some((memory.file().try_clone().unwrap(), start));
+        Described { index: 0, flags, size, file, sparse: sparse.to_vec() }
+    }
+
+    fn areas(region: Described) -> Result<Vec<(u64, usize)>, String> {
+        Ok(map_region(region)?.areas.iter().map(|area| (area.offset, area.memory.len())).collect())
+    }
+
+    const MMAP: u32 = VFIO_REGION_INFO_FLAG_MMAP;
+
+    #[test]
+    fn exactly_the_sparse_areas_are_mapped() {
+        let sparse = [(0x1000, 0x1000), (0x3000, 0x1000)];
+        assert_eq!(areas(region(MMAP, 0x4000, 0, &sparse)).unwrap(), [(0x1000, 0x1000), (0x3000, 0x1000)]);
+    }
+
+    #[test]
+    fn without_sparse_areas_the_whole_region_is_mapped_if_it_is_pages() {
+        assert_eq!(areas(region(MMAP, 0x4000, 0, &[])).unwrap(), [(0, 0x4000)]);
+        assert_eq!(areas(region(MMAP, 0x3000, 0x1000, &[])).unwrap(), [(0, 0x3000)]);
+        assert_eq!(areas(region(MMAP, 0x3800, 0, &[])).unwrap(), []);
+    }
+
+    #[test]
+    fn nothing_is_mapped_that_is_not_offered() {
+        assert_eq!(areas(region(0, 0x4000, 0, &[(0, 0x1000)])).unwrap(), []);
+        let no_file = Described { file: None, ..region(MMAP, 0x4000, 0, &[(0, 0x1000)]) };
+        assert_eq!(areas(no_file).unwrap(), []);
+    }
+
+    #[test]
+    fn areas_outside_the_region_or_its_file_are_refused() {
+        for (start, area) in [
+            (0, (0x4000, 0x1000)),
+            (0, (0x1000, 0x4000)),
+            (0, (u64::MAX - 0xfff, 0x1000)),
+            (0x1000, (0x3000, 0x1000)),
+            (u64::MAX - 0xfff, (0x1000, 0x1000)),
+            (0, (0x1000, 0)),
+            (0, (0x10, 0x1000)),
+        ] {
+            assert!(areas(region(MMAP, 0x4000, start, &[area])).is_err(), "{start:#x} {area:x?}");
         }
     }
 }

@@ -350,4 +350,38 @@ mod tests {
             }
         });
     }
+
+    proptest::proptest! {
+        #![proptest_config(proptest::test_runner::Config::with_cases(32))]
+
+        /// Whatever is taken and given back: buffers do not overlap, are zero when new, and keep what was written.
+        #[test]
+        fn buffers_keep_to_themselves(steps in proptest::collection::vec((1usize..300_000, 0usize..8, 0u8..3), 1..60)) {
+            let (backend, space) = space();
+            let mut buffers: Vec<(DmaBuffer, u64)> = Vec::new();
+            for (mark, (bytes, which, kind)) in (1u64..).zip(steps) {
+                if kind == 0 && !buffers.is_empty() {
+                    buffers.swap_remove(which % buffers.len());
+                    continue;
+                }
+                let buffer = space.allocate(bytes).unwrap();
+                let words = buffer.slice::<AtomicU64>(0, buffer.len() / 8).unwrap();
+                proptest::prop_assert!(buffer.len() >= bytes && buffer.iova() % 4096 == 0);
+                proptest::prop_assert!(words.iter().all(|word| word.load(Ordering::Relaxed) == 0));
+                words.iter().for_each(|word| word.store(mark, Ordering::Relaxed));
+                for (other, _) in &buffers {
+                    let apart = other.iova() + other.len() as u64 <= buffer.iova()
+                        || buffer.iova() + buffer.len() as u64 <= other.iova();
+                    proptest::prop_assert!(apart);
+                }
+                buffers.push((buffer, mark));
+            }
+            for (buffer, mark) in &buffers {
+                let words = buffer.slice::<AtomicU64>(0, buffer.len() / 8).unwrap();
+                proptest::prop_assert!(words.iter().all(|word| word.load(Ordering::Relaxed) == *mark));
+            }
+            buffers.clear();
+            proptest::prop_assert_eq!(backend.mapped(), []);
+        }
+    }
 }

@@ -251,6 +251,11 @@ impl TestServer {
         self.state.lock().unwrap().dma.contains_key(&iova)
     }
 
+    /// The vectors that have an eventfd.
+    pub fn vectors(&self) -> Vec<u32> {
+        self.state.lock().unwrap().interrupts.keys().copied().collect()
+    }
+
     pub fn interrupt(&self, vector: u32) {
         use std::io::Write;
         let state = self.state.lock().unwrap();

@@ -50,6 +50,11 @@ impl RawServer {
         Device::open_with(&Address::VfioUser(self.socket.clone()), &OpenOptions { request_timeout: timeout })
     }
 
+    /// Whether the client has gone.
+    pub fn is_left(&self) -> bool {
+        self.thread.is_finished()
+    }
+
     /// Waits until the client has gone; fails if it stays.
     pub fn join(self) {
         self.thread.join().expect("the client left within 20 s");

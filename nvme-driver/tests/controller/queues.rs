@@ -1,0 +1,116 @@
+//! Queue pairs: made, given back, lost, with interrupts.
+
+use std::time::Instant;
+
+use nvme_driver::{Completions, Error, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_sim::{Config, FaultAction};
+
+use crate::{DEADLINE, Rig, complete, small, works, write_and_verify};
+
+#[test]
+fn all_granted_pairs_work_at_once() {
+    let rig = Rig::new(Config { max_queue_pairs: 9, ..small() });
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut pairs: Vec<_> =
+        (0..9).map(|_| controller.create_queue_pair(QueuePairOptions::default()).unwrap()).collect();
+    for (at, pair) in pairs.iter_mut().enumerate() {
+        assert_eq!(usize::from(pair.id()), at + 1);
+        write_and_verify(pair, &namespace, &memory, 64 * at as u64, at as u8);
+    }
+    // Given back in any order, the identifiers are taken again.
+    for at in [7, 0, 3] {
+        controller.delete_queue_pair(pairs.remove(at)).unwrap();
+    }
+    let mut again: Vec<u16> = (0..3)
+        .map(|_| controller.create_queue_pair(QueuePairOptions::default()).unwrap())
+        .map(|pair| pair.id())
+        .collect();
+    again.sort();
+    assert_eq!(again, [1, 5, 8]);
+}
+
+#[test]
+fn dropped_pairs_are_deleted_when_their_place_is_needed() {
+    let rig = Rig::new(Config { max_queue_pairs: 2, ..small() });
+    let controller = rig.open();
+    for round in 0..6 {
+        let pair = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: round % 2 == 0 }).unwrap();
+        drop(pair);
+        works(&controller, 1, round);
+    }
+}
+
+#[test]
+fn a_pair_the_controller_refuses_leaves_no_trace() {
+    let rig = Rig::new(Config { max_queue_pairs: 1, ..small() });
+    let controller = rig.open();
+    let status = nvme_sim::Status::new(1, 0x02);
+    for opcode in [command::admin::CREATE_CQ, command::admin::CREATE_SQ] {
+        rig.admin_fault(opcode, FaultAction::Fail(status), 1);
+        let error = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap_err();
+        assert_eq!(error.status().map(|status| status.name()), Some("Invalid Queue Size"), "{error}");
+        assert!(error.to_string().contains("Queue 1 of"), "{error}");
+        works(&controller, 1, opcode);
+    }
+    let pair = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap();
+    assert!(pair.interrupt().is_some(), "the vector was given back");
+}
+
+#[test]
+fn deleting_a_pair_with_requests_outstanding() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let hour = std::time::Duration::from_secs(3600);
+    rig.io_fault(command::io::READ, FaultAction::Delay(hour..=hour), 3);
+    let memory = rig.device.dma().allocate(4096).unwrap();
+    let mut pair = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+    for token in 0..3 {
+        let segment = [Segment { iova: memory.iova(), bytes: 512 }];
+        pair.submit(&namespace, Work::Read { lba: token, segments: &segment }, token).unwrap();
+    }
+    pair.ring();
+    rig.wait_for_faults(3);
+    controller.delete_queue_pair(pair).unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn an_interrupt_tells_of_completions() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut first = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap();
+    let mut second = controller.create_queue_pair(QueuePairOptions { entries: Some(8), interrupt: true }).unwrap();
+    for pair in [&mut first, &mut second] {
+        pair.set_completions(Completions::Interrupt);
+        assert_eq!(pair.completions(), Completions::Interrupt);
+        for token in 0..5 {
+            let segment = [Segment { iova: memory.iova(), bytes: 4096 }];
+            pair.submit(&namespace, Work::Read { lba: 0, segments: &segment }, token).unwrap();
+            pair.ring();
+            let start = Instant::now();
+            // Nothing is reaped before the eventfd has told.
+            while pair.interrupt().expect("made with one").read().is_err() {
+                assert!(start.elapsed() < DEADLINE, "no interrupt");
+                std::thread::yield_now();
+            }
+            assert_eq!(complete(pair, 1), [(token, Status::SUCCESS)]);
+        }
+        // Polling again, on the same pair.
+        pair.set_completions(Completions::Polling);
+        write_and_verify(pair, &namespace, &memory, 0, 9);
+    }
+}
+
+#[test]
+fn no_interrupts_when_they_were_not_wanted() {
+    let rig = Rig::new(small());
+    let controller = rig.try_open(&Options { interrupts: false, ..Default::default() }).unwrap();
+    let error = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap_err();
+    assert!(matches!(error, Error::Unsupported(_)), "{error}");
+    works(&controller, 1, 1);
+}

@@ -1,0 +1,229 @@
+//! Commands that are not answered, fatal status, reset.
+
+use std::time::{Duration, Instant};
+
+use nvme_driver::{Error, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_sim::{Config, FaultAction};
+
+use crate::{DEADLINE, Rig, assert_names_register, complete, small, works, write_and_verify};
+
+fn impatient() -> Options {
+    Options { admin_timeout: Duration::from_millis(300), ..Default::default() }
+}
+
+#[test]
+fn an_admin_command_that_is_never_answered() {
+    let rig = Rig::new(small());
+    let controller = rig.try_open(&impatient()).unwrap();
+    rig.admin_fault(command::admin::IDENTIFY, FaultAction::LoseCompletion, 1);
+    let start = Instant::now();
+    let error = controller.namespaces().unwrap_err();
+    let Error::Timeout { csts, .. } = &error else { panic!("{error}") };
+    assert_eq!(*csts, 1, "ready, and silent");
+    assert!(error.to_string().contains("Identify (active namespaces"), "{error}");
+    assert!(start.elapsed() >= Duration::from_millis(300) && start.elapsed() < Duration::from_secs(5));
+    // Nothing more is sent until the reset: the answer may still come, into memory that is used again.
+    assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
+    controller.health().unwrap();
+    controller.reset().unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn an_admin_command_that_is_late_is_aborted() {
+    let rig = Rig::new(small());
+    let controller = rig.try_open(&impatient()).unwrap();
+    let hour = Duration::from_secs(3600);
+    rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::Delay(hour..=hour), 1);
+    let start = Instant::now();
+    let error = controller.health_log().unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    match &error {
+        // The abort worked: the controller goes on.
+        Error::Command { status, .. } => {
+            assert_eq!(status.kind(), Status::ABORT_REQUESTED);
+            controller.health_log().unwrap();
+        }
+        // It is only advice.
+        Error::Timeout { .. } => controller.reset().unwrap(),
+        _ => panic!("{error}"),
+    }
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn an_admin_command_with_a_wrong_identifier_is_not_taken_for_an_answer() {
+    let rig = Rig::new(small());
+    let controller = rig.try_open(&impatient()).unwrap();
+    rig.admin_fault(command::admin::IDENTIFY, FaultAction::WrongCommandId, 1);
+    let error = controller.namespaces().unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. } | Error::Command { .. }), "{error}");
+    controller.reset().unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn error_statuses_have_their_names() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    rig.admin_fault(command::admin::IDENTIFY, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    let error = controller.namespaces().unwrap_err();
+    assert_eq!(error.status(), Some(Status::INTERNAL_ERROR));
+    assert!(error.to_string().contains("Generic: Internal Error (sct 0, sc 0x06)"), "{error}");
+    assert_eq!(controller.namespaces().unwrap(), [1], "one command failed, not the controller");
+}
+
+#[test]
+fn fatal_status_in_operation() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::Fatal, 1);
+    let start = Instant::now();
+    let error = controller.health_log().unwrap_err();
+    let Error::Register { register: "CSTS", value, .. } = error else { panic!("{error}") };
+    assert!(value & 2 != 0);
+    assert!(start.elapsed() < Duration::from_secs(5), "not by the command's deadline");
+    let again = controller.health().unwrap_err();
+    assert_names_register(&again, "CSTS", value);
+    controller.reset().unwrap();
+    controller.health().unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn a_reset_with_requests_outstanding() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut first = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+    let mut second = controller.create_queue_pair(QueuePairOptions { entries: Some(16), interrupt: true }).unwrap();
+    write_and_verify(&mut first, &namespace, &memory, 0, 1);
+    rig.io_fault(command::io::READ, FaultAction::LoseCompletion, 2);
+    for token in [10, 11] {
+        let segment = [Segment { iova: memory.iova(), bytes: 512 }];
+        first.submit(&namespace, Work::Read { lba: token, segments: &segment }, token).unwrap();
+    }
+    first.ring();
+    rig.wait_for_faults(2);
+    // The owner learns which ones are overdue; here it asks with a time far in the future.
+    let start = Instant::now();
+    let mut expired = Vec::new();
+    first.tick(start, |_| {});
+    first.tick(start + Duration::from_secs(3600), |token| expired.push(token));
+    expired.sort();
+    assert_eq!(expired, [10, 11]);
+
+    assert!(controller.recreate_queue_pair(&mut first).is_err(), "there was no reset");
+    controller.reset().unwrap();
+    assert!(controller.recreate_queue_pair(&mut first).is_err(), "there are requests from before");
+    let mut abandoned = Vec::new();
+    first.drain_after_reset(|token| abandoned.push(token));
+    abandoned.sort();
+    assert_eq!(abandoned, [10, 11]);
+    second.drain_after_reset(|_| panic!("it had no requests"));
+    for pair in [&mut first, &mut second] {
+        controller.recreate_queue_pair(pair).unwrap();
+        write_and_verify(pair, &namespace, &memory, 64, 2);
+    }
+    assert!(controller.recreate_queue_pair(&mut first).is_err(), "it exists");
+    assert_eq!((first.id(), second.id()), (1, 2));
+    controller.delete_queue_pair(first).unwrap();
+    controller.delete_queue_pair(second).unwrap();
+}
+
+#[test]
+fn pairs_of_before_a_reset_can_be_deleted_or_dropped_after_it() {
+    let rig = Rig::new(Config { max_queue_pairs: 2, ..small() });
+    let controller = rig.open();
+    let first = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+    let second = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+    controller.reset().unwrap();
+    // Both places are still taken; the controller knows of neither queue.
+    assert!(matches!(
+        controller.create_queue_pair(QueuePairOptions::default()),
+        Err(Error::NoQueuePairsLeft { granted: 2 })
+    ));
+    controller.delete_queue_pair(first).unwrap();
+    drop(second);
+    let pairs: Vec<_> = (0..2).map(|_| controller.create_queue_pair(QueuePairOptions::default()).unwrap()).collect();
+    assert_eq!(pairs.len(), 2);
+}
+
+#[test]
+fn resets_over_and_over() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut pair = controller.create_queue_pair(QueuePairOptions { entries: Some(5), interrupt: false }).unwrap();
+    for round in 0..20 {
+        // So many that the queues have wrapped, at another place each time.
+        for _ in 0..round % 4 {
+            write_and_verify(&mut pair, &namespace, &memory, round, round as u8);
+        }
+        controller.reset().unwrap();
+        pair.drain_after_reset(|_| panic!("nothing is outstanding"));
+        controller.recreate_queue_pair(&mut pair).unwrap();
+    }
+    write_and_verify(&mut pair, &namespace, &memory, 0, 99);
+}
+
+#[test]
+fn a_controller_that_ignores_cc_is_reset_as_a_function() {
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
+    let controller = rig.open();
+    rig.simulator.faults().change(|plan| plan.never_reset = true);
+    let result = controller.reset();
+    rig.simulator.faults().change(|plan| plan.never_reset = false);
+    match result {
+        // The function's reset does not ask CC.
+        Ok(()) => {}
+        Err(error) => {
+            assert!(matches!(error, Error::Register { register: "CSTS", .. }), "{error}");
+            assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
+            controller.reset().unwrap();
+        }
+    }
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn a_stuck_blocking_request_keeps_its_buffer() {
+    let rig = Rig::new(small());
+    let controller = rig.try_open(&impatient()).unwrap();
+    let mut disk = controller.blocking(1, Duration::from_millis(200)).unwrap();
+    rig.io_fault(command::io::READ, FaultAction::LoseCompletion, 1);
+    let error = disk.read(3, &mut [0; 512]).unwrap_err();
+    assert!(matches!(error, Error::Timeout { .. }), "{error}");
+    assert!(error.to_string().contains("Read of 512 bytes from block 3"), "{error}");
+    assert!(matches!(disk.read(3, &mut [0; 512]), Err(Error::NotInOperation { .. })));
+    drop(disk);
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn the_controller_dies_under_io() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut pair = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+    rig.io_fault(command::io::READ, FaultAction::Fatal, 1);
+    let segment = [Segment { iova: memory.iova(), bytes: 512 }];
+    pair.submit(&namespace, Work::Read { lba: 0, segments: &segment }, 5).unwrap();
+    pair.ring();
+    let start = Instant::now();
+    while controller.health().is_ok() {
+        assert!(start.elapsed() < DEADLINE);
+        std::thread::yield_now();
+    }
+    controller.reset().unwrap();
+    let mut again = Vec::new();
+    pair.drain_after_reset(|token| again.push(token));
+    assert_eq!(again, [5]);
+    controller.recreate_queue_pair(&mut pair).unwrap();
+    pair.submit(&namespace, Work::Read { lba: 0, segments: &segment }, 5).unwrap();
+    pair.ring();
+    assert_eq!(complete(&mut pair, 1), [(5, Status::SUCCESS)]);
+}
