@@ -57,3 +57,6 @@ impl Disk {
         (whole && inside).then_some(LbaRange { lba, blocks })
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests;

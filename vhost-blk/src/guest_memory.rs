@@ -219,7 +219,7 @@ impl GuestMemory {
     pub fn user_to_guest(&self, user_address: u64) -> Option<u64> {
         self.regions.iter().map(|r| &r.description).find_map(|d| {
             let offset = user_address.checked_sub(d.user_address)?;
-            (offset < d.bytes).then_some(d.guest_address + offset)
+            (offset < d.bytes).then(|| d.guest_address + offset)
         })
     }
 

@@ -375,4 +375,4 @@ fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Head
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
