@@ -398,6 +398,7 @@ impl Lane {
     fn break_down(&mut self, why: &dyn std::fmt::Display) {
         log::error!("{}: the guest broke its virtqueue, the device needs a reset: {why}", self.name);
         self.publish();
+        self.counters.write(&self.tally);
         self.mode = Mode::Broken;
         self.pending = None;
         self.reason = Some(why.to_string());
@@ -533,4 +534,4 @@ fn set_nonblocking(name: &str, event: &File) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

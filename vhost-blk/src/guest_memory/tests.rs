@@ -77,7 +77,8 @@ fn an_offset_into_the_file_is_honoured() {
 fn regions_are_removed_by_their_addresses() {
     let table = add(&GuestMemory::new(), region(0, 0x1000), 0x1000).unwrap();
     let table = add(&table, region(0x1000, 0x1000), 0x1000).unwrap();
-    for wrong in [region(0x2000, 0x1000), region(0, 0x2000), RegionDescription { user_address: 1, ..region(0, 0x1000) }] {
+    for wrong in [region(0x2000, 0x1000), region(0, 0x2000), RegionDescription { user_address: 1, ..region(0, 0x1000) }]
+    {
         assert!(matches!(table.without_region(&wrong), Err(Error::NoSuchRegion(_))));
     }
     let other_offset = RegionDescription { file_offset: 0x5000, ..region(0, 0x1000) };
@@ -104,7 +105,8 @@ fn a_superset_has_the_same_mappings_not_just_the_same_addresses() {
 #[test]
 fn user_addresses_are_translated() {
     let table = add(&GuestMemory::new(), RegionDescription { user_address: 0x7000, ..region(0x1000, 0x1000) }, 0x1000);
-    let table = add(&table.unwrap(), RegionDescription { user_address: 0x3000, ..region(0x9000, 0x2000) }, 0x2000).unwrap();
+    let table =
+        add(&table.unwrap(), RegionDescription { user_address: 0x3000, ..region(0x9000, 0x2000) }, 0x2000).unwrap();
     for (user, guest) in [
         (0x7000, Some(0x1000)),
         (0x7fff, Some(0x1fff)),

@@ -343,7 +343,8 @@ fn rules_for_chains() {
             assert_eq!(error(&[(DATA, bytes, I)]), RingError::IndirectTable { head: 0, address: DATA, bytes });
         }
         // The first lies with its first entry in memory: in a split ring, where that entry ends the chain, all is well.
-        for address in [0x50_0000 - 16, 0x80_0000, u64::MAX - 16, u64::MAX - 47].into_iter().skip(usize::from(!packed)) {
+        for address in [0x50_0000 - 16, 0x80_0000, u64::MAX - 16, u64::MAX - 47].into_iter().skip(usize::from(!packed))
+        {
             let got = error(&[(address, 48, I)]);
             assert_eq!(got, RingError::IndirectTable { head: 0, address, bytes: 48 });
         }
@@ -373,9 +374,7 @@ fn tables_at_odd_places_and_across_regions_are_read() {
 #[test]
 fn loops_and_wild_indexes_are_found() {
     // Split: 0 -> 1 -> 0, and a link outside of the table.
-    for (link, expected) in
-        [(0, RingError::Loop { head: 0 }), (8, RingError::DescriptorIndex { index: 8, size: 8 })]
-    {
+    for (link, expected) in [(0, RingError::Loop { head: 0 }), (8, RingError::DescriptorIndex { index: 8, size: 8 })] {
         let guest = guest();
         let mut driver = Driver::new(&guest, false, 8, RING, false);
         guest.write(RING, &descriptor(DATA, 1, 1, 1));
@@ -386,9 +385,7 @@ fn loops_and_wild_indexes_are_found() {
         assert_eq!(device.pop(), Err(expected), "and it stays so");
     }
     // The same in an indirect table.
-    for (link, expected) in
-        [(0, RingError::Loop { head: 0 }), (3, RingError::DescriptorIndex { index: 3, size: 3 })]
-    {
+    for (link, expected) in [(0, RingError::Loop { head: 0 }), (3, RingError::DescriptorIndex { index: 3, size: 3 })] {
         let guest = guest();
         let mut driver = Driver::new(&guest, false, 8, RING, false);
         guest.write(RING, &descriptor(DATA, 48, 4, 0));
@@ -467,7 +464,12 @@ fn the_split_ring_agrees_with_virtio_queue() {
                 let flags = if k >= reads { 2 } else { 0 } | if k + 1 < reads + writes { 1 } else { 0 };
                 let next = descriptors.len() as u16 + 1;
                 let at = 0x10_0000 + 0x1000 * random.below(64);
-                descriptors.push(RawDescriptor::from(SplitDescriptor::new(at, 1 + random.below(9000) as u32, flags, next)));
+                descriptors.push(RawDescriptor::from(SplitDescriptor::new(
+                    at,
+                    1 + random.below(9000) as u32,
+                    flags,
+                    next,
+                )));
             }
         }
         mock.build_multiple_desc_chains(&descriptors).unwrap();

@@ -19,16 +19,49 @@ use crate::lane::Lane;
 pub(super) type LaneId = u64;
 
 pub(super) enum Mail {
-    AddPair { index: usize, group: Group },
-    TakePair { index: usize, reply: Sender<Option<QueuePair>> },
-    Start { id: LaneId, pair: usize, lane: Lane },
-    Stop { id: LaneId, reply: Sender<Lane> },
-    SetMemory { id: LaneId, memory: Arc<GuestMemory>, reply: Sender<bool> },
-    SetCall { id: LaneId, call: Option<File> },
-    SetKick { id: LaneId, kick: Option<File> },
-    SetError { id: LaneId, error: Option<File> },
-    FailPair { index: usize, reply: Sender<()> },
-    End { deadline: Instant },
+    AddPair {
+        index: usize,
+        group: Group,
+    },
+    TakePair {
+        index: usize,
+        reply: Sender<Option<QueuePair>>,
+    },
+    Start {
+        id: LaneId,
+        pair: usize,
+        lane: Lane,
+    },
+    Stop {
+        id: LaneId,
+        reply: Sender<Lane>,
+    },
+    SetMemory {
+        id: LaneId,
+        memory: Arc<GuestMemory>,
+        reply: Sender<bool>,
+    },
+    SetCall {
+        id: LaneId,
+        call: Option<File>,
+    },
+    SetKick {
+        id: LaneId,
+        kick: Option<File>,
+    },
+    SetError {
+        id: LaneId,
+        error: Option<File>,
+    },
+    FailPair {
+        index: usize,
+        reply: Sender<()>,
+    },
+    End {
+        deadline: Instant,
+    },
+    #[cfg(test)]
+    Panic,
 }
 
 #[derive(Default)]

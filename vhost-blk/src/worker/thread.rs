@@ -279,6 +279,8 @@ impl Worker {
                     }
                     let _ = reply.send(());
                 }
+                #[cfg(test)]
+                Mail::Panic => panic!("asked to by a test"),
                 Mail::End { deadline } => {
                     self.groups.iter_mut().flatten().flat_map(Group::lanes_mut).for_each(Lane::begin_stop);
                     self.ending = Some(deadline);
