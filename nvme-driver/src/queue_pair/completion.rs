@@ -35,28 +35,30 @@ impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
     pub fn take_all(&mut self, mut each: impl FnMut(Completion)) -> usize {
         // In registers for the length of the loop.
         let entries: &[CompletionEntry] = &self.entries;
-        let (mut head, mut phase) = (usize::from(self.head), self.phase);
+        let start = usize::from(self.head);
+        let (mut from, mut to) = (start, entries.len());
         let mut taken = 0;
-        while let Some(entry) = entries.get(head) {
-            // Acquire: pairs with the controller's write of the phase tag, which comes after the rest of the entry and after
-            // the data. One 64-bit load takes the tag together with everything else that is in the second half.
-            let word = entry[1].load(Ordering::Acquire);
-            if (word ^ phase) & PHASE != 0 {
+        loop {
+            let before = from;
+            for entry in entries.get(from..to).unwrap_or_default() {
+                // Acquire: pairs with the controller's write of the phase tag, which comes after the rest of the entry and
+                // after the data. One 64-bit load takes the tag together with everything else in the second half.
+                let word = entry[1].load(Ordering::Acquire);
+                if (word ^ self.phase) & PHASE != 0 {
+                    break;
+                }
+                from += 1;
+                each(Completion::from_words([entry[0].load(Ordering::Relaxed), word]));
+            }
+            taken += from - before;
+            if from != entries.len() {
                 break;
             }
-            each(Completion::from_words([entry[0].load(Ordering::Relaxed), word]));
-            head += 1;
-            if head == entries.len() {
-                head = 0;
-                phase ^= PHASE;
-            }
-            taken += 1;
-            if taken == entries.len() {
-                break;
-            }
+            // The end of the queue: the next pass has the other phase, and ends where this one began.
+            self.phase ^= PHASE;
+            (from, to) = (0, start);
         }
-        self.head = head as u16;
-        self.phase = phase;
+        self.head = from as u16;
         taken
     }
 

@@ -87,7 +87,7 @@ pub struct QueuePair {
     lists: DmaSlice<[AtomicU64; LIST_WORDS]>,
     max_bytes: u32,
     /// A transfer of one segment that ends within this many bytes from the start of its first page takes no list: two pages
-    /// (or nothing, if one command may not even move that much).
+    /// (or nothing, if one command may not even move that much, or while a request waits in the staging place).
     plain_bytes: u32,
     id: u16,
     sgl: Option<SglAlignment>,
@@ -145,15 +145,15 @@ impl QueuePair {
             Some(shadow) => (Some(shadow.submission), Some(shadow.completion)),
             None => (None, None),
         };
-        let (max_bytes, two_pages) = (settings.max_transfer.min(MAX_COMMAND_BYTES), 2 * PAGE_BYTES as u32);
+        let max_bytes = settings.max_transfer.min(MAX_COMMAND_BYTES);
         let timeout = u32::try_from(settings.timeout.as_millis()).unwrap_or(u32::MAX / 4).clamp(1, u32::MAX / 4);
-        Ok(QueuePair {
+        let mut pair = QueuePair {
             submission: SubmissionQueue::new(part(&memory, 0, entries)),
             completion: CompletionQueue::new(part(&memory, completion_at, entries)),
             slots: Slots::new(slots as u16, settings.id),
             lists: part(&memory, lists_at, slots),
             max_bytes,
-            plain_bytes: if max_bytes >= two_pages { two_pages } else { 0 },
+            plain_bytes: 0,
             id: settings.id,
             sgl: settings.sgl,
             staged: Staged::new(),
@@ -169,7 +169,9 @@ impl QueuePair {
             completion_iova: memory.iova() + completion_at as u64,
             memory,
             lease: Arc::new(()),
-        })
+        };
+        pair.set_plain_bytes();
+        Ok(pair)
     }
 
     /// Queue identifier of both queues.
@@ -272,7 +274,8 @@ impl QueuePair {
             if self.completion_bell.announce(self.completion.head()) {
                 self.counters.completion_doorbells += 1;
             }
-            if !self.staged.is_empty() {
+            // So it is while a request waits for slots: one look at what is in the cache anyway.
+            if self.plain_bytes == 0 {
                 self.issue_staged();
                 self.ring();
             }
@@ -389,6 +392,7 @@ impl QueuePair {
             }
         });
         self.counters.completions = self.counters.commands;
+        self.set_plain_bytes();
         self.submission.reset();
         self.completion.reset();
         self.submission_bell.reset();

@@ -9,29 +9,44 @@ pub struct CommandId(pub u16);
 /// A command belongs to no request of several commands.
 pub(crate) const NO_REQUEST: u16 = u16::MAX;
 
-/// Set in `Slot::key` while the slot is free; no completion has such a bit.
-const FREE: u64 = 1 << 32;
+/// The difference between the key of a slot that is taken and of one that is free.
+const FREE: u32 = 1 << 16;
 
-/// One slot; 32 bytes, so that two share a cache line and none crosses one.
+/// In `Slot::next_free` of a slot that is taken: the command has been looked at. No slot has this number.
+const LOOKED_AT: u16 = u16::MAX;
+
+/// One slot: what the hot path touches. 16 bytes, so that four share a cache line.
 #[derive(Clone, Copy)]
-#[repr(align(32))]
+#[repr(align(16))]
 struct Slot {
     /// The caller's token.
     token: u64,
     /// What bits 47:16 of a completion's second word have to be to answer the command: command identifier (31:16 here) and
-    /// queue identifier (15:0). While the slot is free: the same of its next command, and [`FREE`].
-    key: u64,
-    /// When the command was first looked at; 0: not yet.
-    seen: u32,
+    /// queue identifier (15:0). While the slot is free: the same of its next command with [`FREE`] flipped. That is the lowest
+    /// bit of the slot's number, so no completion that is looked up in this slot can have it.
+    key: u32,
     /// The free slot after this one, while it is free itself.
     next_free: u16,
     /// The request the command is part of; [`NO_REQUEST`] if it is none's, and while the slot is free.
     request: u16,
-    /// The command has been reported as too old.
-    reported: bool,
 }
 
-const _: () = assert!(size_of::<Slot>() == 32);
+const _: () = assert!(size_of::<Slot>() == 16);
+
+impl Slot {
+    fn is_taken(&self, at: usize, mask: u16) -> bool {
+        (self.key >> 16) as u16 & mask == at as u16
+    }
+}
+
+/// How old a command is; touched by looks only.
+#[derive(Clone, Copy, Default)]
+struct Age {
+    /// When the command was first looked at.
+    seen: u32,
+    /// It has been reported as too old.
+    reported: bool,
+}
 
 /// What was kept about a command that has completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +63,9 @@ pub(crate) struct Slots {
     first_free: u16,
     /// Bits of the slot in a command identifier.
     mask: u16,
+    /// One step of the sequence, as a key has it.
+    step: u32,
+    ages: Box<[Age]>,
 }
 
 impl Slots {
@@ -61,13 +79,17 @@ impl Slots {
         let bits = u16::BITS - count.leading_zeros();
         let slot = |at: u16| Slot {
             token: 0,
-            key: FREE | u64::from(at) << 16 | u64::from(queue),
-            seen: 0,
+            key: (u32::from(at) << 16 | u32::from(queue)) ^ FREE,
             next_free: at + 1,
             request: NO_REQUEST,
-            reported: false,
         };
-        Slots { slots: (0..count).map(slot).collect(), first_free: 0, mask: (1 << bits) - 1 }
+        Slots {
+            slots: (0..count).map(slot).collect(),
+            first_free: 0,
+            mask: (1 << bits) - 1,
+            step: 1 << (16 + bits),
+            ages: vec![Age::default(); count.into()].into_boxed_slice(),
+        }
     }
 
     /// Number of slots.
@@ -88,8 +110,7 @@ impl Slots {
         let slot = self.slots.get_mut(usize::from(self.first_free))?;
         self.first_free = slot.next_free;
         slot.token = token;
-        slot.seen = 0;
-        slot.key &= !FREE;
+        slot.key ^= FREE;
         Some(CommandId((slot.key >> 16) as u16))
     }
 
@@ -106,11 +127,11 @@ impl Slots {
     pub fn release(&mut self, answered: u32) -> Option<Released> {
         let at = (answered >> 16) as u16 & self.mask;
         let slot = self.slots.get_mut(usize::from(at))?;
-        if slot.key != u64::from(answered) {
+        if slot.key != answered {
             return None;
         }
         // The slot's next command has another sequence; it wraps by itself in the high bits.
-        slot.key = u64::from(answered.wrapping_add((u32::from(self.mask) + 1) << 16)) | FREE;
+        slot.key = answered.wrapping_add(self.step) ^ FREE;
         slot.next_free = self.first_free;
         self.first_free = at;
         let released = Released { token: slot.token, request: slot.request };
@@ -120,15 +141,19 @@ impl Slots {
         Some(released)
     }
 
-    /// Looks at every command: those older than `limit` are reported, once each. `now` counts in the unit of `limit` and is
-    /// not 0. A command's age counts from the first look at it: it is reported at most one interval late, never early.
+    /// Looks at every command: those older than `limit` are reported, once each. `now` counts in the unit of `limit`. A
+    /// command's age counts from the first look at it: it is reported at most one interval late, never early.
     pub fn look(&mut self, now: u32, limit: u32, mut old: impl FnMut(Released)) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.key & FREE == 0) {
-            if slot.seen == 0 {
-                slot.seen = now;
-                slot.reported = false;
-            } else if !slot.reported && now.wrapping_sub(slot.seen) >= limit {
-                slot.reported = true;
+        for (at, (slot, age)) in self.slots.iter_mut().zip(&mut self.ages).enumerate() {
+            if !slot.is_taken(at, self.mask) {
+                continue;
+            }
+            // A slot's link is free for this mark while the slot is taken; taking the next command's slot needs no store so.
+            if slot.next_free != LOOKED_AT {
+                slot.next_free = LOOKED_AT;
+                *age = Age { seen: now, reported: false };
+            } else if !age.reported && now.wrapping_sub(age.seen) >= limit {
+                age.reported = true;
                 old(Released { token: slot.token, request: slot.request });
             }
         }
@@ -136,16 +161,17 @@ impl Slots {
 
     /// How long the command that has been out longest has been so since the first look at it, if any was looked at.
     pub fn oldest(&self, now: u32) -> Option<u32> {
-        let out = self.slots.iter().filter(|slot| slot.key & FREE == 0 && slot.seen != 0);
-        out.map(|slot| now.wrapping_sub(slot.seen)).max()
+        let all = self.slots.iter().zip(&self.ages).enumerate();
+        let looked_at = all.filter(|(at, (slot, _))| slot.is_taken(*at, self.mask) && slot.next_free == LOOKED_AT);
+        looked_at.map(|(_, (_, age))| now.wrapping_sub(age.seen)).max()
     }
 
     /// Frees every slot, telling what each command was. Their memory must be out of the controller's reach.
     pub fn release_all(&mut self, mut each: impl FnMut(Released)) {
         for at in 0..self.slots.len() {
-            let key = self.slots[at].key;
-            if key & FREE == 0
-                && let Some(released) = self.release(key as u32)
+            let slot = &self.slots[at];
+            if slot.is_taken(at, self.mask)
+                && let Some(released) = self.release(slot.key)
             {
                 each(released);
             }

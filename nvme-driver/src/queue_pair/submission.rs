@@ -16,9 +16,9 @@ const _: () = assert!(size_of::<SubmissionEntry>() == 64);
 /// the controller has consumed the entry at the tail (a command completes only after its entry was fetched).
 pub(crate) struct SubmissionQueue<M> {
     entries: M,
-    tail: u16,
+    tail: usize,
     /// The tail that was announced last.
-    announced: u16,
+    announced: usize,
 }
 
 impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
@@ -31,23 +31,21 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     #[inline(always)]
     pub fn write(&mut self, command: &Command) {
         let entries: &[SubmissionEntry] = &self.entries;
-        let Some(entry) = entries.get(usize::from(self.tail)) else { return };
+        let Some(entry) = entries.get(self.tail) else { return };
         for (word, &value) in entry.iter().zip(command.words()) {
             // Relaxed: ordered before the controller's read by the barrier in `Doorbell::ring` (or the Release of the
             // shadow doorbell).
             word.store(value, Ordering::Relaxed);
         }
         let next = self.tail + 1;
-        self.tail = if usize::from(next) == entries.len() { 0 } else { next };
+        self.tail = if next == entries.len() { 0 } else { next };
     }
 
     /// How many commands were written since the last announcement.
     #[inline]
     pub fn unannounced(&self) -> usize {
-        match usize::from(self.tail).checked_sub(self.announced.into()) {
-            Some(written) => written,
-            None => usize::from(self.tail) + self.entries.len() - usize::from(self.announced),
-        }
+        let wrapped = if self.tail < self.announced { self.entries.len() } else { 0 };
+        self.tail + wrapped - self.announced
     }
 
     /// How many commands were written since the last call, and the tail to announce.
@@ -55,7 +53,7 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     pub fn announce(&mut self) -> (usize, u16) {
         let written = self.unannounced();
         self.announced = self.tail;
-        (written, self.tail)
+        (written, self.tail as u16)
     }
 
     /// Empties the queue, as after the controller has been reset.

@@ -57,17 +57,16 @@ impl QueuePair {
         // One segment in at most two pages is nearly every small request, and done here.
         if let &[Segment { iova, bytes }] = segments
             && let offset = iova % PAGE_BYTES
-            // Two pages need no list.
+            // Two pages need no list. Nothing is plain while a request waits for slots.
             && offset + u64::from(bytes) <= u64::from(self.plain_bytes)
             // Anything else cannot be a PRP.
             && iova.is_multiple_of(4)
-            // Number of blocks, zero-based as the command has it: no blocks become more than any namespace has.
-            && let last = u64::from(bytes >> namespace.block_shift).wrapping_sub(1)
+            // The number of blocks, zero-based as the command has it. Turning instead of shifting brings what is less than a
+            // block to the top, where it makes a number beyond any namespace; so does no block at all, by the subtraction.
+            && let last = u64::from(bytes).rotate_right(namespace.block_shift.into()).wrapping_sub(1)
             && let Some(room) = namespace.blocks.checked_sub(lba)
             && last < room
-            && (last + 1) << namespace.block_shift == u64::from(bytes)
             && (namespace.boundary_blocks == 0 || !crosses_boundary(namespace, lba, last as u32 + 1))
-            && self.staged.is_empty()
         {
             let spills = offset + u64::from(bytes) > PAGE_BYTES;
             let prp2 = if spills { (iova | (PAGE_BYTES - 1)).wrapping_add(1) } else { 0 };
@@ -198,6 +197,7 @@ impl QueuePair {
         if !job.is_done(ranges) {
             self.counters.staged += 1;
             self.staged.put(request, job, segments, ranges);
+            self.plain_bytes = 0;
         }
         Ok(())
     }
@@ -244,6 +244,14 @@ impl QueuePair {
             }
         }
         self.staged = staged;
+        self.set_plain_bytes();
+    }
+
+    /// See the field: what the short way of `submit` may take now.
+    pub(super) fn set_plain_bytes(&mut self) {
+        let two_pages = 2 * PAGE_BYTES as u32;
+        let plain = self.staged.is_empty() && self.max_bytes >= two_pages;
+        self.plain_bytes = if plain { two_pages } else { 0 };
     }
 
     /// The page of a slot, and where the controller finds it.
