@@ -8,13 +8,18 @@
 //! After the address: the namespace (1) and the block (0).
 
 use std::error::Error;
+use std::io::Write;
 use std::time::Duration;
 
 use nvme_driver::{Controller, Options};
 
 fn main() -> Result<(), Box<dyn Error>> {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    let mut arguments = std::env::args().skip(1);
+    run(std::env::args().skip(1), std::io::stdout())
+}
+
+/// All but the set-up of the log, so that it can be tested.
+pub fn run(mut arguments: impl Iterator<Item = String>, mut out: impl Write) -> Result<(), Box<dyn Error>> {
     let address = arguments.next().ok_or("usage: read_block ADDRESS [NAMESPACE [BLOCK]]")?;
     let id: u32 = arguments.next().as_deref().unwrap_or("1").parse().map_err(|error| format!("NAMESPACE: {error}"))?;
     let block: u64 = arguments.next().as_deref().unwrap_or("0").parse().map_err(|error| format!("BLOCK: {error}"))?;
@@ -22,22 +27,22 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = vfio::Device::open(&address.parse()?)?;
     let controller = Controller::open(&device, &Options::default())?;
     let identity = controller.identity();
-    println!("model      {}", identity.model);
-    println!("serial     {}", identity.serial);
-    println!("firmware   {} (NVMe {})", identity.firmware, identity.version);
-    println!("namespaces {:?}", controller.namespaces()?);
+    writeln!(out, "model      {}", identity.model)?;
+    writeln!(out, "serial     {}", identity.serial)?;
+    writeln!(out, "firmware   {} (NVMe {})", identity.firmware, identity.version)?;
+    writeln!(out, "namespaces {:?}", controller.namespaces()?)?;
 
     let mut disk = controller.blocking(id, Duration::from_secs(10))?;
     let namespace = disk.namespace();
-    println!("namespace  {id}: {} blocks of {} bytes", namespace.blocks, namespace.block_bytes());
+    writeln!(out, "namespace  {id}: {} blocks of {} bytes", namespace.blocks, namespace.block_bytes())?;
 
     let mut data = vec![0; namespace.block_bytes() as usize];
     disk.read(block, &mut data)?;
-    println!("block {block}:");
+    writeln!(out, "block {block}:")?;
     for (line, bytes) in data.chunks(16).enumerate() {
         let hex: String = bytes.iter().map(|byte| format!("{byte:02x} ")).collect();
         let text: String = bytes.iter().map(|&byte| if byte.is_ascii_graphic() { byte as char } else { '.' }).collect();
-        println!("{:06x}  {hex} {text}", line * 16);
+        writeln!(out, "{:06x}  {hex} {text}", line * 16)?;
     }
     drop(disk);
     controller.shutdown()?;

@@ -441,8 +441,10 @@ impl Namespace {
         let block_bytes = 1u32 << block_shift;
         let bytes_of = |field: U16| (u32::from(field.get()) + 1) * block_bytes;
         let preferred = |field: U16| if optperf { bytes_of(field) } else { block_bytes };
-        let atomic = if raw.nsfeat & 1 << 1 != 0 { bytes_of(raw.nawupf) } else { block_bytes };
-        let physical = if optperf { bytes_of(raw.npwg) } else { atomic };
+        // Without them, what is written as a unit over a power failure (NSABP, bit 1) at least tells a 512e drive: its pages
+        // are not larger than that. Much larger units say nothing of pages.
+        let unit = if raw.nsfeat & 1 << 1 != 0 { bytes_of(raw.nawupf).min(4096) } else { block_bytes };
+        let physical = if optperf { bytes_of(raw.npwg) } else { unit };
         let commands_blocks = |bytes: Option<u64>| {
             bytes.map_or(MAX_BLOCKS_PER_COMMAND, |bytes| {
                 ((bytes >> block_shift) as u32).clamp(1, MAX_BLOCKS_PER_COMMAND)

@@ -201,6 +201,11 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
         bytes[36] = 7;
     });
     assert_eq!(atomic.unwrap().physical_block_bytes, 4096, "NAWUPF stands in for NPWG");
+    let huge = namespace(|bytes| {
+        bytes[24] = 1 << 1;
+        bytes[36] = 255;
+    });
+    assert_eq!(huge.unwrap().physical_block_bytes, 4096, "an atomic unit of 128 KiB is no physical block");
     let odd = namespace(|bytes| {
         bytes[24] = 1 << 4;
         bytes[64] = 11;

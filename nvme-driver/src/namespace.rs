@@ -14,7 +14,7 @@ pub struct Namespace {
     pub block_shift: u8,
     /// No read or write should cross a multiple of this many logical blocks (NOIOB); 0: no such boundary.
     pub boundary_blocks: u32,
-    /// The unit the drive writes without reading first, in bytes: a power of two, at least the block size (NPWG, else NAWUPF).
+    /// The unit the drive writes without reading first, in bytes: a power of two, at least the block size (NPWG, else NAWUPF up to 4096).
     pub physical_block_bytes: u32,
     /// Writes should start at a multiple of this many bytes (NPWA); at least the block size.
     pub write_alignment_bytes: u32,

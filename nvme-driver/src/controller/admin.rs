@@ -91,6 +91,14 @@ impl Admin {
         Ok(())
     }
 
+    /// An error when nothing may be sent.
+    pub fn check(&self, hardware: &Hardware) -> Result<(), Error> {
+        match self.stopped {
+            Some(why) => Err(Error::NotInOperation { controller: hardware.name.clone(), why }),
+            None => Ok(()),
+        }
+    }
+
     /// Nothing may be sent from now on.
     pub fn stop(&mut self, why: &'static str) {
         self.stopped = Some(why);
@@ -120,9 +128,7 @@ impl Admin {
         timeout: Duration,
         name: impl FnOnce() -> String,
     ) -> Result<u32, Error> {
-        if let Some(why) = self.stopped {
-            return Err(Error::NotInOperation { controller: hardware.name.clone(), why });
-        }
+        self.check(hardware)?;
         let token = self.next_token;
         self.next_token += 1;
         let id = self.push(command, token).ok_or_else(|| full(hardware))?;

@@ -54,6 +54,16 @@ impl Answer {
     fn parse(result: u32) -> Answer {
         Answer { kind: result as u8 & 7, information: (result >> 8) as u8, log_page: (result >> 16) as u8 }
     }
+
+    /// The event without its log.
+    fn unexplained(&self) -> Event {
+        let &Answer { kind, information, log_page } = self;
+        match (kind, information) {
+            (KIND_NOTICE, NOTICE_NAMESPACES) => Event::NamespacesChanged(ChangedNamespaces::TooMany),
+            (KIND_NOTICE, NOTICE_FIRMWARE) => Event::FirmwareActivation,
+            _ => Event::Other { kind, information, log_page },
+        }
+    }
 }
 
 const KIND_ERROR: u8 = 0;
@@ -71,14 +81,23 @@ impl Controller {
     /// The events there are now. Does not wait for events, only for the log pages that belong to them.
     pub fn poll_events(&self) -> Result<Vec<Event>, Error> {
         let mut admin = lock(&self.inner.admin);
+        admin.check(&self.inner.hardware)?;
         admin.reap();
         let mut events = Vec::new();
+        // No event request is renewed before the end: a controller that tells without pause does not keep the thread here.
         while let Some(result) = admin.events.pop_front() {
-            events.push(self.explain(&mut admin, Answer::parse(result))?);
+            let answer = Answer::parse(result);
+            events.push(match self.explain(&mut admin, &answer) {
+                Ok(event) => event,
+                // The log could not be had; that something happened is worth telling all the same.
+                Err(error @ (Error::Command { .. } | Error::Untrustworthy(_))) => {
+                    log::warn!("{}: the log of an event is not to be had: {error}", self.inner.hardware.name);
+                    answer.unexplained()
+                }
+                Err(error) => return Err(error),
+            });
         }
-        if !events.is_empty() {
-            admin.request_events(self.inner.identity.event_limit);
-        }
+        admin.request_events(self.inner.identity.event_limit);
         Ok(events)
     }
 
@@ -114,8 +133,8 @@ impl Controller {
         }
     }
 
-    fn explain(&self, admin: &mut Admin, answer: Answer) -> Result<Event, Error> {
-        let Answer { kind, information, log_page } = answer;
+    fn explain(&self, admin: &mut Admin, answer: &Answer) -> Result<Event, Error> {
+        let &Answer { kind, information, log_page } = answer;
         match (kind, information, log_page) {
             (KIND_ERROR, _, log_page::id::ERROR_INFORMATION) => {
                 Ok(Event::Error { information, entries: self.read_error_log(admin)? })
@@ -130,7 +149,7 @@ impl Controller {
             }
             _ => {
                 self.clear_event(admin, log_page);
-                Ok(Event::Other { kind, information, log_page })
+                Ok(answer.unexplained())
             }
         }
     }
@@ -154,5 +173,7 @@ mod tests {
         let answer = Answer::parse(0x0004_0102);
         assert_eq!((answer.kind, answer.information, answer.log_page), (2, 1, 4));
         assert_eq!(Answer::parse(u32::MAX).kind, 7);
+        let changed = Answer::parse(0x0004_0002).unexplained();
+        assert_eq!(changed, Event::NamespacesChanged(ChangedNamespaces::TooMany), "unknown which: look at all");
     }
 }

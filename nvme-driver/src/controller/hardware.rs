@@ -13,6 +13,9 @@ use crate::registers::{
     cq_doorbell, offset, sq_doorbell,
 };
 
+/// CRTO can ask for nine hours; no one waits that long for a drive.
+const MAX_READY_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// Base class, subclass and programming interface of an NVMe I/O controller (NVMe over PCIe Transport 1.0, 3.8.1.5).
 const CLASS_NVME: u32 = 0x01_08_02;
 
@@ -32,12 +35,16 @@ impl Hardware {
     pub fn new(device: &Device) -> Result<Hardware, Error> {
         let name = device.address().to_string();
         let class = device.config_space().read_u32(0x08).doing("read the class code from configuration space")? >> 8;
+        let gone = class == 0xff_ffff;
         if class != CLASS_NVME {
             return Err(Error::Register {
                 controller: name,
                 register: "class code",
                 value: class.into(),
-                problem: format!("an NVMe controller has {CLASS_NVME:#08x}; is this the right device?"),
+                problem: match gone {
+                    true => GONE.into(),
+                    false => format!("an NVMe controller has {CLASS_NVME:#08x}; is this the right device?"),
+                },
             });
         }
         let bar = device.bar(0).doing("map BAR0")?;
@@ -65,6 +72,7 @@ impl Hardware {
             let crto = bar.read_u32(offset::CRTO).doing("read CRTO")?;
             ready_timeout = ready_timeout.max(Duration::from_millis(500) * (crto & 0xffff));
         }
+        let ready_timeout = ready_timeout.min(MAX_READY_TIMEOUT);
         Ok(Hardware { device: device.clone(), name, capabilities, version, bar, ready_timeout })
     }
 
@@ -90,8 +98,8 @@ impl Hardware {
         self.bar.read_u32(offset::CSTS).unwrap_or(u32::MAX)
     }
 
-    /// An error when the controller is gone, or has reported a fatal status.
-    pub fn check(&self) -> Result<ControllerStatus, Error> {
+    /// An error when an enabled controller is gone, has reported a fatal status, or is not ready.
+    pub fn check(&self) -> Result<(), Error> {
         let csts = self.csts()?;
         if csts.is_gone() {
             return Err(self.status_error(csts, GONE.into()));
@@ -99,7 +107,11 @@ impl Hardware {
         if csts.fatal() {
             return Err(self.status_error(csts, "a fatal status (CFS): reset the controller".into()));
         }
-        Ok(csts)
+        if !csts.ready() {
+            let problem = "not ready: it has lost power, or someone else has reset it; reset the controller";
+            return Err(self.status_error(csts, problem.into()));
+        }
+        Ok(())
     }
 
     fn status_error(&self, csts: ControllerStatus, problem: String) -> Error {
@@ -144,7 +156,7 @@ impl Hardware {
             .with_cq_entry_shift(CQ_ENTRY_SHIFT);
         self.write_cc(cc)?;
         self.wait("become ready after CC.EN was set", |csts| csts.ready())?;
-        self.check().map(|_| ())
+        self.check()
     }
 
     /// Notifies the controller of a normal shutdown and waits until it has completed, `timeout` at most.

@@ -111,9 +111,19 @@ impl Controller {
             admin.enable(&hardware)?;
             let identity = identify_controller(&hardware, &mut admin, options)?;
             let limits = command_limits(&hardware, &mut admin, options, &identity)?;
-            let use_shadow = options.shadow_doorbells && identity.supports_shadow_doorbells;
+            let use_shadow = options.shadow_doorbells
+                && identity.supports_shadow_doorbells
+                && Shadow::room(hardware.capabilities.doorbell_stride()) >= 2;
             let granted = negotiate_queues(&hardware, &mut admin, options, use_shadow)?;
-            vectors = if options.interrupts { queues::enable_vectors(&hardware, granted)? } else { Vec::new() };
+            vectors = match options.interrupts.then(|| queues::enable_vectors(&hardware, granted)) {
+                Some(Ok(vectors)) => vectors,
+                // Polling needs none.
+                Some(Err(error)) => {
+                    log::warn!("{}: no interrupts: {error}", hardware.name);
+                    Vec::new()
+                }
+                None => Vec::new(),
+            };
             shadow = if use_shadow { Some(Shadow::new(&hardware)?) } else { None };
             let shadow_used = start_services(&hardware, &mut admin, options, &identity, shadow.as_ref())?;
             std::mem::forget(stop);
@@ -163,9 +173,10 @@ impl Controller {
         self.inner.shadow.is_some()
     }
 
-    /// Looks at CSTS: an error when the device is gone or has reported a fatal status.
+    /// Looks at CSTS: an error when the device is gone, has reported a fatal status, or is not ready (as it is for a moment while
+    /// [`Controller::reset`] runs). One register read, which any thread may do at any time.
     pub fn health(&self) -> Result<(), Error> {
-        self.inner.hardware.check().map(|_| ())
+        self.inner.hardware.check()
     }
 
     /// What CSTS reads, for a message.
@@ -265,12 +276,12 @@ const MIN_SHUTDOWN_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Drop for Inner {
     fn drop(&mut self) {
+        // Its queues' memory goes after this: a controller that was disabled is sure to leave it alone.
         if let Err(error) = self.shut_down() {
             log::warn!("the controller was not shut down: {error}");
         }
-        // Its queues' memory goes now: a controller that was disabled is sure to leave it alone.
         if let Err(error) = self.hardware.disable() {
-            log::warn!("the controller was not disabled: {error}");
+            log::debug!("the controller was not disabled: {error}");
         }
         if !self.vectors.is_empty()
             && let Err(error) = self.hardware.device.disable_interrupts()

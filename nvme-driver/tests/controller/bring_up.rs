@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Controller, Error, Options, QueuePairOptions};
-use nvme_sim::{Config, FaultPlan, PowerLoss};
+use nvme_sim::{Config, FaultAction, FaultPlan, PowerLoss};
 
 use crate::{Rig, assert_names_register, disk, small, works};
 
@@ -116,6 +116,18 @@ fn a_controller_left_enabled_is_taken_over() {
     let pair = previous.create_queue_pair(QueuePairOptions::default()).unwrap();
     std::mem::forget((previous, pair));
     works(&rig.open(), 1, 5);
+}
+
+#[test]
+fn bring_up_that_fails_half_way_leaves_nothing_behind() {
+    use nvme_driver::command::admin;
+    let rig = Rig::new(small());
+    for opcode in [admin::IDENTIFY, admin::SET_FEATURES, admin::DOORBELL_BUFFER_CONFIG] {
+        rig.admin_fault(opcode, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+        let error = rig.try_open(&Options::default()).unwrap_err();
+        assert_eq!(error.status().map(|status| status.name()), Some("Internal Error"), "{error}");
+        works(&rig.open(), 1, opcode);
+    }
 }
 
 #[test]

@@ -33,8 +33,8 @@ fn geometry_of_namespaces() {
 
 #[test]
 fn more_namespaces_than_one_list_has_room_for() {
-    // 1024 fill a list exactly, so that there has to be a look behind it.
-    for count in [1023u32, 1024] {
+    // 1024 fill a list exactly; 2049 need three.
+    for count in [1023u32, 1024, 1025, 2049] {
         let namespaces = vec![disk(1 << 20, 512); count as usize];
         let rig = Rig::new(Config { namespaces, ..Config::default() });
         let controller = rig.open();
@@ -262,4 +262,22 @@ fn blocking_reads_and_writes() {
     assert!(matches!(disk.read(u64::MAX, &mut [0; 512]), Err(Error::Invalid(_))));
     assert!(matches!(disk.write(0, &[0; 100]), Err(Error::Invalid(_))));
     disk.read(blocks - 1, &mut [0; 512]).unwrap();
+}
+
+#[test]
+fn the_example_reads_what_is_there() {
+    let rig = Rig::new(Config { namespaces: vec![disk(1 << 20, 512), disk(1 << 20, 4096)], ..Config::default() });
+    let controller = rig.open();
+    controller.blocking(2, Duration::from_secs(10)).unwrap().write(3, &[b'#'; 4096]).unwrap();
+    drop(controller);
+    let socket = rig.simulator.socket().to_path_buf();
+    let Rig { device, simulator: _simulator, _directory } = rig;
+    // One front-end at a time.
+    drop(device);
+    let mut out = Vec::new();
+    let arguments = [format!("vfio-user:{}", socket.display()), "2".into(), "3".into()];
+    crate::read_block::run(arguments.into_iter(), &mut out).unwrap();
+    let out = String::from_utf8(out).unwrap();
+    assert!(out.contains("SIM0001") && out.contains("256 blocks of 4096 bytes"), "{out}");
+    assert_eq!(out.matches("################").count(), 256, "{out}");
 }

@@ -6,6 +6,10 @@ mod events;
 mod queues;
 mod recovery;
 
+#[allow(dead_code)] // Its `main` is not called here.
+#[path = "../../examples/read_block.rs"]
+mod read_block;
+
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Controller, Error, Namespace, Options, QueuePair, Segment, Status, Work};

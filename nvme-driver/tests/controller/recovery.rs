@@ -174,18 +174,65 @@ fn a_controller_that_ignores_cc_is_reset_as_a_function() {
     let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
     let controller = rig.open();
     rig.simulator.faults().change(|plan| plan.never_reset = true);
-    let result = controller.reset();
+    controller.reset().unwrap();
     rig.simulator.faults().change(|plan| plan.never_reset = false);
-    match result {
-        // The function's reset does not ask CC.
-        Ok(()) => {}
-        Err(error) => {
-            assert!(matches!(error, Error::Register { register: "CSTS", .. }), "{error}");
-            assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
-            controller.reset().unwrap();
-        }
-    }
     works(&controller, 1, 1);
+    // The function's reset switched the interrupts off too.
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut pair = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap();
+    write_and_verify(&mut pair, &namespace, &memory, 0, 2);
+    let start = Instant::now();
+    while pair.interrupt().expect("made with one").read().is_err() {
+        assert!(start.elapsed() < DEADLINE, "no interrupt");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_power_cut_behind_our_back_is_noticed() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    rig.simulator.power_cut().unwrap();
+    assert_names_register(&controller.health().unwrap_err(), "CSTS", 0);
+    let start = Instant::now();
+    assert_names_register(&controller.namespaces().unwrap_err(), "CSTS", 0);
+    assert!(start.elapsed() < Duration::from_secs(5), "not by the command's deadline");
+    controller.reset().unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn a_reset_that_fails_can_be_tried_again() {
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
+    let controller = rig.open();
+    rig.simulator.faults().change(|plan| plan.never_ready = true);
+    assert_names_register(&controller.reset().unwrap_err(), "CSTS", 0);
+    assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
+    assert!(matches!(controller.poll_events(), Err(Error::NotInOperation { .. })));
+    rig.simulator.faults().change(|plan| plan.never_ready = false);
+    // Half-way: the controller becomes ready and then refuses what bring-up needs.
+    rig.admin_fault(command::admin::SET_FEATURES, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    assert_eq!(controller.reset().unwrap_err().status(), Some(Status::INTERNAL_ERROR));
+    assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
+    controller.reset().unwrap();
+    works(&controller, 1, 1);
+}
+
+#[test]
+fn a_disabled_controller_comes_back_by_a_reset() {
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
+    let controller = rig.open();
+    for never_reset in [false, true] {
+        rig.simulator.faults().change(|plan| plan.never_reset = never_reset);
+        controller.disable().unwrap();
+        rig.simulator.faults().change(|plan| plan.never_reset = false);
+        assert!(matches!(controller.namespaces(), Err(Error::NotInOperation { .. })));
+        controller.reset().unwrap();
+        works(&controller, 1, 1);
+    }
+    rig.simulator.remove();
+    controller.disable().unwrap();
 }
 
 #[test]

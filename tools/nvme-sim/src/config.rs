@@ -104,7 +104,7 @@ impl Config {
         in_range("the number of I/O queue pairs", self.max_queue_pairs.into(), 1..=2047)?;
         in_range("the number of queue entries", self.queue_entries.into(), 2..=65536)?;
         in_range("the doorbell stride", self.doorbell_stride.into(), 0..=8)?;
-        in_range("the number of namespaces", self.namespaces.len() as u64, 0..=1024)?;
+        in_range("the number of namespaces", self.namespaces.len() as u64, 0..=4096)?;
         if let Some(bytes) = self.max_transfer
             && (bytes < 8192 || !bytes.is_power_of_two())
         {
