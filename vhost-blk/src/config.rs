@@ -349,8 +349,8 @@ mod tests {
         assert_eq!(error("cpu = \"1\"\n"), "c.toml, line 1: unknown field `cpu`, expected `cpus` or `export`");
         assert_eq!(error("\n[[export]]\ndevice = \"sim:1G\"\n"), "c.toml, line 2: missing field `socket-path`");
         assert_eq!(
-            error("[[export]]\nsocket-path = \"/a\"\ndevice = \"sim:1\"\n"),
-            "c.toml, line 3: device address \"sim:1\": the size must be a multiple of 4096 bytes and not 0"
+            error("[[export]]\nsocket-path = \"/a\"\ndevice = \"nvme\"\n"),
+            "c.toml, line 3: device address \"nvme\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]"
         );
         assert_eq!(
             error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueues = 0\n"),

@@ -264,10 +264,8 @@ pub use embedded::Embedded;
 
 #[cfg(feature = "sim")]
 mod embedded {
-    use nvme_sim::{Config, NamespaceConfig, Simulator};
+    use nvme_sim::{SimAddress, Simulator};
     use tempfile::TempDir;
-
-    use crate::address::SimAddress;
 
     /// A controller in software inside this process, behind a socket of its own that nobody else can reach.
     pub struct Embedded {
@@ -277,20 +275,14 @@ mod embedded {
 
     impl Embedded {
         /// Starts it. The error is one line.
-        pub fn start(address: &SimAddress) -> Result<Embedded, String> {
+        pub fn start(description: &str) -> Result<Embedded, String> {
+            let cannot = |error: nvme_sim::Error| format!("cannot start the embedded controller: {error}");
+            let address: SimAddress = description.parse().map_err(cannot)?;
             let directory = tempfile::Builder::new()
                 .prefix("vhost-blk-")
                 .tempdir()
                 .map_err(|error| format!("cannot create a directory for the embedded controller's socket: {error}"))?;
-            let namespace = NamespaceConfig {
-                bytes: address.bytes,
-                block_bytes: address.block_bytes,
-                file: address.file.clone(),
-                ..NamespaceConfig::default()
-            };
-            let config = Config { namespaces: vec![namespace], ..Config::default() };
-            let simulator = Simulator::start(config, &directory.path().join("nvme.sock"))
-                .map_err(|error| format!("cannot start the embedded controller: {error}"))?;
+            let simulator = Simulator::start(address.config, &directory.path().join("nvme.sock")).map_err(cannot)?;
             Ok(Embedded { simulator, _directory: directory })
         }
 
@@ -306,13 +298,11 @@ use absent::Embedded;
 
 #[cfg(not(feature = "sim"))]
 mod absent {
-    use crate::address::SimAddress;
-
     /// There is none in this build.
     pub enum Embedded {}
 
     impl Embedded {
-        pub fn start(_address: &SimAddress) -> Result<Embedded, String> {
+        pub fn start(_description: &str) -> Result<Embedded, String> {
             Err("this program was built without its embedded controller (feature \"sim\"): use another device".into())
         }
 

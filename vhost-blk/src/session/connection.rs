@@ -5,7 +5,8 @@
 //! the crate refuses a message without one, so that a wrong message costs the front-end that message and no more.
 
 use std::collections::HashSet;
-use std::io::{Read, Write};
+use std::io::{IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -13,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
@@ -116,6 +117,22 @@ impl Header {
         )
     }
 
+    /// Whether file descriptors may come with it: the crate gives up in the middle of any other that has some.
+    fn may_have_descriptors(&self) -> bool {
+        use FrontendReq::*;
+        matches!(
+            FrontendReq::try_from(self.request),
+            Ok(SET_MEM_TABLE
+                | SET_VRING_KICK
+                | SET_VRING_CALL
+                | SET_VRING_ERR
+                | SET_BACKEND_REQ_FD
+                | ADD_MEM_REG
+                // By mistake, but many do, and the specification allows for it.
+                | REM_MEM_REG)
+        )
+    }
+
     fn name(&self) -> String {
         match FrontendReq::try_from(self.request) {
             Ok(request) => format!("{request:?}"),
@@ -169,6 +186,10 @@ impl<D: Device> Connection<'_, D> {
             self.skip(header)?;
             return self.refuse(header, "it is not offered", true);
         };
+        if !header.may_have_descriptors() && self.has_descriptors(header) {
+            self.skip(header)?;
+            return self.refuse(header, "no descriptor belongs to it", true);
+        }
         let Err(error) = self.handler.handle_request() else { return Ok(()) };
         match error {
             Error::Disconnected => return Err(End::Closed),
@@ -208,6 +229,22 @@ impl<D: Device> Connection<'_, D> {
                 Err(error) => return Err(End::Broken(format!("cannot read from the socket: {error}"))),
             }
         }
+    }
+
+    /// Whether descriptors come with the message of which this is the header.
+    fn has_descriptors(&self, header: Header) -> bool {
+        let length = HEADER_BYTES + header.size as usize;
+        // A look ahead ends behind the first piece of the stream that carries descriptors. With room for a byte of the
+        // next message it is clear which one they belong to.
+        let mut bytes = vec![0; length + 1];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        // What it receives are duplicates, closed when it is dropped.
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags).is_ok_and(|message| {
+            let some = control.drain().next().is_some() || message.flags.contains(ReturnFlags::CTRUNC);
+            some && message.bytes <= length
+        })
     }
 
     /// Takes a whole message out of the stream; the kernel closes descriptors that nobody receives.

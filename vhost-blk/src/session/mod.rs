@@ -66,7 +66,7 @@ impl Session {
             memory: Arc::new(GuestMemory::new()),
             features: 0,
             protocol_features: 0,
-            rings: (0..export.queues).map(|_| RingState::default()).collect(),
+            rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
             _backend: None,
             refusal: None,

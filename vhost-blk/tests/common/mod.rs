@@ -1,0 +1,409 @@
+//! A front-end written by hand: it sends any message in any order, also wrong ones, and drives a split ring.
+#![allow(dead_code)] // each test program uses a part of it
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+pub const GET_FEATURES: u32 = 1;
+pub const SET_FEATURES: u32 = 2;
+pub const SET_OWNER: u32 = 3;
+pub const RESET_OWNER: u32 = 4;
+pub const SET_MEM_TABLE: u32 = 5;
+pub const SET_VRING_NUM: u32 = 8;
+pub const SET_VRING_ADDR: u32 = 9;
+pub const SET_VRING_BASE: u32 = 10;
+pub const GET_VRING_BASE: u32 = 11;
+pub const SET_VRING_KICK: u32 = 12;
+pub const SET_VRING_CALL: u32 = 13;
+pub const SET_VRING_ERR: u32 = 14;
+pub const GET_PROTOCOL_FEATURES: u32 = 15;
+pub const SET_PROTOCOL_FEATURES: u32 = 16;
+pub const GET_QUEUE_NUM: u32 = 17;
+pub const SET_VRING_ENABLE: u32 = 18;
+pub const SEND_RARP: u32 = 19;
+pub const GET_CONFIG: u32 = 24;
+pub const SET_CONFIG: u32 = 25;
+pub const GET_INFLIGHT_FD: u32 = 31;
+pub const RESET_DEVICE: u32 = 34;
+pub const GET_MAX_MEM_SLOTS: u32 = 36;
+pub const ADD_MEM_REG: u32 = 37;
+pub const REM_MEM_REG: u32 = 38;
+
+pub const VERSION: u32 = 1;
+pub const NEED_REPLY: u32 = 8;
+
+pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+pub const F_EVENT_IDX: u64 = 1 << 29;
+pub const F_RING_PACKED: u64 = 1 << 34;
+pub const F_FLUSH: u64 = 1 << 9;
+pub const F_CONFIG_WCE: u64 = 1 << 11;
+
+pub const DEADLINE: Duration = Duration::from_secs(20);
+
+/// One connection.
+pub struct Front {
+    pub stream: UnixStream,
+}
+
+impl Front {
+    pub fn connect(path: &Path) -> Front {
+        Front::on(UnixStream::connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
+    }
+
+    pub fn on(stream: UnixStream) -> Front {
+        stream.set_read_timeout(Some(DEADLINE)).unwrap();
+        Front { stream }
+    }
+
+    /// Sends a message and waits for nothing.
+    pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[RawFd]) {
+        let mut message = Vec::new();
+        for word in [request, VERSION | flags, body.len() as u32] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(body);
+        let sent = self.stream.send_with_fds(&[&message[..]], fds).unwrap();
+        assert_eq!(sent, message.len());
+    }
+
+    /// The body of the reply to `request`; `None` when the connection has ended.
+    pub fn reply(&self, request: u32) -> Option<Vec<u8>> {
+        let mut header = [0; 12];
+        match (&self.stream).read_exact(&mut header) {
+            Ok(()) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => return None,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
+            Err(error) => panic!("no reply to request {request}: {error}"),
+        }
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        assert_eq!((word(0), word(4)), (request, VERSION | 4), "reply to {request}");
+        let mut body = vec![0; word(8) as usize];
+        (&self.stream).read_exact(&mut body).unwrap();
+        Some(body)
+    }
+
+    /// A request with a reply of its own.
+    pub fn ask(&self, request: u32, body: &[u8]) -> Option<Vec<u8>> {
+        self.send(request, 0, body, &[]);
+        self.reply(request)
+    }
+
+    pub fn ask_u64(&self, request: u32) -> u64 {
+        number(&self.ask(request, &[]).expect("connection ended"))
+    }
+
+    /// A request that wants to be acknowledged: 0 is success.
+    pub fn acknowledged(&self, request: u32, body: &[u8], fds: &[RawFd]) -> u64 {
+        self.send(request, NEED_REPLY, body, fds);
+        number(&self.reply(request).unwrap_or_else(|| panic!("request {request} ended the connection")))
+    }
+
+    #[track_caller]
+    pub fn accept(&self, request: u32, body: &[u8], fds: &[RawFd]) {
+        assert_eq!(self.acknowledged(request, body, fds), 0, "request {request} is refused");
+    }
+
+    #[track_caller]
+    pub fn refuse(&self, request: u32, body: &[u8], fds: &[RawFd]) {
+        assert_ne!(self.acknowledged(request, body, fds), 0, "request {request} is accepted");
+        // The connection is still in step.
+        assert_ne!(self.ask_u64(GET_FEATURES), 0);
+    }
+
+    /// Owner, features and protocol features, as QEMU sends them. All that is offered is accepted but what [`Ring`] is not.
+    pub fn negotiate(&self) -> u64 {
+        let features = self.ask_u64(GET_FEATURES) & !(F_EVENT_IDX | F_RING_PACKED);
+        let protocol = self.ask_u64(GET_PROTOCOL_FEATURES);
+        self.send(SET_PROTOCOL_FEATURES, 0, &protocol.to_ne_bytes(), &[]);
+        self.accept(SET_OWNER, &[], &[]);
+        self.accept(SET_FEATURES, &features.to_ne_bytes(), &[]);
+        features
+    }
+
+    pub fn set_ring(&self, request: u32, index: u32, value: u32) {
+        self.accept(request, &state(index, value), &[]);
+    }
+
+    pub fn vring_base(&self, index: u32) -> u32 {
+        let reply = self.ask(GET_VRING_BASE, &state(index, 0)).expect("GET_VRING_BASE ended the connection");
+        assert_eq!(u32::from_ne_bytes(reply[..4].try_into().unwrap()), index);
+        u32::from_ne_bytes(reply[4..8].try_into().unwrap())
+    }
+
+    pub fn config(&self, offset: u32, bytes: u32) -> Vec<u8> {
+        self.ask(GET_CONFIG, &config(offset, &vec![0; bytes as usize])).expect("connection ended").split_off(12)
+    }
+
+    /// Waits until the other side has closed the connection.
+    pub fn wait_for_end(&self) {
+        let mut rest = Vec::new();
+        let result = (&self.stream).read_to_end(&mut rest);
+        let reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+        assert!(result.as_ref().err().is_none_or(reset), "{result:?}");
+    }
+
+    /// Sends bytes as they are.
+    pub fn raw(&self, bytes: &[u8]) {
+        (&self.stream).write_all(bytes).unwrap();
+    }
+}
+
+pub fn number(body: &[u8]) -> u64 {
+    u64::from_ne_bytes(body.try_into().expect("8 bytes"))
+}
+
+pub fn state(index: u32, value: u32) -> [u8; 8] {
+    let mut body = [0; 8];
+    body[..4].copy_from_slice(&index.to_ne_bytes());
+    body[4..].copy_from_slice(&value.to_ne_bytes());
+    body
+}
+
+pub fn config(offset: u32, data: &[u8]) -> Vec<u8> {
+    let words = [offset, data.len() as u32, 0];
+    words.iter().flat_map(|word| word.to_ne_bytes()).chain(data.iter().copied()).collect()
+}
+
+/// Front-end addresses are guest addresses plus this.
+pub const USER: u64 = 0x7000_0000_0000;
+
+/// A region of guest memory.
+pub struct Region {
+    pub guest: u64,
+    pub bytes: u64,
+    pub file: File,
+    pub memory: GuestMemoryMmap,
+}
+
+impl Region {
+    pub fn new(guest: u64, bytes: u64) -> Region {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(bytes).unwrap();
+        let range = (GuestAddress(guest), bytes as usize, Some(FileOffset::new(file.try_clone().unwrap(), 0)));
+        let memory = GuestMemoryMmap::from_ranges_with_files([range]).unwrap();
+        Region { guest, bytes, file, memory }
+    }
+
+    /// The body of ADD_MEM_REG and REM_MEM_REG.
+    pub fn single(&self) -> Vec<u8> {
+        [0, self.guest, self.bytes, self.guest + USER, 0].iter().flat_map(|word: &u64| word.to_ne_bytes()).collect()
+    }
+
+    pub fn add(&self, front: &Front) {
+        front.accept(ADD_MEM_REG, &self.single(), &[self.file.as_raw_fd()]);
+    }
+}
+
+/// The body of SET_MEM_TABLE and its descriptors.
+pub fn table(regions: &[&Region]) -> (Vec<u8>, Vec<RawFd>) {
+    let mut body = Vec::new();
+    body.extend((regions.len() as u32).to_ne_bytes());
+    body.extend(0u32.to_ne_bytes());
+    regions.iter().for_each(|region| body.extend(&region.single()[8..]));
+    (body, regions.iter().map(|region| region.file.as_raw_fd()).collect())
+}
+
+/// A split ring in a region, from the guest's side (virtio 1.2, 2.7). Requests have three descriptors.
+pub struct Ring<'a> {
+    pub index: u32,
+    pub size: u16,
+    pub kick: EventFd,
+    pub call: EventFd,
+    memory: &'a GuestMemoryMmap,
+    guest: u64,
+    next: u16,
+    seen: u16,
+}
+
+const T_IN: u32 = 0;
+const T_OUT: u32 = 1;
+const T_FLUSH: u32 = 4;
+
+impl<'a> Ring<'a> {
+    /// A ring that takes 64 KiB at `guest`, its buffers included.
+    pub fn new(region: &'a Region, index: u32, guest: u64) -> Ring<'a> {
+        let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+        let ring =
+            Ring { index, size: 64, kick: event(), call: event(), memory: &region.memory, guest, next: 0, seen: 0 };
+        ring.memory.write_slice(&[0; 0x3000], GuestAddress(guest)).unwrap();
+        ring
+    }
+
+    fn descriptors(&self) -> u64 {
+        self.guest
+    }
+
+    fn available(&self) -> u64 {
+        self.guest + 0x1000
+    }
+
+    fn used(&self) -> u64 {
+        self.guest + 0x2000
+    }
+
+    fn header(&self) -> u64 {
+        self.guest + 0x3000
+    }
+
+    fn status(&self) -> u64 {
+        self.guest + 0x3800
+    }
+
+    /// Where a request's data lies unless it is told otherwise.
+    pub fn data(&self) -> u64 {
+        self.guest + 0x4000
+    }
+
+    pub fn addresses(&self) -> Vec<u8> {
+        let mut body = Vec::new();
+        body.extend(self.index.to_ne_bytes());
+        body.extend(0u32.to_ne_bytes());
+        for address in [self.descriptors() + USER, self.used() + USER, self.available() + USER, 0] {
+            body.extend(address.to_ne_bytes());
+        }
+        body
+    }
+
+    /// The messages that start it, in QEMU's order.
+    pub fn start(&self, front: &Front) {
+        self.enable(front, true);
+        front.set_ring(SET_VRING_NUM, self.index, self.size.into());
+        front.set_ring(SET_VRING_BASE, self.index, self.next.into());
+        front.accept(SET_VRING_ADDR, &self.addresses(), &[]);
+        self.set_event(front, SET_VRING_KICK, Some(&self.kick));
+        self.set_event(front, SET_VRING_CALL, Some(&self.call));
+    }
+
+    pub fn enable(&self, front: &Front, enable: bool) {
+        front.set_ring(SET_VRING_ENABLE, self.index, enable.into());
+    }
+
+    pub fn set_event(&self, front: &Front, request: u32, event: Option<&EventFd>) {
+        match event {
+            Some(event) => front.accept(request, &u64::from(self.index).to_ne_bytes(), &[event.as_raw_fd()]),
+            None => front.accept(request, &(u64::from(self.index) | 0x100).to_ne_bytes(), &[]),
+        }
+    }
+
+    /// Puts one request on the ring; `data` is an address and a length.
+    pub fn submit(&mut self, kind: u32, sector: u64, data: (u64, u32)) {
+        let memory = self.memory;
+        let write = |value: u64, at: u64| memory.write_slice(&value.to_le_bytes(), GuestAddress(at)).unwrap();
+        memory.write_slice(&kind.to_le_bytes(), GuestAddress(self.header())).unwrap();
+        memory.write_slice(&[0; 4], GuestAddress(self.header() + 4)).unwrap();
+        write(sector, self.header() + 8);
+        memory.write_slice(&[0xff], GuestAddress(self.status())).unwrap();
+        const NEXT: u64 = 1;
+        const WRITE: u64 = 2;
+        let data_flags = NEXT | if kind == T_IN { WRITE } else { 0 };
+        let mut chain = vec![(self.header(), 16, NEXT)];
+        if data.1 != 0 {
+            chain.push((data.0, data.1, data_flags));
+        }
+        chain.push((self.status(), 1, WRITE));
+        for (at, (address, bytes, flags)) in chain.iter().enumerate() {
+            let descriptor = self.descriptors() + at as u64 * 16;
+            write(*address, descriptor);
+            write(u64::from(*bytes) | flags << 32 | (at as u64 + 1) << 48, descriptor + 8);
+        }
+        let slot = self.available() + 4 + u64::from(self.next % self.size) * 2;
+        memory.write_slice(&0u16.to_le_bytes(), GuestAddress(slot)).unwrap();
+        self.next = self.next.wrapping_add(1);
+        memory.store(self.next.to_le(), GuestAddress(self.available() + 2), Ordering::Release).unwrap();
+        self.kick.write(1).unwrap();
+    }
+
+    /// The status of the request under way, or `None` while there is none.
+    pub fn poll(&mut self) -> Option<u8> {
+        let used: u16 = self.memory.load(GuestAddress(self.used() + 2), Ordering::Acquire).unwrap();
+        if u16::from_le(used) == self.seen {
+            return None;
+        }
+        self.seen = self.seen.wrapping_add(1);
+        let mut status = [0];
+        self.memory.read_slice(&mut status, GuestAddress(self.status())).unwrap();
+        Some(status[0])
+    }
+
+    #[track_caller]
+    pub fn wait(&mut self) -> u8 {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.poll() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "ring {}: no answer", self.index);
+            std::thread::yield_now();
+        }
+    }
+
+    #[track_caller]
+    pub fn request(&mut self, kind: u32, sector: u64, data: (u64, u32)) -> u8 {
+        self.submit(kind, sector, data);
+        self.wait()
+    }
+
+    /// Writes a block and reads it back elsewhere.
+    #[track_caller]
+    pub fn check_io(&mut self, sector: u64) {
+        let (from, to) = (self.data(), self.data() + 0x1000);
+        self.check_io_at(sector, from, to);
+    }
+
+    #[track_caller]
+    pub fn check_io_at(&mut self, sector: u64, from: u64, to: u64) {
+        // Differs from sector to sector and from call to call.
+        let pattern: Vec<u8> = (0..4096u64).map(|at| (at / 8 + sector * 31 + u64::from(self.next) * 7) as u8).collect();
+        self.memory.write_slice(&pattern, GuestAddress(from)).unwrap();
+        assert_eq!(self.request(T_OUT, sector, (from, 4096)), 0, "write");
+        assert_eq!(self.request(T_IN, sector, (to, 4096)), 0, "read");
+        let mut read = vec![0; 4096];
+        self.memory.read_slice(&mut read, GuestAddress(to)).unwrap();
+        assert!(read == pattern, "sector {sector} does not hold what was written");
+    }
+
+    #[track_caller]
+    pub fn flush(&mut self) -> u8 {
+        self.request(T_FLUSH, 0, (0, 0))
+    }
+
+    pub fn write_one(&mut self, sector: u64) -> u8 {
+        let data = self.data();
+        self.request(T_OUT, sector, (data, 4096))
+    }
+
+    pub fn read_one(&mut self, sector: u64) -> u8 {
+        let data = self.data();
+        self.request(T_IN, sector, (data, 4096))
+    }
+
+    /// How far the guest has got, which is where the ring has to stop.
+    pub fn position(&self) -> u32 {
+        self.next.into()
+    }
+
+    /// Stops it and checks where it stopped.
+    #[track_caller]
+    pub fn stop(&self, front: &Front) {
+        assert_eq!(front.vring_base(self.index), self.position(), "ring {}", self.index);
+    }
+}
+
+/// Waits for a condition.
+#[track_caller]
+pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+    let deadline = Instant::now() + DEADLINE;
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,277 @@
+//! The program as its users meet it: what it prints, how it ends, signals, inherited sockets.
+
+mod common;
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use common::*;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// One child is started at a time: a descriptor that one is to inherit must not reach another.
+static SPAWN: Mutex<()> = Mutex::new(());
+
+fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
+    command.args(args).env_remove("RUST_LOG").env("RUST_BACKTRACE", "1").stdin(Stdio::null());
+    command
+}
+
+/// Runs it to its end.
+fn run(args: &[&str]) -> Output {
+    let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
+    command(args).output().unwrap()
+}
+
+/// A program that serves. Killed when dropped.
+struct Program {
+    child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Program {
+    fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
+        let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(fd) = inherit {
+            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).unwrap();
+        }
+        let mut child = command(args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        if let Some(fd) = inherit {
+            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::CLOEXEC).unwrap();
+        }
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, stderr) = (log.clone(), child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("program: {line}");
+                lines.lock().unwrap().push(line);
+            }
+        });
+        Program { child, log }
+    }
+
+    /// One that serves a small disk on `socket`, and is ready.
+    fn serve(socket: &Path, more: &[&str]) -> Program {
+        let socket_text = socket.to_str().unwrap();
+        let args = [&["--device", "sim:64M", "--socket-path", socket_text], more].concat();
+        let program = Program::start(&args, None);
+        program.wait_for("is ready for a front-end");
+        program
+    }
+
+    fn lines_with(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    #[track_caller]
+    fn wait_for(&self, text: &str) {
+        eventually(text, || self.lines_with(text) > 0);
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    #[track_caller]
+    fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the program does not end");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn folder() -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("s");
+    (folder, socket)
+}
+
+/// A front-end that has done some I/O and goes on.
+fn check_disk(front: &Front) {
+    front.negotiate();
+    let region = Region::new(0, 1 << 20);
+    region.add(front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(front);
+    ring.check_io(8);
+    ring.stop(front);
+}
+
+#[test]
+fn capabilities() {
+    let output = run(&["--print-capabilities", "--fd", "nonsense", "--nonsense"]);
+    assert!(output.status.success());
+    let value: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value, serde_json::json!({"type": "block", "features": ["read-only"]}));
+    assert!(output.stderr.is_empty());
+}
+
+#[test]
+fn what_is_wrong_is_one_line_and_a_status() {
+    let (folder, socket) = folder();
+    let socket = socket.to_str().unwrap();
+    let config = folder.path().join("c.toml");
+    std::fs::write(&config, "[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueus = 1\n").unwrap();
+    let config = config.to_str().unwrap();
+    let busy = folder.path().join("busy");
+    let _listener = UnixListener::bind(&busy).unwrap();
+    let busy = busy.to_str().unwrap();
+    let cases: Vec<(Vec<&str>, i32, String)> = vec![
+        (vec![], 1, "vhost-blk: no device to serve: use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)".into()),
+        (vec!["--sped"], 2, "vhost-blk: unexpected argument '--sped' found (vhost-blk --help tells more)".into()),
+        (vec!["--config", config], 1, format!("vhost-blk: {config}, line 4: unknown field `queus`, expected one of")),
+        (vec!["--device", "sim:64M", "--socket-path", busy], 1, format!("vhost-blk: cannot listen on {busy}: another process does already; stop it or choose another path")),
+        (vec!["--device", "sim:64M", "--socket-path", "/nowhere/s"], 1, "vhost-blk: cannot listen on /nowhere/s: its directory does not exist; create it first".into()),
+        (vec!["--device", "vfio-user:/nowhere/n", "--socket-path", socket], 1, "vhost-blk: cannot open vfio-user:/nowhere/n: ".into()),
+        (vec!["--device", "ffff:ff:1f.7", "--socket-path", socket], 1, "vhost-blk: cannot open ffff:ff:1f.7: ".into()),
+        (vec!["--device", "sim:64M", "--namespace", "9", "--socket-path", socket], 1, "vhost-blk: sim:64M: namespace 9 is not active".into()),
+        (vec!["--device", "sim:64M", "--cpus", "8191", "--socket-path", socket], 1, "vhost-blk: cannot start the workers: cannot pin a worker to CPU 8191".into()),
+        (vec!["--device", "sim:64M,file=/nowhere/disk", "--socket-path", socket], 1, "vhost-blk: cannot start the embedded controller: ".into()),
+        (vec!["--device", "sim:64M", "--fd", "77"], 1, "vhost-blk: --fd 77 cannot be used: ".into()),
+    ];
+    for (args, status, line) in cases {
+        let output = run(&args);
+        let text = String::from_utf8(output.stderr).unwrap();
+        // What the log says on the way is not the message.
+        let message: Vec<&str> = text.lines().filter(|line| !line.starts_with('[')).collect();
+        assert_eq!(message.len(), 1, "{args:?}: {text}");
+        assert!(message[0].starts_with(&line), "{args:?}: {text}");
+        assert_eq!(output.status.code(), Some(status), "{args:?}");
+        assert!(!Path::new(socket).exists(), "{args:?} leaves no socket");
+    }
+}
+
+#[test]
+fn sigterm_finishes_requests_and_removes_the_socket() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let (_folder, socket) = folder();
+        let mut program = Program::serve(&socket, &[]);
+        let front = Front::connect(&socket);
+        front.negotiate();
+        let region = Region::new(0, 1 << 20);
+        region.add(&front);
+        let mut ring = Ring::new(&region, 0, 0x10000);
+        ring.start(&front);
+        ring.check_io(0);
+        ring.submit(4, 0, (0, 0));
+        program.signal(signal);
+        assert_eq!(program.wait().code(), Some(0));
+        assert!(matches!(ring.poll(), Some(0) | None));
+        front.wait_for_end();
+        assert!(!socket.exists());
+        program.wait_for("ring 0: reads=1 writes=1");
+    }
+}
+
+#[test]
+fn sigterm_in_the_middle_of_a_message() {
+    let (_folder, socket) = folder();
+    let mut program = Program::serve(&socket, &[]);
+    let front = Front::connect(&socket);
+    // A header without its body.
+    front.raw(&[&8u32.to_ne_bytes()[..], &1u32.to_ne_bytes(), &8u32.to_ne_bytes()].concat());
+    program.wait_for("a front-end connected");
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+}
+
+#[test]
+fn sigusr1_prints_the_counters() {
+    let (_folder, socket) = folder();
+    let program = Program::serve(&socket, &[]);
+    program.signal(Signal::USR1);
+    program.wait_for("no ring has been used yet");
+    check_disk(&Front::connect(&socket));
+    program.signal(Signal::USR1);
+    program.wait_for("ring 0: reads=1 writes=1 flushes=0");
+    check_disk(&Front::connect(&socket));
+    program.signal(Signal::USR1);
+    program.wait_for("ring 0: reads=2 writes=2 flushes=0");
+    assert_eq!(program.lines_with("ring 1:"), 0, "rings never used are not printed");
+}
+
+#[test]
+fn an_inherited_listening_socket() {
+    let (_folder, socket) = folder();
+    let listener = UnixListener::bind(&socket).unwrap();
+    let number = listener.as_raw_fd().to_string();
+    let mut program = Program::start(&["--device", "sim:64M", "--fd", &number], Some(&listener));
+    drop(listener);
+    for _ in 0..2 {
+        check_disk(&Front::connect(&socket));
+    }
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    assert!(socket.exists(), "it is not ours to remove");
+}
+
+#[test]
+fn an_inherited_connection_is_served_to_its_end() {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let number = theirs.as_raw_fd().to_string();
+    let mut program = Program::start(&["--device", "sim:64M", "--fd", &number], Some(&theirs));
+    drop(theirs);
+    let front = Front::on(ours);
+    check_disk(&front);
+    drop(front);
+    assert_eq!(program.wait().code(), Some(0), "nobody can come any more");
+}
+
+#[test]
+fn a_stale_socket_is_replaced() {
+    let (_folder, socket) = folder();
+    drop(Program::serve(&socket, &[]));
+    assert!(socket.exists(), "killed, it leaves its socket");
+    let _program = Program::serve(&socket, &[]);
+    check_disk(&Front::connect(&socket));
+}
+
+#[test]
+fn several_exports_by_a_file() {
+    let (folder, _) = folder();
+    let file = folder.path().join("c.toml");
+    let path = |name: &str| folder.path().join(name);
+    let export = |device: &str, name: &str| {
+        format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"{}\"\n", path(name).display())
+    };
+    std::fs::write(&file, [export("sim:64M", "a"), export("sim:64M", "b"), export("sim:32M", "c")].concat()).unwrap();
+    let mut program = Program::start(&["--config", file.to_str().unwrap()], None);
+    eventually("three exports", || program.lines_with("is ready for a front-end") == 3);
+    ["a", "b", "c"].iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    assert!(["a", "b", "c"].iter().all(|name| !path(name).exists()));
+}
+
+#[test]
+fn sharing_is_told_once_and_wrong_messages_once() {
+    let (_folder, socket) = folder();
+    let program = Program::serve(&socket, &["--queues", "80"]);
+    let front = Front::connect(&socket);
+    front.negotiate();
+    let region = Region::new(0, 80 * 0x10000);
+    region.add(&front);
+    let mut rings: Vec<Ring> = (0..80).map(|index| Ring::new(&region, index, u64::from(index) * 0x10000)).collect();
+    rings.iter().for_each(|ring| ring.start(&front));
+    rings.iter_mut().for_each(|ring| ring.check_io(0));
+    (0..10).for_each(|_| front.refuse(SEND_RARP, &[0; 8], &[]));
+    assert_eq!(program.lines_with("queue pairs are in use; further rings share one"), 1);
+    assert_eq!(program.lines_with("SEND_RARP refused: it is not offered"), 1);
+}

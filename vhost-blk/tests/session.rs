@@ -1,0 +1,642 @@
+//! Sessions over their sockets, against the embedded controller: messages in every order, memory that comes and goes,
+//! front-ends that come and go, and messages that are wrong.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+
+use common::*;
+use tempfile::TempDir;
+use vhost_blk::config::{ExportSettings, Listen, Settings};
+use vhost_blk::target::Target;
+
+const MIB: u64 = 1 << 20;
+
+struct Served {
+    target: Target,
+    folder: TempDir,
+}
+
+impl Served {
+    fn socket(&self, number: usize) -> PathBuf {
+        self.folder.path().join(number.to_string())
+    }
+
+    fn connect(&self) -> Front {
+        Front::connect(&self.socket(0))
+    }
+}
+
+/// Serves disks; `change` adapts the settings of each.
+fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Served {
+    let _ =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).is_test(true).try_init();
+    let folder = tempfile::tempdir().unwrap();
+    let exports = (0..count)
+        .map(|number| {
+            let mut export = ExportSettings {
+                device: "sim:64M".parse().unwrap(),
+                listen: Listen::Path(folder.path().join(number.to_string())),
+                namespace: None,
+                queues: 4,
+                queue_size: 256,
+                read_only: false,
+                serial: None,
+            };
+            change(number, &mut export);
+            export
+        })
+        .collect();
+    let target = Target::start(&Settings { cpus: vec![], exports }).unwrap();
+    Served { target, folder }
+}
+
+fn one() -> Served {
+    serve(1, |_, _| {})
+}
+
+fn with_cache() -> Served {
+    serve(1, |_, export| export.device = "sim:64M,write-cache=on".parse().unwrap())
+}
+
+#[test]
+fn a_disk_is_written_and_read() {
+    let served = with_cache();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    (0..20).for_each(|at| ring.check_io(at * 64));
+    assert_eq!(ring.flush(), 0);
+    ring.stop(&front);
+    let totals = served.target.totals();
+    assert_eq!((totals.reads, totals.writes, totals.flushes, totals.errors, totals.copies), (20, 20, 1, 0, 0));
+}
+
+#[test]
+fn what_is_offered() {
+    let served = serve(1, |_, export| export.queues = 7);
+    let front = served.connect();
+    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS; neither in-flight tracking nor a log.
+    assert_eq!(front.ask_u64(GET_PROTOCOL_FEATURES), 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15);
+    let features = front.ask_u64(GET_FEATURES);
+    front.negotiate();
+    // SEG_MAX, BLK_SIZE, TOPOLOGY, MQ, INDIRECT, EVENT_IDX, protocol features, VERSION_1, PACKED.
+    let always = 1 << 2 | 1 << 6 | 1 << 10 | 1 << 12 | 1 << 28 | 1 << 29 | 1 << 30 | 1 << 32 | 1 << 34;
+    assert_eq!(features & always, always);
+    assert_eq!(features & 1 << 5, 0, "not read-only");
+    assert_eq!(front.ask_u64(GET_QUEUE_NUM), 7);
+    assert_eq!(front.ask_u64(GET_MAX_MEM_SLOTS), 509);
+    assert_eq!(front.config(0, 8), (64 * MIB / 512).to_le_bytes());
+    assert_eq!(front.config(34, 2), 7u16.to_le_bytes());
+    assert_eq!(front.config(0, 256).len(), 256);
+    let seg_max = u32::from_le_bytes(front.config(12, 4).try_into().unwrap());
+    assert!(seg_max >= 512);
+}
+
+#[test]
+fn every_order_of_the_messages() {
+    let served = one();
+    // Memory, size, addresses, kick, enable: 120 orders, each a session of its own.
+    let mut orders: Vec<Vec<usize>> = vec![vec![]];
+    for _ in 0..5 {
+        orders = orders
+            .iter()
+            .flat_map(|order| {
+                (0..5)
+                    .filter(|step| !order.contains(step))
+                    .map(|step| [&order[..], &[step]].concat())
+                    .collect::<Vec<_>>()
+            })
+            .collect();
+    }
+    assert_eq!(orders.len(), 120);
+    for order in orders {
+        let front = served.connect();
+        front.negotiate();
+        let region = Region::new(0, MIB);
+        let mut ring = Ring::new(&region, 1, 0x20000);
+        for step in &order {
+            match step {
+                0 => region.add(&front),
+                1 => front.set_ring(SET_VRING_NUM, 1, ring.size.into()),
+                2 => front.accept(SET_VRING_ADDR, &ring.addresses(), &[]),
+                3 => ring.set_event(&front, SET_VRING_KICK, Some(&ring.kick)),
+                _ => ring.enable(&front, true),
+            }
+        }
+        ring.check_io(8);
+        ring.stop(&front);
+    }
+}
+
+#[test]
+fn without_protocol_features_rings_are_enabled_from_the_start() {
+    let served = one();
+    let front = served.connect();
+    let features = front.ask_u64(GET_FEATURES) & !(F_PROTOCOL_FEATURES | F_EVENT_IDX | F_RING_PACKED);
+    front.send(SET_OWNER, 0, &[], &[]);
+    front.send(SET_FEATURES, 0, &features.to_ne_bytes(), &[]);
+    let region = Region::new(0, MIB);
+    let (body, fds) = table(&[&region]);
+    front.send(SET_MEM_TABLE, 0, &body, &fds);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    front.send(SET_VRING_NUM, 0, &state(0, 64), &[]);
+    front.send(SET_VRING_BASE, 0, &state(0, 0), &[]);
+    front.send(SET_VRING_ADDR, 0, &ring.addresses(), &[]);
+    front.send(SET_VRING_KICK, 0, &0u64.to_ne_bytes(), &[ring.kick.as_raw_fd()]);
+    ring.check_io(0);
+    ring.stop(&front);
+}
+
+#[test]
+fn a_disabled_ring_rests_and_goes_on() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    ring.enable(&front, false);
+    ring.submit(4, 0, (0, 0));
+    // Another ring answers meanwhile, so the worker had its chance.
+    let mut other = Ring::new(&region, 1, 0x20000);
+    other.start(&front);
+    (0..50).for_each(|at| other.check_io(at));
+    assert_eq!(ring.poll(), None, "a disabled ring is not processed");
+    ring.enable(&front, true);
+    assert_eq!(ring.wait(), 0);
+    ring.check_io(8);
+    // Enabling what is enabled changes nothing.
+    ring.enable(&front, true);
+    ring.check_io(16);
+    ring.stop(&front);
+}
+
+#[test]
+fn a_stopped_ring_goes_on_where_it_was() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    for round in 0..5 {
+        ring.start(&front);
+        ring.check_io(round * 8);
+        ring.stop(&front);
+        ring.stop(&front);
+    }
+}
+
+#[test]
+fn descriptors_change_under_a_running_ring() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    // No call descriptor: the guest polls.
+    ring.set_event(&front, SET_VRING_CALL, None);
+    let _ = ring.call.read();
+    ring.check_io(8);
+    assert!(ring.call.read().is_err(), "nobody is called");
+    let call = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    ring.set_event(&front, SET_VRING_CALL, Some(&call));
+    ring.check_io(16);
+    eventually("the new call descriptor is written", || call.read().is_ok());
+    // A new kick, an error descriptor, and a kick by polling.
+    ring.kick = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    ring.set_event(&front, SET_VRING_KICK, Some(&ring.kick));
+    ring.set_event(&front, SET_VRING_ERR, Some(&call));
+    ring.check_io(24);
+    ring.set_event(&front, SET_VRING_KICK, None);
+    ring.check_io(32);
+    ring.stop(&front);
+}
+
+#[test]
+fn memory_comes_while_rings_run() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    // Requests run all the time; each new region is used at once.
+    let mut regions = Vec::new();
+    for number in 0..20u64 {
+        ring.submit(4, 0, (0, 0));
+        let more = Region::new(0x1000_0000 + number * MIB, MIB);
+        more.add(&front);
+        assert_eq!(ring.wait(), 0);
+        assert_eq!(ring.request(0, 0, (more.guest + 0x5000, 8192)), 0, "read into region {number}");
+        regions.push(more);
+    }
+    // And it goes again, whether the message has a descriptor or not.
+    for (number, region) in regions.iter().enumerate() {
+        ring.submit(4, 0, (0, 0));
+        let descriptor = [region.file.as_raw_fd()];
+        front.accept(REM_MEM_REG, &region.single(), if number % 2 == 0 { &descriptor } else { &[] });
+        assert_eq!(ring.wait(), 0);
+        assert_ne!(ring.request(0, 0, (region.guest + 0x5000, 8192)), 0, "region {number} is gone");
+        ring.check_io(8);
+    }
+    ring.stop(&front);
+}
+
+#[test]
+fn a_whole_new_table_while_rings_run() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let (first, second) = (Region::new(0, MIB), Region::new(0x4000_0000, MIB));
+    let (body, fds) = table(&[&first]);
+    front.accept(SET_MEM_TABLE, &body, &fds);
+    let mut ring = Ring::new(&first, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    let (body, fds) = table(&[&first, &second]);
+    front.accept(SET_MEM_TABLE, &body, &fds);
+    assert_eq!(ring.request(0, 0, (second.guest, 4096)), 0);
+    let (body, fds) = table(&[&first]);
+    front.accept(SET_MEM_TABLE, &body, &fds);
+    assert_ne!(ring.request(0, 0, (second.guest, 4096)), 0);
+    ring.check_io(8);
+    // The ring's own memory goes: it waits, and goes on when it is back.
+    let (body, fds) = table(&[&second]);
+    front.accept(SET_MEM_TABLE, &body, &fds);
+    ring.submit(4, 0, (0, 0));
+    let (body, fds) = table(&[&second, &first]);
+    assert_eq!(ring.poll(), None);
+    front.accept(SET_MEM_TABLE, &body, &fds);
+    assert_eq!(ring.wait(), 0);
+    ring.stop(&front);
+}
+
+#[test]
+fn hundreds_of_regions() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let slots = front.ask_u64(GET_MAX_MEM_SLOTS);
+    let regions: Vec<Region> = (0..slots).map(|number| Region::new(number * MIB, 0x40000)).collect();
+    regions.iter().for_each(|region| region.add(&front));
+    let mut ring = Ring::new(regions.last().unwrap(), 0, (slots - 1) * MIB);
+    ring.start(&front);
+    ring.check_io(0);
+    for region in &regions {
+        assert_eq!(ring.request(0, 0, (region.guest + 0x20000, 4096)), 0);
+    }
+    front.refuse(ADD_MEM_REG, &Region::new(slots * MIB, MIB).single(), &[regions[0].file.as_raw_fd()]);
+    ring.check_io(8);
+}
+
+#[test]
+fn memory_that_cannot_be_is_refused() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(MIB, MIB);
+    region.add(&front);
+    let add = |region: &Region| (region.single(), [region.file.as_raw_fd()]);
+    // Twice the same; overlapping; longer than its file; not in whole pages; without a descriptor.
+    let (body, fd) = add(&region);
+    front.refuse(ADD_MEM_REG, &body, &fd);
+    let overlapping = Region::new(MIB + 0x1000, MIB);
+    let (body, fd) = add(&overlapping);
+    front.refuse(ADD_MEM_REG, &body, &fd);
+    let short = Region::new(16 * MIB, MIB);
+    short.file.set_len(0x1000).unwrap();
+    let (body, fd) = add(&short);
+    front.refuse(ADD_MEM_REG, &body, &fd);
+    let mut crooked = Region::new(32 * MIB, MIB);
+    crooked.bytes -= 1;
+    let (body, fd) = add(&crooked);
+    front.refuse(ADD_MEM_REG, &body, &fd);
+    front.refuse(ADD_MEM_REG, &Region::new(64 * MIB, MIB).single(), &[]);
+    front.refuse(REM_MEM_REG, &Region::new(64 * MIB, MIB).single(), &[]);
+    // What was there works.
+    let mut ring = Ring::new(&region, 0, MIB);
+    ring.start(&front);
+    ring.check_io(0);
+}
+
+#[test]
+fn a_hundred_front_ends_one_after_the_other() {
+    let served = one();
+    for number in 0..100u64 {
+        let front = served.connect();
+        front.negotiate();
+        let region = Region::new(0, MIB);
+        region.add(&front);
+        let mut rings: Vec<Ring> = (0..4).map(|index| Ring::new(&region, index, u64::from(index) * 0x10000)).collect();
+        for ring in &mut rings {
+            ring.start(&front);
+            ring.check_io(number);
+        }
+        match number % 3 {
+            0 => rings.iter().for_each(|ring| ring.stop(&front)),
+            // It dies with requests under way.
+            1 => rings.iter_mut().for_each(|ring| ring.submit(0, 0, (ring.data(), 4096))),
+            _ => {}
+        }
+    }
+    assert_eq!(served.target.totals().errors, 0);
+}
+
+#[test]
+fn front_ends_wait_for_their_turn() {
+    let served = one();
+    let (first, second) = (served.connect(), served.connect());
+    first.negotiate();
+    second.send(GET_FEATURES, 0, &[], &[]);
+    first.negotiate();
+    drop(first);
+    assert!(second.reply(GET_FEATURES).is_some());
+}
+
+#[test]
+fn reset_device_begins_anew_and_keeps_memory() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    for round in 0..3 {
+        let mut ring = Ring::new(&region, 0, 0x10000);
+        ring.start(&front);
+        ring.check_io(round);
+        ring.submit(4, 0, (0, 0));
+        front.accept(RESET_DEVICE, &[], &[]);
+        assert!(matches!(ring.poll(), Some(0) | None), "finished, or not begun");
+        assert_eq!(front.vring_base(0), 0);
+        ring.submit(4, 0, (0, 0));
+        // Nothing runs after a reset until everything is told again.
+        ring.enable(&front, true);
+        ring.set_event(&front, SET_VRING_KICK, Some(&ring.kick));
+        assert_eq!(ring.poll(), None);
+        front.accept(RESET_DEVICE, &[], &[]);
+    }
+}
+
+#[test]
+fn reset_owner_disables_the_rings() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    front.accept(RESET_OWNER, &[], &[]);
+    ring.start(&front);
+    ring.check_io(8);
+    ring.stop(&front);
+}
+
+#[test]
+fn the_write_cache_mode() {
+    let served = with_cache();
+    let front = served.connect();
+    let features = front.negotiate();
+    assert_ne!(features & F_FLUSH, 0, "the embedded controller has a volatile write cache");
+    assert_eq!(front.config(32, 1), [1]);
+    front.accept(SET_CONFIG, &config(32, &[0]), &[]);
+    assert_eq!(front.config(32, 1), [0]);
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    front.accept(SET_CONFIG, &config(32, &[1]), &[]);
+    ring.check_io(8);
+    front.refuse(SET_CONFIG, &config(32, &[2]), &[]);
+    front.refuse(SET_CONFIG, &config(0, &[1]), &[]);
+    assert_eq!(front.config(32, 1), [1]);
+    front.accept(SET_CONFIG, &config(32, &[0]), &[]);
+    front.accept(RESET_DEVICE, &[], &[]);
+    assert_eq!(front.config(32, 1), [1], "a reset brings the default back");
+}
+
+#[test]
+fn a_read_only_disk() {
+    let served = serve(1, |_, export| export.read_only = true);
+    let front = served.connect();
+    assert_ne!(front.negotiate() & 1 << 5, 0);
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    assert_eq!(ring.write_one(0), 1, "IOERR");
+    assert_eq!(ring.read_one(0), 0);
+    front.refuse(SET_CONFIG, &config(32, &[0]), &[]);
+}
+
+#[test]
+fn wrong_messages_are_refused_and_nothing_is_lost() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    let event = ring.kick.as_raw_fd();
+    let (_pipe, pipe) = std::io::pipe().unwrap();
+
+    // Of a ring that does not exist, a running one, or with values that cannot be.
+    front.refuse(SET_VRING_NUM, &state(4, 64), &[]);
+    front.refuse(SET_VRING_NUM, &state(u32::MAX, 64), &[]);
+    front.refuse(SET_VRING_NUM, &state(0, 64), &[]);
+    front.refuse(SET_VRING_NUM, &state(1, 0), &[]);
+    front.refuse(SET_VRING_NUM, &state(1, 512), &[]);
+    front.refuse(SET_VRING_NUM, &state(1, 65536 + 64), &[]);
+    front.refuse(SET_VRING_BASE, &state(0, 0), &[]);
+    front.refuse(SET_VRING_BASE, &state(9, 0), &[]);
+    front.refuse(SET_VRING_ENABLE, &state(4, 1), &[]);
+    front.refuse(SET_VRING_ENABLE, &state(0, 2), &[]);
+    let moved = Ring::new(&region, 0, 0x20000);
+    front.refuse(SET_VRING_ADDR, &moved.addresses(), &[]);
+    let mut crooked = Ring::new(&region, 1, 0x20000).addresses();
+    crooked[8] |= 1;
+    front.refuse(SET_VRING_ADDR, &crooked, &[]);
+    let mut logged = Ring::new(&region, 1, 0x20000).addresses();
+    logged[4] = 1;
+    front.refuse(SET_VRING_ADDR, &logged, &[]);
+    // Descriptors: too few, too many, of the wrong kind.
+    front.refuse(SET_VRING_KICK, &0u64.to_ne_bytes(), &[]);
+    front.refuse(SET_VRING_KICK, &0x100u64.to_ne_bytes(), &[event]);
+    front.refuse(SET_VRING_CALL, &1u64.to_ne_bytes(), &[event, event]);
+    front.refuse(SET_VRING_CALL, &1u64.to_ne_bytes(), &[pipe.as_raw_fd()]);
+    front.refuse(SET_VRING_ERR, &200u64.to_ne_bytes(), &[event]);
+    front.refuse(SET_VRING_NUM, &state(1, 64), &[event]);
+    // Wrong lengths.
+    front.refuse(SET_VRING_NUM, &[0; 4], &[]);
+    front.refuse(SET_VRING_ADDR, &[0; 100], &[]);
+    front.refuse(SET_OWNER, &[0; 8], &[]);
+    front.refuse(SET_MEM_TABLE, &[0; 8], &[]);
+    front.refuse(SET_MEM_TABLE, &[0xff; 64], &[event]);
+    front.refuse(SET_CONFIG, &[0; 3], &[]);
+    // What is not offered, and what nobody knows.
+    front.refuse(SET_FEATURES, &u64::MAX.to_ne_bytes(), &[]);
+    front.refuse(SET_PROTOCOL_FEATURES, &u64::MAX.to_ne_bytes(), &[]);
+    front.negotiate();
+    front.refuse(SEND_RARP, &0u64.to_ne_bytes(), &[]);
+    front.refuse(1000, &[7; 4000], &[event]);
+    front.refuse(0, &[], &[]);
+    // Unasked-for replies are not expected and not read.
+    front.send(SEND_RARP, 0, &[0; 8], &[]);
+    assert!(front.config(0, 4000).is_empty(), "no configuration there");
+    // The ring has not noticed any of it.
+    ring.check_io(8);
+    ring.stop(&front);
+}
+
+#[test]
+fn messages_beyond_repair_end_the_connection_only() {
+    let served = one();
+    let messages: [&dyn Fn(&Front); 6] = [
+        // Version 2; a body longer than any; a header that stops short; questions that cannot be answered.
+        &|front| front.raw(&[&1u32.to_ne_bytes()[..], &2u32.to_ne_bytes(), &0u32.to_ne_bytes()].concat()),
+        &|front| front.raw(&[&1u32.to_ne_bytes()[..], &1u32.to_ne_bytes(), &u32::MAX.to_ne_bytes()].concat()),
+        &|front| front.raw(&[0; 5]),
+        &|front| front.send(GET_VRING_BASE, 0, &state(77, 0), &[]),
+        &|front| front.send(GET_INFLIGHT_FD, 0, &[0; 24], &[]),
+        &|front| front.send(GET_QUEUE_NUM, 0, &[0; 8], &[]),
+    ];
+    for message in messages {
+        let front = served.connect();
+        front.negotiate();
+        message(&front);
+        front.wait_for_end();
+        let next = served.connect();
+        next.negotiate();
+        let region = Region::new(0, MIB);
+        region.add(&next);
+        let mut ring = Ring::new(&region, 0, 0x10000);
+        ring.start(&next);
+        ring.check_io(0);
+    }
+}
+
+#[test]
+fn a_ring_outside_memory_waits_and_one_that_cannot_be_is_told() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    // Its descriptors begin inside and end outside.
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    let outside = Region::new(0x100000 - 0x1000, 0x40000);
+    let crossing = Ring::new(&outside, 1, 0x100000 - 0x200);
+    let error = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+    crossing.set_event(&front, SET_VRING_ERR, Some(&error));
+    crossing.enable(&front, true);
+    front.set_ring(SET_VRING_NUM, 1, 64);
+    let mut addresses = ring.addresses();
+    addresses[..4].copy_from_slice(&1u32.to_ne_bytes());
+    addresses[8..16].copy_from_slice(&(0x100000u64 - 0x200 + USER).to_ne_bytes());
+    front.accept(SET_VRING_ADDR, &addresses, &[]);
+    front.refuse(SET_VRING_KICK, &1u64.to_ne_bytes(), &[crossing.kick.as_raw_fd()]);
+    assert_eq!(error.read().unwrap(), 1);
+    // Others are not concerned, and the ring works once it is where it should be.
+    ring.start(&front);
+    ring.check_io(0);
+    front.vring_base(1);
+    let mut mended = Ring::new(&region, 1, 0x40000);
+    mended.start(&front);
+    mended.check_io(64);
+}
+
+#[test]
+fn two_exports_on_one_controller() {
+    let served = serve(2, |number, export| export.read_only = number == 1);
+    let (writer, reader) = (Front::connect(&served.socket(0)), Front::connect(&served.socket(1)));
+    writer.negotiate();
+    reader.negotiate();
+    // Both guests have memory at guest address 0.
+    let (write_region, read_region) = (Region::new(0, MIB), Region::new(0, MIB));
+    write_region.add(&writer);
+    read_region.add(&reader);
+    let mut write_ring = Ring::new(&write_region, 0, 0x10000);
+    let mut read_ring = Ring::new(&read_region, 0, 0x10000);
+    write_ring.start(&writer);
+    read_ring.start(&reader);
+    for sector in (0..80).step_by(8) {
+        write_ring.check_io(sector);
+        assert_eq!(read_ring.read_one(sector), 0);
+        use vm_memory::{Bytes, GuestAddress};
+        let (mut written, mut read) = (vec![0; 4096], vec![0; 4096]);
+        write_region.memory.read_slice(&mut written, GuestAddress(write_ring.data())).unwrap();
+        read_region.memory.read_slice(&mut read, GuestAddress(read_ring.data())).unwrap();
+        assert!(written == read, "the same namespace");
+    }
+    drop(writer);
+    assert_eq!(read_ring.read_one(0), 0, "one guest goes, the other stays");
+}
+
+#[test]
+fn more_rings_than_queue_pairs() {
+    const RINGS: u32 = 80;
+    let served = serve(1, |_, export| export.queues = RINGS as u16);
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, 0x10000 * u64::from(RINGS));
+    region.add(&front);
+    let mut rings: Vec<Ring> = (0..RINGS).map(|index| Ring::new(&region, index, u64::from(index) * 0x10000)).collect();
+    for round in 0..2 {
+        rings.iter().for_each(|ring| ring.start(&front));
+        for (number, ring) in rings.iter_mut().enumerate() {
+            ring.check_io(number as u64 * 8 + round);
+        }
+        // All at once, too.
+        rings.iter_mut().for_each(|ring| ring.submit(4, 0, (0, 0)));
+        rings.iter_mut().for_each(|ring| assert_eq!(ring.wait(), 0));
+        rings.iter().for_each(|ring| ring.stop(&front));
+    }
+}
+
+#[test]
+fn blocks_of_4096_bytes() {
+    let served = serve(1, |_, export| export.device = "sim:64M,lba=4096".parse().unwrap());
+    let front = served.connect();
+    front.negotiate();
+    assert_eq!(front.config(20, 4), 4096u32.to_le_bytes());
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(8);
+    assert_eq!(ring.read_one(1), 1, "not a multiple of the block");
+}
+
+#[test]
+fn stopping_the_target_finishes_requests() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    ring.submit(4, 0, (0, 0));
+    let Served { target, folder } = served;
+    target.stop().unwrap();
+    assert!(matches!(ring.poll(), Some(0) | None));
+    front.wait_for_end();
+    assert!(!folder.path().join("0").exists(), "the socket is removed");
+}
