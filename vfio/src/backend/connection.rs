@@ -17,7 +17,7 @@ use vfio_user::Client;
 use super::socket::ClientSocket;
 use crate::Error;
 
-type Request = Box<dyn FnOnce(&mut Client) + Send>;
+type Request = Box<dyn FnOnce(&mut Client, &State) + Send>;
 
 /// A connection to a vfio-user server.
 pub(crate) struct Connection {
@@ -96,7 +96,13 @@ impl Connection {
             return Err(disconnected(reason));
         }
         let (reply, answer) = mpsc::sync_channel(1);
-        let job: Request = Box::new(move |client| _ = reply.send(ask(client)));
+        let job: Request = Box::new(move |client, state| {
+            match catch_unwind(AssertUnwindSafe(|| ask(client))) {
+                Ok(answer) => _ = reply.send(answer),
+                // Noted before `reply` is dropped, which is what the caller sees.
+                Err(panic) => state.break_down(format!("a reply made no sense ({})", panic_text(&*panic))),
+            }
+        });
         if self.requests.send(job).is_err() {
             return Err(disconnected(self.state.broken().unwrap_or_else(|| "its thread has ended".into())));
         }
@@ -130,17 +136,14 @@ impl Connection {
     }
 }
 
-/// Runs requests until the [`Connection`] is dropped or broken.
+/// Runs requests until the [`Connection`] is dropped, or broken when a request comes.
 fn serve(mut client: Client, incoming: mpsc::Receiver<Request>, state: &State) {
     while let Ok(request) = incoming.recv() {
         // A request whose caller has given up must not be sent after all.
         if state.broken().is_some() {
             break;
         }
-        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| request(&mut client))) {
-            state.break_down(format!("a reply made no sense ({})", panic_text(&*panic)));
-            break;
-        }
+        request(&mut client, state);
     }
     // Nobody listens if this fails.
     let _ = client.shutdown();
@@ -155,4 +158,84 @@ fn loses_the_stream(error: &vfio_user::Error) -> bool {
 fn panic_text(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
     text.unwrap_or("no reason given").lines().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    /// A connection to a server that negotiates, has no regions, and says no more.
+    fn connection(deadline: Duration) -> (tempfile::TempDir, Connection, thread::JoinHandle<()>) {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+            let mut message = [0; 1024];
+            let version = b"\0\0\x01\0{\"capabilities\":{}}\0";
+            let info = [16u32, 2, 0, 0].map(u32::to_ne_bytes).concat();
+            for payload in [&version[..], &info] {
+                assert!(stream.read(&mut message).unwrap() >= 16);
+                let size = (16 + payload.len() as u32).to_ne_bytes();
+                stream.write_all(&[&message[..4], &size, &1u32.to_ne_bytes(), &[0; 4], payload].concat()).unwrap();
+            }
+            while stream.read(&mut message).expect("the client leaves in time") > 0 {}
+        });
+        let connection = Connection::open(&path, deadline).unwrap();
+        (directory, connection, server)
+    }
+
+    #[test]
+    fn a_panic_ends_the_connection_and_is_told() {
+        let (_directory, connection, server) = connection(Duration::from_secs(10));
+        let error = connection.call::<()>("test", |_| std::panic::resume_unwind(Box::new("odd reply"))).unwrap_err();
+        assert!(error.to_string().contains("odd reply"), "{error}");
+        let error = connection.call("another test", |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("odd reply") && connection.is_broken(), "{error}");
+        drop(connection);
+        server.join().unwrap();
+    }
+
+    #[test]
+    fn what_waits_behind_a_stuck_request_is_not_sent() {
+        let (_directory, connection, server) = connection(Duration::from_millis(300));
+        let (running, told) = mpsc::channel();
+        let ran = Arc::new(AtomicBool::new(false));
+        thread::scope(|scope| {
+            let stuck = scope.spawn(|| {
+                connection.call("stuck", move |client| {
+                    running.send(()).unwrap();
+                    client.reset()
+                })
+            });
+            told.recv_timeout(Duration::from_secs(10)).unwrap();
+            let mark = ran.clone();
+            let behind = connection.call("behind", move |_| {
+                mark.store(true, Ordering::Relaxed);
+                Ok(())
+            });
+            assert!(behind.is_err() && stuck.join().unwrap().is_err());
+        });
+        drop(connection);
+        server.join().unwrap();
+        assert!(!ran.load(Ordering::Relaxed), "its caller was told that it failed");
+    }
+
+    #[test]
+    fn an_error_that_keeps_the_stream_keeps_the_connection() {
+        let (_directory, connection, server) = connection(Duration::from_secs(10));
+        let error = connection.call::<()>("test", |_| Err(vfio_user::Error::InvalidInput)).unwrap_err();
+        assert!(matches!(error, Error::Server { request: "test", .. }), "{error}");
+        assert_eq!(connection.call("test", |_| Ok(5)).unwrap(), 5);
+        let lost = || vfio_user::Error::StreamRead(std::io::ErrorKind::UnexpectedEof.into());
+        assert!(matches!(connection.call::<()>("test", move |_| Err(lost())), Err(Error::Disconnected { .. })));
+        assert!(connection.is_broken());
+        drop(connection);
+        server.join().unwrap();
+    }
 }

@@ -206,13 +206,15 @@ impl TestServer {
         TestServer { _directory: directory, socket, memory, state }
     }
 
-    pub fn try_open(&self) -> Result<Device, Error> {
-        let options = OpenOptions { request_timeout: Duration::from_millis(500) };
+    /// Opens the device; requests may take `timeout`.
+    pub fn open_within(&self, timeout: Duration) -> Result<Device, Error> {
+        let options = OpenOptions { request_timeout: timeout };
         Device::open_with(&Address::VfioUser(self.socket.clone()), &options)
     }
 
+    /// Opens the device; requests may take so long that only a server that is stuck takes longer.
     pub fn open(&self) -> Device {
-        self.try_open().unwrap()
+        self.open_within(Duration::from_secs(20)).unwrap()
     }
 
     /// What the server sees of the register at `offset`, if that is mapped.
