@@ -1,5 +1,6 @@
 //! A device's registers: typed accesses to its BARs, and doorbells.
 
+use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -251,6 +252,18 @@ fn acquire_dma_loads() {
     };
     #[cfg(not(target_arch = "aarch64"))]
     std::sync::atomic::fence(Ordering::Acquire);
+}
+
+impl fmt::Debug for Bar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Bar({}, {:#x} bytes)", self.inner.index, self.size())
+    }
+}
+
+impl fmt::Debug for Doorbell {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.is_mapped() { "Doorbell(mapped)" } else { "Doorbell(by request)" })
+    }
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The PCI configuration space (PCI Local Bus 3.0, section 6.1; capabilities: section 6.7).
 
+use std::fmt;
 use std::sync::Arc;
 
 use crate::Error;
@@ -117,6 +118,12 @@ fn read<const N: usize>(backend: &dyn Backend, offset: u16) -> Result<[u8; N], E
 fn write<const N: usize>(backend: &dyn Backend, offset: u16, data: [u8; N]) -> Result<(), Error> {
     check(backend, offset, N)?;
     backend.write(CONFIG_REGION, offset.into(), &data)
+}
+
+impl fmt::Debug for ConfigSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ConfigSpace")
+    }
 }
 
 #[cfg(test)]

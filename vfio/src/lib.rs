@@ -58,8 +58,8 @@
 //! [`Error::Disconnected`] from then on, and never holds a caller. Mapped registers and memory stay valid meanwhile; the
 //! server just does not see them any more. Open the device again to go on.
 //!
-//! The client does not look at the error flag of replies. So a server's refusal to map memory for DMA or to reset goes
-//! unnoticed here, and a refused register access ends in a timeout.
+//! The client does not look at the error flag of replies. So a server's refusal to map memory for DMA, to reset or to
+//! change interrupts goes unnoticed here, and a refused register access or unmapping ends in a timeout.
 //!
 //! # Kernel VFIO
 //!

@@ -102,9 +102,12 @@ fn a_refused_read_is_an_error() {
 #[test]
 fn a_refused_dma_map_goes_unnoticed() {
     let server = TestServer::start(Behaviour { refuse_dma: true, ..Behaviour::default() });
-    let device = server.open();
+    let device = server.open_within(DEADLINE).unwrap();
     let buffer = device.dma().allocate(4096).unwrap();
     assert!(!server.has_dma(buffer.iova()));
+    // The refusal to unmap it is what ends the connection.
+    drop(buffer);
+    assert!(matches!(device.reset(), Err(Error::Disconnected { .. })));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Buffers for the device's structures and data, cut from chunks that are mapped once.
 
+use std::fmt;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -197,5 +198,17 @@ impl<T> Deref for DmaSlice<T> {
 impl<T> Clone for DmaSlice<T> {
     fn clone(&self) -> DmaSlice<T> {
         DmaSlice { _piece: self._piece.clone(), _elements: PhantomData, ..*self }
+    }
+}
+
+impl fmt::Debug for DmaBuffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaBuffer({:#x}, {:#x} bytes)", self.iova(), self.len())
+    }
+}
+
+impl<T> fmt::Debug for DmaSlice<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaSlice({:#x}, {} elements)", self.iova, self.count)
     }
 }

@@ -1,6 +1,7 @@
 //! Memory in shared files: what a device of another process, or the IOMMU, can reach.
 
 use std::ffi::CStr;
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
@@ -240,6 +241,12 @@ pub(crate) fn memlock_limit() -> String {
         _ if result != 0 => "not known".into(),
         libc::RLIM_INFINITY => "unlimited".into(),
         bytes => format!("{} KiB", bytes >> 10),
+    }
+}
+
+impl fmt::Debug for SharedMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "SharedMemory({:#x} bytes at {:#x} of its file)", self.bytes, self.file_offset)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Memory that a device can reach.
 
+use std::fmt;
 use std::fs::File;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -153,8 +154,14 @@ impl Drop for DmaMapping {
     }
 }
 
-impl std::fmt::Debug for DmaMapping {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for DmaSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "DmaSpace({})", self.inner.device)
+    }
+}
+
+impl fmt::Debug for DmaMapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "DmaMapping({:#x}, {:#x} bytes)", self.iova, self.len)
     }
 }
