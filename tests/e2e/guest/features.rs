@@ -148,7 +148,7 @@ fn several_exports_with_different_rings() {
         let socket = folder.path().join(format!("disk{number}.sock"));
         let image = folder.path().join(format!("disk{number}.img"));
         config += &format!(
-            "[[export]]\ndevice = \"sim:128M,file={}\"\nsocket-path = \"{}\"\nserial = \"disk{number}\"\n",
+            "[[export]]\ndevice = \"sim:128M,write-cache=on,file={}\"\nsocket-path = \"{}\"\nserial = \"disk{number}\"\n",
             image.display(),
             socket.display()
         );

@@ -1,8 +1,9 @@
 //! What was written is there afterwards.
 
 use e2e::{Initramfs, Kernel, Machine, Target};
+use nvme_sim::{Config, NamespaceConfig, Simulator};
 
-use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on};
+use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on, on_peer};
 
 /// Files, file system and checksums stay right: in the same guest, in the next one, and after the target was started anew.
 #[test]
@@ -139,6 +140,50 @@ fn partitions_are_found() {
     assert_eq!(guest.run("cat /sys/block/vda/vda1/start", SHORT).unwrap(), "2048\n");
     assert_eq!(guest.run("sha256sum /dev/vda1", LONG).unwrap(), first);
     guest.run(&on("/dev/vda2", CHECK), LONG).unwrap();
+    guest.power_off(SHORT).unwrap();
+    target.stop().unwrap();
+}
+
+/// The drive loses its power, and with it all that its write cache held. What the guest had synced is not among it.
+#[test]
+fn what_was_synced_survives_a_power_cut() {
+    if on_peer() {
+        return;
+    }
+    let folder = folder();
+    let namespace =
+        NamespaceConfig { bytes: 256 << 20, file: Some(folder.path().join("drive.img")), ..NamespaceConfig::default() };
+    let config = Config { namespaces: vec![namespace], volatile_write_cache: true, ..Config::default() };
+    let drive = Simulator::start(config, &folder.path().join("drive.sock")).unwrap();
+    let serve = || {
+        let (device, socket) = (format!("vfio-user:{}", drive.socket().display()), folder.path().join("disk.sock"));
+        let arguments = ["--device", &device, "--socket-path", &socket.display().to_string()];
+        Target::vhost_blk(folder.path(), &arguments, vec![socket]).unwrap()
+    };
+
+    let target = serve();
+    let mut guest = boot(folder.path(), &target, "num-queues=2");
+    guest.run(&on("/dev/vda", FILL), LONG).unwrap();
+    let script = "set -e
+        mount /dev/vda /mnt
+        dd if=/dev/urandom of=/mnt/last bs=1M count=5 conv=fsync 2>/dev/null
+        sha256sum /mnt/last";
+    let sum = guest.run(script, SHORT).unwrap();
+    // These have reached the drive, and nobody has asked it to keep them.
+    guest.run("dd if=/dev/urandom of=/mnt/x bs=1M count=5 oflag=direct 2>/dev/null", SHORT).unwrap();
+    drop(guest);
+    drop(target);
+    let lost = drive.power_cut().unwrap();
+    assert!(lost > 0, "the drive's cache was empty: this power cut proves nothing");
+
+    let target = serve();
+    let mut guest = boot(folder.path(), &target, "num-queues=2");
+    let output = guest.try_run("e2fsck -fp /dev/vda", SHORT).unwrap();
+    assert!(output.status <= 1, "{output:?}");
+    guest.run("mount /dev/vda /mnt", SHORT).unwrap();
+    assert_eq!(guest.run("sha256sum /mnt/last", SHORT).unwrap(), sum);
+    guest.run("umount /mnt", SHORT).unwrap();
+    guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     guest.power_off(SHORT).unwrap();
     target.stop().unwrap();
 }
