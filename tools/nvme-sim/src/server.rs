@@ -75,12 +75,9 @@ pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
             // and the next one served.
             catch_unwind(AssertUnwindSafe(|| server.run(&mut front_end)))
         });
-        let stopping = shared.stop.load(Ordering::Acquire);
-        if !stopping {
-            front_end_gone(&shared);
-        }
+        front_end_gone(&shared);
         match result {
-            _ if stopping => return,
+            _ if shared.stop.load(Ordering::Acquire) => return,
             Ok(Ok(Ok(()))) => log::info!("the front-end has gone"),
             Ok(Ok(Err(error))) => {
                 log::warn!("the front-end is dropped: {error}");
@@ -98,12 +95,13 @@ pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
 
 /// Leaves nothing of a front-end behind.
 fn front_end_gone(shared: &Shared) {
-    if let Err(error) = shared.ask(Request::Reset) {
-        log::error!("{error}");
-    }
+    let reset = shared.ask(Request::Reset);
     shared.interrupts.disable_all();
     shared.dma.clear();
-    if let Err(error) = shared.ask(Request::RefreshDma) {
+    let refresh = shared.ask(Request::RefreshDma);
+    if let Err(error) = reset.and(refresh)
+        && !shared.stop.load(Ordering::Acquire)
+    {
         log::error!("{error}");
     }
 }

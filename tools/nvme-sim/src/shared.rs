@@ -40,6 +40,7 @@ pub(crate) enum Request {
 }
 
 type Answer = Result<u64, Error>;
+type Requests = VecDeque<(Request, SyncSender<Answer>)>;
 
 /// Counts of what a controller did. Single values may be read at any time; they are not a consistent set.
 #[derive(Debug, Default)]
@@ -83,7 +84,7 @@ pub(crate) struct Shared {
     pub faults: FaultControl,
     pub counters: Counters,
     /// `None` once nobody answers any more.
-    requests: Mutex<Option<VecDeque<(Request, SyncSender<Answer>)>>>,
+    requests: Mutex<Option<Requests>>,
     /// Registers were written, or there are requests.
     attention: AtomicBool,
     pub stop: AtomicBool,

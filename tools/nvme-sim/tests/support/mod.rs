@@ -115,6 +115,7 @@ struct Queue {
     sq: u64,
     cq: u64,
     entries: u16,
+    cq_entries: u16,
     tail: u16,
     head: u16,
     phase: bool,
@@ -124,6 +125,8 @@ pub struct Host {
     pub client: Client,
     pub memory: File,
     next: u64,
+    /// Memory from here on is given out again after [`Host::rewind`].
+    mark: u64,
     doorbells: Option<File>,
     /// Ring by message even though the doorbells can be mapped.
     pub by_message: bool,
@@ -146,6 +149,7 @@ impl Host {
             client,
             memory,
             next: MEMORY,
+            mark: MEMORY,
             doorbells,
             by_message: false,
             stride: 4,
@@ -193,12 +197,17 @@ impl Host {
         self.client.region_write(7, offset, bytes).unwrap();
     }
 
-    /// Page-aligned zeroed memory; its DMA address.
+    /// Page-aligned memory, zero when first given out; its DMA address.
     pub fn allocate(&mut self, bytes: u64) -> u64 {
         let at = self.next;
         self.next += bytes.next_multiple_of(4096);
         assert!(self.next <= MEMORY + MEMORY_BYTES, "out of test memory");
         at
+    }
+
+    /// Gives back all memory but that of queues.
+    pub fn rewind(&mut self) {
+        self.next = self.mark;
     }
 
     pub fn put(&self, iova: u64, bytes: &[u8]) {
@@ -233,8 +242,16 @@ impl Host {
         self.write32(0x24, size << 16 | size);
         self.write64(0x28, sq);
         self.write64(0x30, cq);
-        self.queues = vec![Some(Queue { sq, cq, entries, tail: 0, head: 0, phase: true })];
+        self.queues = vec![Some(Queue { sq, cq, entries, cq_entries: entries, tail: 0, head: 0, phase: true })];
         self.shadow = None;
+    }
+
+    /// Puts the admin queues elsewhere, before they are enabled.
+    pub fn relocate_admin(&mut self, sq: u64, cq: u64) {
+        self.write64(0x28, sq);
+        self.write64(0x30, cq);
+        let queue = self.queue(0);
+        (queue.sq, queue.cq) = (sq, cq);
     }
 
     pub fn disable(&mut self) {
@@ -314,7 +331,7 @@ impl Host {
         let completion = self.peek(queue)?;
         let q = self.queue(queue);
         q.head += 1;
-        if q.head == q.entries {
+        if q.head == q.cq_entries {
             q.head = 0;
             q.phase = !q.phase;
         }
@@ -388,7 +405,15 @@ impl Host {
         assert_eq!(self.admin(Host::create_cq_entry(id, entries, cq, flags)).status, 0);
         assert_eq!(self.admin(Host::create_sq_entry(id, entries, sq, id)).status, 0);
         self.queues.resize(self.queues.len().max(usize::from(id) + 1), None);
-        self.queues[usize::from(id)] = Some(Queue { sq, cq, entries, tail: 0, head: 0, phase: true });
+        self.queues[usize::from(id)] =
+            Some(Queue { sq, cq, entries, cq_entries: entries, tail: 0, head: 0, phase: true });
+        self.mark = self.next;
+    }
+
+    /// A pair that the test has created itself.
+    pub fn adopt(&mut self, id: u16, sq: u64, entries: u16, cq: u64, cq_entries: u16) {
+        self.queues.resize(self.queues.len().max(usize::from(id) + 1), None);
+        self.queues[usize::from(id)] = Some(Queue { sq, cq, entries, cq_entries, tail: 0, head: 0, phase: true });
     }
 
     pub fn delete_pair(&mut self, id: u16) {
