@@ -305,6 +305,7 @@ pub(crate) fn drive<P: Plan>(
         if !active {
             match &waiter {
                 Some(waiter) => timed_out = !waiter.collect(queues, WAIT_MS)?,
+                None if options.spin => std::hint::spin_loop(),
                 // The target's threads may need this CPU.
                 None => std::thread::yield_now(),
             }

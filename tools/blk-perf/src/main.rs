@@ -32,6 +32,9 @@ struct Arguments {
     /// Wait for completion notifications instead of polling.
     #[arg(long)]
     interrupts: bool,
+    /// Never give up the CPU while polling; for machines with a CPU for each polling thread.
+    #[arg(long, conflicts_with = "interrupts")]
+    spin: bool,
     /// Client threads; 0: one per queue, but no more than CPUs.
     #[arg(long, value_name = "N", default_value_t = 0)]
     threads: usize,
@@ -83,6 +86,7 @@ impl Arguments {
             packed: self.packed,
             event_idx: self.event_idx,
             interrupts: self.interrupts,
+            spin: self.spin,
             threads: self.threads,
             queue_size: self.queue_size,
             memory_regions: self.regions,

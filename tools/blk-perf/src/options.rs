@@ -27,6 +27,8 @@ pub struct ClientOptions {
     pub event_idx: Option<bool>,
     /// Wait for completions on the queue's eventfd instead of polling the ring.
     pub interrupts: bool,
+    /// Never give up the CPU while polling. For machines with a CPU for each thread of client, target and disk.
+    pub spin: bool,
     /// Client threads; 0: one per queue, but no more than CPUs. Each drives every n-th queue.
     pub threads: usize,
     /// Descriptors per ring; 0: the smallest power of two that holds `depth` requests.
@@ -47,6 +49,7 @@ impl ClientOptions {
             packed: false,
             event_idx: None,
             interrupts: false,
+            spin: false,
             threads: 0,
             queue_size: 0,
             memory_regions: 1,

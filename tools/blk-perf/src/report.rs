@@ -131,7 +131,8 @@ pub struct Report {
     /// Times completions were there and no notification followed although the client had asked for it: a guest would
     /// have slept on. Read-back included.
     pub client_missed_calls: u64,
-    /// Share of the client's looks at its rings that found nothing (0 to 1): near 0, the client is the limit.
+    /// Share of the client's looks at its rings that found nothing (0 to 1). Near 0, the client is the limit, if it had
+    /// a CPU of its own; a look that gives the CPU to others for milliseconds counts as one.
     pub client_empty_polls: f64,
     /// The run was stopped from outside before its end.
     pub interrupted: bool,
