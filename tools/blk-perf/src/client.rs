@@ -166,3 +166,43 @@ impl DiskInfo {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn info(features: VirtioBlkFeatureFlags, block_bytes: u32) -> Result<DiskInfo, Error> {
+        let mut config = VirtioBlkConfig::default();
+        config.capacity = 80_000.into();
+        config.blk_size = block_bytes.into();
+        config.seg_max = 254.into();
+        config.num_queues = 4.into();
+        config.max_discard_sectors = u32::MAX.into();
+        config.max_write_zeroes_sectors = 800.into();
+        DiskInfo::new(features.bits(), &config, &ClientOptions::new("/nowhere"))
+    }
+
+    #[test]
+    fn numbers_are_in_blocks_of_the_disk() {
+        let info = info(VirtioBlkFeatureFlags::all(), 4096).unwrap();
+        assert_eq!((info.blocks, info.block_bytes, info.queues), (10_000, 4096, 4));
+        assert_eq!((info.max_discard_blocks, info.max_write_zeroes_blocks), (u32::MAX / 8, 100));
+        assert_eq!(info.segments, Some(254));
+        assert!(info.read_only && info.flush);
+    }
+
+    #[test]
+    fn fields_without_their_feature_are_not_believed() {
+        let info = info(VirtioBlkFeatureFlags::empty(), 4096).unwrap();
+        assert_eq!((info.blocks, info.block_bytes, info.queues), (80_000, 512, 1));
+        assert_eq!((info.max_discard_blocks, info.max_write_zeroes_blocks, info.segments), (0, 0, None));
+        assert!(!info.read_only && !info.flush);
+    }
+
+    #[test]
+    fn an_absurd_block_size_is_refused() {
+        for block_bytes in [0, 1, 511, 768, 1 << 20, u32::MAX] {
+            assert!(info(VirtioBlkFeatureFlags::BLK_SIZE, block_bytes).is_err(), "{block_bytes}");
+        }
+    }
+}

@@ -227,3 +227,56 @@ pub enum Phase {
     /// Reading back what is known.
     ReadBack,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Expected, Found};
+
+    fn request(kind: Kind) -> Request {
+        Request { kind, lba: 8, blocks: 8, version: 0, index: 0, unmap: false, shift: 0 }
+    }
+
+    #[test]
+    fn queues_are_added_up() {
+        let (mut one, mut two) = (QueueStats::new(), QueueStats::new());
+        for microseconds in 1..=1000 {
+            let stats = if microseconds % 4 == 0 { &mut one } else { &mut two };
+            let kind = if microseconds <= 600 { Kind::Read } else { Kind::Write };
+            stats.record(&request(kind), true, Duration::from_micros(microseconds), 4096);
+        }
+        let report = Report::new(vec![one, two], Polls { all: 4, empty: 3 }, Duration::from_secs(2));
+        assert_eq!((report.operations, report.reads, report.writes), (1000, 600, 400));
+        assert_eq!((report.bytes, report.iops), (4_096_000, 500.0));
+        assert!((report.mib_per_s - 1.953_125).abs() < 1e-9, "{}", report.mib_per_s);
+        assert_eq!(report.client_empty_polls, 0.75);
+        for (value, expected) in
+            [(report.p50_us, 500.0), (report.p90_us, 900.0), (report.p99_us, 990.0), (report.max_us, 1000.0)]
+        {
+            assert!((value / expected - 1.0).abs() < 0.002, "{value} instead of {expected}");
+        }
+        assert!(report.is_success());
+    }
+
+    #[test]
+    fn everything_wrong_is_counted_and_the_first_of_it_described() {
+        let mut stats = QueueStats::new();
+        for lba in 0..100 {
+            stats.record(&request(Kind::Write), false, Duration::ZERO, 4096);
+            let before = stats.mismatches.len();
+            stats.mismatches.push(Mismatch { lba, expected: Expected::Zeroes, found: Found::Foreign });
+            stats.count_mismatches(before);
+        }
+        assert_eq!(stats.totals.bytes, 0, "failed requests moved nothing");
+        let report = Report::new(vec![stats], Polls::default(), Duration::from_secs(1));
+        assert_eq!((report.io_errors, report.verify_errors), (100, 100));
+        assert_eq!(report.failures.len(), DESCRIBED);
+        assert!(report.failures[0].contains("failed a write of 8 blocks at block 8"), "{}", report.failures[0]);
+        assert!(!report.is_success());
+    }
+
+    #[test]
+    fn nothing_done_is_no_success() {
+        assert!(!Report::new(Vec::new(), Polls::default(), Duration::ZERO).is_success());
+    }
+}
