@@ -18,7 +18,7 @@ use std::sync::Arc;
 use vfio::{DmaMapping, DmaSpace};
 use vm_memory::{FileOffset, MmapRegion};
 
-/// Regions have to start and end on a multiple of this many bytes, in guest memory and in their file: the page of an IOMMU.
+/// Regions have to start on a multiple of this many bytes, in guest memory and in their file: the page of an IOMMU.
 pub const PAGE: u64 = 4096;
 
 /// `f_type` of hugetlbfs in `statfs(2)`.
@@ -57,8 +57,8 @@ pub enum Error {
     /// Address plus length does not fit into 64 bits, or into this process.
     #[error("{0} does not fit into the address space")]
     Overflow(RegionDescription),
-    /// An address or the length is not a multiple of [`PAGE`]; an IOMMU cannot map such a region.
-    #[error("{0} does not begin and end at multiples of {PAGE} bytes, which DMA needs")]
+    /// The address or the place in the file is not a multiple of [`PAGE`]; an IOMMU cannot map such a region.
+    #[error("{0} does not begin at a multiple of {PAGE} bytes in guest memory and in its file, which DMA needs")]
     Unaligned(RegionDescription),
     /// The new region overlaps one that is there already.
     #[error("{new} overlaps the {old}")]
@@ -248,7 +248,7 @@ impl GuestMemory {
         if isize::try_from(new.bytes).is_err() {
             return Err(Error::Overflow(*new));
         }
-        if (new.guest_address | new.bytes | new.file_offset) % PAGE != 0 {
+        if (new.guest_address | new.file_offset) % PAGE != 0 {
             return Err(Error::Unaligned(*new));
         }
         for old in self.regions() {
@@ -274,9 +274,12 @@ impl GuestMemory {
         let (mapping, offset_in_mapping, identity) = Region::map(description, file)?;
         let mut region = Region { description, iova: 0, _dma: None, mapping, offset_in_mapping, file: identity };
         let file = region.mapping.file_offset().expect("made from a file in Region::map").file();
-        // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`. The
-        // DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing else unmaps either.
-        let mapped = unsafe { dma.map_raw(file, description.file_offset, region.host(), description.bytes as usize) };
+        // A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
+        let bytes = (description.bytes as usize).next_multiple_of(PAGE as usize);
+        // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
+        // maps whole pages. The DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing
+        // else unmaps either.
+        let mapped = unsafe { dma.map_raw(file, description.file_offset, region.host(), bytes) };
         let mapped = mapped.map_err(|source| Error::Dma { region: description, source })?;
         region.iova = mapped.iova();
         region._dma = Some(mapped);

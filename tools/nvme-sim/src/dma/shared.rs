@@ -43,11 +43,11 @@ impl SharedBytes {
         Ok((file, bytes))
     }
 
-    /// Maps `len` bytes of `file` from `offset`. The file must be that long already.
+    /// Maps `len` bytes of `file` from `offset`. The file must be that long already, but for the rest of its last page.
     pub fn of_file(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
         let metadata = file.metadata()?;
         let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
-        if metadata.is_file() && end > metadata.len() {
+        if metadata.is_file() && end > metadata.len().next_multiple_of(PAGE as u64) {
             return Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 format!("the file has {} bytes, the mapping would end at {end}", metadata.len()),
