@@ -90,9 +90,18 @@ impl PackedRing {
         part(Part::Descriptors, setup.descriptors, 16)?;
         part(Part::Driver, setup.driver, 4)?;
         part(Part::Device, setup.device, 4)?;
+        let descriptors = GuestSlice::new(memory, setup.descriptors, 2 * usize::from(size))
+            .ok_or(wrong(Part::Descriptors, setup.descriptors))?;
+        // Some front-ends send base 0 for a new ring and mean what a new ring begins with: both wrap counters 1 (2.8.1). A
+        // ring that really stopped at index 0 with both counters 0 has been used: its descriptors are not all zero.
+        // Relaxed: a front-end is done with a new ring's memory before it sends the messages that start the ring.
+        let is_new = || descriptors.iter().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
+        let (next_avail, next_used) = match setup.base == 0 && is_new() {
+            true => (Position { index: 0, wrap: true }, Position { index: 0, wrap: true }),
+            false => (next_avail, next_used),
+        };
         Ok(PackedRing {
-            descriptors: GuestSlice::new(memory, setup.descriptors, 2 * usize::from(size))
-                .ok_or(wrong(Part::Descriptors, setup.descriptors))?,
+            descriptors,
             driver_event: GuestSlice::new(memory, setup.driver, 2).ok_or(wrong(Part::Driver, setup.driver))?,
             device_event: GuestSlice::new(memory, setup.device, 2).ok_or(wrong(Part::Device, setup.device))?,
             size,

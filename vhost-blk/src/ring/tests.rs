@@ -232,6 +232,20 @@ fn a_ring_goes_on_from_its_base() {
 }
 
 #[test]
+fn a_new_packed_ring_may_be_given_base_0() {
+    let guest = guest();
+    let mut driver = Driver::new(&guest, true, 8, RING, false);
+    let mut setup = driver.setup;
+    setup.base = 0;
+    let mut device = Device::new(&guest, &setup);
+    assert_eq!(device.ring.base(), 0x8000_8000);
+    driver.add(&guest, &[writable(DATA, 1)], None).unwrap();
+    assert!(device.pop().unwrap().is_some());
+    // One that was used means what it says.
+    assert_eq!(Device::new(&guest, &setup).ring.base(), 0);
+}
+
+#[test]
 fn bad_setups_are_refused() {
     let guest = guest();
     let good = Driver::new(&guest, false, 8, RING, true).setup;
