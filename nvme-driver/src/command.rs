@@ -22,7 +22,7 @@ pub mod admin {
     pub const FORMAT_NVM: u8 = 0x80;
 }
 
-/// Opcodes of the I/O commands (NVM Command Set 1.0, figure 12).
+/// Opcodes of the I/O commands (NVM Command Set 1.0, 3.2).
 pub mod io {
     #![allow(missing_docs)]
     pub const FLUSH: u8 = 0x00;
@@ -50,9 +50,9 @@ pub fn io_name(opcode: u8) -> &'static str {
 
 /// Force unit access: CDW12 bit 30 of Write, Write Zeroes, Read, Compare, Verify (NVM Command Set 1.0, 3.2).
 pub const CDW12_FUA: u32 = 1 << 30;
-/// Deallocate: CDW12 bit 25 of Write Zeroes (NVM Command Set 1.0, figure 70).
+/// Deallocate: CDW12 bit 25 of Write Zeroes (NVM Command Set 1.0, 3.2.8).
 pub const CDW12_DEAC: u32 = 1 << 25;
-/// Attribute deallocate: CDW11 bit 2 of Dataset Management (NVM Command Set 1.0, figure 43).
+/// Attribute deallocate: CDW11 bit 2 of Dataset Management (NVM Command Set 1.0, 3.2.3).
 pub const CDW11_AD: u32 = 1 << 2;
 /// PSDT in CDW0 (bits 15:14): the data pointer is an SGL, metadata (if any) a contiguous buffer.
 pub const CDW0_PSDT_SGL: u32 = 0b01 << 14;
@@ -200,7 +200,7 @@ impl Command {
     }
 }
 
-/// A completion queue entry: 16 bytes (NVMe Base 2.0, figure 90).
+/// A completion queue entry: 16 bytes (NVMe Base 2.0, 3.3.3.2).
 ///
 /// Word 0 is the command's result (DW0, DW1); word 1 is SQHD 15:0, SQID 31:16, command identifier 47:32, phase tag 48,
 /// status 63:49.
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn completion_entry_fields_lie_where_figure_90_puts_them() {
+    fn completion_entry_fields_lie_where_the_specification_puts_them() {
         let mut bytes = [0u8; 16];
         bytes[0..4].copy_from_slice(&0xdead_beefu32.to_le_bytes());
         bytes[8..10].copy_from_slice(&0x1234u16.to_le_bytes());

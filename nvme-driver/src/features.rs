@@ -1,6 +1,6 @@
 //! Features (NVMe Base 2.0, 5.27): settings with one dword of value, as types.
 
-/// Feature identifiers (NVMe Base 2.0, figure 316).
+/// Feature identifiers (NVMe Base 2.0, 5.27.1).
 pub mod id {
     #![allow(missing_docs)]
     pub const ARBITRATION: u8 = 0x01;
@@ -14,7 +14,7 @@ pub mod id {
     pub const ASYNC_EVENTS: u8 = 0x0b;
 }
 
-/// Which value of a feature Get Features returns (SEL; figure 191).
+/// Which value of a feature Get Features returns (SEL; NVMe Base 2.0, 5.15).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 #[repr(u8)]
 pub enum Select {

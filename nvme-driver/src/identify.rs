@@ -15,7 +15,7 @@ use crate::{Error, Namespace, SglAlignment};
 /// Every Identify data structure has this many bytes.
 pub const BYTES: usize = 4096;
 
-/// Controller or Namespace Structure values (NVMe Base 2.0, figure 273).
+/// Controller or Namespace Structure values (NVMe Base 2.0, 5.17).
 pub mod cns {
     #![allow(missing_docs)]
     pub const NAMESPACE: u8 = 0x00;
@@ -97,7 +97,7 @@ const _: () = {
     assert!(offset_of!(RawController, subsystem_name) == 768);
 };
 
-/// I/O Command Set specific Identify Controller, CNS 06h for the NVM Command Set (NVM Command Set 1.0, figure 102).
+/// I/O Command Set specific Identify Controller, CNS 06h for the NVM Command Set (NVM Command Set 1.0, 4.1.5).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub(crate) struct RawNvmController {
@@ -152,7 +152,7 @@ pub(crate) struct RawNamespace {
     _rest: [u8; 3712],
 }
 
-/// An LBA format (NVM Command Set 1.0, figure 98).
+/// An LBA format (NVM Command Set 1.0, 4.1.5.1).
 #[derive(Clone, Copy, FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawFormat {

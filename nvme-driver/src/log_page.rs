@@ -7,7 +7,7 @@ use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
 use crate::{Error, Status};
 
-/// Log page identifiers (NVMe Base 2.0, figure 202).
+/// Log page identifiers (NVMe Base 2.0, 5.16.1).
 pub mod id {
     #![allow(missing_docs)]
     pub const ERROR_INFORMATION: u8 = 0x01;
@@ -16,7 +16,7 @@ pub mod id {
     pub const CHANGED_NAMESPACES: u8 = 0x04;
 }
 
-/// One entry of the Error Information log as the controller writes it (figure 206).
+/// One entry of the Error Information log as the controller writes it (5.16.1.2).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawErrorEntry {
@@ -81,7 +81,7 @@ impl ErrorEntry {
     }
 }
 
-/// The SMART / Health Information log as the controller writes it (figure 207).
+/// The SMART / Health Information log as the controller writes it (5.16.1.3).
 #[derive(FromBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 struct RawHealth {
@@ -189,7 +189,7 @@ impl Health {
     }
 }
 
-/// The namespaces that changed since the log was read last (figure 210).
+/// The namespaces that changed since the log was read last (5.16.1.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChangedNamespaces {
     /// These, in ascending order.

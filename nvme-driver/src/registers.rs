@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bitfield_struct::bitfield;
 
-/// Offsets in BAR0, in bytes (NVMe Base 2.0, figure 35).
+/// Offsets in BAR0, in bytes (NVMe Base 2.0, 3.1.3).
 pub mod offset {
     /// Controller Capabilities, 64 bits.
     pub const CAP: u64 = 0x00;
@@ -26,7 +26,7 @@ pub mod offset {
     pub const DOORBELLS: u64 = 0x1000;
 }
 
-/// Controller Capabilities (CAP; figure 36).
+/// Controller Capabilities (CAP; NVMe Base 2.0, 3.1.3.1).
 #[bitfield(u64)]
 #[derive(PartialEq, Eq)]
 pub struct Capabilities {
@@ -78,7 +78,7 @@ impl Capabilities {
     }
 }
 
-/// Controller Configuration (CC; figure 46).
+/// Controller Configuration (CC; NVMe Base 2.0, 3.1.3.5).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct Configuration {
@@ -108,7 +108,7 @@ pub struct Configuration {
     __: u8,
 }
 
-/// Controller Status (CSTS; figure 47).
+/// Controller Status (CSTS; NVMe Base 2.0, 3.1.3.6).
 #[bitfield(u32)]
 #[derive(PartialEq, Eq)]
 pub struct ControllerStatus {
@@ -138,13 +138,13 @@ pub const SHUTDOWN_COMPLETE: u8 = 2;
 /// SHN: normal shutdown.
 pub const SHUTDOWN_NORMAL: u8 = 1;
 
-/// Admin Queue Attributes (AQA; figure 51) for queues of `entries` (2 to 4096) each.
+/// Admin Queue Attributes (AQA; NVMe Base 2.0, 3.1.3.8) for queues of `entries` (2 to 4096) each.
 pub fn admin_queue_attributes(entries: u16) -> u32 {
     let size = u32::from(entries.saturating_sub(1) & 0xfff);
     size << 16 | size
 }
 
-/// Version (VS; figure 37): 2.1.0 compares greater than 1.4.0.
+/// Version (VS; NVMe Base 2.0, 3.1.3.2): 2.1.0 compares greater than 1.4.0.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Version(pub u32);
 
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn capability_fields_lie_where_figure_36_puts_them() {
+    fn capability_fields_lie_where_the_specification_puts_them() {
         let cap = Capabilities::from_bits(
             0x03ff | 1 << 16 | 0x28 << 24 | 3 << 32 | 1 << 36 | 0x41 << 37 | 1 << 48 | 4 << 52 | 1 << 57 | 1 << 59,
         );
@@ -191,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn configuration_and_status_fields_lie_where_figures_46_and_47_put_them() {
+    fn configuration_and_status_fields_lie_where_the_specification_puts_them() {
         let cc = Configuration::new()
             .with_enable(true)
             .with_command_set(6)

@@ -10,7 +10,7 @@ use std::fmt;
 #[repr(transparent)]
 pub struct Status(u16);
 
-/// The status code types (NVMe Base 2.0, figure 93).
+/// The status code types (NVMe Base 2.0, 3.3.3.2.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CodeType {
     /// Generic command status (0).
@@ -168,7 +168,7 @@ impl fmt::Debug for Status {
     }
 }
 
-/// Generic command status (NVMe Base 2.0, figures 94 and 95; 80h and up: NVM Command Set 1.0, figure 16).
+/// Generic command status (NVMe Base 2.0, 3.3.3.2.1.1; 80h and up: NVM Command Set 1.0).
 const fn generic(code: u8) -> &'static str {
     match code {
         0x00 => "Successful Completion",
@@ -217,7 +217,7 @@ const fn generic(code: u8) -> &'static str {
     }
 }
 
-/// Command specific status (NVMe Base 2.0, figures 96 and 97; 80h and up: NVM Command Set 1.0, figure 17).
+/// Command specific status (NVMe Base 2.0, 3.3.3.2.1.2; 80h and up: NVM Command Set 1.0).
 const fn command_specific(code: u8) -> &'static str {
     match code {
         0x00 => "Completion Queue Invalid",
@@ -273,7 +273,7 @@ const fn command_specific(code: u8) -> &'static str {
     }
 }
 
-/// Media and data integrity errors (NVMe Base 2.0, figure 98; NVM Command Set 1.0, figure 18).
+/// Media and data integrity errors (NVMe Base 2.0, 3.3.3.2.1.3; NVM Command Set 1.0).
 const fn media(code: u8) -> &'static str {
     match code {
         0x80 => "Write Fault",
@@ -290,7 +290,7 @@ const fn media(code: u8) -> &'static str {
     }
 }
 
-/// Path related status (NVMe Base 2.0, figure 99).
+/// Path related status (NVMe Base 2.0, 3.3.3.2.1.4).
 const fn path(code: u8) -> &'static str {
     match code {
         0x00 => "Internal Path Error",

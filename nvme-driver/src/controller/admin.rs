@@ -12,7 +12,8 @@ use crate::error::Doing;
 use crate::queue_pair::{Completed, QueuePair, QueueSettings};
 use crate::{Command, Error, Status};
 
-/// Entries of the admin queues: one command, its abort, and the event requests. (At most 4096 by AQA.)
+/// Entries of the admin queues: one command, its abort, and the event requests, with room to spare. CAP.MQES bounds I/O
+/// queues only; AQA has room for 4096.
 const ENTRIES: u16 = 16;
 /// Asynchronous event requests kept outstanding, when the controller takes as many.
 const EVENT_REQUESTS: u16 = 4;
@@ -39,6 +40,8 @@ pub(crate) struct Admin {
     /// Answered event requests, not looked at yet: the results.
     pub events: VecDeque<u32>,
     event_requests: u16,
+    /// How many of them the controller has shown to take.
+    event_limit: u16,
     /// Why nothing may be sent; `None` in operation.
     stopped: Option<&'static str>,
     /// Where the submission queue's tail and the completion queue's head are.
@@ -59,11 +62,10 @@ impl Admin {
     /// Allocates the queues; the controller is not told yet.
     pub fn new(hardware: &Hardware) -> Result<Admin, Error> {
         let dma = hardware.device.dma();
-        let entries = ENTRIES.min(hardware.capabilities.max_queue_entries().min(4096) as u16);
         let (submission, completion) = hardware.doorbells(0)?;
         let settings = QueueSettings {
             id: 0,
-            entries,
+            entries: ENTRIES,
             max_transfer: MAX_DATA as u32,
             sgl: None,
             timeout: Duration::from_secs(60),
@@ -77,6 +79,7 @@ impl Admin {
             answers: Vec::new(),
             events: VecDeque::new(),
             event_requests: 0,
+            event_limit: EVENT_REQUESTS,
             stopped: Some("it has not been enabled"),
             tail: 0,
             head: 0,
@@ -109,7 +112,7 @@ impl Admin {
         self.pair.drain_after_reset(|_| {});
         self.answers.clear();
         self.events.clear();
-        self.event_requests = 0;
+        (self.event_requests, self.event_limit) = (0, EVENT_REQUESTS);
         (self.tail, self.head) = (0, 0);
         self.shadow = None;
     }
@@ -168,17 +171,17 @@ impl Admin {
         bytes: usize,
         timeout: Duration,
         name: impl FnOnce() -> String,
-    ) -> Result<(Vec<u8>, u32), Error> {
+    ) -> Result<Vec<u8>, Error> {
         debug_assert!(bytes > 0 && bytes <= MAX_DATA);
         if self.stopped.is_none() {
             // What a lazy controller leaves unwritten has to read as zeroes, not as the answer before.
             self.data.write(0, &vec![0; bytes]).expect("the buffer has room for the largest answer");
         }
         let command = self.with_data(command, bytes);
-        let result = self.execute(hardware, command, timeout, name)?;
+        self.execute(hardware, command, timeout, name)?;
         let mut data = vec![0; bytes];
         self.data.read(0, &mut data).expect("the buffer has room for the largest answer");
-        Ok((data, result))
+        Ok(data)
     }
 
     /// The data pointer for the first `bytes` of the data buffer: PRP1 alone, with PRP2, or with a list
@@ -202,7 +205,7 @@ impl Admin {
 
     /// Keeps as many event requests outstanding as the controller takes (`limit`), and this driver wants.
     pub fn request_events(&mut self, limit: u16) {
-        let wanted = EVENT_REQUESTS.min(limit).min(self.pair.capacity().saturating_sub(2) as u16);
+        let wanted = self.event_limit.min(limit);
         while self.stopped.is_none() && self.event_requests < wanted {
             if self.push(Command::new(admin::ASYNC_EVENT_REQUEST, 0), EVENT).is_none() {
                 break;
@@ -215,7 +218,7 @@ impl Admin {
     /// Takes what the controller has answered; events go to `events`.
     pub fn reap(&mut self) {
         let answers = &mut self.answers;
-        let (events, requests) = (&mut self.events, &mut self.event_requests);
+        let (events, requests, limit) = (&mut self.events, &mut self.event_requests, &mut self.event_limit);
         let reaped = self.pair.reap(|completed| {
             if completed.token != EVENT {
                 answers.push(completed);
@@ -225,6 +228,8 @@ impl Admin {
             if completed.status.is_success() {
                 events.push_back(completed.result);
             } else {
+                // One fewer from now on, or it would fail again and again.
+                *limit = limit.saturating_sub(1);
                 log::warn!("an asynchronous event request failed: {}", completed.status);
             }
         });
@@ -300,6 +305,6 @@ fn answer(completed: Completed, name: impl FnOnce() -> String) -> Result<u32, Er
 }
 
 fn full(hardware: &Hardware) -> Error {
-    // Cannot be with a controller that follows the specification: one command is out at a time.
+    // One command is out at a time: this takes a controller that answered events and left a dozen aborts unanswered.
     Error::NotInOperation { controller: hardware.name.clone(), why: "the admin queue is full" }
 }

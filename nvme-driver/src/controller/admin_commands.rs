@@ -248,7 +248,7 @@ impl Controller {
                 .with_cdw12(at as u32)
                 .with_cdw13((at >> 32) as u32);
             let name = || format!("Get Log Page ({id:#04x}, {length} bytes from {at} on)");
-            let (data, _) =
+            let data =
                 admin.execute_in(&self.inner.hardware, command, length, self.inner.options.admin_timeout, name)?;
             page.extend(data);
         }

@@ -43,7 +43,7 @@ pub enum Event {
     },
 }
 
-/// Bits of completion DW0 (NVMe Base 2.0, figure 145).
+/// Bits of completion DW0 (NVMe Base 2.0, 5.2.1).
 struct Answer {
     kind: u8,
     information: u8,
@@ -169,7 +169,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn event_fields_lie_where_figure_145_puts_them() {
+    fn event_fields_lie_where_the_specification_puts_them() {
         let answer = Answer::parse(0x0004_0102);
         assert_eq!((answer.kind, answer.information, answer.log_page), (2, 1, 4));
         assert_eq!(Answer::parse(u32::MAX).kind, 7);

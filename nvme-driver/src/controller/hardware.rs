@@ -68,7 +68,7 @@ impl Hardware {
         let version = Version(bar.read_u32(offset::VS).doing("read VS")?);
         let mut ready_timeout = capabilities.ready_timeout();
         if capabilities.ready_modes() & 1 != 0 {
-            // CRTO.CRWMT holds what TO has no room for (NVMe Base 2.0, 3.1.3.22).
+            // CRTO.CRWMT holds what TO has no room for (NVMe Base 2.0, 3.1.3.21).
             let crto = bar.read_u32(offset::CRTO).doing("read CRTO")?;
             ready_timeout = ready_timeout.max(Duration::from_millis(500) * (crto & 0xffff));
         }

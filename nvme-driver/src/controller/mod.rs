@@ -323,7 +323,7 @@ fn identify(
 ) -> Result<Vec<u8>, Error> {
     let command = Command::new(opcode::IDENTIFY, namespace).with_cdw10(structure.into());
     let name = || format!("Identify ({name}, namespace {namespace:#x})");
-    admin.execute_in(hardware, command, identify::BYTES, timeout, name).map(|(data, _)| data)
+    admin.execute_in(hardware, command, identify::BYTES, timeout, name)
 }
 
 fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options) -> Result<ControllerIdentity, Error> {

@@ -101,7 +101,7 @@ impl Queues {
     }
 }
 
-/// Shadow doorbells and event indexes, one page each (NVMe Base 2.0, 5.8 and B.5).
+/// Shadow doorbells and event indexes, one page each (NVMe Base 2.0, 5.11 and B.5).
 pub(crate) struct Shadow {
     values: DmaBuffer,
     events: DmaBuffer,
@@ -175,12 +175,11 @@ impl Controller {
             false => None,
         };
         let result = self.make_pair(&mut queues, id, entries, vector);
-        match (&result, vector) {
-            (Ok(_), _) => {}
-            // Kept in its place if the controller may know of it.
-            (Err(_), _) if queues.places[usize::from(id) - 1].is_some() => {}
-            (Err(_), Some(vector)) => queues.vectors[usize::from(vector) - 1] = false,
-            (Err(_), None) => {}
+        // The vector stays taken with the place, which stays taken while the controller may know of the queues.
+        if let Some(vector) = vector
+            && queues.places[usize::from(id) - 1].is_none()
+        {
+            queues.vectors[usize::from(vector) - 1] = false;
         }
         result
     }
@@ -235,7 +234,12 @@ impl Controller {
                 pair.outstanding()
             )));
         }
-        self.create_queues(&mut queues, pair)
+        self.create_queues(&mut queues, pair).inspect_err(|_| {
+            // So that it can be tried again; if this fails too, only a reset helps.
+            if let Err(error) = self.remove_queues(&mut queues, pair.id()) {
+                log::debug!("queue pair {} could not be taken back: {error}", pair.id());
+            }
+        })
     }
 
     /// Deletes a queue pair. The controller touches neither its queues nor the memory of its outstanding requests when this
@@ -305,7 +309,7 @@ impl Controller {
         Ok(())
     }
 
-    /// Delete I/O Submission Queue, then Delete I/O Completion Queue (NVMe Base 2.0, 5.6, 5.7), as far as they exist.
+    /// Delete I/O Submission Queue, then Delete I/O Completion Queue (NVMe Base 2.0, 5.7, 5.6), as far as they exist.
     fn remove_queues(&self, queues: &mut Queues, id: u16) -> Result<(), Error> {
         let inner = &*self.inner;
         let Some(place) = &mut queues.places[usize::from(id) - 1] else { return Ok(()) };

@@ -4,8 +4,8 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::features::TemperatureThreshold;
 use nvme_driver::log_page::ChangedNamespaces;
-use nvme_driver::{Controller, Event, Options};
-use nvme_sim::Config;
+use nvme_driver::{Controller, Event, Options, command};
+use nvme_sim::{Config, FaultAction};
 
 use crate::{DEADLINE, Rig, assert_names_register, disk, small, works};
 
@@ -97,6 +97,28 @@ fn waiting_ends_with_the_time_or_the_controller() {
     let (error, waited) = waiter.join().unwrap();
     assert_names_register(&error, "CSTS", 0xffff_ffff);
     assert!(waited < DEADLINE / 2, "noticed before the deadline: {waited:?}");
+}
+
+#[test]
+fn fewer_event_requests_than_wanted() {
+    // Of the four, the controller refuses three: the one that is left is enough, and the others are not tried for ever.
+    let rig = Rig::new(small());
+    rig.admin_fault(command::admin::ASYNC_EVENT_REQUEST, FaultAction::Fail(nvme_sim::Status::new(1, 0x05)), 3);
+    let controller = rig.open();
+    for _ in 0..5 {
+        let id = rig.simulator.add_namespace(disk(8 << 20, 512)).unwrap();
+        assert_eq!(next(&controller), Event::NamespacesChanged(ChangedNamespaces::Some(vec![id])));
+    }
+    assert_eq!(rig.simulator.faults().fired(), 3);
+}
+
+#[test]
+fn a_log_that_cannot_be_had_does_not_hide_the_event() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    rig.simulator.add_namespace(disk(8 << 20, 512)).unwrap();
+    assert_eq!(next(&controller), Event::NamespacesChanged(ChangedNamespaces::TooMany));
 }
 
 #[test]

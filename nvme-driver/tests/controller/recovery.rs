@@ -127,6 +127,15 @@ fn a_reset_with_requests_outstanding() {
         write_and_verify(pair, &namespace, &memory, 64, 2);
     }
     assert!(controller.recreate_queue_pair(&mut first).is_err(), "it exists");
+
+    // One that is refused half-way can be tried again.
+    controller.reset().unwrap();
+    first.drain_after_reset(|_| panic!("it had no requests"));
+    rig.admin_fault(command::admin::CREATE_SQ, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    let error = controller.recreate_queue_pair(&mut first).unwrap_err();
+    assert_eq!(error.status(), Some(Status::INTERNAL_ERROR), "{error}");
+    controller.recreate_queue_pair(&mut first).unwrap();
+    write_and_verify(&mut first, &namespace, &memory, 128, 3);
     assert_eq!((first.id(), second.id()), (1, 2));
     controller.delete_queue_pair(first).unwrap();
     controller.delete_queue_pair(second).unwrap();
