@@ -9,13 +9,20 @@
 
 use std::error::Error;
 use std::io::Write;
+use std::process::ExitCode;
 use std::time::Duration;
 
 use nvme_driver::{Controller, Options};
 
-fn main() -> Result<(), Box<dyn Error>> {
+fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
-    run(std::env::args().skip(1), std::io::stdout())
+    match run(std::env::args().skip(1), std::io::stdout()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("read_block: {error}");
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// All but the set-up of the log, so that it can be tested.

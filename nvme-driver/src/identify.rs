@@ -459,7 +459,8 @@ impl Namespace {
             boundary_blocks: raw.noiob.get().into(),
             physical_block_bytes: usable_physical_block(physical, block_bytes),
             write_alignment_bytes: preferred(raw.npwa),
-            optimal_io_bytes: if optperf { bytes_of(raw.nows) } else { 0 },
+            // One block is what drives say that do not care.
+            optimal_io_bytes: if optperf && raw.nows.get() != 0 { bytes_of(raw.nows) } else { 0 },
             discard_granularity_bytes: preferred(raw.npdg),
             discard_alignment_bytes: preferred(raw.npda),
             max_discard_ranges: limits.discard_ranges,

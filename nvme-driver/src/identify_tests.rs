@@ -206,6 +206,8 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
         bytes[36] = 255;
     });
     assert_eq!(huge.unwrap().physical_block_bytes, 4096, "an atomic unit of 128 KiB is no physical block");
+    let careless = namespace(|bytes| bytes[24] = 1 << 4).unwrap();
+    assert_eq!((careless.optimal_io_bytes, careless.physical_block_bytes), (0, 512), "one block is no optimal size");
     let odd = namespace(|bytes| {
         bytes[24] = 1 << 4;
         bytes[64] = 11;
