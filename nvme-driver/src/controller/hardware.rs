@@ -19,6 +19,25 @@ const MAX_READY_TIMEOUT: Duration = Duration::from_secs(300);
 /// Base class, subclass and programming interface of an NVMe I/O controller (NVMe over PCIe Transport 1.0, 3.8.1.5).
 const CLASS_NVME: u32 = 0x01_08_02;
 
+/// The capabilities, if this driver can work with them; else why not.
+fn usable_capabilities(raw: u64) -> Result<Capabilities, String> {
+    if raw == u64::MAX {
+        return Err(GONE.into());
+    }
+    let capabilities = Capabilities::from_bits(raw);
+    if capabilities.max_queue_entries() < 2 {
+        return Err("queues of one entry (MQES 0) cannot be used".into());
+    }
+    if capabilities.page_size_min() > 0 {
+        let bytes = 4096u64 << capabilities.page_size_min();
+        return Err(format!("its smallest memory page is {bytes} bytes (MPSMIN); this driver uses 4096"));
+    }
+    if capabilities.command_sets() & 1 == 0 {
+        return Err("it does not support the NVM Command Set (CSS)".into());
+    }
+    Ok(capabilities)
+}
+
 /// A controller's registers, after its capabilities were found usable.
 pub(crate) struct Hardware {
     pub device: Device,
@@ -49,22 +68,12 @@ impl Hardware {
         }
         let bar = device.bar(0).doing("map BAR0")?;
         let raw = bar.read_u64(offset::CAP).doing("read CAP")?;
-        let problem =
-            |problem: String| Error::Register { controller: name.clone(), register: "CAP", value: raw, problem };
-        if raw == u64::MAX {
-            return Err(problem(GONE.into()));
-        }
-        let capabilities = Capabilities::from_bits(raw);
-        if capabilities.max_queue_entries() < 2 {
-            return Err(problem("queues of one entry (MQES 0) cannot be used".into()));
-        }
-        if capabilities.page_size_min() > 0 {
-            let bytes = 4096u64 << capabilities.page_size_min();
-            return Err(problem(format!("its smallest memory page is {bytes} bytes (MPSMIN); this driver uses 4096")));
-        }
-        if capabilities.command_sets() & 1 == 0 {
-            return Err(problem("it does not support the NVM Command Set (CSS)".into()));
-        }
+        let capabilities = usable_capabilities(raw).map_err(|problem| Error::Register {
+            controller: name.clone(),
+            register: "CAP",
+            value: raw,
+            problem,
+        })?;
         let version = Version(bar.read_u32(offset::VS).doing("read VS")?);
         let mut ready_timeout = capabilities.ready_timeout();
         if capabilities.ready_modes() & 1 != 0 {
@@ -209,3 +218,26 @@ impl Hardware {
 }
 
 const GONE: &str = "all ones: the device does not answer; it was removed, has lost power, or its memory space is off";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_that_cannot_be_worked_with_are_refused() {
+        let usable = Capabilities::new().with_max_queue_entries_minus_one(1).with_command_sets(1);
+        assert_eq!(usable_capabilities(usable.into_bits()), Ok(usable));
+        let wide = usable.with_doorbell_stride(15).with_page_size_max(15).with_timeout(255).with_command_sets(0xff);
+        assert_eq!(usable_capabilities(wide.into_bits()), Ok(wide));
+        for (bad, why) in [
+            (Capabilities::from_bits(u64::MAX), "all ones"),
+            (Capabilities::from_bits(0), "MQES"),
+            (usable.with_max_queue_entries_minus_one(0), "MQES"),
+            (usable.with_page_size_min(1).with_page_size_max(1), "8192 bytes"),
+            (usable.with_command_sets(0x80), "NVM Command Set"),
+        ] {
+            let error = usable_capabilities(bad.into_bits()).unwrap_err();
+            assert!(error.contains(why), "{bad:?}: {error}");
+        }
+    }
+}

@@ -351,3 +351,16 @@ pub(crate) fn enable_vectors(hardware: &Hardware, pairs: u16) -> Result<Vec<Even
 
 /// More entries than this a queue pair does not use: each has a page for its data pointers.
 const MAX_ENTRIES: u16 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shadow_doorbells_of_many_queue_pairs_have_to_fit_into_a_page() {
+        assert_eq!(Shadow::room(0), 512);
+        assert_eq!(Shadow::room(4), 32);
+        assert_eq!(Shadow::room(9), 1, "the admin queue only: of no use");
+        assert_eq!(Shadow::room(15), 0);
+    }
+}

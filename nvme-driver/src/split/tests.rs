@@ -80,7 +80,7 @@ fn walk_sgl(descriptor: [u64; 2], list: &[AtomicU64; LIST_WORDS], bytes: u64, al
 /// Can one block be said in one command? Straight from the rules, byte by byte.
 fn expressible(block: &[u64], sgl: Option<SglAlignment>) -> bool {
     let joints: Vec<usize> = (1..block.len()).filter(|&at| block[at] != block[at - 1] + 1).collect();
-    let by_prp = block[0] % 4 == 0
+    let by_prp = block[0].is_multiple_of(4)
         && joints.iter().all(|&at| (block[at - 1] + 1).is_multiple_of(4096) && block[at].is_multiple_of(4096));
     let starts: Vec<usize> = std::iter::once(0).chain(joints.iter().copied()).chain([block.len()]).collect();
     let by_sgl = starts.len() <= 257
@@ -160,7 +160,7 @@ fn check(case: &Case) -> Result<bool, TestCaseError> {
     while done < model.len() {
         let first = lba + (done / block) as u64;
         let piece = limits.next_piece(segments, position, first, (model.len() - done) as u64).expect("counted before");
-        prop_assert!(piece.bytes > 0 && piece.bytes as usize % block == 0);
+        prop_assert!(piece.bytes > 0 && (piece.bytes as usize).is_multiple_of(block));
         prop_assert!(piece.bytes <= u64::from(limits.max_bytes), "MDTS");
         let blocks = piece.bytes >> limits.block_shift;
         if let Some(first_in) = first.checked_rem(u64::from(limits.boundary_blocks)) {
