@@ -309,7 +309,7 @@ fn memory_that_cannot_be_is_refused() {
     let region = Region::new(MIB, MIB);
     region.add(&front);
     let add = |region: &Region| (region.single(), [region.file.as_raw_fd()]);
-    // Twice the same; overlapping; longer than its file; not in whole pages; without a descriptor.
+    // Twice the same; overlapping; longer than its file; not at a page; without a descriptor.
     let (body, fd) = add(&region);
     front.refuse(ADD_MEM_REG, &body, &fd);
     let overlapping = Region::new(MIB + 0x1000, MIB);
@@ -320,7 +320,7 @@ fn memory_that_cannot_be_is_refused() {
     let (body, fd) = add(&short);
     front.refuse(ADD_MEM_REG, &body, &fd);
     let mut crooked = Region::new(32 * MIB, MIB);
-    crooked.bytes -= 1;
+    crooked.guest += 0x800;
     let (body, fd) = add(&crooked);
     front.refuse(ADD_MEM_REG, &body, &fd);
     front.refuse(ADD_MEM_REG, &Region::new(64 * MIB, MIB).single(), &[]);
