@@ -36,8 +36,9 @@ impl Target {
     const START_LIMIT: Duration = Duration::from_secs(30);
     const STOP_LIMIT: Duration = Duration::from_secs(30);
 
-    /// Serves one disk of `mib` MiB, kept in `folder/disk.img` from run to run, on `folder/disk.sock`, with a write cache: by the program
-    /// that [`Peer::wanted`] names. `lba` is the logical block size in bytes, `more` further arguments of `vhost-blk`.
+    /// Serves one disk of `mib` MiB, kept in `folder/disk.img` from run to run, on `folder/disk.sock`: by the program
+    /// that [`Peer::wanted`] names; ours gets a drive with a write cache. `lba` is the logical block size in bytes, `more`
+    /// further arguments of `vhost-blk`.
     pub fn serve_disk(folder: &Path, mib: u64, lba: u32, more: &[&str]) -> Result<Target, Error> {
         let (file, socket) = (folder.join("disk.img"), folder.join("disk.sock"));
         match Peer::wanted() {
