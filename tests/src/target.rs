@@ -75,7 +75,9 @@ impl Target {
     pub fn vhost_blk(folder: &Path, arguments: &[&str], sockets: Vec<PathBuf>) -> Result<Target, Error> {
         let name = "vhost-blk";
         let program = vhost_blk_program()?;
-        let level = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".to_owned());
+        // The tests look at the counters that are logged at the end.
+        let level =
+            std::env::var("RUST_LOG").map_or("info".to_owned(), |level| format!("vhost_blk::export=info,{level}"));
         let environment = [("RUST_LOG".to_owned(), level), ("RUST_BACKTRACE".to_owned(), "1".to_owned())];
         let process = Process::start(name, &program, arguments, &environment, &folder.join("target.log"), false)?;
         Target { process, name, sockets }.await_sockets()
@@ -101,8 +103,9 @@ impl Target {
         &mut self.process
     }
 
-    /// Asks it to end (SIGTERM) and fails unless it ends by itself, with success and without having panicked before.
-    pub fn stop(mut self) -> Result<(), Error> {
+    /// Asks it to end (SIGTERM) and returns its whole log; fails unless it ends by itself, with success and without
+    /// having panicked before.
+    pub fn stop(mut self) -> Result<String, Error> {
         self.process.check_alive()?;
         self.process.signal("TERM")?;
         let status = self.process.wait(Self::STOP_LIMIT)?;
@@ -110,10 +113,11 @@ impl Target {
         if !status.success() {
             return Err(Error::Ended { program, status, expected: ", and not with success, after SIGTERM" });
         }
-        if self.log().contains("panicked at") {
+        let log = self.log();
+        if log.contains("panicked at") {
             return Err(Error::Ended { program, status, expected: " after a thread of it had panicked (see its log)" });
         }
-        Ok(())
+        Ok(log)
     }
 
     fn await_sockets(mut self) -> Result<Target, Error> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use e2e::Target;
 
-use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on, on_peer};
+use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on, on_peer, stop};
 
 /// Keeps the disk busy in the background: writes what it reads, so that the data stays the same.
 const BUSY: &str = "(while :; do dd if=/dev/vda of=/tmp/x bs=1M count=20; dd if=/tmp/x of=/dev/vda bs=64k oflag=direct;
@@ -28,7 +28,7 @@ fn a_guest_reboots() {
         guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     }
     guest.power_off(SHORT).unwrap();
-    target.stop().unwrap();
+    stop(target);
 }
 
 /// QEMU is killed while its guest writes; the target forgets it, and what had been synced is there for the next guest.
@@ -54,7 +54,7 @@ until [ -s /tmp/busy ]; do sleep 0.1; done; sleep 1";
     guest.run("umount /mnt", SHORT).unwrap();
     guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     guest.power_off(SHORT).unwrap();
-    target.stop().unwrap();
+    stop(target);
 }
 
 /// SIGTERM while a guest has its disk in use: the target ends by itself, with success, and loses nothing it had
@@ -66,14 +66,14 @@ fn a_target_is_stopped_under_a_guest() {
     let mut guest = boot(folder.path(), &target, "num-queues=2");
     guest.run(&on("/dev/vda", FILL), LONG).unwrap();
     guest.run(BUSY, SHORT).unwrap();
-    target.stop().unwrap();
+    stop(target);
     drop(guest);
 
     let target = Target::serve_disk(folder.path(), 256, 512, &[]).unwrap();
     let mut guest = boot(folder.path(), &target, "num-queues=2");
     guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     guest.power_off(SHORT).unwrap();
-    target.stop().unwrap();
+    stop(target);
 }
 
 /// The disk is unplugged from a running guest and plugged in again.
@@ -105,5 +105,5 @@ fn a_disk_is_unplugged_and_plugged() {
         guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     }
     guest.power_off(SHORT).unwrap();
-    target.stop().unwrap();
+    stop(target);
 }

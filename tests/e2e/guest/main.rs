@@ -5,6 +5,7 @@ mod files;
 mod lifecycle;
 mod memory;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
@@ -63,4 +64,39 @@ fn on(disk: &str, script: &str) -> String {
 /// Whether the tests are being proved on another target, which lacks some features: those are not asserted then.
 fn on_peer() -> bool {
     e2e::Peer::wanted() != e2e::Peer::VhostBlk
+}
+
+/// What a target did in its whole life, summed over its rings.
+struct Totals(BTreeMap<String, u64>);
+
+impl Totals {
+    fn of(log: &str) -> Totals {
+        let mut totals = BTreeMap::new();
+        for word in log.lines().filter(|line| line.contains(" ring ")).flat_map(str::split_whitespace) {
+            if let Some((name, Ok(value))) = word.split_once('=').map(|(name, value)| (name, value.parse::<u64>())) {
+                *totals.entry(name.to_owned()).or_default() += value;
+            }
+        }
+        Totals(totals)
+    }
+
+    fn get(&self, name: &str) -> u64 {
+        if on_peer() {
+            return 0;
+        }
+        *self.0.get(name).unwrap_or_else(|| panic!("the target's log has no counter {name}: {:?}", self.0))
+    }
+}
+
+/// Stops the target: by itself and with success, without a failed request, and without a copy made of any data.
+fn stop(target: Target) -> Totals {
+    let log = target.stop().unwrap();
+    if on_peer() {
+        return Totals(BTreeMap::new());
+    }
+    let totals = Totals::of(&log);
+    assert!(totals.get("reads") > 0, "{log}");
+    assert_eq!(totals.get("errors"), 0, "{log}");
+    assert_eq!(totals.get("copies"), 0, "{log}");
+    totals
 }
