@@ -256,7 +256,10 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     let disk = Arc::new(machine.disk());
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
-    machine.sim.faults().change(|plan| plan.stopped = true);
+    machine.sim.faults().add(FaultRule {
+        action: FaultAction::LoseCompletion,
+        when: FaultMatch { limit: Some(3), ..FaultMatch::default() },
+    });
     for k in 0..3 {
         running.send(guest, 0, 8 * k, &[writable(DATA, 4096)]).unwrap();
     }
@@ -274,7 +277,6 @@ fn a_dead_drive_is_told_and_then_answered_for() {
         (told == 3).then_some(())
     });
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive may still write");
-    machine.sim.faults().clear();
     machine.controller.reset().unwrap();
     pool.fail_queue_pair(pair).unwrap();
     for _ in 0..3 {
