@@ -38,13 +38,14 @@ impl Disk {
     #[inline(always)]
     pub(crate) fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
         let shift = u32::from(self.namespace.block_shift);
-        let sectors_shift = shift - u32::from(SECTOR_SHIFT);
-        let lba = sector >> sectors_shift;
-        let blocks = u64::from(bytes >> shift);
-        // Whole blocks: neither shift loses bits.
-        let whole = lba << sectors_shift == sector && blocks << shift == u64::from(bytes);
+        // What is shifted out on the left is no part of a block.
+        if (sector << SECTOR_SHIFT | u64::from(bytes)) & ((1 << shift) - 1) != 0 {
+            return None;
+        }
+        let lba = sector >> (shift - u32::from(SECTOR_SHIFT));
         // Compared this way nothing overflows.
-        (whole && blocks <= self.namespace.blocks && lba <= self.namespace.blocks - blocks).then_some(lba)
+        let last = self.namespace.blocks.checked_sub(u64::from(bytes >> shift))?;
+        (lba <= last).then_some(lba)
     }
 
     /// The logical blocks of `sectors` sectors from `sector` on; `None` as for [`Disk::block`].

@@ -99,8 +99,8 @@ pub struct Lane {
     mode: Mode,
     /// The controller was stopped: nothing can be given to the queue pair any more.
     drive_lost: bool,
-    /// A parsed request (its segments and ranges are still in the parser) that found the queue pair full.
-    pending: Option<(Head, Request)>,
+    /// The chain of the request that is still in the parser because it found the queue pair full.
+    pending: Option<Head>,
     /// Requests whose data is copied; nearly always empty.
     bounced: Vec<Bounced>,
     tally: Tally,
@@ -183,14 +183,20 @@ impl Lane {
         if self.mode != Mode::Running {
             return self.refuse();
         }
-        if let Some((head, request)) = self.pending.take()
-            && !self.submit_one(pair, tag, head, request)
+        if let Some(head) = self.pending.take()
+            && !self.submit_parsed(pair, tag, head)
         {
             return 0;
         }
         let mut taken = 0;
         // Without a free slot the guest has more in flight than its ring holds: it has to wait.
-        while taken < BATCH && !self.free.is_empty() {
+        while taken < BATCH
+            && let Some(&slot) = self.free.last()
+        {
+            if self.submit_plain(pair, tag, slot) {
+                taken += 1;
+                continue;
+            }
             let head = match self.ring.pop(&mut self.view, &mut self.chain) {
                 Ok(Some(head)) => head,
                 Ok(None) => break,
@@ -201,12 +207,12 @@ impl Lane {
             };
             taken += 1;
             match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
-                Parsed::Submit(request) => {
-                    if !self.submit_one(pair, tag, head, request) {
+                Parsed::Submit => {
+                    if !self.submit_parsed(pair, tag, head) {
                         break;
                     }
                 }
-                Parsed::Answer { code, status, written } => self.answer(head, code, status, written),
+                Parsed::Answer(code) => self.answer(head, code),
                 Parsed::NoStatus => {
                     self.break_down(&NoStatus(head.id));
                     break;
@@ -216,80 +222,112 @@ impl Lane {
         taken
     }
 
-    /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
+    /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. False:
+    /// nothing was taken, everything is open.
     #[inline(always)]
-    fn submit_one(&mut self, pair: &mut QueuePair, tag: u64, head: Head, request: Request) -> bool {
+    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64, slot: u16) -> bool {
+        let Some(triple) = self.ring.peek_triple(&mut self.view) else { return false };
+        let Some((request, segment)) = request::plain(&triple, &mut self.view, &self.disk) else { return false };
+        let segments = std::slice::from_ref(&segment);
+        let work = match request.operation {
+            Operation::Read => Work::Read { lba: request.lba, segments },
+            _ => Work::Write { lba: request.lba, segments, fua: self.disk.force_unit_access() },
+        };
+        if pair.submit(&self.disk.namespace, work, tag | u64::from(slot)).is_err() {
+            return false;
+        }
+        self.ring.accept(&triple);
+        self.submitted(slot, triple.head, &request);
+        true
+    }
+
+    /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
+    fn submit_parsed(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
         let Some(&slot) = self.free.last() else {
-            self.pending = Some((head, request));
+            self.pending = Some(head);
             return false;
         };
-        let segments = self.parser.segments.as_slice();
-        let ranges = self.parser.ranges.as_slice();
+        let Parser { request, segments, ranges, .. } = &self.parser;
+        let request = *request;
+        let (lba, fua) = (request.lba, self.disk.force_unit_access());
         let work = match request.operation {
-            Operation::Read { lba } => Work::Read { lba, segments },
-            Operation::Write { lba } => Work::Write { lba, segments, fua: self.disk.force_unit_access() },
+            Operation::Read => Work::Read { lba, segments },
+            Operation::Write => Work::Write { lba, segments, fua },
             Operation::Flush => Work::Flush,
             Operation::Discard => Work::Discard { ranges },
-            Operation::WriteZeroes { unmap } => {
-                Work::WriteZeroes { ranges, deallocate: unmap, fua: self.disk.force_unit_access() }
-            }
+            Operation::WriteZeroes => Work::WriteZeroes { ranges, deallocate: false, fua },
+            Operation::WriteZeroesUnmap => Work::WriteZeroes { ranges, deallocate: true, fua },
         };
         match pair.submit(&self.disk.namespace, work, tag | u64::from(slot)) {
             Ok(()) => {
-                self.free.pop();
-                if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
-                    *entry = Slot { status: request.status, head, written: request.written };
-                }
-                self.count(request);
+                self.submitted(slot, head, &request);
                 true
             }
-            Err(error) => self.not_submitted(error, head, request),
+            Err(error) => self.not_submitted(error, head),
         }
     }
 
+    /// The drive has the request: `slot`, the last free one, is taken.
     #[inline(always)]
-    fn count(&mut self, request: Request) {
+    fn submitted(&mut self, slot: u16, head: Head, request: &Request) {
+        self.free.pop();
+        if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
+            *entry = Slot { status: request.status, head, written: request.written };
+        }
+        self.count(request);
+    }
+
+    #[inline(always)]
+    fn count(&mut self, request: &Request) {
         let tally = &mut self.tally;
         match request.operation {
-            Operation::Read { .. } => {
+            Operation::Read => {
                 tally.reads += 1;
                 tally.bytes_read += u64::from(request.bytes);
             }
-            Operation::Write { .. } => {
+            Operation::Write => {
                 tally.writes += 1;
                 tally.bytes_written += u64::from(request.bytes);
             }
             Operation::Flush => tally.flushes += 1,
             Operation::Discard => tally.discards += 1,
-            Operation::WriteZeroes { .. } => tally.write_zeroes += 1,
+            Operation::WriteZeroes | Operation::WriteZeroesUnmap => tally.write_zeroes += 1,
         }
     }
 
-    /// What [`Lane::submit_one`] returns when the queue pair did not take the request.
+    /// What [`Lane::submit_parsed`] returns when the queue pair did not take the request.
     #[cold]
     #[inline(never)]
-    fn not_submitted(&mut self, error: SubmitError, head: Head, request: Request) -> bool {
+    fn not_submitted(&mut self, error: SubmitError, head: Head) -> bool {
         match error {
             SubmitError::Full => {
                 self.tally.full += 1;
-                self.pending = Some((head, request));
+                self.pending = Some(head);
                 return false;
             }
             SubmitError::NeedsBounce => {
-                self.bounce(head, request);
+                self.bounce(head);
                 return true;
             }
             _ => {}
         }
         log::warn!("{}: the request at descriptor {} cannot be given to the drive: {error}", self.name, head.id);
-        self.answer(head, request::IOERR, request.status, 1);
+        self.refuse_parsed(head);
         true
     }
 
-    /// Answers a request that is not (any longer) with the drive.
-    fn answer(&mut self, head: Head, code: u8, status: u64, written: u32) {
+    /// Answers the request in the parser, which is not for the drive.
+    fn answer(&mut self, head: Head, code: u8) {
         self.tally.answered += 1;
+        let Request { status, written, .. } = self.parser.request;
         self.give_back(head, code, status, written);
+    }
+
+    /// Answers the request in the parser with an error instead of giving it to the drive.
+    fn refuse_parsed(&mut self, head: Head) {
+        // Only the status byte is written.
+        self.parser.request.written = 1;
+        self.answer(head, request::IOERR);
     }
 
     #[inline(always)]
@@ -369,14 +407,14 @@ impl Lane {
         if self.mode != Mode::WithoutDrive {
             return 0;
         }
-        if let Some((head, request)) = self.pending.take() {
-            self.answer(head, request::IOERR, request.status, 1);
+        if let Some(head) = self.pending.take() {
+            self.refuse_parsed(head);
         }
         for taken in 0..BATCH {
             match self.ring.pop(&mut self.view, &mut self.chain) {
                 Ok(Some(head)) => match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
-                    Parsed::Submit(request) => self.answer(head, request::IOERR, request.status, 1),
-                    Parsed::Answer { code, status, written } => self.answer(head, code, status, written),
+                    Parsed::Submit => self.refuse_parsed(head),
+                    Parsed::Answer(code) => self.answer(head, code),
                     Parsed::NoStatus => {
                         self.break_down(&NoStatus(head.id));
                         return taken;
@@ -416,7 +454,7 @@ impl Lane {
 
     /// Takes no more requests; those with the drive are still answered.
     pub(crate) fn begin_stop(&mut self) {
-        if let Some((head, _)) = self.pending.take() {
+        if let Some(head) = self.pending.take() {
             // Nothing was popped after it: the ring's next user finds it where it was.
             self.ring.unpop(head);
         }

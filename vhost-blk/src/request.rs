@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::disk::Disk;
 use crate::guest_memory::GuestView;
-use crate::ring::{Buffer, Chain, MAX_CHAIN};
+use crate::ring::{Buffer, Chain, MAX_CHAIN, Triple};
 
 /// Status byte: the request was carried out.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -35,36 +35,31 @@ const RANGE_BYTES: u32 = 16;
 /// The most data one request may move, in bytes: what the length of a used element can say, less the status byte.
 const MAX_BYTES: u64 = u32::MAX as u64 - 1;
 
-/// What a request asks of the drive. Segments and ranges are in the [`Parser`].
+/// What a request asks of the drive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// Blocks from this logical block on into the segments.
-    Read {
-        /// First logical block.
-        lba: u64,
-    },
-    /// The segments onto the blocks from this one on.
-    Write {
-        /// First logical block.
-        lba: u64,
-    },
+    /// Blocks into the segments.
+    Read,
+    /// The segments onto the blocks.
+    Write,
     /// The drive's volatile cache onto its media.
     Flush,
     /// The ranges are not needed any more.
     Discard,
     /// The ranges read as zeroes afterwards.
-    WriteZeroes {
-        /// They may be deallocated.
-        unmap: bool,
-    },
+    WriteZeroes,
+    /// The same, and they may be deallocated.
+    WriteZeroesUnmap,
 }
 
-/// A request that is for the drive.
+/// A request whose status byte can be written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Request {
-    /// What to do.
+    /// What to do. Its segments or ranges are in the [`Parser`].
     pub operation: Operation,
-    /// Bytes of data it moves.
+    /// First logical block of a read or write.
+    pub lba: u64,
+    /// Bytes of data a read or write moves.
     pub bytes: u32,
     /// Guest address of the status byte, which is in guest memory.
     pub status: u64,
@@ -75,26 +70,43 @@ pub struct Request {
 /// What became of a chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Parsed {
-    /// To be carried out by the drive.
-    Submit(Request),
-    /// Answered without the drive; the data, if any, is written already.
-    Answer {
-        /// What the status byte has to say.
-        code: u8,
-        /// Its guest address, in guest memory.
-        status: u64,
-        /// Length for the used element.
-        written: u32,
-    },
+    /// [`Parser::request`] is to be carried out by the drive.
+    Submit,
+    /// [`Parser::request`] is answered with this status, without the drive; the data, if any, is written already.
+    Answer(u8),
     /// There is no byte in guest memory to put a status into: the driver is beyond help.
     NoStatus,
 }
 
+/// The read or write that a chain of header, data in one region and status is; no other storage is needed. `None`: it is
+/// something else, or something is wrong with it; [`Parser::parse`] finds out what.
+#[inline(always)]
+pub fn plain(triple: &Triple, view: &mut GuestView, disk: &Disk) -> Option<(Request, Segment)> {
+    if triple.first.bytes != HEADER_BYTES || triple.last.bytes != 1 {
+        return None;
+    }
+    let [kind, sector] = view.read_words(triple.first.address).ok()?;
+    let bytes = triple.middle.bytes;
+    let (operation, written) = match kind as u32 {
+        // A multiple of the block size, see below: no overflow.
+        VIRTIO_BLK_T_IN if triple.middle_writable => (Operation::Read, bytes.wrapping_add(1)),
+        VIRTIO_BLK_T_OUT if !triple.middle_writable && !disk.read_only => (Operation::Write, 1),
+        _ => return None,
+    };
+    let lba = disk.block(sector, bytes)?;
+    let segment = view.segment(triple.middle.address, bytes)?;
+    let status = triple.last.address;
+    view.segment(status, 1)?;
+    Some((Request { operation, lba, bytes, status, written }, segment))
+}
+
 /// Turns chains into requests. Its storage is made once.
 pub struct Parser {
-    /// The data of the last request as the device sees it, for [`Operation::Read`] and [`Operation::Write`].
+    /// The last request.
+    pub request: Request,
+    /// Its data as the device sees it, for [`Operation::Read`] and [`Operation::Write`].
     pub segments: Vec<Segment>,
-    /// The blocks of the last request, for [`Operation::Discard`] and [`Operation::WriteZeroes`].
+    /// Its blocks, for discard and write zeroes.
     pub ranges: Vec<LbaRange>,
     payload: Vec<u8>,
 }
@@ -102,6 +114,7 @@ pub struct Parser {
 impl Default for Parser {
     fn default() -> Self {
         Parser {
+            request: Request { operation: Operation::Flush, lba: 0, bytes: 0, status: 0, written: 1 },
             // A buffer that crosses regions takes more than one segment: growing beyond this is rare, and possible.
             segments: Vec::with_capacity(MAX_CHAIN),
             ranges: Vec::with_capacity(MAX_RANGES),
@@ -124,129 +137,104 @@ impl Parser {
 
     /// Parses the request in `chain`: resolves every address in it against `view`, checks it against `disk`.
     ///
-    /// Each byte of the request is read at most once; what is returned does not depend on guest memory any longer.
-    #[inline]
+    /// Each byte of the request is read at most once; what is in `self` then does not depend on guest memory any longer.
     pub fn parse(&mut self, chain: &Chain, view: &mut GuestView, disk: &Disk) -> Parsed {
         let Some((last, writable)) = chain.writable().split_last() else { return Parsed::NoStatus };
         // Buffers are not empty. The end may overflow only where no memory is.
         let status = last.address.wrapping_add(u64::from(last.bytes) - 1);
-        if view.segments(status, 1, |_| ()).is_err() {
+        if view.segment(status, 1).is_none() {
             return Parsed::NoStatus;
         }
         let tail = Buffer { address: last.address, bytes: last.bytes - 1 };
-        match self.request(chain.readable(), writable, tail, status, view, disk) {
+        // Only the status byte is known to be written when something goes wrong.
+        self.request = Request { operation: Operation::Flush, lba: 0, bytes: 0, status, written: 1 };
+        match self.parse_body(chain.readable(), writable, tail, view, disk) {
             Ok(parsed) => parsed,
-            // Only the status byte is known to be written.
-            Err(Refused(code)) => Parsed::Answer { code, status, written: 1 },
+            Err(Refused(code)) => Parsed::Answer(code),
         }
     }
 
     /// `writable` and `tail` are the writable part without the status byte.
-    #[inline(always)]
-    fn request(
+    fn parse_body(
         &mut self,
         readable: &[Buffer],
         writable: &[Buffer],
         tail: Buffer,
-        status: u64,
         view: &mut GuestView,
         disk: &Disk,
     ) -> Result<Parsed, Refused> {
-        let (header, head, readable) = header(readable, view)?;
-        let kind = header[0] as u32;
-        let sector = header[1];
-        self.segments.clear();
-        match kind {
+        let ([kind, sector], head, readable) = header(readable, view)?;
+        match kind as u32 {
             VIRTIO_BLK_T_IN => {
                 let bytes = self.data(None, writable, Some(tail), view)?;
-                let lba = disk.block(sector, bytes).ok_or(FAILED)?;
-                let operation = Operation::Read { lba };
-                Ok(Self::submit_data(Request { operation, bytes, status, written: bytes + 1 }))
+                self.transfer(Operation::Read, sector, bytes, disk)
             }
+            // 5.2.6.2: a read-only device fails writes with IOERR.
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if disk.read_only => Err(FAILED),
             VIRTIO_BLK_T_OUT => {
-                // 5.2.6.2: a read-only device fails writes with IOERR.
-                if disk.read_only {
-                    return Err(FAILED);
-                }
                 let bytes = self.data(head, readable, None, view)?;
-                let lba = disk.block(sector, bytes).ok_or(FAILED)?;
-                let operation = Operation::Write { lba };
-                Ok(Self::submit_data(Request { operation, bytes, status, written: 1 }))
+                self.transfer(Operation::Write, sector, bytes, disk)
             }
-            _ => self.other(kind, (head, readable), (writable, tail), status, view, disk),
-        }
-    }
-
-    /// Nothing to move is done at once; the drive has no command for it.
-    #[inline(always)]
-    fn submit_data(request: Request) -> Parsed {
-        match request.bytes {
-            0 => Parsed::Answer { code: OK, status: request.status, written: request.written },
-            _ => Parsed::Submit(request),
-        }
-    }
-
-    /// Everything but reads and writes.
-    #[inline(never)]
-    fn other(
-        &mut self,
-        kind: u32,
-        (head, readable): (Option<Buffer>, &[Buffer]),
-        (writable, tail): (&[Buffer], Buffer),
-        status: u64,
-        view: &mut GuestView,
-        disk: &Disk,
-    ) -> Result<Parsed, Refused> {
-        let submit = |operation, bytes| Ok(Parsed::Submit(Request { operation, bytes, status, written: 1 }));
-        match kind {
             // Without a volatile cache everything that completed is on the media already.
-            VIRTIO_BLK_T_FLUSH if !disk.namespace.volatile_write_cache => {
-                Ok(Parsed::Answer { code: OK, status, written: 1 })
-            }
-            VIRTIO_BLK_T_FLUSH => submit(Operation::Flush, 0),
-            VIRTIO_BLK_T_GET_ID => {
-                let mut written = 0;
-                for buffer in writable.iter().chain([&tail]) {
-                    let rest = &disk.serial[written..];
-                    let piece = &rest[..rest.len().min(buffer.bytes as usize)];
-                    view.write(buffer.address, piece).map_err(|_| FAILED)?;
-                    written += piece.len();
-                }
-                let room: u64 = writable.iter().map(|b| u64::from(b.bytes)).sum::<u64>() + u64::from(tail.bytes);
-                // The status follows the data directly only if the buffer is no longer than the string.
-                let written = if room <= u64::from(VIRTIO_BLK_ID_BYTES) { written + 1 } else { written };
-                Ok(Parsed::Answer { code: OK, status, written: written as u32 })
-            }
+            VIRTIO_BLK_T_FLUSH if !disk.namespace.volatile_write_cache => Ok(Parsed::Answer(OK)),
+            VIRTIO_BLK_T_FLUSH => Ok(Parsed::Submit),
+            VIRTIO_BLK_T_GET_ID => self.get_id(writable, tail, view, disk),
             VIRTIO_BLK_T_DISCARD if disk.namespace.discard => {
-                if disk.read_only {
-                    return Err(FAILED);
-                }
                 // For discard every flag is reserved (5.2.6.2: UNSUPP if any is set).
                 self.block_ranges(head, readable, 0, view, disk)?;
-                self.unless_empty(Operation::Discard, status)
+                self.request.operation = Operation::Discard;
+                Ok(self.unless_empty())
             }
             VIRTIO_BLK_T_WRITE_ZEROES if disk.namespace.write_zeroes => {
-                if disk.read_only {
-                    return Err(FAILED);
-                }
                 let flags = self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, view, disk)?;
                 // The flag is per segment; deallocation is a permission, so all have to give it.
-                let unmap = flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0;
-                self.unless_empty(Operation::WriteZeroes { unmap }, status)
+                self.request.operation = match flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP {
+                    0 => Operation::WriteZeroes,
+                    _ => Operation::WriteZeroesUnmap,
+                };
+                Ok(self.unless_empty())
             }
             _ => Err(UNSUPPORTED),
         }
     }
 
-    fn unless_empty(&self, operation: Operation, status: u64) -> Result<Parsed, Refused> {
-        Ok(match self.ranges.is_empty() {
-            true => Parsed::Answer { code: OK, status, written: 1 },
-            false => Parsed::Submit(Request { operation, bytes: 0, status, written: 1 }),
-        })
+    fn transfer(&mut self, operation: Operation, sector: u64, bytes: u32, disk: &Disk) -> Result<Parsed, Refused> {
+        self.request.lba = disk.block(sector, bytes).ok_or(FAILED)?;
+        self.request.operation = operation;
+        self.request.bytes = bytes;
+        if operation == Operation::Read {
+            self.request.written = bytes + 1;
+        }
+        // Nothing to move is done at once; the drive has no command for it.
+        Ok(if bytes == 0 { Parsed::Answer(OK) } else { Parsed::Submit })
+    }
+
+    fn get_id(
+        &mut self,
+        writable: &[Buffer],
+        tail: Buffer,
+        view: &mut GuestView,
+        disk: &Disk,
+    ) -> Result<Parsed, Refused> {
+        let mut written = 0;
+        for buffer in writable.iter().chain([&tail]) {
+            let rest = &disk.serial[written..];
+            let piece = &rest[..rest.len().min(buffer.bytes as usize)];
+            view.write(buffer.address, piece).map_err(|_| FAILED)?;
+            written += piece.len();
+        }
+        let room: u64 = writable.iter().map(|b| u64::from(b.bytes)).sum::<u64>() + u64::from(tail.bytes);
+        // The status follows the data directly only if the buffer is no longer than the string.
+        let status_follows = room <= u64::from(VIRTIO_BLK_ID_BYTES);
+        self.request.written = written as u32 + u32::from(status_follows);
+        Ok(Parsed::Answer(OK))
+    }
+
+    fn unless_empty(&self) -> Parsed {
+        if self.ranges.is_empty() { Parsed::Answer(OK) } else { Parsed::Submit }
     }
 
     /// Resolves the data buffers, in order; returns their length.
-    #[inline(always)]
     fn data(
         &mut self,
         first: Option<Buffer>,
@@ -255,6 +243,7 @@ impl Parser {
         view: &mut GuestView,
     ) -> Result<u32, Refused> {
         let mut total = 0u64;
+        self.segments.clear();
         let segments = &mut self.segments;
         let mut add = |buffer: &Buffer| {
             total += u64::from(buffer.bytes);
@@ -322,7 +311,7 @@ impl Parser {
 
 /// Where the data of a read or write lies in guest memory; `chain` is the one it was parsed from.
 pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> Vec<Buffer> {
-    let read = matches!(operation, Operation::Read { .. });
+    let read = operation == Operation::Read;
     let mut buffers = if read { chain.writable().to_vec() } else { chain.readable().to_vec() };
     if read {
         // The status byte is the last one.
@@ -345,11 +334,10 @@ pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> Vec<Buffer> {
 type Header<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
 
 /// Takes the header off the readable part.
-#[inline(always)]
 fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>, Refused> {
     let (first, rest) = readable.split_first().ok_or(FAILED)?;
     if first.bytes == HEADER_BYTES {
-        return Ok((view.read_pair(first.address).map_err(|_| FAILED)?, None, rest));
+        return Ok((view.read_words(first.address).map_err(|_| FAILED)?, None, rest));
     }
     split_header(readable, view)
 }

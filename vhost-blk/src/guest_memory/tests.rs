@@ -167,11 +167,11 @@ fn copies_and_words_agree_with_what_the_guest_sees() {
     guest.write(0x1000, &data);
     for address in [0x1000, 0x1008, 0x1ff0, 0x1ff8, 0x1ffd, 0x1003, 0x2ff0] {
         let bytes = guest.read(address, 16);
-        let pair = view.read_pair(address).unwrap();
+        let pair = view.read_words::<2>(address).unwrap();
         assert_eq!([pair[0].to_le_bytes(), pair[1].to_le_bytes()].concat(), bytes, "{address:#x}");
     }
     for address in [0x2ff1, 0x2ff8, 0xfff, 0x8ff8, u64::MAX - 15, u64::MAX - 7, u64::MAX] {
-        assert!(view.read_pair(address).is_err(), "{address:#x}");
+        assert!(view.read_words::<2>(address).is_err(), "{address:#x}");
     }
     view.write(0x1ffe, b"across").unwrap();
     assert_eq!(guest.read(0x1ffe, 6), b"across");

@@ -111,33 +111,40 @@ impl GuestView {
         })
     }
 
-    /// Two little-endian 64-bit words, each read once: a descriptor, or the header of a request.
-    ///
-    /// Where both words are in one region and aligned this is two atomic loads; else each byte is read once.
+    /// What the device sees `bytes` at `address` as, if they are in one region.
     #[inline(always)]
-    pub fn read_pair(&mut self, address: u64) -> Result<[u64; 2], OutsideMemory> {
+    pub fn segment(&mut self, address: u64, bytes: u32) -> Option<Segment> {
+        let offset = self.locate(address, bytes.into())?;
+        Some(Segment { iova: self.window.iova + offset, bytes })
+    }
+
+    /// Little-endian 64-bit words, each read once: descriptors, or the header of a request.
+    ///
+    /// Where they are in one region and aligned each is one atomic load; else each byte is read once.
+    #[inline(always)]
+    pub fn read_words<const N: usize>(&mut self, address: u64) -> Result<[u64; N], OutsideMemory> {
         if address.is_multiple_of(8)
-            && let Some(offset) = self.locate(address, 16)
+            && let Some(offset) = self.locate(address, 8 * N as u64)
         {
-            // SAFETY: `locate` found 16 bytes at `offset` within a region that `self.memory` keeps mapped. Regions start
+            // SAFETY: `locate` found 8 * N bytes at `offset` within a region that `self.memory` keeps mapped. Regions start
             // at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
-            let words = unsafe { &*self.window.host.add(offset as usize).cast::<[AtomicU64; 2]>() };
+            let words = unsafe { &*self.window.host.add(offset as usize).cast::<[AtomicU64; N]>() };
             // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
-            return Ok([
-                u64::from_le(words[0].load(Ordering::Relaxed)),
-                u64::from_le(words[1].load(Ordering::Relaxed)),
-            ]);
+            return Ok(std::array::from_fn(|index| u64::from_le(words[index].load(Ordering::Relaxed))));
         }
-        self.read_pair_slowly(address)
+        self.read_words_slowly(address)
     }
 
     #[cold]
-    fn read_pair_slowly(&mut self, address: u64) -> Result<[u64; 2], OutsideMemory> {
-        let mut low = [0; 8];
-        let mut high = [0; 8];
-        self.read(address, &mut low)?;
-        self.read(address.wrapping_add(8), &mut high)?;
-        Ok([u64::from_le_bytes(low), u64::from_le_bytes(high)])
+    #[inline(never)]
+    fn read_words_slowly<const N: usize>(&mut self, address: u64) -> Result<[u64; N], OutsideMemory> {
+        let mut words = [0; N];
+        for (index, word) in words.iter_mut().enumerate() {
+            let mut bytes = [0; 8];
+            self.read(address.wrapping_add(8 * index as u64), &mut bytes)?;
+            *word = u64::from_le_bytes(bytes);
+        }
+        Ok(words)
     }
 
     /// Writes one byte: a request's status.

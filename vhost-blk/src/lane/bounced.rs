@@ -29,9 +29,10 @@ pub(super) struct Bounced {
 
 impl Lane {
     /// Takes on a request that the queue pair refused with NeedsBounce.
-    pub(super) fn bounce(&mut self, head: Head, request: Request) {
+    pub(super) fn bounce(&mut self, head: Head) {
+        let request = self.parser.request;
         let Some(slot) = self.free.pop() else {
-            self.pending = Some((head, request));
+            self.pending = Some(head);
             return;
         };
         if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
@@ -75,7 +76,7 @@ impl Lane {
             self.free.push(slot);
             if self.mode != Mode::Broken {
                 let written = if code == request::OK { request.written } else { 1 };
-                self.count(request);
+                self.count(&request);
                 self.give_back(head, code, request.status, written);
             }
         }
@@ -98,7 +99,7 @@ impl Bounced {
             let status = self.answer.take()?;
             let (bounce, bytes) = self.piece.take()?;
             let copied = match self.request.operation {
-                Operation::Read { .. } if status.is_success() => self.copy_out(view, &bounce, bytes),
+                Operation::Read if status.is_success() => self.copy_out(view, &bounce, bytes),
                 _ => Ok(()),
             };
             pool.give_back(bounce);
@@ -114,17 +115,17 @@ impl Bounced {
         let bytes = (total - self.done).min(PIECE).min(pool.capacity() & !u64::from(namespace.block_bytes() - 1));
         // Not enough is left: pieces in flight will give some back.
         let bounce = pool.take(bytes)?;
-        let blocks_done = self.done >> namespace.block_shift;
+        let lba = self.request.lba + (self.done >> namespace.block_shift);
         let submitted = match self.request.operation {
-            Operation::Write { lba } => match self.copy_in(view, &bounce, bytes) {
+            Operation::Write => match self.copy_in(view, &bounce, bytes) {
                 Ok(()) => {
-                    let work = Work::Write { lba: lba + blocks_done, segments: bounce.segments(), fua };
+                    let work = Work::Write { lba, segments: bounce.segments(), fua };
                     pair.submit(namespace, work, tag | u64::from(self.slot))
                 }
                 Err(_) => Err(SubmitError::Invalid("guest memory is gone")),
             },
-            Operation::Read { lba } => {
-                let work = Work::Read { lba: lba + blocks_done, segments: bounce.segments() };
+            Operation::Read => {
+                let work = Work::Read { lba, segments: bounce.segments() };
                 pair.submit(namespace, work, tag | u64::from(self.slot))
             }
             _ => Err(SubmitError::Invalid("only reads and writes have data")),

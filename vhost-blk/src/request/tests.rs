@@ -46,10 +46,15 @@ impl Bench {
         Bench { guest, driver, ring, view, chain: Chain::new(), parser: Parser::new() }
     }
 
-    fn parse(&mut self, disk: &Disk, pieces: &[Piece]) -> Parsed {
+    fn parse(&mut self, disk: &Disk, pieces: &[Piece]) -> Seen {
         self.driver.add(&self.guest, pieces, Some(0x2_0000)).unwrap();
+        let short = self.ring.peek_triple(&mut self.view).and_then(|triple| plain(&triple, &mut self.view, disk));
         let head = self.ring.pop(&mut self.view, &mut self.chain).unwrap().unwrap();
-        let parsed = self.parser.parse(&self.chain, &mut self.view, disk);
+        let parsed = Seen::of(self.parser.parse(&self.chain, &mut self.view, disk), &self.parser);
+        if let Some((request, segment)) = short {
+            assert_eq!(parsed, Seen::Submit(request), "the short way and the long one agree");
+            assert_eq!(self.parser.segments, [segment]);
+        }
         self.ring.push_used(head, 1);
         self.ring.publish();
         self.driver.used(&self.guest).unwrap();
@@ -57,7 +62,7 @@ impl Bench {
     }
 
     /// Header at HEADER, status at STATUS, these pieces between.
-    fn request(&mut self, disk: &Disk, kind: u32, sector: u64, data: &[Piece]) -> Parsed {
+    fn request(&mut self, disk: &Disk, kind: u32, sector: u64, data: &[Piece]) -> Seen {
         self.guest.write(HEADER, &header(kind, sector));
         let mut pieces = vec![readable(HEADER, 16)];
         pieces.extend_from_slice(data);
@@ -66,8 +71,32 @@ impl Bench {
     }
 }
 
-fn answer(code: u8) -> Parsed {
-    Parsed::Answer { code, status: STATUS, written: 1 }
+/// What became of a chain, with what the parser says of it.
+#[derive(Debug, PartialEq)]
+enum Seen {
+    Submit(Request),
+    Answer { code: u8, status: u64, written: u32 },
+    NoStatus,
+}
+
+impl Seen {
+    fn of(parsed: Parsed, parser: &Parser) -> Seen {
+        let request = parser.request;
+        match parsed {
+            Parsed::Submit => Seen::Submit(request),
+            Parsed::Answer(code) => Seen::Answer { code, status: request.status, written: request.written },
+            Parsed::NoStatus => Seen::NoStatus,
+        }
+    }
+}
+
+fn answer(code: u8) -> Seen {
+    Seen::Answer { code, status: STATUS, written: 1 }
+}
+
+/// A request without data.
+fn bare(operation: Operation) -> Seen {
+    Seen::Submit(Request { operation, lba: 0, bytes: 0, status: STATUS, written: 1 })
 }
 
 #[test]
@@ -77,13 +106,13 @@ fn reads_and_writes_become_blocks_and_segments() {
         let disk = disk(shift, 1000);
         let data = [writable(DATA + 3, 4095), writable(DATA + 0x3000, 4097)];
         let parsed = bench.request(&disk, 0, 40 * sectors_per_block, &data);
-        let operation = Operation::Read { lba: 40 };
-        assert_eq!(parsed, Parsed::Submit(Request { operation, bytes: 8192, status: STATUS, written: 8193 }));
+        let operation = Operation::Read;
+        assert_eq!(parsed, Seen::Submit(Request { operation, lba: 40, bytes: 8192, status: STATUS, written: 8193 }));
         let segment = |address, bytes| Segment { iova: address + IOVA_OFFSET, bytes };
         assert_eq!(bench.parser.segments, [segment(DATA + 3, 4095), segment(DATA + 0x3000, 4097)]);
         let parsed = bench.request(&disk, 1, 8 * sectors_per_block, &[readable(DATA, 4096)]);
-        let operation = Operation::Write { lba: 8 };
-        assert_eq!(parsed, Parsed::Submit(Request { operation, bytes: 4096, status: STATUS, written: 1 }));
+        let operation = Operation::Write;
+        assert_eq!(parsed, Seen::Submit(Request { operation, lba: 8, bytes: 4096, status: STATUS, written: 1 }));
         assert_eq!(bench.parser.segments, [segment(DATA, 4096)]);
     }
 }
@@ -112,7 +141,7 @@ fn only_whole_blocks_within_the_disk() {
         ] {
             for (kind, piece) in [(0, writable(DATA, bytes)), (1, readable(DATA, bytes))] {
                 let parsed = bench.request(&disk, kind, sector, &[piece]);
-                assert_eq!(matches!(parsed, Parsed::Submit(_)), fits, "shift {shift}, sector {sector}, {bytes} bytes");
+                assert_eq!(matches!(parsed, Seen::Submit(_)), fits, "shift {shift}, sector {sector}, {bytes} bytes");
                 if !fits {
                     assert_eq!(parsed, answer(IOERR));
                 }
@@ -167,15 +196,11 @@ fn any_layout_means_the_same() {
         }
         let parsed = bench.parse(&disk, &pieces);
         if bytes == 0 {
-            assert_eq!(parsed, Parsed::Answer { code: OK, status, written: 1 }, "round {round}");
+            assert_eq!(parsed, Seen::Answer { code: OK, status, written: 1 }, "round {round}");
             continue;
         }
-        let (operation, written) = if kind == 0 {
-            (Operation::Read { lba: sector }, bytes + 1)
-        } else {
-            (Operation::Write { lba: sector }, 1)
-        };
-        assert_eq!(parsed, Parsed::Submit(Request { operation, bytes, status, written }), "round {round}");
+        let (operation, written) = if kind == 0 { (Operation::Read, bytes + 1) } else { (Operation::Write, 1) };
+        assert_eq!(parsed, Seen::Submit(Request { operation, lba: sector, bytes, status, written }), "round {round}");
         assert_eq!(bench.parser.segments, data, "round {round}: {pieces:?}");
         let copied = data_buffers(&bench.chain, operation);
         let copied: Vec<Segment> =
@@ -191,16 +216,15 @@ fn read_only_disks_take_no_writes() {
     assert_eq!(bench.request(&disk, 1, 0, &[readable(DATA, 512)]), answer(IOERR));
     assert_eq!(bench.request(&disk, 11, 0, &[readable(DATA, 16)]), answer(IOERR));
     assert_eq!(bench.request(&disk, 13, 0, &[readable(DATA, 16)]), answer(IOERR));
-    assert!(matches!(bench.request(&disk, 0, 0, &[writable(DATA, 512)]), Parsed::Submit(_)));
-    assert!(matches!(bench.request(&disk, 4, 0, &[]), Parsed::Submit(_)));
+    assert!(matches!(bench.request(&disk, 0, 0, &[writable(DATA, 512)]), Seen::Submit(_)));
+    assert!(matches!(bench.request(&disk, 4, 0, &[]), Seen::Submit(_)));
 }
 
 #[test]
 fn flush_is_for_drives_with_a_cache() {
     let mut bench = Bench::new();
     let mut disk = disk(9, 1000);
-    let submitted = Request { operation: Operation::Flush, bytes: 0, status: STATUS, written: 1 };
-    assert_eq!(bench.request(&disk, 4, 0, &[]), Parsed::Submit(submitted));
+    assert_eq!(bench.request(&disk, 4, 0, &[]), bare(Operation::Flush));
     disk.namespace.volatile_write_cache = false;
     assert_eq!(bench.request(&disk, 4, 0, &[]), answer(OK));
 }
@@ -217,7 +241,7 @@ fn the_serial_fills_what_there_is() {
             .map(|(address, bytes)| writable(address, bytes))
             .collect();
         let parsed = bench.request(&disk, 8, 0, &pieces);
-        assert_eq!(parsed, Parsed::Answer { code: OK, status: STATUS, written });
+        assert_eq!(parsed, Seen::Answer { code: OK, status: STATUS, written });
         let filled = room.min(20) as usize;
         assert_eq!(bench.guest.read(DATA, filled), disk.serial[..filled]);
         assert_eq!(bench.guest.read(DATA + filled as u64, 5), [0xee; 5]);
@@ -232,11 +256,10 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 fn ranges_of_discard_and_write_zeroes() {
     let mut bench = Bench::new();
     let (small, large) = (disk(9, 1000), disk(12, 125));
-    let submit = |operation| Parsed::Submit(Request { operation, bytes: 0, status: STATUS, written: 1 });
-    let zeroes = |unmap| submit(Operation::WriteZeroes { unmap });
-    let discard = submit(Operation::Discard);
+    let zeroes = |unmap| bare(if unmap { Operation::WriteZeroesUnmap } else { Operation::WriteZeroes });
+    let discard = || bare(Operation::Discard);
     let cases = [
-        (11, vec![range(8, 16, 0)], discard, discard),
+        (11, vec![range(8, 16, 0)], discard(), discard()),
         (13, vec![range(8, 16, 0)], zeroes(false), zeroes(false)),
         (13, vec![range(8, 16, 1)], zeroes(true), zeroes(true)),
         // Deallocation only where all ranges permit it.
@@ -244,17 +267,17 @@ fn ranges_of_discard_and_write_zeroes() {
         (11, vec![range(8, 16, 1)], answer(UNSUPP), answer(UNSUPP)),
         (13, vec![range(8, 16, 2)], answer(UNSUPP), answer(UNSUPP)),
         (13, vec![range(0, 8, 0), range(8, 16, 0x8000_0000)], answer(UNSUPP), answer(UNSUPP)),
-        (11, vec![range(992, 8, 0)], discard, discard),
+        (11, vec![range(992, 8, 0)], discard(), discard()),
         (11, vec![range(992, 16, 0)], answer(IOERR), answer(IOERR)),
         (11, vec![range(u64::MAX - 7, 8, 0)], answer(IOERR), answer(IOERR)),
         (11, vec![range(0, 8, 0), range(1000, 8, 0)], answer(IOERR), answer(IOERR)),
-        (11, vec![range(4, 8, 0)], discard, answer(IOERR)),
-        (11, vec![range(8, 4, 0)], discard, answer(IOERR)),
+        (11, vec![range(4, 8, 0)], discard(), answer(IOERR)),
+        (11, vec![range(8, 4, 0)], discard(), answer(IOERR)),
         (11, vec![range(8, 0, 0)], answer(OK), answer(OK)),
         (11, vec![], answer(IOERR), answer(IOERR)),
         (11, vec![range(8, 8, 0)[..15].to_vec()], answer(IOERR), answer(IOERR)),
         (13, vec![vec![0; 17]], answer(IOERR), answer(IOERR)),
-        (11, (0..MAX_RANGES as u64).map(|k| range(k % 100 * 8, 8, 0)).collect(), discard, discard),
+        (11, (0..MAX_RANGES as u64).map(|k| range(k % 100 * 8, 8, 0)).collect(), discard(), discard()),
         (11, (0..=MAX_RANGES as u64).map(|k| range(k % 100 * 8, 8, 0)).collect(), answer(IOERR), answer(IOERR)),
     ];
     for (index, (kind, ranges, on_small, on_large)) in cases.into_iter().enumerate() {
@@ -289,9 +312,9 @@ fn what_is_not_understood_is_answered_where_it_can_be() {
     assert_eq!(bench.parse(&disk, &[writable(STATUS, 1)]), answer(IOERR));
     assert_eq!(bench.parse(&disk, &[readable(HEADER, 15), writable(STATUS, 1)]), answer(IOERR));
     // Nowhere for the status.
-    assert_eq!(bench.parse(&disk, &[readable(HEADER, 16)]), Parsed::NoStatus);
+    assert_eq!(bench.parse(&disk, &[readable(HEADER, 16)]), Seen::NoStatus);
     for address in [0x30_0000, 0x1_0000_1000, u64::MAX] {
-        assert_eq!(bench.parse(&disk, &[readable(HEADER, 16), writable(address, 1)]), Parsed::NoStatus);
+        assert_eq!(bench.parse(&disk, &[readable(HEADER, 16), writable(address, 1)]), Seen::NoStatus);
     }
     // The header, or some of the data, outside of memory.
     for address in [0x30_0000 - 8, 0x80_0000, u64::MAX - 8] {
@@ -309,14 +332,14 @@ fn what_is_not_understood_is_answered_where_it_can_be() {
     let much = vec![writable(DATA, 0x20_0000); 2049];
     assert_eq!(bench.request(&Disk { ..self::disk(9, 1 << 40) }, 0, 0, &much), answer(IOERR));
     // A kind the drive of 2^52 blocks could do.
-    assert!(matches!(bench.request(&self::disk(9, 1 << 40), 0, 0, &much[..2040]), Parsed::Submit(_)));
+    assert!(matches!(bench.request(&self::disk(9, 1 << 40), 0, 0, &much[..2040]), Seen::Submit(_)));
 }
 
 /// Random and mutated requests in both formats: whatever a guest does, no segment and no status byte is outside its memory,
 /// and nothing panics.
 #[test]
 fn a_hostile_guest_reaches_nothing_but_its_memory() {
-    let (mut submitted, mut answered, mut broken, mut segments) = (0, 0, 0, 0);
+    let (mut submitted, mut answered, mut broken, mut segments, mut shortened) = (0, 0, 0, 0, 0);
     for seed in 0..10_000u64 {
         let mut random = Random(seed);
         let packed = random.one_in(2);
@@ -355,6 +378,7 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
             if !packed && random.one_in(2) {
                 driver.offer(&guest, random.below(u64::from(size) + 1) as u16);
             }
+            let short = ring.peek_triple(&mut view).and_then(|triple| plain(&triple, &mut view, &disk));
             let popped: Result<Option<Head>, RingError> = ring.pop(&mut view, &mut chain);
             let head = match popped {
                 Ok(Some(head)) => head,
@@ -365,10 +389,15 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
                 }
             };
             parser.segments.clear();
-            let status = match parser.parse(&chain, &mut view, &disk) {
-                Parsed::Submit(request) => {
+            let parsed = Seen::of(parser.parse(&chain, &mut view, &disk), &parser);
+            if let Some((request, segment)) = short {
+                assert_eq!((&parsed, &parser.segments[..]), (&Seen::Submit(request), &[segment][..]), "seed {seed}");
+                shortened += 1;
+            }
+            let status = match parsed {
+                Seen::Submit(request) => {
                     submitted += 1;
-                    let moves = matches!(request.operation, Operation::Read { .. } | Operation::Write { .. });
+                    let moves = matches!(request.operation, Operation::Read | Operation::Write);
                     for segment in parser.segments.iter().filter(|_| moves) {
                         segments += 1;
                         let inside = guest.iova_inside(segment.iova, segment.bytes.into());
@@ -384,11 +413,11 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
                     }
                     request.status
                 }
-                Parsed::Answer { status, .. } => {
+                Seen::Answer { status, .. } => {
                     answered += 1;
                     status
                 }
-                Parsed::NoStatus => {
+                Seen::NoStatus => {
                     broken += 1;
                     break;
                 }
@@ -399,6 +428,11 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
             ring.publish();
         }
     }
-    println!("{submitted} submitted with {segments} segments, {answered} answered, {broken} broken");
-    assert!(submitted > 3000 && segments > 2000 && answered > 3000 && broken > 1000, "the cases got nowhere");
+    println!(
+        "{submitted} submitted with {segments} segments, {answered} answered, {broken} broken, {shortened} the short way"
+    );
+    assert!(
+        submitted > 3000 && segments > 2000 && answered > 3000 && broken > 1000 && shortened > 500,
+        "the cases got nowhere"
+    );
 }

@@ -277,6 +277,39 @@ pub struct Head {
     pub entries: u16,
 }
 
+/// The chain nearly every small request is: three descriptors that are not empty, the first readable, the last writable.
+///
+/// What a driver says in it is not checked yet, as with any [`Chain`].
+#[derive(Clone, Copy, Debug)]
+pub struct Triple {
+    /// For giving it back.
+    pub head: Head,
+    /// Readable.
+    pub first: Buffer,
+    /// Readable or writable.
+    pub middle: Buffer,
+    /// The device may write the middle one.
+    pub middle_writable: bool,
+    /// Writable.
+    pub last: Buffer,
+}
+
+impl Triple {
+    /// The flags of each descriptor but WRITE of the middle one have been checked.
+    #[inline(always)]
+    fn new(head: Head, [first, middle, last]: [Descriptor; 3]) -> Option<Triple> {
+        let buffer = |d: Descriptor| Buffer { address: d.address, bytes: d.bytes };
+        let triple = Triple {
+            head,
+            first: buffer(first),
+            middle: buffer(middle),
+            middle_writable: middle.flags & WRITE != 0,
+            last: buffer(last),
+        };
+        (first.bytes != 0 && middle.bytes != 0 && last.bytes != 0).then_some(triple)
+    }
+}
+
 /// Number of descriptors in an indirect table; refuses lengths that are not those of a table.
 fn indirect_entries(table: Descriptor, head: u16) -> Result<u32, RingError> {
     let entries = table.bytes / DESCRIPTOR_BYTES as u32;
@@ -330,6 +363,19 @@ impl Ring {
         either!(self, r => r.size())
     }
 
+    /// The next available chain if it is a [`Triple`]; it stays available. `None`: it is something else, or there is none, or
+    /// the ring is corrupt; [`Ring::pop`] knows.
+    #[inline(always)]
+    pub fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
+        either!(self, r => r.peek_triple(view))
+    }
+
+    /// Takes the chain that was peeked at last.
+    #[inline(always)]
+    pub fn accept(&mut self, triple: &Triple) {
+        either!(self, r => r.accept(triple.head))
+    }
+
     /// Takes the next available chain, its buffers into `chain`; `None`: there is none now.
     ///
     /// # Errors
@@ -345,7 +391,7 @@ impl Ring {
     }
 
     /// Gives a chain back, `written` bytes of its writable part filled. Seen by the driver after [`Ring::publish`].
-    #[inline]
+    #[inline(always)]
     pub fn push_used(&mut self, head: Head, written: u32) {
         either!(self, r => r.push_used(head, written))
     }

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::{
 
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    WRITE, event_passed, indirect_entries,
+    Triple, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -19,6 +19,8 @@ const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
 const ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
 const DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
 const AT_DESCRIPTOR: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
+/// The flags that say what a descriptor is.
+const CHAIN_FLAGS: u16 = NEXT | WRITE | INDIRECT;
 /// The event flags are two bits, the rest is reserved (2.8.14).
 const EVENT_FLAGS: u16 = 3;
 
@@ -54,7 +56,7 @@ impl Position {
 /// A packed virtqueue, device side.
 pub struct PackedRing {
     /// Two words per descriptor: address, then length, id and flags.
-    descriptors: GuestSlice<AtomicU64>,
+    descriptors: GuestSlice<[AtomicU64; 2]>,
     /// The driver's event suppression area: off_wrap, flags (2.8.14). We read it.
     driver_event: GuestSlice<AtomicU16>,
     /// Ours. The driver reads it.
@@ -90,12 +92,12 @@ impl PackedRing {
         part(Part::Descriptors, setup.descriptors, 16)?;
         part(Part::Driver, setup.driver, 4)?;
         part(Part::Device, setup.device, 4)?;
-        let descriptors = GuestSlice::new(memory, setup.descriptors, 2 * usize::from(size))
+        let descriptors = GuestSlice::new(memory, setup.descriptors, size.into())
             .ok_or(wrong(Part::Descriptors, setup.descriptors))?;
         // Some front-ends send base 0 for a new ring and mean what a new ring begins with: both wrap counters 1 (2.8.1). A
         // ring that really stopped at index 0 with both counters 0 has been used: its descriptors are not all zero.
         // Relaxed: a front-end is done with a new ring's memory before it sends the messages that start the ring.
-        let is_new = || descriptors.iter().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
+        let is_new = || descriptors.iter().flatten().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
         let (next_avail, next_used) = match setup.base == 0 && is_new() {
             true => (Position { index: 0, wrap: true }, Position { index: 0, wrap: true }),
             false => (next_avail, next_used),
@@ -124,7 +126,7 @@ impl PackedRing {
     fn look(&self) -> Option<u64> {
         // Acquire: pairs with the driver's write barrier before it sets the first flags of a chain (2.8.21); this one load
         // of 64 bits takes length, id and flags at once.
-        let word = u64::from_le(self.descriptors[2 * usize::from(self.next_avail.index) + 1].load(Ordering::Acquire));
+        let word = u64::from_le(self.descriptors[usize::from(self.next_avail.index)][1].load(Ordering::Acquire));
         let flags = (word >> 48) as u16;
         let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
         (avail == self.next_avail.wrap && used != self.next_avail.wrap).then_some(word)
@@ -133,7 +135,43 @@ impl PackedRing {
     #[inline(always)]
     fn word(&self, index: u16, word: usize) -> u64 {
         // Relaxed: ordered by the Acquire in `look`, which the whole chain precedes.
-        u64::from_le(self.descriptors[2 * usize::from(index) + word].load(Ordering::Relaxed))
+        u64::from_le(self.descriptors[usize::from(index)][word].load(Ordering::Relaxed))
+    }
+
+    /// See [`super::Ring::peek_triple`].
+    #[inline(always)]
+    pub(super) fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
+        let word = self.look()?;
+        let at = self.next_avail.index;
+        let first = Descriptor::packed([self.word(at, 0), word]);
+        match first.flags & CHAIN_FLAGS {
+            NEXT if self.size >= 3 => {
+                let second = self.next_avail.advanced(1, self.size).index;
+                let third = self.next_avail.advanced(2, self.size).index;
+                let middle = Descriptor::packed([self.word(second, 0), self.word(second, 1)]);
+                let last = Descriptor::packed([self.word(third, 0), self.word(third, 1)]);
+                if middle.flags & CHAIN_FLAGS & !WRITE != NEXT || last.flags & CHAIN_FLAGS != WRITE {
+                    return None;
+                }
+                Triple::new(Head { id: last.link, entries: 3 }, [first, middle, last])
+            }
+            flags if flags & !WRITE == INDIRECT && first.bytes == 3 * DESCRIPTOR_BYTES as u32 && self.indirect => {
+                let words: [u64; 6] = view.read_words(first.address).ok()?;
+                let all = [0, 2, 4].map(|at| Descriptor::packed([words[at], words[at + 1]]));
+                let (nested, writable) =
+                    (all.iter().any(|d| d.flags & INDIRECT != 0), all.map(|d| d.flags & WRITE != 0));
+                if nested || writable[0] || !writable[2] {
+                    return None;
+                }
+                Triple::new(Head { id: first.link, entries: 1 }, all)
+            }
+            _ => None,
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn accept(&mut self, head: Head) {
+        self.next_avail = self.next_avail.advanced(head.entries, self.size);
     }
 
     /// See [`super::Ring::pop`].
@@ -179,7 +217,7 @@ impl PackedRing {
         }
         for index in 0..entries {
             let words = view
-                .read_pair(table.address + DESCRIPTOR_BYTES * u64::from(index))
+                .read_words(table.address + DESCRIPTOR_BYTES * u64::from(index))
                 .map_err(|_| RingError::IndirectTable { head, address: table.address, bytes: table.bytes })?;
             let descriptor = Descriptor::packed(words);
             if descriptor.flags & INDIRECT != 0 {
@@ -210,7 +248,7 @@ impl PackedRing {
         match self.unpublished {
             None => self.unpublished = Some((index, word)),
             // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
-            Some(_) => self.descriptors[2 * usize::from(index) + 1].store(word.to_le(), Ordering::Relaxed),
+            Some(_) => self.descriptors[usize::from(index)][1].store(word.to_le(), Ordering::Relaxed),
         }
         self.next_used = self.next_used.advanced(head.entries, self.size);
         self.unpublished_entries = self.unpublished_entries.saturating_add(head.entries);
@@ -226,7 +264,7 @@ impl PackedRing {
         let Some((index, word)) = self.unpublished.take() else { return false };
         // Release: pairs with the driver's read barrier after it sees the flags (2.8.22). The driver takes used descriptors
         // in ring order, so the first one, written last, hides the others of the batch until now.
-        self.descriptors[2 * usize::from(index) + 1].store(word.to_le(), Ordering::Release);
+        self.descriptors[usize::from(index)][1].store(word.to_le(), Ordering::Release);
         let entries = std::mem::take(&mut self.unpublished_entries);
         // SeqCst fence: the used descriptors are written before the driver's event area is read; pairs with the driver's
         // barrier between writing that area and looking at the ring once more (2.8.10, 2.8.14).

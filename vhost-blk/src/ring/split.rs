@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup, Triple,
+    WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -19,11 +19,11 @@ const AVAIL_RING: usize = 2;
 /// A split virtqueue, device side.
 pub struct SplitRing {
     /// Two words per descriptor.
-    descriptors: GuestSlice<AtomicU64>,
+    descriptors: GuestSlice<[AtomicU64; 2]>,
     /// flags, idx, ring[size], used_event (with EVENT_IDX).
     avail: GuestSlice<AtomicU16>,
     /// Pairs of id and length (2.7.8); 4 bytes after the start of the used ring.
-    used: GuestSlice<AtomicU32>,
+    used: GuestSlice<[AtomicU32; 2]>,
     /// flags and idx of the used ring.
     used_head: GuestSlice<AtomicU16>,
     /// avail_event, the last field of the used ring; only with EVENT_IDX.
@@ -55,13 +55,13 @@ impl SplitRing {
         if !setup.descriptors.is_multiple_of(16) {
             return Err(descriptors);
         }
-        let descriptors = GuestSlice::new(memory, setup.descriptors, 2 * count).ok_or(descriptors)?;
+        let descriptors = GuestSlice::new(memory, setup.descriptors, count).ok_or(descriptors)?;
         let avail =
             GuestSlice::new(memory, setup.driver, 2 + count + event).ok_or(wrong(Part::Driver, setup.driver))?;
         let device = wrong(Part::Device, setup.device);
         // Each slice was found below 2^64, so the address of the next does not overflow.
         let used_head: GuestSlice<AtomicU16> = GuestSlice::new(memory, setup.device, 2).ok_or(device)?;
-        let used = GuestSlice::new(memory, setup.device + 4, 2 * count).ok_or(device)?;
+        let used = GuestSlice::new(memory, setup.device + 4, count).ok_or(device)?;
         let avail_event = match setup.event_idx {
             true => Some(GuestSlice::new(memory, setup.device + 4 + 8 * count as u64, 1).ok_or(device)?),
             false => None,
@@ -101,8 +101,7 @@ impl SplitRing {
 
     #[inline(always)]
     fn descriptor(&self, index: u16) -> Result<Descriptor, RingError> {
-        let at = 2 * usize::from(index);
-        let Some([address, rest]) = self.descriptors.get(at..at + 2) else {
+        let Some([address, rest]) = self.descriptors.get(usize::from(index)) else {
             return Err(RingError::DescriptorIndex { index, size: self.size.into() });
         };
         // Relaxed: ordered by the Acquire in `look`.
@@ -112,15 +111,53 @@ impl SplitRing {
         ]))
     }
 
+    /// See [`super::Ring::peek_triple`].
+    #[inline(always)]
+    pub(super) fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
+        if self.next_avail == self.seen_avail && !self.look().ok()? {
+            return None;
+        }
+        let id = self.offered();
+        let first = self.descriptor(id).ok()?;
+        let all = if first.flags == NEXT {
+            let middle = self.descriptor(first.link).ok()?;
+            [first, middle, self.descriptor(middle.link).ok()?]
+        } else if first.flags & !WRITE == INDIRECT && first.bytes == 3 * DESCRIPTOR_BYTES as u32 && self.indirect {
+            let words: [u64; 6] = view.read_words(first.address).ok()?;
+            let all = [0, 2, 4].map(|at| Descriptor::split([words[at], words[at + 1]]));
+            if all[0].flags != NEXT || all[0].link != 1 || all[1].link != 2 {
+                return None;
+            }
+            all
+        } else {
+            return None;
+        };
+        if all[1].flags & !WRITE != NEXT || all[2].flags != WRITE {
+            return None;
+        }
+        Triple::new(Head { id, entries: 1 }, all)
+    }
+
+    #[inline(always)]
+    pub(super) fn accept(&mut self, head: Head) {
+        self.next_avail = self.next_avail.wrapping_add(head.entries);
+    }
+
+    /// The head the driver has put into the next entry of the available ring.
+    #[inline(always)]
+    fn offered(&self) -> u16 {
+        let entry = AVAIL_RING + usize::from(self.next_avail & (self.size - 1));
+        // Relaxed: ordered by the Acquire in `look`.
+        u16::from_le(self.avail[entry].load(Ordering::Relaxed))
+    }
+
     /// See [`super::Ring::pop`].
     #[inline]
     pub(super) fn pop(&mut self, view: &mut GuestView, chain: &mut Chain) -> Result<Option<Head>, RingError> {
         if self.next_avail == self.seen_avail && !self.look()? {
             return Ok(None);
         }
-        let entry = AVAIL_RING + usize::from(self.next_avail & (self.size - 1));
-        // Relaxed: ordered by the Acquire in `look`.
-        let head = u16::from_le(self.avail[entry].load(Ordering::Relaxed));
+        let head = self.offered();
         chain.clear();
         let mut index = head;
         let mut seen = 0;
@@ -160,7 +197,7 @@ impl SplitRing {
                 return Err(RingError::DescriptorIndex { index, size: entries });
             }
             let words = view
-                .read_pair(table.address + DESCRIPTOR_BYTES * u64::from(index))
+                .read_words(table.address + DESCRIPTOR_BYTES * u64::from(index))
                 .map_err(|_| RingError::IndirectTable { head, address: table.address, bytes: table.bytes })?;
             let descriptor = Descriptor::split(words);
             if descriptor.flags & INDIRECT != 0 {
@@ -185,8 +222,8 @@ impl SplitRing {
 
     #[inline(always)]
     pub(super) fn push_used(&mut self, head: Head, written: u32) {
-        let entry = 2 * usize::from(self.next_used & (self.size - 1));
-        if let Some([id, length]) = self.used.get(entry..entry + 2) {
+        let entry = usize::from(self.next_used & (self.size - 1));
+        if let Some([id, length]) = self.used.get(entry) {
             // Relaxed: ordered by the Release in `publish`.
             id.store(u32::from(head.id).to_le(), Ordering::Relaxed);
             length.store(written.to_le(), Ordering::Relaxed);
