@@ -14,7 +14,7 @@ log=$target/tests.log
 rm -f "$retries"
 
 # The guests use the program as it is shipped; everything else uses the tests' own build.
-cargo build --locked --release --package vhost-blk
+cargo build --locked --release --package vhost-blk --package blk-perf
 export VHOST_BLK="$PWD/$target/release/vhost-blk"
 case $target in /*) VHOST_BLK=$target/release/vhost-blk ;; esac
 
