@@ -4,16 +4,18 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
-use e2e::Target;
+use e2e::{Qmp, Target};
 use serde_json::json;
 
 use crate::{LONG, SHORT, folder, machine, stop};
 
 /// Memory is added under a running disk; then more data than the first memory could hold is read from the disk into
-/// memory, so the drive has written into what was added, and is written from there to another place of the disk.
+/// memory, so the drive has written into what was added, and is written from there to another place of the disk. At
+/// last the guest gives the added memory back.
 #[test]
-fn memory_is_added_while_the_disk_is_busy() {
+fn memory_comes_and_goes_while_the_disk_is_busy() {
     const MIB: usize = 160;
     let folder = folder();
     let image = folder.path().join("disk.img");
@@ -21,7 +23,7 @@ fn memory_is_added_while_the_disk_is_busy() {
     File::open("/dev/urandom").unwrap().read_exact(&mut data).unwrap();
     std::fs::write(&image, &data).unwrap();
     let target = Target::serve_disk(folder.path(), 512, 512, &[]).unwrap();
-    let machine = machine().memory_mib(192).memory_slots().append("memhp_default_state=online");
+    let machine = machine().memory_mib(192).memory_slots().append("memhp_default_state=online_movable");
     let mut guest = machine.disk(target.socket(), "num-queues=2").boot(folder.path()).unwrap();
     let busy = "(while :; do dd if=/dev/vda of=/dev/null bs=64k count=512 iflag=direct || touch /tmp/bad; done) \
                 >/tmp/busy 2>&1 &
@@ -42,6 +44,7 @@ fn memory_is_added_while_the_disk_is_busy() {
         before + 3 * 256 * 9 / 10
     );
     guest.run(&online, SHORT).unwrap();
+    assert_eq!(modules(&mut monitor), 3);
     let read = format!(
         "set -eo pipefail
          mkdir /big && mount -t tmpfs -o size=600m tmpfs /big
@@ -51,6 +54,24 @@ fn memory_is_added_while_the_disk_is_busy() {
     );
     let sum = guest.run(&read, LONG).unwrap();
     assert_eq!(sum.split_whitespace().next(), sha256(&image, 0, MIB).split_whitespace().next());
+
+    guest.run("umount /big", SHORT).unwrap();
+    for number in 0..3 {
+        let deadline = Instant::now() + LONG;
+        let mut asked = None;
+        while modules(&mut monitor) > 2 - number {
+            assert!(Instant::now() < deadline, "the guest does not let go of its memory");
+            // The guest refuses while it cannot move a page, which a request under way may hold; it is asked again then.
+            if asked.is_none_or(|asked: Instant| asked.elapsed() > Duration::from_secs(2)) {
+                asked = Some(Instant::now());
+                // An error means that the last attempt is not over.
+                let _ = monitor.execute("device_del", json!({ "id": format!("dimm{number}") }));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    assert!(total_mib(&mut guest) <= before);
+    guest.run("dd if=/dev/vda of=/dev/null iflag=direct bs=1M count=100", SHORT).unwrap();
     assert_eq!(guest.try_run("ls /tmp/bad", SHORT).unwrap().status, 1, "the reads in the background all went well");
     guest.power_off(SHORT).unwrap();
     stop(target);
@@ -62,6 +83,11 @@ fn sha256(file: &Path, skip_mib: usize, mib: usize) -> String {
     let numbers = [skip_mib.to_string(), mib.to_string()];
     let output = Command::new("sh").args(["-c", script, "sh"]).arg(file).args(numbers).output().unwrap();
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// How many memory modules are plugged in, the first memory not counted.
+fn modules(monitor: &mut Qmp) -> usize {
+    monitor.execute("query-memory-devices", json!({})).unwrap().as_array().unwrap().len()
 }
 
 fn total_mib(guest: &mut e2e::Guest) -> u64 {
