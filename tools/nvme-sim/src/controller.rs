@@ -156,7 +156,7 @@ impl Controller {
             State::Starting(ready) => return self.poll_start(ready),
             State::Disabled | State::ShutDown | State::Failed => return false,
         }
-        if self.shared.faults.removed() {
+        if !self.reaches_memory() {
             return false;
         }
         if self.faults.plan.fatal {
@@ -360,9 +360,19 @@ impl Controller {
         self.events.record_error(sq, command.id(), status, lba, command.namespace());
     }
 
+    /// Whether the controller may access host memory: it is there, and the host lets it.
+    #[inline]
+    fn reaches_memory(&self) -> bool {
+        // Relaxed: when this goes false, a request follows and is answered between two looks.
+        self.shared.bus_master.load(Ordering::Relaxed) && !self.shared.faults.removed()
+    }
+
     /// Room in a completion queue; asks the host's doorbell only when less than `wanted` is known of.
     #[inline]
     fn room(&mut self, id: u16, wanted: u32) -> u32 {
+        if !self.reaches_memory() {
+            return 0;
+        }
         let Some(cq) = &self.cqs[usize::from(id)] else { return 0 };
         let room = cq.room();
         if room >= wanted {
@@ -593,9 +603,9 @@ impl Controller {
             let registers = self.shared.registers();
             (registers.admin_attributes, registers.admin_sq, registers.admin_cq)
         };
-        if !self.shared.config_space().bus_master() {
+        if !self.shared.bus_master.load(Ordering::Relaxed) {
             log::warn!(
-                "enabled while PCI bus mastering is off (command register bit 2): a real controller could not reach memory"
+                "enabled while PCI bus mastering is off (command register bit 2): nothing is fetched until it is on"
             );
         }
         let page = 4096 << registers::memory_page_size(cc);
@@ -715,7 +725,7 @@ impl Controller {
 
     /// Before a nap: what is too slow to do at every look.
     fn before_nap(&mut self) {
-        if self.state != State::Ready || self.shared.faults.removed() {
+        if self.state != State::Ready || !self.reaches_memory() {
             return;
         }
         for id in 0..self.cqs.len() as u16 {

@@ -1,5 +1,44 @@
 //! An NVMe controller in software, served on a vfio-user socket.
-#![warn(missing_docs)]
+//!
+//! It takes the place of a drive where there is none: for tests, for trying things out, and for everything that must go
+//! wrong on demand. It follows the NVM Express Base Specification 2.0 and the NVM Command Set Specification 1.0, not any
+//! driver: what they forbid is refused with the status they name, and the log says so (`RUST_LOG=nvme_sim=warn`).
+//!
+//! ```
+//! use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, Simulator};
+//!
+//! # let directory = tempfile::tempdir()?;
+//! let simulator = Simulator::start(Config::default(), &directory.path().join("nvme.sock"))?;
+//! // A driver connects to the socket; then its next command never completes.
+//! let when = FaultMatch { limit: Some(1), ..Default::default() };
+//! simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when });
+//! simulator.stop();
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! # How it works
+//!
+//! Two threads. One answers the messages of the front-end (`server`): register and configuration space accesses, DMA maps,
+//! interrupt eventfds. The other (`controller`) owns queues and namespaces and polls the doorbells. These are in a memory
+//! file that the front-end may map (BAR0 from 0x1000), so that the data path needs no message; front-ends that do not map
+//! it write doorbells by message. Data are copied once, between the memory that the front-end has mapped for DMA and the
+//! blocks. Host addresses are looked up in the table of those mappings; what lies outside is a Data Transfer Error, or for
+//! queues a fatal status.
+//!
+//! # Cost
+//!
+//! A 4 KiB read takes about 170 ns of processor time. An idle controller yields the processor for 2 ms, then sleeps in naps of at most
+//! 1 ms: the first command after a pause waits that long, since doorbells in memory wake nobody.
+//!
+//! # Limits
+//!
+//! - One front-end at a time; the next is accepted when it has gone, and finds the controller as after power-on.
+//! - One admin and up to 2047 I/O queue pairs, MSI-X only (delivered by eventfd; the masks in the MSI-X table are not looked at).
+//! - No metadata or protection information, fused commands, namespace management, firmware update, controller memory buffer.
+//!   Namespaces with a metadata format refuse I/O.
+//! - DMA needs file descriptors: regions of memory without one are refused. A front-end that truncates a file it has mapped kills the
+//!   simulator (SIGBUS), as would any process that shares memory with it.
+//! - Flush means the simulated cache ([`Config::volatile_write_cache`]): a file outlives the simulator, not a crash of the machine.
 
 mod admin;
 mod backing;

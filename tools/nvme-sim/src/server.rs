@@ -17,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
 
-use crate::config_space::{BarLayout, CONFIG_BYTES};
+use crate::config_space::{BarLayout, CONFIG_BYTES, ConfigSpace};
 use crate::registers::DOORBELLS;
 use crate::shared::{Request, Shared};
 
@@ -96,6 +96,8 @@ pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
 /// Leaves nothing of a front-end behind.
 fn front_end_gone(shared: &Shared) {
     let reset = shared.ask(Request::Reset);
+    *shared.config_space() = ConfigSpace::new(&shared.layout);
+    shared.bus_master.store(false, Ordering::Relaxed);
     shared.interrupts.disable_all();
     shared.dma.clear();
     let refresh = shared.ask(Request::RefreshDma);
@@ -203,7 +205,15 @@ impl ServerBackend for FrontEnd {
             _ if self.gone() => {}
             BAR0 => self.write_bar(offset, data),
             CONFIG => {
-                let reset = self.shared.config_space().write(offset, data);
+                let (reset, bus_master) = {
+                    let mut space = self.shared.config_space();
+                    (space.write(offset, data), space.bus_master())
+                };
+                // Relaxed: the request below, or the doorbell that comes later, orders it.
+                if self.shared.bus_master.swap(bus_master, Ordering::Relaxed) && !bus_master {
+                    // The answer promises that memory is not touched any more.
+                    self.shared.ask(Request::RefreshDma).map_err(io::Error::other)?;
+                }
                 if reset {
                     self.reset()?;
                 }

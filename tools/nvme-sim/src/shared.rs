@@ -87,6 +87,8 @@ pub(crate) struct Shared {
     requests: Mutex<Option<Requests>>,
     /// Registers were written, or there are requests.
     attention: AtomicBool,
+    /// The host lets the controller access memory (PCI command register bit 2).
+    pub bus_master: AtomicBool,
     pub stop: AtomicBool,
     pub data_thread: OnceLock<Thread>,
 }
@@ -109,6 +111,7 @@ impl Shared {
             counters: Counters::default(),
             requests: Mutex::new(Some(VecDeque::new())),
             attention: AtomicBool::new(false),
+            bus_master: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             data_thread: OnceLock::new(),
             config,

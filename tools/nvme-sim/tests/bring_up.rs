@@ -181,6 +181,29 @@ fn resets_and_shutdowns() {
 }
 
 #[test]
+fn no_bus_master_no_memory_access() {
+    let controller = start(Config::default());
+    let mut host = Host::bring_up(controller.simulator.socket());
+    host.create_pair(1, 16, None);
+    host.config_write(4, &[2]);
+    let id = host.submit(1, Sqe::new(0, 1));
+    host.expect_silence(1);
+    assert_eq!(host.status(), 1);
+    host.config_write(4, &[6]);
+    assert_eq!(host.wait(1).id, id);
+    drop(host);
+    let mut host = Host::connect(controller.simulator.socket());
+    let mut raw = [0; 1];
+    host.config_read(4, &mut raw);
+    assert_eq!(raw, [6], "as the test host has set it");
+    host.config_write(0x3c, &[77]);
+    drop(host);
+    let mut host = Host::connect(controller.simulator.socket());
+    host.config_read(0x3c, &mut raw);
+    assert_eq!(raw, [0], "nothing is left of the one before");
+}
+
+#[test]
 fn larger_memory_pages() {
     let controller = start(Config::default());
     let mut host = Host::connect(controller.simulator.socket());
