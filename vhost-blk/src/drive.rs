@@ -3,12 +3,12 @@
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::time::Duration;
 
 use nvme_driver::{BouncePool, Controller, Error, Namespace, Options, QueuePairOptions};
 
 use crate::address::DeviceAddress;
 use crate::lane::Lane;
-use crate::session::STOP_DEADLINE;
 use crate::worker::{LaneHandle, PairId, StopError, WorkerPool};
 
 /// One NVMe controller in use.
@@ -35,7 +35,7 @@ struct Pair {
 
 impl Drive {
     /// Opens the controller at `address`. The error is one line.
-    pub fn open(address: &DeviceAddress, pool: Arc<WorkerPool>) -> Result<Drive, String> {
+    pub fn open(address: &DeviceAddress, options: &Options, pool: Arc<WorkerPool>) -> Result<Drive, String> {
         let (vfio_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
@@ -45,7 +45,7 @@ impl Drive {
         };
         let name = address.to_string();
         let device = vfio::Device::open(&vfio_address).map_err(|error| format!("cannot open {name}: {error}"))?;
-        let controller = Controller::open(&device, &Options::default())
+        let controller = Controller::open(&device, options)
             .map_err(|error| format!("cannot bring up the controller {name}: {error}"))?;
         Ok(Drive {
             name,
@@ -223,6 +223,9 @@ const MAX_ENTRIES: u16 = 1024;
 /// Bounce buffers of a queue pair, for buffers the drive cannot reach where they are.
 const BOUNCE_BYTES: usize = 128 << 10;
 
+/// How much longer than a command a lane may take to stop.
+const STOP_MARGIN: Duration = Duration::from_secs(10);
+
 /// A lane's place on a queue pair; given back when dropped.
 pub struct Lease {
     drive: Arc<Drive>,
@@ -238,12 +241,14 @@ impl Lease {
     /// Takes a lane from there when all its requests have ended; where its ring stopped, if that is known. A controller that does not let
     /// them end is taken out of operation.
     pub fn stop(&self, handle: LaneHandle) -> Option<u32> {
-        match handle.stop(STOP_DEADLINE) {
+        // Every request under way has to end first, and the controller's own deadline is the longest there is.
+        let deadline = self.drive.controller.options().io_timeout + STOP_MARGIN;
+        match handle.stop(deadline) {
             Ok(stopped) => Some(stopped.base),
             Err(StopError::StillBusy(busy)) => {
                 self.drive.fail(&busy.to_string());
                 // Nothing is left to wait for but the worker's turn.
-                busy.lane.wait(STOP_DEADLINE).inspect_err(|error| log::error!("{error}")).ok().map(|lane| lane.base)
+                busy.lane.wait(deadline).inspect_err(|error| log::error!("{error}")).ok().map(|lane| lane.base)
             }
             Err(error) => {
                 log::error!("{error}");

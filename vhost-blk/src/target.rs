@@ -4,6 +4,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use nvme_driver::Options;
+
 use crate::bell::Bell;
 use crate::config::Settings;
 use crate::counters::Tally;
@@ -31,6 +33,11 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 impl Target {
     /// Opens every controller once, binds every socket and starts to serve. The error is one line.
     pub fn start(settings: &Settings) -> Result<Target, String> {
+        Target::start_with(settings, &Options::default())
+    }
+
+    /// The same, with the controllers opened in another way: other deadlines, say.
+    pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
         // The cheap and likely errors first: sockets before drives.
         let mut listeners = Vec::new();
         for export in &settings.exports {
@@ -44,7 +51,7 @@ impl Target {
             let drive = match drives.iter().find(|drive| *drive.address() == export.device) {
                 Some(drive) => drive.clone(),
                 None => {
-                    let drive = Arc::new(Drive::open(&export.device, pool.clone())?);
+                    let drive = Arc::new(Drive::open(&export.device, options, pool.clone())?);
                     drives.push(drive.clone());
                     drive
                 }

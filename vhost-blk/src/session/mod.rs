@@ -11,7 +11,6 @@ mod ring_state;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
 
 use vhost::vhost_user::Backend;
 
@@ -229,6 +228,3 @@ fn disk(export: &Export, features: u64, writeback: bool) -> Disk {
         writeback: AtomicBool::new(writeback),
     }
 }
-
-/// How long a ring may take to stop: every request under way has to end, and the drive's own deadline is the longest.
-pub const STOP_DEADLINE: Duration = Duration::from_secs(40);
