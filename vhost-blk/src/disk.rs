@@ -7,6 +7,33 @@ use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::request::SECTOR_SHIFT;
 
+/// The blocks of a disk, in the form in which transfers are checked.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// Bytes of a block, less 1.
+    block_mask: u64,
+    blocks: u64,
+    /// From bytes to blocks.
+    block_shift: u32,
+    /// From sectors to blocks.
+    sector_shift: u32,
+}
+
+impl Geometry {
+    /// The logical block of a transfer of `bytes` at `sector`; `None` if it is not in whole blocks or beyond the end.
+    #[inline(always)]
+    pub fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
+        // What is shifted out on the left is no part of a block.
+        if (sector << SECTOR_SHIFT | u64::from(bytes)) & self.block_mask != 0 {
+            return None;
+        }
+        let lba = sector >> self.sector_shift;
+        // Compared this way nothing overflows.
+        let last = self.blocks.checked_sub(u64::from(bytes >> self.block_shift))?;
+        (lba <= last).then_some(lba)
+    }
+}
+
 /// An export as one front-end has negotiated it.
 #[derive(Debug)]
 pub struct Disk {
@@ -34,21 +61,18 @@ impl Disk {
         self.namespace.volatile_write_cache && !(can_flush && self.writeback.load(Ordering::Relaxed))
     }
 
-    /// The logical block of a transfer of `bytes` at `sector`; `None` if it is not in whole blocks or beyond the end.
-    #[inline(always)]
-    pub(crate) fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
-        let shift = u32::from(self.namespace.block_shift);
-        // What is shifted out on the left is no part of a block.
-        if (sector << SECTOR_SHIFT | u64::from(bytes)) & ((1 << shift) - 1) != 0 {
-            return None;
+    /// The disk's blocks, in the form in which transfers are checked.
+    pub fn geometry(&self) -> Geometry {
+        let shift = self.namespace.block_shift;
+        Geometry {
+            block_mask: (1 << shift) - 1,
+            blocks: self.namespace.blocks,
+            block_shift: shift.into(),
+            sector_shift: (shift - SECTOR_SHIFT).into(),
         }
-        let lba = sector >> (shift - u32::from(SECTOR_SHIFT));
-        // Compared this way nothing overflows.
-        let last = self.namespace.blocks.checked_sub(u64::from(bytes >> shift))?;
-        (lba <= last).then_some(lba)
     }
 
-    /// The logical blocks of `sectors` sectors from `sector` on; `None` as for [`Disk::block`].
+    /// The logical blocks of `sectors` sectors from `sector` on; `None` if they are not whole blocks or beyond the end.
     pub(crate) fn range(&self, sector: u64, sectors: u32) -> Option<LbaRange> {
         let shift = self.namespace.block_shift - SECTOR_SHIFT;
         let lba = sector >> shift;

@@ -19,7 +19,7 @@ use nvme_driver::{BouncePool, QueuePair, Status, SubmitError, Work};
 use bounced::Bounced;
 
 use crate::counters::{LaneCounters, Tally};
-use crate::disk::Disk;
+use crate::disk::{Disk, Geometry};
 use crate::guest_memory::{GuestMemory, GuestView};
 use crate::request::{self, Operation, Parsed, Parser, Request};
 use crate::ring::{Chain, Head, Ring};
@@ -64,16 +64,19 @@ impl LaneState {
     }
 }
 
-/// A request the drive works on, or is about to: what is needed to answer it.
+/// A request the drive works on: what is needed to answer it.
 #[derive(Clone, Copy, Default)]
 struct Slot {
-    /// Guest address of the status byte.
+    /// Guest address of the status byte; of a free slot, the next free one.
     status: u64,
-    /// The chain; 0 entries: the slot is free.
+    /// The chain.
     head: Head,
-    /// Length for the used element if all goes well, at least 1; 0: the request is among the bounced ones.
+    /// Length for the used element if all goes well, at least 1; 0: the slot is free, or its request is among the bounced ones.
     written: u32,
 }
+
+/// No slot: the end of the list of free ones.
+const NO_SLOT: u16 = u16::MAX;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
@@ -94,8 +97,10 @@ pub struct Lane {
     chain: Chain,
     parser: Parser,
     slots: Vec<Slot>,
-    /// Slots that are free; its capacity is never exceeded.
-    free: Vec<u16>,
+    /// The first free slot, from which the others are linked.
+    free: u16,
+    /// Slots that are not free.
+    in_flight: u32,
     mode: Mode,
     /// The controller was stopped: nothing can be given to the queue pair any more.
     drive_lost: bool,
@@ -103,8 +108,12 @@ pub struct Lane {
     pending: Option<Head>,
     /// Requests whose data is copied; nearly always empty.
     bounced: Vec<Bounced>,
+    /// After the guest broke its ring: slots of what the drive still had.
+    orphans: Vec<u16>,
     tally: Tally,
     disk: Arc<Disk>,
+    /// The disk's.
+    geometry: Geometry,
     call: Option<File>,
     kick: Option<File>,
     error: Option<File>,
@@ -129,13 +138,19 @@ impl Lane {
             view: GuestView::new(memory),
             chain: Chain::new(),
             parser: Parser::new(),
-            slots: vec![Slot::default(); size.into()],
-            free: (0..size).rev().collect(),
+            // A ring has 32768 entries at most: NO_SLOT names none.
+            slots: (1..=size)
+                .map(|next| Slot { status: u64::from(if next == size { NO_SLOT } else { next }), ..Slot::default() })
+                .collect(),
+            free: 0,
+            in_flight: 0,
             mode: Mode::Running,
             drive_lost: false,
             pending: None,
             bounced: Vec::new(),
+            orphans: Vec::new(),
             tally: counters.read(),
+            geometry: disk.geometry(),
             disk,
             call,
             kick,
@@ -160,7 +175,7 @@ impl Lane {
     /// Requests the drive has not answered yet.
     #[inline]
     pub fn in_flight(&self) -> usize {
-        self.slots.len() - self.free.len()
+        self.in_flight as usize
     }
 
     /// Where the ring's next user begins, see [`Ring::base`]; right only when nothing is in flight.
@@ -190,10 +205,8 @@ impl Lane {
         }
         let mut taken = 0;
         // Without a free slot the guest has more in flight than its ring holds: it has to wait.
-        while taken < BATCH
-            && let Some(&slot) = self.free.last()
-        {
-            if self.submit_plain(pair, tag, slot) {
+        while taken < BATCH && self.free != NO_SLOT {
+            if self.submit_plain(pair, tag) {
                 taken += 1;
                 continue;
             }
@@ -225,28 +238,28 @@ impl Lane {
     /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. False:
     /// nothing was taken, everything is open.
     #[inline(always)]
-    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64, slot: u16) -> bool {
-        let Some(triple) = self.ring.peek_triple(&mut self.view) else { return false };
-        let Some((request, segment)) = request::plain(&triple, &mut self.view, &self.disk) else { return false };
+    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
+        let plain = request::peek_plain(&mut self.ring, &mut self.view, &self.disk, &self.geometry);
+        let Some((triple, request, segment)) = plain else { return false };
         let segments = std::slice::from_ref(&segment);
         let work = match request.operation {
             Operation::Read => Work::Read { lba: request.lba, segments },
             _ => Work::Write { lba: request.lba, segments, fua: self.disk.force_unit_access() },
         };
-        if pair.submit(&self.disk.namespace, work, tag | u64::from(slot)).is_err() {
+        if pair.submit(&self.disk.namespace, work, tag | u64::from(self.free)).is_err() {
             return false;
         }
         self.ring.accept(&triple);
-        self.submitted(slot, triple.head, &request);
+        self.submitted(triple.head, &request);
         true
     }
 
     /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
     fn submit_parsed(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
-        let Some(&slot) = self.free.last() else {
+        if self.free == NO_SLOT {
             self.pending = Some(head);
             return false;
-        };
+        }
         let Parser { request, segments, ranges, .. } = &self.parser;
         let request = *request;
         let (lba, fua) = (request.lba, self.disk.force_unit_access());
@@ -258,23 +271,41 @@ impl Lane {
             Operation::WriteZeroes => Work::WriteZeroes { ranges, deallocate: false, fua },
             Operation::WriteZeroesUnmap => Work::WriteZeroes { ranges, deallocate: true, fua },
         };
-        match pair.submit(&self.disk.namespace, work, tag | u64::from(slot)) {
+        match pair.submit(&self.disk.namespace, work, tag | u64::from(self.free)) {
             Ok(()) => {
-                self.submitted(slot, head, &request);
+                self.submitted(head, &request);
                 true
             }
             Err(error) => self.not_submitted(error, head),
         }
     }
 
-    /// The drive has the request: `slot`, the last free one, is taken.
+    /// The drive has the request, under the number of the first free slot.
     #[inline(always)]
-    fn submitted(&mut self, slot: u16, head: Head, request: &Request) {
-        self.free.pop();
-        if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
-            *entry = Slot { status: request.status, head, written: request.written };
-        }
+    fn submitted(&mut self, head: Head, request: &Request) {
+        self.take_slot(Slot { status: request.status, head, written: request.written });
         self.count(request);
+    }
+
+    /// Puts something into the first free slot; there has to be one. Returns its number.
+    #[inline(always)]
+    fn take_slot(&mut self, slot: Slot) -> u16 {
+        let number = self.free;
+        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
+            self.free = entry.status as u16;
+            self.in_flight += 1;
+            *entry = slot;
+        }
+        number
+    }
+
+    #[inline(always)]
+    fn free_slot(&mut self, number: u16) {
+        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
+            *entry = Slot { status: self.free.into(), ..Slot::default() };
+            self.free = number;
+            self.in_flight -= 1;
+        }
     }
 
     #[inline(always)]
@@ -341,32 +372,41 @@ impl Lane {
     }
 
     /// The drive has answered the request with this token.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn complete(&mut self, token: u64, status: Status) {
-        let slot = token as u16;
-        let Some(entry) = self.slots.get_mut(usize::from(slot)) else { return };
+        let number = token as u16;
+        let Some(entry) = self.slots.get_mut(usize::from(number)) else { return };
         let Slot { status: address, head, written } = *entry;
-        if head.entries == 0 {
-            return;
-        }
+        // Also after the guest broke its ring: see `break_down`.
         if written == 0 {
-            return self.bounced_piece_done(slot, status);
+            return self.complete_specially(number, status);
         }
-        entry.head.entries = 0;
-        self.free.push(slot);
-        if status.is_success() && self.mode != Mode::Broken {
+        entry.written = 0;
+        entry.status = self.free.into();
+        self.free = number;
+        self.in_flight -= 1;
+        if status.is_success() {
             self.give_back(head, request::OK, address, written);
         } else {
             self.complete_badly(status, head, address);
         }
     }
 
+    /// A piece of a bounced request, or a request of a guest that has broken its ring since.
+    #[cold]
+    #[inline(never)]
+    fn complete_specially(&mut self, number: u16, status: Status) {
+        if self.bounced.iter().any(|bounced| bounced.is(number)) {
+            self.bounced_piece_done(number, status);
+        } else if let Some(orphan) = self.orphans.iter().position(|orphan| *orphan == number) {
+            self.orphans.swap_remove(orphan);
+            self.free_slot(number);
+        }
+    }
+
     #[cold]
     #[inline(never)]
     fn complete_badly(&mut self, status: Status, head: Head, address: u64) {
-        if self.mode == Mode::Broken {
-            return;
-        }
         // Each doubling is told, so that a failing drive does not fill the log.
         if (self.tally.errors + 1).is_power_of_two() {
             log::warn!(
@@ -439,6 +479,12 @@ impl Lane {
         self.counters.write(&self.tally);
         self.mode = Mode::Broken;
         self.pending = None;
+        // What the drive still has is waited for, and not answered.
+        for (number, slot) in (0..).zip(&mut self.slots) {
+            if std::mem::take(&mut slot.written) != 0 {
+                self.orphans.push(number);
+            }
+        }
         self.reason = Some(why.to_string());
         self.state.set_broken();
         if let Some(mut error) = self.error.as_ref() {

@@ -10,9 +10,9 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
-use crate::disk::Disk;
+use crate::disk::{Disk, Geometry};
 use crate::guest_memory::GuestView;
-use crate::ring::{Buffer, Chain, MAX_CHAIN, Triple};
+use crate::ring::{Buffer, Chain, MAX_CHAIN, Ring, Triple};
 
 /// Status byte: the request was carried out.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -78,26 +78,32 @@ pub enum Parsed {
     NoStatus,
 }
 
-/// The read or write that a chain of header, data in one region and status is; no other storage is needed. `None`: it is
-/// something else, or something is wrong with it; [`Parser::parse`] finds out what.
+/// The next chain, if it is a read or write of header, data in one region and status, and nothing is wrong with it: it needs
+/// no storage. It stays available; [`Ring::accept`] takes it. `None`: anything else, [`Parser::parse`] finds out what.
 #[inline(always)]
-pub fn plain(triple: &Triple, view: &mut GuestView, disk: &Disk) -> Option<(Request, Segment)> {
-    if triple.first.bytes != HEADER_BYTES || triple.last.bytes != 1 {
+pub fn peek_plain(
+    ring: &mut Ring,
+    view: &mut GuestView,
+    disk: &Disk,
+    geometry: &Geometry,
+) -> Option<(Triple, Request, Segment)> {
+    let triple = ring.peek_triple::<HEADER_BYTES, 1>(view)?;
+    let [kind, sector] = view.read_words(triple.first).ok()?;
+    let Buffer { address, bytes } = triple.middle;
+    if bytes == 0 {
         return None;
     }
-    let [kind, sector] = view.read_words(triple.first.address).ok()?;
-    let bytes = triple.middle.bytes;
     let (operation, written) = match kind as u32 {
         // A multiple of the block size, see below: no overflow.
         VIRTIO_BLK_T_IN if triple.middle_writable => (Operation::Read, bytes.wrapping_add(1)),
         VIRTIO_BLK_T_OUT if !triple.middle_writable && !disk.read_only => (Operation::Write, 1),
         _ => return None,
     };
-    let lba = disk.block(sector, bytes)?;
-    let segment = view.segment(triple.middle.address, bytes)?;
-    let status = triple.last.address;
+    let lba = geometry.block(sector, bytes)?;
+    let segment = view.segment(address, bytes)?;
+    let status = triple.last;
     view.segment(status, 1)?;
-    Some((Request { operation, lba, bytes, status, written }, segment))
+    Some((triple, Request { operation, lba, bytes, status, written }, segment))
 }
 
 /// Turns chains into requests. Its storage is made once.
@@ -199,7 +205,7 @@ impl Parser {
     }
 
     fn transfer(&mut self, operation: Operation, sector: u64, bytes: u32, disk: &Disk) -> Result<Parsed, Refused> {
-        self.request.lba = disk.block(sector, bytes).ok_or(FAILED)?;
+        self.request.lba = disk.geometry().block(sector, bytes).ok_or(FAILED)?;
         self.request.operation = operation;
         self.request.bytes = bytes;
         if operation == Operation::Read {

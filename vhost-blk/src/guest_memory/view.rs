@@ -76,10 +76,10 @@ impl GuestView {
     #[inline(always)]
     fn locate(&mut self, address: u64, bytes: u64) -> Option<u64> {
         let offset = address.wrapping_sub(self.window.start);
-        if offset < self.window.bytes && bytes <= self.window.bytes - offset {
-            return Some(offset);
+        match offset.checked_add(bytes) {
+            Some(end) if end <= self.window.bytes => Some(offset),
+            _ => self.locate_slowly(address, bytes),
         }
-        self.locate_slowly(address, bytes)
     }
 
     #[cold]

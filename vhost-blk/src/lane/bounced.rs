@@ -31,13 +31,7 @@ impl Lane {
     /// Takes on a request that the queue pair refused with NeedsBounce.
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
-        let Some(slot) = self.free.pop() else {
-            self.pending = Some(head);
-            return;
-        };
-        if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
-            *entry = Slot { status: request.status, head, written: 0 };
-        }
+        let slot = self.take_slot(Slot { status: request.status, head, written: 0 });
         self.tally.copies += 1;
         let buffers = request::data_buffers(&self.chain, request.operation);
         self.bounced.push(Bounced { slot, head, request, buffers, done: 0, piece: None, answer: None });
@@ -70,10 +64,7 @@ impl Lane {
                 continue;
             };
             let Bounced { slot, head, request, .. } = self.bounced.swap_remove(index);
-            if let Some(entry) = self.slots.get_mut(usize::from(slot)) {
-                entry.head.entries = 0;
-            }
-            self.free.push(slot);
+            self.free_slot(slot);
             if self.mode != Mode::Broken {
                 let written = if code == request::OK { request.written } else { 1 };
                 self.count(&request);
@@ -84,6 +75,11 @@ impl Lane {
 }
 
 impl Bounced {
+    /// Does it have this slot?
+    pub(super) fn is(&self, slot: u16) -> bool {
+        self.slot == slot
+    }
+
     /// Takes the drive's answer if it is there, gives it the next piece; returns the status byte when all is done.
     fn advance(
         &mut self,

@@ -48,10 +48,10 @@ impl Bench {
 
     fn parse(&mut self, disk: &Disk, pieces: &[Piece]) -> Seen {
         self.driver.add(&self.guest, pieces, Some(0x2_0000)).unwrap();
-        let short = self.ring.peek_triple(&mut self.view).and_then(|triple| plain(&triple, &mut self.view, disk));
+        let short = peek_plain(&mut self.ring, &mut self.view, disk, &disk.geometry());
         let head = self.ring.pop(&mut self.view, &mut self.chain).unwrap().unwrap();
         let parsed = Seen::of(self.parser.parse(&self.chain, &mut self.view, disk), &self.parser);
-        if let Some((request, segment)) = short {
+        if let Some((_, request, segment)) = short {
             assert_eq!(parsed, Seen::Submit(request), "the short way and the long one agree");
             assert_eq!(self.parser.segments, [segment]);
         }
@@ -378,7 +378,7 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
             if !packed && random.one_in(2) {
                 driver.offer(&guest, random.below(u64::from(size) + 1) as u16);
             }
-            let short = ring.peek_triple(&mut view).and_then(|triple| plain(&triple, &mut view, &disk));
+            let short = peek_plain(&mut ring, &mut view, &disk, &disk.geometry());
             let popped: Result<Option<Head>, RingError> = ring.pop(&mut view, &mut chain);
             let head = match popped {
                 Ok(Some(head)) => head,
@@ -390,7 +390,7 @@ fn a_hostile_guest_reaches_nothing_but_its_memory() {
             };
             parser.segments.clear();
             let parsed = Seen::of(parser.parse(&chain, &mut view, &disk), &parser);
-            if let Some((request, segment)) = short {
+            if let Some((_, request, segment)) = short {
                 assert_eq!((&parsed, &parser.segments[..]), (&Seen::Submit(request), &[segment][..]), "seed {seed}");
                 shortened += 1;
             }

@@ -34,6 +34,9 @@ pub const MAX_CHAIN: usize = 2304;
 /// Bytes of a descriptor (virtio 1.2, 2.7.5 and 2.8.13).
 const DESCRIPTOR_BYTES: u64 = 16;
 
+/// Bytes of an indirect table of three descriptors.
+const TRIPLE_TABLE: u32 = 3 * DESCRIPTOR_BYTES as u32;
+
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
 const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
@@ -256,6 +259,13 @@ impl Descriptor {
         }
     }
 
+    /// Has it just this length and these flags?
+    #[inline(always)]
+    fn is(&self, bytes: u32, flags: u16) -> bool {
+        // Of one 64-bit word both: one comparison instead of two.
+        u64::from(self.bytes) | u64::from(self.flags) << 32 == u64::from(bytes) | u64::from(flags) << 32
+    }
+
     /// Packed (virtio 1.2, 2.8.13): le64 addr, le32 len, le16 id, le16 flags.
     #[inline(always)]
     fn packed(words: [u64; 2]) -> Self {
@@ -277,36 +287,35 @@ pub struct Head {
     pub entries: u16,
 }
 
-/// The chain nearly every small request is: three descriptors that are not empty, the first readable, the last writable.
+/// The chain nearly every small request is: three descriptors, the first readable, the last writable, both of a length that
+/// is known beforehand.
 ///
-/// What a driver says in it is not checked yet, as with any [`Chain`].
+/// What a driver says in it is not checked yet, as with any [`Chain`]. The middle one may be empty.
 #[derive(Clone, Copy, Debug)]
 pub struct Triple {
     /// For giving it back.
     pub head: Head,
-    /// Readable.
-    pub first: Buffer,
-    /// Readable or writable.
+    /// Guest address of the first buffer, which is readable.
+    pub first: u64,
+    /// The buffer between them.
     pub middle: Buffer,
     /// The device may write the middle one.
     pub middle_writable: bool,
-    /// Writable.
-    pub last: Buffer,
+    /// Guest address of the last buffer, which is writable.
+    pub last: u64,
 }
 
 impl Triple {
-    /// The flags of each descriptor but WRITE of the middle one have been checked.
+    /// Everything but WRITE of the middle one has been checked.
     #[inline(always)]
-    fn new(head: Head, [first, middle, last]: [Descriptor; 3]) -> Option<Triple> {
-        let buffer = |d: Descriptor| Buffer { address: d.address, bytes: d.bytes };
-        let triple = Triple {
+    fn new(head: Head, [first, middle, last]: [Descriptor; 3]) -> Triple {
+        Triple {
             head,
-            first: buffer(first),
-            middle: buffer(middle),
+            first: first.address,
+            middle: Buffer { address: middle.address, bytes: middle.bytes },
             middle_writable: middle.flags & WRITE != 0,
-            last: buffer(last),
-        };
-        (first.bytes != 0 && middle.bytes != 0 && last.bytes != 0).then_some(triple)
+            last: last.address,
+        }
     }
 }
 
@@ -363,11 +372,11 @@ impl Ring {
         either!(self, r => r.size())
     }
 
-    /// The next available chain if it is a [`Triple`]; it stays available. `None`: it is something else, or there is none, or
-    /// the ring is corrupt; [`Ring::pop`] knows.
+    /// The next available chain if it is a [`Triple`] with these lengths of its first and last buffer; it stays available.
+    /// `None`: it is something else, or there is none, or the ring is corrupt; [`Ring::pop`] knows.
     #[inline(always)]
-    pub fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
-        either!(self, r => r.peek_triple(view))
+    pub fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
+        either!(self, r => r.peek_triple::<FIRST, LAST>(view))
     }
 
     /// Takes the chain that was peeked at last.

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_ring::{
 
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    Triple, WRITE, event_passed, indirect_entries,
+    TRIPLE_TABLE, Triple, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -140,33 +140,30 @@ impl PackedRing {
 
     /// See [`super::Ring::peek_triple`].
     #[inline(always)]
-    pub(super) fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
+    pub(super) fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
         let word = self.look()?;
-        let at = self.next_avail.index;
-        let first = Descriptor::packed([self.word(at, 0), word]);
-        match first.flags & CHAIN_FLAGS {
-            NEXT if self.size >= 3 => {
-                let second = self.next_avail.advanced(1, self.size).index;
-                let third = self.next_avail.advanced(2, self.size).index;
-                let middle = Descriptor::packed([self.word(second, 0), self.word(second, 1)]);
-                let last = Descriptor::packed([self.word(third, 0), self.word(third, 1)]);
-                if middle.flags & CHAIN_FLAGS & !WRITE != NEXT || last.flags & CHAIN_FLAGS != WRITE {
-                    return None;
-                }
-                Triple::new(Head { id: last.link, entries: 3 }, [first, middle, last])
-            }
-            flags if flags & !WRITE == INDIRECT && first.bytes == 3 * DESCRIPTOR_BYTES as u32 && self.indirect => {
-                let words: [u64; 6] = view.read_words(first.address).ok()?;
-                let all = [0, 2, 4].map(|at| Descriptor::packed([words[at], words[at + 1]]));
-                let (nested, writable) =
-                    (all.iter().any(|d| d.flags & INDIRECT != 0), all.map(|d| d.flags & WRITE != 0));
-                if nested || writable[0] || !writable[2] {
-                    return None;
-                }
-                Triple::new(Head { id: first.link, entries: 1 }, all)
-            }
-            _ => None,
+        // Without the flags that made it available.
+        let read = |at: u16, word| {
+            let all = Descriptor::packed([self.word(at, 0), word]);
+            Descriptor { flags: all.flags & CHAIN_FLAGS, ..all }
+        };
+        let first = read(self.next_avail.index, word);
+        if first.is(FIRST, NEXT) && self.size >= 3 {
+            let second = self.next_avail.advanced(1, self.size).index;
+            let third = self.next_avail.advanced(2, self.size).index;
+            let middle = read(second, self.word(second, 1));
+            let last = read(third, self.word(third, 1));
+            let good = middle.flags & !WRITE == NEXT && last.is(LAST, WRITE);
+            return good.then(|| Triple::new(Head { id: last.link, entries: 3 }, [first, middle, last]));
         }
+        if first.is(TRIPLE_TABLE, INDIRECT) && self.indirect {
+            let words: [u64; 6] = view.read_words(first.address).ok()?;
+            let all = [0, 2, 4].map(|at| Descriptor::packed([words[at], words[at + 1]]));
+            // NEXT means nothing in a table; a driver that sets it anyway goes the long way.
+            let good = all[0].is(FIRST, 0) && all[1].flags & !WRITE == 0 && all[2].is(LAST, WRITE);
+            return good.then(|| Triple::new(Head { id: first.link, entries: 1 }, all));
+        }
+        None
     }
 
     #[inline(always)]

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup, Triple,
-    WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
+    TRIPLE_TABLE, Triple, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -29,6 +29,8 @@ pub struct SplitRing {
     /// avail_event, the last field of the used ring; only with EVENT_IDX.
     avail_event: Option<GuestSlice<AtomicU16>>,
     size: u16,
+    /// `size - 1`.
+    mask: u16,
     indirect: bool,
     /// The next entry of the available ring to take; free-running, as all indexes here.
     next_avail: u16,
@@ -75,6 +77,7 @@ impl SplitRing {
             used_head,
             avail_event,
             size,
+            mask: size - 1,
             indirect: setup.indirect,
             next_avail,
             seen_avail: next_avail,
@@ -113,29 +116,27 @@ impl SplitRing {
 
     /// See [`super::Ring::peek_triple`].
     #[inline(always)]
-    pub(super) fn peek_triple(&mut self, view: &mut GuestView) -> Option<Triple> {
+    pub(super) fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
         if self.next_avail == self.seen_avail && !self.look().ok()? {
             return None;
         }
         let id = self.offered();
         let first = self.descriptor(id).ok()?;
-        let all = if first.flags == NEXT {
+        let all = if first.is(FIRST, NEXT) {
             let middle = self.descriptor(first.link).ok()?;
             [first, middle, self.descriptor(middle.link).ok()?]
-        } else if first.flags & !WRITE == INDIRECT && first.bytes == 3 * DESCRIPTOR_BYTES as u32 && self.indirect {
+        } else if first.is(TRIPLE_TABLE, INDIRECT) && self.indirect {
             let words: [u64; 6] = view.read_words(first.address).ok()?;
             let all = [0, 2, 4].map(|at| Descriptor::split([words[at], words[at + 1]]));
-            if all[0].flags != NEXT || all[0].link != 1 || all[1].link != 2 {
+            if !all[0].is(FIRST, NEXT) || all[0].link != 1 || all[1].link != 2 {
                 return None;
             }
             all
         } else {
             return None;
         };
-        if all[1].flags & !WRITE != NEXT || all[2].flags != WRITE {
-            return None;
-        }
-        Triple::new(Head { id, entries: 1 }, all)
+        let good = all[1].flags & !WRITE == NEXT && all[2].is(LAST, WRITE);
+        good.then(|| Triple::new(Head { id, entries: 1 }, all))
     }
 
     #[inline(always)]
@@ -146,7 +147,7 @@ impl SplitRing {
     /// The head the driver has put into the next entry of the available ring.
     #[inline(always)]
     fn offered(&self) -> u16 {
-        let entry = AVAIL_RING + usize::from(self.next_avail & (self.size - 1));
+        let entry = AVAIL_RING + usize::from(self.next_avail & self.mask);
         // Relaxed: ordered by the Acquire in `look`.
         u16::from_le(self.avail[entry].load(Ordering::Relaxed))
     }
@@ -222,7 +223,7 @@ impl SplitRing {
 
     #[inline(always)]
     pub(super) fn push_used(&mut self, head: Head, written: u32) {
-        let entry = usize::from(self.next_used & (self.size - 1));
+        let entry = usize::from(self.next_used & self.mask);
         if let Some([id, length]) = self.used.get(entry) {
             // Relaxed: ordered by the Release in `publish`.
             id.store(u32::from(head.id).to_le(), Ordering::Relaxed);
