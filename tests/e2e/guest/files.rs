@@ -1,5 +1,7 @@
 //! What was written is there afterwards.
 
+use std::path::Path;
+
 use e2e::{Initramfs, Kernel, Machine, Target};
 use nvme_sim::{Config, NamespaceConfig, Simulator};
 
@@ -148,6 +150,20 @@ fn partitions_are_found() {
     stop(target);
 }
 
+/// A drive with a write cache, in a process of its own: this one.
+fn drive(folder: &Path) -> Simulator {
+    let file = Some(folder.join("drive.img"));
+    let namespace = NamespaceConfig { bytes: 256 << 20, file, ..NamespaceConfig::default() };
+    let config = Config { namespaces: vec![namespace], volatile_write_cache: true, ..Config::default() };
+    Simulator::start(config, &folder.join("drive.sock")).unwrap()
+}
+
+fn serve(folder: &Path, drive: &Simulator) -> Target {
+    let (device, socket) = (format!("vfio-user:{}", drive.socket().display()), folder.join("disk.sock"));
+    let arguments = ["--device", &device, "--socket-path", &socket.display().to_string()];
+    Target::vhost_blk(folder, &arguments, vec![socket]).unwrap()
+}
+
 /// The drive loses its power, and with it all that its write cache held. What the guest had synced is not among it.
 #[test]
 fn what_was_synced_survives_a_power_cut() {
@@ -155,17 +171,8 @@ fn what_was_synced_survives_a_power_cut() {
         return;
     }
     let folder = folder();
-    let namespace =
-        NamespaceConfig { bytes: 256 << 20, file: Some(folder.path().join("drive.img")), ..NamespaceConfig::default() };
-    let config = Config { namespaces: vec![namespace], volatile_write_cache: true, ..Config::default() };
-    let drive = Simulator::start(config, &folder.path().join("drive.sock")).unwrap();
-    let serve = || {
-        let (device, socket) = (format!("vfio-user:{}", drive.socket().display()), folder.path().join("disk.sock"));
-        let arguments = ["--device", &device, "--socket-path", &socket.display().to_string()];
-        Target::vhost_blk(folder.path(), &arguments, vec![socket]).unwrap()
-    };
-
-    let target = serve();
+    let drive = drive(folder.path());
+    let target = serve(folder.path(), &drive);
     let mut guest = boot(folder.path(), &target, "num-queues=2");
     guest.run(&on("/dev/vda", FILL), LONG).unwrap();
     let script = "set -e
@@ -180,7 +187,7 @@ fn what_was_synced_survives_a_power_cut() {
     let lost = drive.power_cut().unwrap();
     assert!(lost > 0, "the drive's cache was empty: this power cut proves nothing");
 
-    let target = serve();
+    let target = serve(folder.path(), &drive);
     let mut guest = boot(folder.path(), &target, "num-queues=2");
     let output = guest.try_run("e2fsck -fp /dev/vda", SHORT).unwrap();
     assert!(output.status <= 1, "{output:?}");
@@ -190,4 +197,32 @@ fn what_was_synced_survives_a_power_cut() {
     guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
     guest.power_off(SHORT).unwrap();
     stop(target);
+}
+
+/// A guest that has chosen write-through does not flush: each write has to be on the medium when it is done.
+#[test]
+fn what_was_written_through_survives_a_power_cut() {
+    if on_peer() {
+        return;
+    }
+    let folder = folder();
+    let drive = drive(folder.path());
+    let target = serve(folder.path(), &drive);
+    let mut guest = boot(folder.path(), &target, "num-queues=2");
+    let write = "dd if=/dev/urandom of=/dev/vda bs=64k count=64 oflag=direct 2>/dev/null";
+    let read = "dd if=/dev/vda bs=64k count=64 iflag=direct 2>/dev/null | sha256sum";
+    guest.run(&format!("echo 'write through' >/sys/block/vda/cache_type; {write}"), SHORT).unwrap();
+    let sum = guest.run(read, SHORT).unwrap();
+    drop(guest);
+    drop(target);
+    assert_eq!(drive.power_cut().unwrap(), 0, "blocks written through were still in the cache");
+
+    let target = serve(folder.path(), &drive);
+    let mut guest = boot(folder.path(), &target, "num-queues=2");
+    assert_eq!(guest.run(read, SHORT).unwrap(), sum);
+    // And what was written back, without a flush, was indeed at the mercy of the cache.
+    guest.run(&format!("echo 'write back' >/sys/block/vda/cache_type; {write}"), SHORT).unwrap();
+    drop(guest);
+    drop(target);
+    assert!(drive.power_cut().unwrap() > 0);
 }
