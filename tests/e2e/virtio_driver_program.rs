@@ -71,6 +71,19 @@ fn the_demo_runs_packed_rings_and_several_queues() {
 }
 
 #[test]
+fn the_demo_counts_notifications_in_both_directions() {
+    let _alone = alone();
+    let result = demo(&["--interrupts"]);
+    check_demo(&result);
+    let number = |name: &str| result[name].as_u64().unwrap_or_else(|| panic!("no number {name} in {result:#}"));
+    // What the worker says it sent, the front-end has received: the load's part of it.
+    assert!(number("calls") > 0 && number("client_calls") > 0, "{result:#}");
+    assert!(number("client_calls") <= number("calls"), "{result:#}");
+    // The first requests at least found the worker asleep.
+    assert!(number("kicks") > 0, "{result:#}");
+}
+
+#[test]
 fn the_demo_prints_a_table() {
     let _alone = alone();
     let output = vhost_blk(&["demo", "--seconds", "1"]);

@@ -143,13 +143,13 @@ impl RawDisk {
     /// Writes `bytes` from the beginning of the data memory.
     pub fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
         self.data()[..bytes.len()].copy_from_slice(bytes);
-        self.request(OUT, sector, &[0..bytes.len()], &[])
+        self.request(OUT, sector, &first(bytes.len()), &[])
     }
 
     /// Reads `length` bytes; they must not fail.
     pub fn read(&mut self, sector: u64, length: usize) -> Vec<u8> {
         self.data()[..length].fill(0xee);
-        assert_eq!(self.request(IN, sector, &[], &[0..length]), OK, "reading sector {sector}");
+        assert_eq!(self.request(IN, sector, &[], &first(length)), OK, "reading sector {sector}");
         self.data()[..length].to_vec()
     }
 
@@ -157,8 +157,13 @@ impl RawDisk {
     pub fn change(&mut self, kind: u32, ranges: &[[u8; 16]]) -> u8 {
         let bytes = ranges.concat();
         self.data()[..bytes.len()].copy_from_slice(&bytes);
-        self.request(kind, 0, &[0..bytes.len()], &[])
+        self.request(kind, 0, &first(bytes.len()), &[])
     }
+}
+
+/// One segment: the first `length` bytes of the data memory.
+pub fn first(length: usize) -> [Range<usize>; 1] {
+    std::array::from_fn(|_| 0..length)
 }
 
 fn share(transport: &mut Transport, memory: &mut SharedMemory) {

@@ -24,7 +24,7 @@ fn get_id_tells_the_serial() {
     for packed in [false, true] {
         let mut disk = RawDisk::connect(target.socket(), packed, 4096);
         disk.data()[..32].fill(0xee);
-        assert_eq!(disk.request(GET_ID, 0, &[], &[0..20]), OK);
+        assert_eq!(disk.request(GET_ID, 0, &[], &first(20)), OK);
         assert_eq!(&disk.data()[..21], b"A-SERIAL\0\0\0\0\0\0\0\0\0\0\0\0\xee");
     }
     target.stop().expect("the target ends cleanly");
@@ -102,19 +102,19 @@ fn requests_that_cannot_be_done_are_refused_and_change_nothing() {
         assert_eq!(disk.write(SECTORS - 16, &content), OK);
         // Beyond the end, in part and in whole; at the end of all numbers.
         for sector in [SECTORS - 8, SECTORS, SECTORS + 8, u64::MAX / 512, u64::MAX - 7] {
-            assert_eq!(disk.request(OUT, sector, &[0..8192], &[]), IOERR, "writing sector {sector}");
+            assert_eq!(disk.request(OUT, sector, &first(8192), &[]), IOERR, "writing sector {sector}");
             // The crate's packed ring takes no answer to a read but that of a successful one.
             if !packed {
-                assert_eq!(disk.request(IN, sector, &[], &[0..8192]), IOERR, "reading sector {sector}");
+                assert_eq!(disk.request(IN, sector, &[], &first(8192)), IOERR, "reading sector {sector}");
             }
         }
         // Not whole blocks of a disk with blocks of 4096 bytes.
-        assert_eq!(disk.request(OUT, 1, &[0..4096], &[]), IOERR);
-        assert_eq!(disk.request(OUT, 0, &[0..512], &[]), IOERR);
-        assert_eq!(disk.request(OUT, 0, &[0..100], &[]), IOERR);
+        assert_eq!(disk.request(OUT, 1, &first(4096), &[]), IOERR);
+        assert_eq!(disk.request(OUT, 0, &first(512), &[]), IOERR);
+        assert_eq!(disk.request(OUT, 0, &first(100), &[]), IOERR);
         // Types that do not exist.
         assert_eq!(disk.request(77, 0, &[], &[]), UNSUPP);
-        assert_eq!(disk.request(u32::MAX, 0, &[0..512], &[]), UNSUPP);
+        assert_eq!(disk.request(u32::MAX, 0, &first(512), &[]), UNSUPP);
         // Ranges outside the disk, and flags that do not exist.
         assert_ne!(disk.change(WRITE_ZEROES, &[range(SECTORS - 8, 16, 0)]), OK);
         assert_ne!(disk.change(DISCARD, &[range(u64::MAX - 7, 8, 0)]), OK);

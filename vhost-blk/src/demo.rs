@@ -14,7 +14,7 @@ use blk_perf::{ClientOptions, Report, Workload};
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::config::{DEFAULT_QUEUE_SIZE, ExportSettings, Listen, MAX_QUEUES, Settings};
+use crate::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, ExportSettings, Listen, Settings};
 use crate::counters::Tally;
 use crate::target::Target;
 
@@ -31,7 +31,7 @@ pub struct Args {
     #[arg(long, value_name = "S", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=86400))]
     seconds: u64,
     /// Virtqueues
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=i64::from(DEFAULT_QUEUES)))]
     queues: u16,
     /// Requests in flight per virtqueue
     #[arg(long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
@@ -63,10 +63,12 @@ struct Outcome<'r> {
     kicks: u64,
     /// Of those: sent to the front-end.
     calls: u64,
+    /// The front-end waited for notifications; otherwise it polled, and asked for none.
+    interrupts: bool,
 }
 
 impl<'r> Outcome<'r> {
-    fn new(report: &'r Report, tally: &Tally) -> Self {
+    fn new(report: &'r Report, tally: &Tally, interrupts: bool) -> Self {
         let drive = [tally.reads, tally.writes, tally.flushes, tally.discards, tally.write_zeroes];
         let requests: u64 = drive.iter().sum::<u64>() + tally.answered;
         Outcome {
@@ -75,6 +77,7 @@ impl<'r> Outcome<'r> {
             notifications_per_request: (tally.kicks + tally.calls) as f64 / requests.max(1) as f64,
             kicks: tally.kicks,
             calls: tally.calls,
+            interrupts,
         }
     }
 
@@ -87,7 +90,8 @@ impl<'r> Outcome<'r> {
             .row("copies made", self.copies.to_string())
             .row("notifications per request", format!("{:.4}", self.notifications_per_request))
             .row("  received by the worker", self.kicks.to_string())
-            .row("  sent by the worker", self.calls.to_string());
+            .row("  sent by the worker", self.calls.to_string())
+            .row("the front-end", if self.interrupts { "waits for notifications" } else { "polls" });
         table.render()
     }
 
@@ -105,8 +109,8 @@ impl<'r> Outcome<'r> {
 /// Runs the demo; the error is one line.
 pub fn run(args: Args) -> Result<(), String> {
     if std::env::var_os("RUST_LOG").is_none() {
-        // The progress bar has the terminal to itself.
-        log::set_max_level(log::LevelFilter::Warn);
+        // The progress bar has the terminal to itself, and what a drive would need (hugepages) this controller does not.
+        log::set_max_level(log::LevelFilter::Error);
     }
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
@@ -138,7 +142,7 @@ pub fn run(args: Args) -> Result<(), String> {
     let tally = target.totals();
     let stopped = target.stop();
     let report = report.map_err(|error| error.to_string())?;
-    let outcome = Outcome::new(&report, &tally);
+    let outcome = Outcome::new(&report, &tally, args.interrupts);
     if args.json {
         let object = serde_json::to_string(&outcome).map_err(|error| format!("cannot write JSON: {error}"))?;
         println!("{object}");
@@ -181,15 +185,15 @@ mod tests {
             calls: 6,
             ..Tally::default()
         };
-        let outcome = Outcome::new(&report, &tally);
+        let outcome = Outcome::new(&report, &tally, false);
         assert_eq!(outcome.notifications_per_request, 0.1);
-        assert_eq!(Outcome::new(&report, &Tally::default()).notifications_per_request, 0.0);
+        assert_eq!(Outcome::new(&report, &Tally::default(), false).notifications_per_request, 0.0);
     }
 
     #[test]
     fn nothing_done_and_anything_wrong_are_failures() {
         let tally = Tally::default();
-        let failure = |report: &Report| Outcome::new(report, &tally).failure();
+        let failure = |report: &Report| Outcome::new(report, &tally, false).failure();
         let mut report = Report::default();
         assert_eq!(failure(&report).as_deref(), Some("not one request was completed"));
         report.operations = 1;
