@@ -93,6 +93,10 @@ pub struct BlockConfig {
     pub unused1: [u8; 3],
 }
 
+// What is offered has to be what a lane takes: header, data and status in one chain, and all ranges of a request.
+const _: () = assert!(SEG_MAX as usize + 2 <= crate::ring::MAX_CHAIN);
+const _: () = assert!(MAX_RANGES as usize <= crate::request::MAX_RANGES);
+
 const _: () = assert!(size_of::<BlockConfig>() == 60);
 const _: () = assert!(std::mem::offset_of!(BlockConfig, writeback) == WRITEBACK_OFFSET);
 const _: () = assert!(std::mem::offset_of!(BlockConfig, num_queues) == 34);

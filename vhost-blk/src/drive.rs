@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
-use nvme_driver::{BouncePool, Controller, Error, Namespace, Options, QueuePairOptions};
+use nvme_driver::{BouncePool, Controller, Error, Event, Namespace, Options, QueuePairOptions};
 
 use crate::address::DeviceAddress;
 use crate::lane::Lane;
-use crate::worker::{LaneHandle, PairId, StopError, WorkerPool};
+use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, WorkerPool};
 
 /// One NVMe controller in use.
 pub struct Drive {
@@ -86,7 +86,7 @@ impl Drive {
                     [] => return Err(format!("{} has no active namespace: create and attach one first", self.name)),
                     _ => {
                         let listed = all.iter().take(16).map(u32::to_string).collect::<Vec<_>>().join(", ");
-                        return Err(format!("{} has namespaces {listed}: choose one with --namespace", self.name));
+                        return Err(format!("{} has namespaces {listed}: choose one by its number", self.name));
                     }
                 }
             }
@@ -168,12 +168,35 @@ impl Drive {
             return;
         }
         match self.controller.health().and_then(|()| self.controller.poll_events()) {
-            Ok(events) => events.iter().for_each(|event| log::warn!("{}: the drive reports {event:?}", self.name)),
+            Ok(events) => events.iter().for_each(|event| self.log_event(event)),
             Err(error) => match self.controller.health() {
                 // A log page that cannot be read is no reason to stop a drive that works.
                 Ok(()) => log::warn!("{}: cannot read what the drive reports: {error}", self.name),
                 Err(error) => self.fail(&error.to_string()),
             },
+        }
+    }
+
+    /// Logs what the drive tells without being asked.
+    fn log_event(&self, event: &Event) {
+        let name = &self.name;
+        match event {
+            Event::Error { information, entries } => {
+                log::warn!(
+                    "{name}: the drive reports error event {information}; its newest log entry: {:?}",
+                    entries.first()
+                );
+            }
+            Event::Health { information, health } => {
+                log::warn!("{name}: the drive reports health event {information}: {health:?}");
+            }
+            Event::NamespacesChanged(changed) => {
+                log::warn!(
+                    "{name}: namespaces have changed ({changed:?}); exports go on with what they were until a restart"
+                );
+            }
+            Event::FirmwareActivation => log::warn!("{name}: new firmware is being activated; requests may wait"),
+            other => log::info!("{name}: the drive reports {other:?}"),
         }
     }
 
@@ -238,17 +261,17 @@ impl Lease {
         self.drive.pool.start_lane(self.pair, lane)
     }
 
-    /// Takes a lane from there when all its requests have ended; where its ring stopped, if that is known. A controller that does not let
+    /// Takes a lane from there when all its requests have ended; `None` if its worker died with it. A controller that does not let
     /// them end is taken out of operation.
-    pub fn stop(&self, handle: LaneHandle) -> Option<u32> {
+    pub fn stop(&self, handle: LaneHandle) -> Option<StoppedLane> {
         // Every request under way has to end first, and the controller's own deadline is the longest there is.
         let deadline = self.drive.controller.options().io_timeout + STOP_MARGIN;
         match handle.stop(deadline) {
-            Ok(stopped) => Some(stopped.base),
+            Ok(stopped) => Some(stopped),
             Err(StopError::StillBusy(busy)) => {
                 self.drive.fail(&busy.to_string());
                 // Nothing is left to wait for but the worker's turn.
-                busy.lane.wait(deadline).inspect_err(|error| log::error!("{error}")).ok().map(|lane| lane.base)
+                busy.lane.wait(deadline).inspect_err(|error| log::error!("{error}")).ok()
             }
             Err(error) => {
                 log::error!("{error}");

@@ -3,6 +3,7 @@
 //! Two halves. The *data path* owns rings, requests and queue pairs on polled workers and never blocks; the
 //! *control side* (configuration, vhost-user sessions, controllers, exports) runs on threads that may block and hands
 //! lanes to the workers by value.
+#![deny(unsafe_code)]
 
 pub mod address;
 pub mod bell;
@@ -19,6 +20,7 @@ pub mod target;
 
 pub mod counters;
 pub mod disk;
+#[allow(unsafe_code)] // shared memory, see its documentation
 pub mod guest_memory;
 pub mod lane;
 pub mod request;

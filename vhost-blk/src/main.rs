@@ -1,4 +1,5 @@
 //! The program `vhost-blk`.
+#![forbid(unsafe_code)]
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -57,6 +58,7 @@ fn serve(settings: &Settings) -> Result<(), String> {
         signal_hook::flag::register(number, stopping.clone()).map_err(cannot)?;
         signals.push(signal(number).map_err(cannot)?);
     }
+    raise_descriptor_limit();
     let target = Target::start(settings)?;
     loop {
         let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN), PollFd::new(&counters, PollFlags::IN)];
@@ -76,6 +78,16 @@ fn serve(settings: &Settings) -> Result<(), String> {
     }
     log::info!("stopping: requests under way are finished first");
     target.stop()
+}
+
+/// A guest may send hundreds of memory regions and eventfds; the usual soft limit of 1024 is there for `select` only.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        log::warn!("cannot raise the limit on open files from {:?}: {error}", limit.current);
+    }
 }
 
 /// A stream that becomes readable when the signal arrives.

@@ -193,6 +193,31 @@ fn sigterm_in_the_middle_of_a_message() {
 }
 
 #[test]
+fn a_second_signal_ends_it_at_once() {
+    use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, Simulator};
+    let (folder, socket) = folder();
+    let simulator = Simulator::start(Config::default(), &folder.path().join("nvme")).unwrap();
+    let device = format!("vfio-user:{}", simulator.socket().display());
+    let mut program = Program::start(&["--device", &device, "--socket-path", socket.to_str().unwrap()], None);
+    program.wait_for("is ready for a front-end");
+    let front = Front::connect(&socket);
+    front.negotiate();
+    let region = Region::new(0, 1 << 20);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
+    ring.submit(0, 0, (ring.data(), 4096));
+    eventually("the drive has the command", || simulator.faults().fired() > 0);
+    program.signal(Signal::TERM);
+    // It waits for a completion that does not come.
+    program.wait_for("stopping: requests under way are finished first");
+    assert!(program.child.try_wait().unwrap().is_none());
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(128 + 15));
+}
+
+#[test]
 fn sigusr1_prints_the_counters() {
     let (_folder, socket) = folder();
     let program = Program::serve(&socket, &[]);

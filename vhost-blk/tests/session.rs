@@ -562,6 +562,43 @@ fn a_ring_outside_memory_waits_and_one_that_cannot_be_is_told() {
 }
 
 #[test]
+fn a_broken_ring_rests_until_it_is_stopped_or_reset() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let (region, spare) = (Region::new(0, MIB), Region::new(0x4000_0000, MIB));
+    region.add(&front);
+    for reset in [false, true] {
+        let error = vmm_sys_util::eventfd::EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let (mut ring, mut other) = (Ring::new(&region, 0, 0x10000), Ring::new(&region, 1, 0x20000));
+        ring.set_event(&front, SET_VRING_ERR, Some(&error));
+        ring.start(&front);
+        other.start(&front);
+        ring.check_io(0);
+        ring.break_it();
+        eventually("the front-end is told", || error.read().is_ok());
+        // Neither memory that comes and goes nor a pause mends it, and nobody else is concerned.
+        spare.add(&front);
+        front.accept(REM_MEM_REG, &spare.single(), &[]);
+        ring.enable(&front, false);
+        ring.enable(&front, true);
+        other.check_io(8);
+        assert!(error.read().is_err(), "it is told once");
+        assert_eq!(ring.poll(), None);
+        if reset {
+            front.accept(RESET_DEVICE, &[], &[]);
+        } else {
+            front.vring_base(0);
+            front.vring_base(1);
+        }
+        let mut ring = Ring::new(&region, 0, 0x10000);
+        ring.start(&front);
+        ring.check_io(16);
+        front.vring_base(0);
+    }
+}
+
+#[test]
 fn two_exports_on_one_controller() {
     let served = serve(2, |number, export| export.read_only = number == 1);
     let (writer, reader) = (Front::connect(&served.socket(0)), Front::connect(&served.socket(1)));

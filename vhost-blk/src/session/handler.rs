@@ -361,7 +361,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn set_backend_req_fd(&mut self, backend: Backend) {
-        self._backend = Some(backend);
+        self.back_channel = Some(backend);
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

@@ -47,8 +47,8 @@ pub struct Session {
     rings: Vec<RingState>,
     /// By ring index.
     running: HashMap<usize, Running>,
-    /// The channel to the front-end (SET_BACKEND_REQ_FD). Kept open: a resize will be told through it.
-    _backend: Option<Backend>,
+    /// The channel to the front-end (SET_BACKEND_REQ_FD), kept open for the day a resize is told through it.
+    back_channel: Option<Backend>,
     refusal: Option<String>,
 }
 
@@ -67,7 +67,7 @@ impl Session {
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
-            _backend: None,
+            back_channel: None,
             refusal: None,
             export,
         }
@@ -168,8 +168,9 @@ impl Session {
     /// Stops a ring if it runs, and keeps where it stopped. Its place stays with the caller.
     fn pause(&mut self, index: usize) -> Option<Lease> {
         let Running { handle, lease, .. } = self.running.remove(&index)?;
-        if let Some(base) = lease.stop(handle) {
-            self.rings[index].base = base;
+        if let Some(stopped) = lease.stop(handle) {
+            self.rings[index].base = stopped.base;
+            self.rings[index].broken |= stopped.broken;
         }
         Some(lease)
     }

@@ -63,13 +63,15 @@ pub struct RingState {
     pub told_waiting: bool,
     /// It could not be started as described; nothing more happens until something about it changes.
     pub failed: bool,
+    /// Its guest broke it while it ran; nothing more happens until it is stopped or reset.
+    pub broken: bool,
 }
 
 impl RingState {
     /// The front-end wants the ring processed and has told everything needed for it, in whatever order.
     pub fn wanted(&self) -> Option<Addresses> {
         let started = !matches!(self.kick, Notifier::Unset);
-        self.addresses.filter(|_| started && self.enabled && self.size != 0 && !self.failed)
+        self.addresses.filter(|_| started && self.enabled && self.size != 0 && !self.failed && !self.broken)
     }
 
     /// Something changed: another attempt to start it is worth while, and worth a word if it fails.
@@ -91,6 +93,7 @@ impl RingState {
     pub fn stop(&mut self, base: u32) {
         self.base = base;
         self.kick = Notifier::Unset;
+        self.broken = false;
     }
 
     /// Back to the beginning (RESET_DEVICE); the descriptors to signal on are the front-end's business and stay.
@@ -145,6 +148,10 @@ mod tests {
     fn a_stopped_ring_needs_a_new_kick() {
         let mut ring = RingState::default();
         steps().iter().for_each(|step| step(&mut ring));
+        ring.broken = true;
+        assert_eq!(ring.wanted(), None);
+        ring.changed();
+        assert_eq!(ring.wanted(), None, "broken for good");
         ring.stop(77);
         assert_eq!((ring.base, ring.wanted()), (77, None));
         ring.kick = Notifier::Polled;

@@ -322,6 +322,13 @@ impl<'a> Ring<'a> {
         self.kick.write(1).unwrap();
     }
 
+    /// Claims more requests than the ring has places for, which breaks it (virtio 1.2, 2.7.13.3).
+    pub fn break_it(&self) {
+        let claim = self.next.wrapping_add(self.size + 1);
+        self.memory.store(claim.to_le(), GuestAddress(self.available() + 2), Ordering::Release).unwrap();
+        self.kick.write(1).unwrap();
+    }
+
     /// The status of the request under way, or `None` while there is none.
     pub fn poll(&mut self) -> Option<u8> {
         let used: u16 = self.memory.load(GuestAddress(self.used() + 2), Ordering::Acquire).unwrap();
