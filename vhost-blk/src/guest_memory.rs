@@ -248,7 +248,7 @@ impl GuestMemory {
         if isize::try_from(new.bytes).is_err() {
             return Err(Error::Overflow(*new));
         }
-        if (new.guest_address | new.file_offset) % PAGE != 0 {
+        if !(new.guest_address | new.file_offset).is_multiple_of(PAGE) {
             return Err(Error::Unaligned(*new));
         }
         for old in self.regions() {

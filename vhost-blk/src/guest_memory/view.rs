@@ -76,10 +76,17 @@ impl GuestView {
     #[inline(always)]
     fn locate(&mut self, address: u64, bytes: u64) -> Option<u64> {
         let offset = address.wrapping_sub(self.window.start);
-        match offset.checked_add(bytes) {
-            Some(end) if end <= self.window.bytes => Some(offset),
-            _ => self.locate_slowly(address, bytes),
+        // After the first comparison the sum cannot overflow: regions and lengths are far from 2^64.
+        if offset < self.window.bytes && offset + bytes <= self.window.bytes {
+            return Some(offset);
         }
+        self.locate_slowly(address, bytes)
+    }
+
+    /// Where that offset of the window is in this process; in bounds if `locate` has returned it.
+    #[inline(always)]
+    fn host(&self, offset: u64) -> *mut u8 {
+        self.window.host.wrapping_add(offset as usize)
     }
 
     #[cold]
@@ -128,7 +135,7 @@ impl GuestView {
         {
             // SAFETY: `locate` found 8 * N bytes at `offset` within a region that `self.memory` keeps mapped. Regions start
             // at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
-            let words = unsafe { &*self.window.host.add(offset as usize).cast::<[AtomicU64; N]>() };
+            let words = unsafe { &*self.host(offset).cast::<[AtomicU64; N]>() };
             // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
             return Ok(std::array::from_fn(|index| u64::from_le(words[index].load(Ordering::Relaxed))));
         }
@@ -154,7 +161,7 @@ impl GuestView {
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<(), OutsideMemory> {
         let offset = self.locate(address, 1).ok_or(OutsideMemory { address, bytes: 1 })?;
         // SAFETY: `locate` found the byte at `offset` within a region that `self.memory` keeps mapped.
-        let byte = unsafe { &*self.window.host.add(offset as usize).cast::<AtomicU8>() };
+        let byte = unsafe { &*self.host(offset).cast::<AtomicU8>() };
         byte.store(value, Ordering::Relaxed);
         Ok(())
     }

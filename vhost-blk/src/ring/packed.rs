@@ -16,6 +16,8 @@ use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
 const AVAIL: u16 = 1 << VRING_PACKED_DESC_F_AVAIL;
 const USED: u16 = 1 << VRING_PACKED_DESC_F_USED;
+/// Both in a descriptor's second word.
+const AVAIL_USED: u64 = ((AVAIL | USED) as u64) << 48;
 const ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
 const DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
 const AT_DESCRIPTOR: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
@@ -51,6 +53,23 @@ impl Position {
             None => Position { index, ..self },
         }
     }
+
+    /// Descriptors from `earlier` to here, at most `size`.
+    fn since(self, earlier: Position, size: u16) -> u16 {
+        let round = if self.wrap == earlier.wrap { 0 } else { size };
+        (self.index + round).wrapping_sub(earlier.index)
+    }
+
+    /// AVAIL and USED, in their place in a descriptor's second word, of a descriptor here that the driver has made available:
+    /// AVAIL is the wrap counter and USED is not (2.8.1).
+    fn available(self) -> u64 {
+        u64::from(if self.wrap { AVAIL } else { USED }) << 48
+    }
+
+    /// The same of a used descriptor: both are the wrap counter.
+    fn used(self) -> u64 {
+        if self.wrap { u64::from(AVAIL | USED) << 48 } else { 0 }
+    }
 }
 
 /// A packed virtqueue, device side.
@@ -65,11 +84,15 @@ pub struct PackedRing {
     indirect: bool,
     event_idx: bool,
     next_avail: Position,
+    /// `next_avail.available()`.
+    available: u64,
     next_used: Position,
-    /// The first used descriptor since the last publication: its index and second word, which is written last.
-    unpublished: Option<(u16, u64)>,
-    /// Ring entries given back since the last publication.
-    unpublished_entries: u16,
+    /// `next_used.used()`.
+    used: u64,
+    /// Where `next_used` was at the last publication.
+    published: Position,
+    /// The second word of the used descriptor at `published`, which is written last of its batch.
+    unpublished: Option<u64>,
 }
 
 impl PackedRing {
@@ -110,9 +133,11 @@ impl PackedRing {
             indirect: setup.indirect,
             event_idx: setup.event_idx,
             next_avail,
+            available: next_avail.available(),
             next_used,
+            used: next_used.used(),
+            published: next_used,
             unpublished: None,
-            unpublished_entries: 0,
         })
     }
 
@@ -120,16 +145,13 @@ impl PackedRing {
         self.size
     }
 
-    /// The second word of the next descriptor, if the driver has made it available: its AVAIL flag is our wrap counter, and
-    /// its USED flag is not (2.8.1).
+    /// The second word of the next descriptor, if the driver has made it available.
     #[inline(always)]
     fn look(&self) -> Option<u64> {
         // Acquire: pairs with the driver's write barrier before it sets the first flags of a chain (2.8.21); this one load
         // of 64 bits takes length, id and flags at once.
         let word = u64::from_le(self.descriptors[usize::from(self.next_avail.index)][1].load(Ordering::Acquire));
-        let flags = (word >> 48) as u16;
-        let (avail, used) = (flags & AVAIL != 0, flags & USED != 0);
-        (avail == self.next_avail.wrap && used != self.next_avail.wrap).then_some(word)
+        ((word ^ self.available) & AVAIL_USED == 0).then_some(word)
     }
 
     #[inline(always)]
@@ -168,7 +190,30 @@ impl PackedRing {
 
     #[inline(always)]
     pub(super) fn accept(&mut self, head: Head) {
-        self.next_avail = self.next_avail.advanced(head.entries, self.size);
+        // No overflow, see `advanced`. Once a round the rest is needed.
+        self.next_avail.index += head.entries;
+        if self.next_avail.index >= self.size {
+            self.wrap_avail();
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wrap_avail(&mut self) {
+        self.go_to(Position { index: self.next_avail.index - self.size, wrap: !self.next_avail.wrap });
+    }
+
+    /// The next available descriptor is expected there.
+    fn go_to(&mut self, position: Position) {
+        self.next_avail = position;
+        self.available = position.available();
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn wrap_used(&mut self) {
+        self.next_used = Position { index: self.next_used.index - self.size, wrap: !self.next_used.wrap };
+        self.used = self.next_used.used();
     }
 
     /// See [`super::Ring::pop`].
@@ -197,7 +242,7 @@ impl PackedRing {
             entries += 1;
             descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);
         }
-        self.next_avail = at;
+        self.go_to(at);
         // The id is that of the chain's last descriptor (2.8.6).
         Ok(Some(Head { id: descriptor.link, entries }))
     }
@@ -227,28 +272,27 @@ impl PackedRing {
 
     pub(super) fn unpop(&mut self, head: Head) {
         let Position { index, wrap } = self.next_avail;
-        self.next_avail = match index.checked_sub(head.entries) {
+        self.go_to(match index.checked_sub(head.entries) {
             Some(index) => Position { index, wrap },
             None => Position { index: index + (self.size - head.entries), wrap: !wrap },
-        };
+        });
     }
 
     #[inline(always)]
     pub(super) fn push_used(&mut self, head: Head, written: u32) {
-        // A used descriptor has both flags equal to the wrap counter, and WRITE says that its length counts (2.8.6, 2.8.8).
-        let mut flags = if self.next_used.wrap { AVAIL | USED } else { 0 };
-        if written != 0 {
-            flags |= WRITE;
-        }
-        let word = u64::from(written) | u64::from(head.id) << 32 | u64::from(flags) << 48;
-        let index = self.next_used.index;
+        // WRITE says that the length counts (2.8.8).
+        let flags = if written == 0 { 0 } else { u64::from(WRITE) << 48 };
+        let word = u64::from(written) | u64::from(head.id) << 32 | flags | self.used;
         match self.unpublished {
-            None => self.unpublished = Some((index, word)),
+            None => self.unpublished = Some(word),
             // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
-            Some(_) => self.descriptors[usize::from(index)][1].store(word.to_le(), Ordering::Relaxed),
+            Some(_) => self.descriptors[usize::from(self.next_used.index)][1].store(word.to_le(), Ordering::Relaxed),
         }
-        self.next_used = self.next_used.advanced(head.entries, self.size);
-        self.unpublished_entries = self.unpublished_entries.saturating_add(head.entries);
+        // No overflow, see `advanced`.
+        self.next_used.index += head.entries;
+        if self.next_used.index >= self.size {
+            self.wrap_used();
+        }
     }
 
     #[inline(always)]
@@ -258,11 +302,11 @@ impl PackedRing {
 
     #[inline]
     pub(super) fn publish(&mut self) -> bool {
-        let Some((index, word)) = self.unpublished.take() else { return false };
+        let Some(word) = self.unpublished.take() else { return false };
+        let first = std::mem::replace(&mut self.published, self.next_used);
         // Release: pairs with the driver's read barrier after it sees the flags (2.8.22). The driver takes used descriptors
         // in ring order, so the first one, written last, hides the others of the batch until now.
-        self.descriptors[usize::from(index)][1].store(word.to_le(), Ordering::Release);
-        let entries = std::mem::take(&mut self.unpublished_entries);
+        self.descriptors[usize::from(first.index)][1].store(word.to_le(), Ordering::Release);
         // SeqCst fence: the used descriptors are written before the driver's event area is read; pairs with the driver's
         // barrier between writing that area and looking at the ring once more (2.8.10, 2.8.14).
         fence(Ordering::SeqCst);
@@ -274,6 +318,7 @@ impl PackedRing {
                 // An event in the round before this one is that much behind.
                 let behind = if event.wrap == self.next_used.wrap { 0 } else { self.size };
                 let new = self.next_used.index;
+                let entries = self.next_used.since(first, self.size);
                 event_passed(event.index.wrapping_sub(behind), new, new.wrapping_sub(entries))
             }
             // ENABLE, and what only a broken driver writes.

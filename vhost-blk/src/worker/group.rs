@@ -91,9 +91,14 @@ impl Group {
         self.pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained())
     }
 
-    /// The queue pair, when no lane uses it; else the group again.
-    pub(crate) fn into_pair(self) -> Result<QueuePair, Group> {
-        if self.lanes.iter().any(Option::is_some) { Err(self) } else { Ok(self.pair) }
+    /// Does any lane use the queue pair?
+    pub(crate) fn has_lanes(&self) -> bool {
+        self.lanes.iter().any(Option::is_some)
+    }
+
+    /// The queue pair alone.
+    pub(crate) fn into_pair(self) -> QueuePair {
+        self.pair
     }
 
     /// Lets commands age; returns how many requests have just been out for too long.

@@ -7,7 +7,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
 use super::*;
 use crate::disk::Disk;
-use crate::lane::tests::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern};
+use crate::lane::testing::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern};
 use crate::request::{IOERR, OK};
 use crate::ring::model::{Guest, Random, readable, writable};
 
@@ -412,7 +412,7 @@ fn many_lanes_on_two_workers() {
             pool.add_queue_pair(worker, pair, bounce)
         })
         .collect();
-    assert!(4 * CLIENT_BYTES <= DATA);
+    const { assert!(4 * CLIENT_BYTES <= DATA) };
     let mut lanes: Vec<Running> = (0..4)
         .map(|k| Running::start(&pool, pairs[k as usize % 2], guest, Client::new(guest, k, k < 2, 32), &disk))
         .collect();

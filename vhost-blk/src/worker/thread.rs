@@ -291,13 +291,7 @@ impl Worker {
 
     fn take_pair(&mut self, index: usize) -> Option<QueuePair> {
         let place = self.groups.get_mut(index)?;
-        match place.take()?.into_pair() {
-            Ok(pair) => Some(pair),
-            Err(group) => {
-                *place = Some(group);
-                None
-            }
-        }
+        place.take_if(|group| !group.has_lanes()).map(Group::into_pair)
     }
 
     fn start(&mut self, id: LaneId, pair: usize, lane: Lane) {

@@ -1,0 +1,105 @@
+//! What a worker does with a lane besides polling it: starting, sleeping, changing, ending.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use super::{Lane, Mode, set_nonblocking};
+use crate::guest_memory::GuestMemory;
+
+impl Lane {
+    /// Why the ring is broken; told once.
+    pub(crate) fn take_reason(&mut self) -> Option<String> {
+        self.reason.take()
+    }
+
+    /// Takes no more requests; those with the drive are still answered.
+    pub(crate) fn begin_stop(&mut self) {
+        if let Some(head) = self.pending.take() {
+            // Nothing was popped after it: the ring's next user finds it where it was.
+            self.ring.unpop(head);
+        }
+        if self.mode != Mode::Broken {
+            self.mode = Mode::Stopping;
+        }
+    }
+
+    /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
+    pub(crate) fn drained(&self) -> bool {
+        self.in_flight() == 0 && self.pending.is_none()
+    }
+
+    /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
+    pub(crate) fn end(&mut self) {
+        if self.mode != Mode::Broken {
+            self.publish();
+            // Whether there is work already is for the ring's next user to find out.
+            let _ = self.ring.enable_notifications();
+        }
+        self.counters.write(&self.tally);
+    }
+
+    /// The drive is gone for good, its queue pair drained: everything from here on is answered with an error.
+    pub(crate) fn lose_drive(&mut self) {
+        self.drive_lost = true;
+        if self.mode == Mode::Running {
+            self.mode = Mode::WithoutDrive;
+        }
+    }
+
+    /// Uses a table with more regions from now on; false if it lacks one of the present ones.
+    #[must_use]
+    pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> bool {
+        self.view.extend(memory)
+    }
+
+    /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one
+    /// is written once: a notification too many is harmless, a lost one is not.
+    pub(crate) fn set_call(&mut self, call: Option<File>) {
+        if let Some(call) = &call {
+            set_nonblocking(&self.name, call);
+        }
+        self.call = call;
+        self.notify();
+    }
+
+    pub(crate) fn set_kick(&mut self, kick: Option<File>) {
+        if let Some(kick) = &kick {
+            set_nonblocking(&self.name, kick);
+        }
+        self.kick = kick;
+    }
+
+    pub(crate) fn set_error(&mut self, error: Option<File>) {
+        if let Some(error) = &error {
+            set_nonblocking(&self.name, error);
+        }
+        self.error = error;
+    }
+
+    pub(crate) fn kick(&self) -> Option<&File> {
+        self.kick.as_ref()
+    }
+
+    /// Has to be polled even when nothing is in flight: nobody would wake it.
+    pub(crate) fn needs_polling(&self) -> bool {
+        self.kick.is_none() && matches!(self.mode, Mode::Running | Mode::WithoutDrive)
+    }
+
+    /// The kick eventfd ended a sleep.
+    pub(crate) fn count_kick(&mut self) {
+        self.tally.kicks += 1;
+    }
+
+    /// Asks the driver for notifications. True: there is work already, do not sleep.
+    #[must_use]
+    pub(crate) fn prepare_sleep(&mut self) -> bool {
+        matches!(self.mode, Mode::Running | Mode::WithoutDrive) && self.ring.enable_notifications()
+    }
+
+    /// Tells the driver that its ring is polled (again).
+    pub(crate) fn awake(&mut self) {
+        if matches!(self.mode, Mode::Running | Mode::WithoutDrive) {
+            self.ring.disable_notifications();
+        }
+    }
+}
