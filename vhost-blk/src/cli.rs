@@ -31,6 +31,8 @@ pub enum Command {
 
 /// Options of serving: one export by options, or several by a file.
 #[derive(Debug, clap::Args)]
+// The help text is what the user types, not a link.
+#[allow(rustdoc::broken_intra_doc_links)]
 pub struct ServeArgs {
     /// The NVMe controller: a PCI function (0000:01:00.0), vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]
     #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]

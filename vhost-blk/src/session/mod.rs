@@ -1,7 +1,7 @@
 //! One front-end's session: what it negotiated, its memory and its rings (the vhost-user protocol, back-end side).
 //!
-//! A ring *is wanted* when the front-end has said all there is to say about it ([`ring_state`]); it *runs* when, besides,
-//! its addresses lie in memory that has arrived. Every message only changes what is wanted, and [`Session::settle`]
+//! A ring *is wanted* when the front-end has said all there is to say about it (`ring_state`); it *runs* when, besides,
+//! its addresses lie in memory that has arrived. Every message only changes what is wanted, and `Session::settle`
 //! starts what can run, so the order of the messages does not matter.
 
 pub mod connection;
