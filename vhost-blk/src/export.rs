@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
 use nvme_driver::Namespace;
@@ -137,7 +138,13 @@ impl Server {
         let thread = {
             let (export, stop) = (export.clone(), stop.clone());
             let run = move || {
-                accept(&export, listener, &stop);
+                // What a panic spoils ends with this thread; other exports are not to suffer, nor to wonder.
+                if catch_unwind(AssertUnwindSafe(|| accept(&export, listener, &stop))).is_err() {
+                    log::error!(
+                        "{}: not served any more, by a defect of this program (see the panic above)",
+                        export.name
+                    );
+                }
                 ended();
             };
             std::thread::Builder::new().name("vhost-user".into()).spawn(run).map_err(cannot)?
@@ -162,10 +169,9 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.ask_to_stop();
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            log::error!("{}: its thread panicked", self.export.name);
+        if let Some(thread) = self.thread.take() {
+            // It catches its panics.
+            let _ = thread.join();
         }
     }
 }

@@ -288,7 +288,7 @@ fn several_exports_by_a_file() {
 #[test]
 fn sharing_is_told_once_and_wrong_messages_once() {
     let (_folder, socket) = folder();
-    let program = Program::serve(&socket, &["--queues", "80"]);
+    let mut program = Program::serve(&socket, &["--queues", "80"]);
     let front = Front::connect(&socket);
     front.negotiate();
     let region = Region::new(0, 80 * 0x10000);
@@ -297,6 +297,11 @@ fn sharing_is_told_once_and_wrong_messages_once() {
     rings.iter().for_each(|ring| ring.start(&front));
     rings.iter_mut().for_each(|ring| ring.check_io(0));
     (0..10).for_each(|_| front.refuse(SEND_RARP, &[0; 8], &[]));
+    // Its log is complete when it has ended.
+    drop(front);
+    program.signal(Signal::TERM);
+    program.wait();
+    program.wait_for("ring 79: reads=1");
     assert_eq!(program.lines_with("queue pairs are in use; further rings share one"), 1);
     assert_eq!(program.lines_with("SEND_RARP refused: it is not offered"), 1);
 }
