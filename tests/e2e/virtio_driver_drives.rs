@@ -1,0 +1,97 @@
+//! Controllers that are not as kind as the embedded one: they stand in this process, on a vfio-user socket.
+
+use std::time::Duration;
+
+use e2e::Target;
+use nvme_sim::{Config, FaultAction, FaultMatch, FaultPlan, FaultRule, NamespaceConfig, Simulator, Status};
+
+use super::{MIB, alone, folder, options, run, run_clean, seed, verified};
+
+/// Opcodes of the NVM command set (NVM Command Set 1.0, figure 12).
+const WRITE: u8 = 0x01;
+const READ: u8 = 0x02;
+/// Status code type 2 (media and data integrity errors), "Unrecovered Read Error" and "Write Fault" (NVMe Base 2.0, 4.2.3.3).
+const UNRECOVERED_READ: Status = Status::new(2, 0x81);
+const WRITE_FAULT: Status = Status::new(2, 0x80);
+
+/// A controller as `config` says with one namespace of `MIB`, served by the program.
+fn serve(folder: &tempfile::TempDir, config: Config) -> (Simulator, Target) {
+    let namespace = NamespaceConfig { bytes: MIB << 20, ..NamespaceConfig::default() };
+    let config = Config { namespaces: vec![namespace], volatile_write_cache: true, ..config };
+    let simulator = Simulator::start(config, &folder.path().join("nvme.sock")).expect("a controller can be started");
+    let device = format!("vfio-user:{}", simulator.socket().display());
+    let socket = folder.path().join("disk.sock");
+    let arguments = ["--device", &device, "--socket-path", socket.to_str().expect("a test's path is UTF-8")];
+    let target = Target::vhost_blk(folder.path(), &arguments, vec![socket.clone()]);
+    (simulator, target.expect("the target serves a disk"))
+}
+
+fn often(action: FaultAction, opcode: Option<u8>, probability: f64) -> FaultRule {
+    FaultRule { action, when: FaultMatch { opcode, probability, ..FaultMatch::default() } }
+}
+
+#[test]
+fn errors_of_the_drive_are_the_guests_and_nobody_elses() {
+    let _alone = alone();
+    let folder = folder();
+    let (simulator, target) = serve(&folder, Config::default());
+    simulator.faults().set(FaultPlan {
+        seed: seed(),
+        rules: vec![
+            often(FaultAction::Fail(UNRECOVERED_READ), Some(READ), 0.01),
+            often(FaultAction::Fail(WRITE_FAULT), Some(WRITE), 0.01),
+        ],
+        ..FaultPlan::default()
+    });
+    let report = run(&options(target.socket(), 2, false), &verified(10_000)).expect("the run goes on");
+    assert!(report.io_errors > 0, "{report:#?}");
+    assert!(!report.is_success(), "{report:#?}");
+    assert!(report.failures.iter().any(|failure| failure.contains("the device failed a ")), "{report:#?}");
+    // What did not fail is right.
+    assert_eq!((report.operations, report.verify_errors), (10_000, 0), "{report:#?}");
+    simulator.faults().clear();
+    run_clean(&options(target.socket(), 2, true), &verified(5_000));
+    target.stop().expect("the target ends cleanly");
+}
+
+#[test]
+fn completions_in_any_order_and_late() {
+    let _alone = alone();
+    let folder = folder();
+    let (simulator, target) = serve(&folder, Config::default());
+    let late = Duration::ZERO..=Duration::from_millis(2);
+    simulator.faults().set(FaultPlan {
+        seed: seed(),
+        rules: vec![often(FaultAction::Delay(late), None, 0.1)],
+        reorder: true,
+        ..FaultPlan::default()
+    });
+    for packed in [false, true] {
+        run_clean(&options(target.socket(), 3, packed), &verified(5_000));
+    }
+    target.stop().expect("the target ends cleanly");
+}
+
+#[test]
+fn small_transfers_boundaries_and_no_sgl() {
+    let _alone = alone();
+    for (max_transfer, noiob, sgl, shadow_doorbells) in
+        [(Some(16 << 10), 0, false, false), (Some(64 << 10), 24, false, true), (None, 32, true, false)]
+    {
+        let folder = folder();
+        let config = Config { max_transfer, noiob, sgl, shadow_doorbells, ..Config::default() };
+        let (_simulator, target) = serve(&folder, config);
+        run_clean(&options(target.socket(), 2, noiob == 24), &verified(5_000));
+        target.stop().expect("the target ends cleanly");
+    }
+}
+
+#[test]
+fn more_queues_than_the_controller_has() {
+    let _alone = alone();
+    let folder = folder();
+    let (_simulator, target) = serve(&folder, Config { max_queue_pairs: 2, ..Config::default() });
+    run_clean(&options(target.socket(), 6, false), &verified(10_000));
+    assert!(target.log().contains("share"), "the log says that queues share a queue pair");
+    target.stop().expect("the target ends cleanly");
+}
