@@ -1,6 +1,8 @@
 //! A front-end written by hand: it sends any message in any order, also wrong ones, and drives a split ring.
 #![allow(dead_code)] // each test program uses a part of it
 
+pub mod served;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
