@@ -102,7 +102,9 @@ pub fn peek_plain(
     let lba = geometry.block(sector, bytes)?;
     let segment = view.segment(address, bytes)?;
     let status = triple.last;
-    view.segment(status, 1)?;
+    if !view.contains(status) {
+        return None;
+    }
     Some((triple, Request { operation, lba, bytes, status, written }, segment))
 }
 
@@ -148,7 +150,7 @@ impl Parser {
         let Some((last, writable)) = chain.writable().split_last() else { return Parsed::NoStatus };
         // Buffers are not empty. The end may overflow only where no memory is.
         let status = last.address.wrapping_add(u64::from(last.bytes) - 1);
-        if view.segment(status, 1).is_none() {
+        if !view.contains(status) {
             return Parsed::NoStatus;
         }
         let tail = Buffer { address: last.address, bytes: last.bytes - 1 };

@@ -83,6 +83,13 @@ impl GuestView {
         self.locate_slowly(address, bytes)
     }
 
+    /// The same for a single byte, for which one comparison is enough.
+    #[inline(always)]
+    fn locate_byte(&mut self, address: u64) -> Option<u64> {
+        let offset = address.wrapping_sub(self.window.start);
+        if offset < self.window.bytes { Some(offset) } else { self.locate_slowly(address, 1) }
+    }
+
     /// Where that offset of the window is in this process; in bounds if `locate` has returned it.
     #[inline(always)]
     fn host(&self, offset: u64) -> *mut u8 {
@@ -125,6 +132,12 @@ impl GuestView {
         Some(Segment { iova: self.window.iova + offset, bytes })
     }
 
+    /// Is this byte in guest memory?
+    #[inline(always)]
+    pub fn contains(&mut self, address: u64) -> bool {
+        self.locate_byte(address).is_some()
+    }
+
     /// Little-endian 64-bit words, each read once: descriptors, or the header of a request.
     ///
     /// Where they are in one region and aligned each is one atomic load; else each byte is read once.
@@ -159,8 +172,8 @@ impl GuestView {
     /// Relaxed: the publication of the used ring orders it before the guest's look.
     #[inline(always)]
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<(), OutsideMemory> {
-        let offset = self.locate(address, 1).ok_or(OutsideMemory { address, bytes: 1 })?;
-        // SAFETY: `locate` found the byte at `offset` within a region that `self.memory` keeps mapped.
+        let offset = self.locate_byte(address).ok_or(OutsideMemory { address, bytes: 1 })?;
+        // SAFETY: `locate_byte` found the byte at `offset` within a region that `self.memory` keeps mapped.
         let byte = unsafe { &*self.host(offset).cast::<AtomicU8>() };
         byte.store(value, Ordering::Relaxed);
         Ok(())
