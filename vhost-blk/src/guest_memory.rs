@@ -4,6 +4,9 @@
 //! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. A region
 //! is unmapped, from the device first and from this process then, when the last table that names it is gone.
 //!
+//! A file is checked to be as long as its region when it arrives. A front-end that shortens it afterwards ends this process
+//! (SIGBUS): a guest cannot do that, and whoever runs the front-end is trusted that far.
+//!
 //! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
 
 mod view;

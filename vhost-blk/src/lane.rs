@@ -72,7 +72,8 @@ struct Slot {
     status: u64,
     /// The chain.
     head: Head,
-    /// Length for the used element if all goes well, at least 1; 0: the slot is free, or its request is among the bounced ones.
+    /// Length for the used element if all goes well, at least 1. 0: the slot is free, or its request is among the bounced ones
+    /// or the orphans.
     written: u32,
 }
 
@@ -343,7 +344,7 @@ impl Lane {
             }
             _ => {}
         }
-        log::warn!("{}: the request at descriptor {} cannot be given to the drive: {error}", self.name, head.id);
+        self.warn(&format_args!("the drive cannot be given a request: {error}"));
         self.refuse_parsed(head);
         true
     }
@@ -408,16 +409,17 @@ impl Lane {
     #[cold]
     #[inline(never)]
     fn complete_badly(&mut self, status: Status, head: Head, address: u64) {
-        // Each doubling is told, so that a failing drive does not fill the log.
-        if (self.tally.errors + 1).is_power_of_two() {
-            log::warn!(
-                "{}: the drive answered: {status} ({} failed requests so far)",
-                self.name,
-                self.tally.errors + 1
-            );
-        }
+        self.warn(&format_args!("the drive answered: {status}"));
         // Only the status byte is known to be written.
         self.give_back(head, request::IOERR, address, 1);
+    }
+
+    /// Logs a failed request, each doubling of their number: neither a failing drive nor a guest can fill the log.
+    fn warn(&self, what: &dyn std::fmt::Display) {
+        let failed = self.tally.errors + 1;
+        if failed.is_power_of_two() {
+            log::warn!("{}: {what} ({failed} failed requests so far)", self.name);
+        }
     }
 
     /// Shows the driver everything answered since the last time, and notifies it if it asked for that.

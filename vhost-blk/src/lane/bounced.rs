@@ -54,21 +54,28 @@ impl Lane {
             // Nothing more for a drive that is gone, and nothing more from a guest that broke its ring.
             let finished = if !waits && (self.drive_lost || self.mode == Mode::Broken) {
                 bounced.piece.take().into_iter().for_each(|(bounce, _)| pool.give_back(bounce));
-                Some(request::IOERR)
+                Some(Err("its lane has ended".to_owned()))
             } else {
                 let fua = self.disk.force_unit_access();
                 bounced.advance(&mut self.view, pair, pool, &self.disk.namespace, tag, fua)
             };
-            let Some(code) = finished else {
+            let Some(result) = finished else {
                 index += 1;
                 continue;
             };
             let Bounced { slot, head, request, .. } = self.bounced.swap_remove(index);
             self.free_slot(slot);
-            if self.mode != Mode::Broken {
-                let written = if code == request::OK { request.written } else { 1 };
-                self.count(&request);
-                self.give_back(head, code, request.status, written);
+            if self.mode == Mode::Broken {
+                continue;
+            }
+            self.count(&request);
+            match result {
+                Ok(()) => self.give_back(head, request::OK, request.status, request.written),
+                Err(why) => {
+                    self.warn(&format_args!("a request whose data is copied failed: {why}"));
+                    // Only the status byte is known to be written.
+                    self.give_back(head, request::IOERR, request.status, 1);
+                }
             }
         }
     }
@@ -80,7 +87,7 @@ impl Bounced {
         self.slot == slot
     }
 
-    /// Takes the drive's answer if it is there, gives it the next piece; returns the status byte when all is done.
+    /// Takes the drive's answer if it is there, gives it the next piece; returns how it went when all is done.
     fn advance(
         &mut self,
         view: &mut GuestView,
@@ -89,7 +96,7 @@ impl Bounced {
         namespace: &nvme_driver::Namespace,
         tag: u64,
         fua: bool,
-    ) -> Option<u8> {
+    ) -> Option<Result<(), String>> {
         let total = u64::from(self.request.bytes);
         if self.piece.is_some() {
             let status = self.answer.take()?;
@@ -99,14 +106,16 @@ impl Bounced {
                 _ => Ok(()),
             };
             pool.give_back(bounce);
-            if !status.is_success() || copied.is_err() {
-                log::warn!("a request that is copied through a bounce buffer failed: {status}");
-                return Some(request::IOERR);
+            if !status.is_success() {
+                return Some(Err(format!("the drive answered: {status}")));
+            }
+            if let Err(outside) = copied {
+                return Some(Err(outside.to_string()));
             }
             self.done += bytes;
         }
         if self.done == total {
-            return Some(request::OK);
+            return Some(Ok(()));
         }
         let bytes = (total - self.done).min(PIECE).min(pool.capacity() & !u64::from(namespace.block_bytes() - 1));
         // Not enough is left: pieces in flight will give some back.
@@ -137,8 +146,7 @@ impl Bounced {
             }
             Err(error) => {
                 pool.give_back(bounce);
-                log::warn!("a copied request cannot be given to the drive: {error}");
-                Some(request::IOERR)
+                Some(Err(error.to_string()))
             }
         }
     }

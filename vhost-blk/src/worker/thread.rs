@@ -329,21 +329,29 @@ impl Worker {
         });
     }
 
-    /// The last lines: what is drained is put down properly. What is not keeps its memory, see `Drop` of [`Lane`].
+    /// The last lines: what is drained is put down properly.
     fn end(&mut self) -> usize {
         let mut left = 0;
         for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
             left += lane.in_flight();
             lane.end();
         }
+        if left != 0 {
+            self.leak();
+        }
         left
     }
 
-    /// After a panic: nobody serves these lanes any more. They are not dropped, for the drive may still use their memory.
+    /// Keeps queue pairs and guest memory as they are until the process ends: the drive may still write to both.
+    fn leak(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.groups));
+    }
+
+    /// After a panic: nobody serves these lanes any more.
     pub(super) fn abandon(&mut self) {
         for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
             lane.state().set_broken();
         }
-        std::mem::forget(std::mem::take(&mut self.groups));
+        self.leak();
     }
 }
