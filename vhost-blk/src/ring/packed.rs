@@ -21,8 +21,16 @@ const AVAIL_USED: u64 = ((AVAIL | USED) as u64) << 48;
 const ENABLE: u16 = VRING_PACKED_EVENT_FLAG_ENABLE as u16;
 const DISABLE: u16 = VRING_PACKED_EVENT_FLAG_DISABLE as u16;
 const AT_DESCRIPTOR: u16 = VRING_PACKED_EVENT_FLAG_DESC as u16;
-/// The flags that say what a descriptor is.
-const CHAIN_FLAGS: u16 = NEXT | WRITE | INDIRECT;
+/// The flags that say what a descriptor is, in its second word.
+const CHAIN_BITS: u64 = ((NEXT | WRITE | INDIRECT) as u64) << 48;
+const WRITE_BIT: u64 = (WRITE as u64) << 48;
+
+/// Has a descriptor just this length and, of the flags that say what it is, these? One comparison for both.
+#[inline(always)]
+fn is(words: [u64; 2], bytes: u32, flags: u16) -> bool {
+    words[1] & (CHAIN_BITS | u64::from(u32::MAX)) == u64::from(bytes) | u64::from(flags) << 48
+}
+
 /// The event flags are two bits, the rest is reserved (2.8.14).
 const EVENT_FLAGS: u16 = 3;
 
@@ -148,9 +156,14 @@ impl PackedRing {
     /// The second word of the next descriptor, if the driver has made it available.
     #[inline(always)]
     fn look(&self) -> Option<u64> {
+        self.available_word(&self.descriptors[usize::from(self.next_avail.index)])
+    }
+
+    #[inline(always)]
+    fn available_word(&self, entry: &[AtomicU64; 2]) -> Option<u64> {
         // Acquire: pairs with the driver's write barrier before it sets the first flags of a chain (2.8.21); this one load
         // of 64 bits takes length, id and flags at once.
-        let word = u64::from_le(self.descriptors[usize::from(self.next_avail.index)][1].load(Ordering::Acquire));
+        let word = u64::from_le(entry[1].load(Ordering::Acquire));
         ((word ^ self.available) & AVAIL_USED == 0).then_some(word)
     }
 
@@ -163,29 +176,39 @@ impl PackedRing {
     /// See [`super::Ring::peek_triple`].
     #[inline(always)]
     pub(super) fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
-        let word = self.look()?;
-        // Without the flags that made it available.
-        let read = |at: u16, word| {
-            let all = Descriptor::packed([self.word(at, 0), word]);
-            Descriptor { flags: all.flags & CHAIN_FLAGS, ..all }
-        };
-        let first = read(self.next_avail.index, word);
-        if first.is(FIRST, NEXT) && self.size >= 3 {
-            let second = self.next_avail.advanced(1, self.size).index;
-            let third = self.next_avail.advanced(2, self.size).index;
-            let middle = read(second, self.word(second, 1));
-            let last = read(third, self.word(third, 1));
-            let good = middle.flags & !WRITE == NEXT && last.is(LAST, WRITE);
-            return good.then(|| Triple::new(Head { id: last.link, entries: 3 }, [first, middle, last]));
+        let entry = self.descriptors.get(usize::from(self.next_avail.index))?;
+        let word = self.available_word(entry)?;
+        // Relaxed, here and in `pair`: ordered by the Acquire in `available_word`, which the whole chain precedes.
+        let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
+        if is(first, FIRST, NEXT) {
+            // A chain across the end of the ring goes the long way; there is no descriptor with such an index.
+            let middle = self.pair(self.next_avail.index + 1)?;
+            let last = self.pair(self.next_avail.index + 2)?;
+            if middle[1] & (CHAIN_BITS & !WRITE_BIT) != u64::from(NEXT) << 48 || !is(last, LAST, WRITE) {
+                return None;
+            }
+            return Some(Triple::new(
+                Head { id: (last[1] >> 32) as u16, entries: 3 },
+                [first, middle, last].map(Descriptor::packed),
+            ));
         }
-        if first.is(TRIPLE_TABLE, INDIRECT) && self.indirect {
-            let words: [u64; 6] = view.read_words(first.address).ok()?;
-            let all = [0, 2, 4].map(|at| Descriptor::packed([words[at], words[at + 1]]));
+        if is(first, TRIPLE_TABLE, INDIRECT) && self.indirect {
+            let words: [u64; 6] = view.read_words(first[0]).ok()?;
+            let all = [0, 2, 4].map(|at| [words[at], words[at + 1]]);
             // NEXT means nothing in a table; a driver that sets it anyway goes the long way.
-            let good = all[0].is(FIRST, 0) && all[1].flags & !WRITE == 0 && all[2].is(LAST, WRITE);
-            return good.then(|| Triple::new(Head { id: first.link, entries: 1 }, all));
+            if !is(all[0], FIRST, 0) || all[1][1] & (CHAIN_BITS & !WRITE_BIT) != 0 || !is(all[2], LAST, WRITE) {
+                return None;
+            }
+            return Some(Triple::new(Head { id: (word >> 32) as u16, entries: 1 }, all.map(Descriptor::packed)));
         }
         None
+    }
+
+    /// Both words of a descriptor.
+    #[inline(always)]
+    fn pair(&self, index: u16) -> Option<[u64; 2]> {
+        let entry = self.descriptors.get(usize::from(index))?;
+        Some([u64::from_le(entry[0].load(Ordering::Relaxed)), u64::from_le(entry[1].load(Ordering::Relaxed))])
     }
 
     #[inline(always)]
