@@ -200,3 +200,36 @@ fn slices_are_aligned_and_within_one_region() {
     drop(guest);
     assert_eq!(slice[1].load(Ordering::Relaxed), 7);
 }
+
+#[test]
+fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
+    let machine = crate::lane::testing::Machine::new(nvme_sim::Config::default());
+    let dma = machine.device.dma();
+    let (one, two, three) = (region(0, 0x20_0000), region(0x20_0000, 0x1000), region(0x40_0000, 0x3000));
+    let (first, second) = (file(0x20_0000), file(0x1000));
+    let again = |file: &File| file.try_clone().unwrap();
+    let old = GuestMemory::new().replaced(dma, vec![(one, again(&first)), (two, again(&second))]).unwrap();
+    let all = vec![(three, file(0x3000)), (two, again(&second)), (one, again(&first))];
+    let new = old.replaced(dma, all).unwrap();
+    assert!(new.is_superset_of(&old) && !old.is_superset_of(&new));
+    let iova = |table: &GuestMemory, address| table.find(address).map(|region| region.iova);
+    assert_eq!(iova(&new, 0x1000), iova(&old, 0x1000));
+    // Regions do not share I/O virtual addresses, and keep their place in large pages.
+    let starts: Vec<u64> = new.regions.iter().map(|region| region.iova).collect();
+    assert!(starts.iter().all(|iova| iova.is_multiple_of(0x20_0000)), "{starts:x?}");
+    // The same addresses, but another file: other memory.
+    let other = old.replaced(dma, vec![(one, file(0x20_0000)), (two, again(&second))]).unwrap();
+    assert!(!other.is_superset_of(&old));
+    assert_ne!(iova(&other, 0), iova(&old, 0), "both are mapped at the same time");
+    // One bad region, and the old table is what it was.
+    assert!(matches!(old.replaced(dma, vec![(one, again(&first)), (one, again(&first))]), Err(Error::Overlap { .. })));
+    // The last user unmaps: the addresses are there for the next one.
+    let was = iova(&old, 0).unwrap();
+    let region_of_old = Arc::downgrade(old.find(0).unwrap());
+    drop(old);
+    assert!(region_of_old.upgrade().is_some(), "the new table still has it");
+    drop(new);
+    assert!(region_of_old.upgrade().is_none());
+    let next = GuestMemory::new().with_region(dma, one, file(0x20_0000)).unwrap();
+    assert_eq!(iova(&next, 0), Some(was));
+}
