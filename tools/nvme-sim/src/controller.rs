@@ -285,7 +285,8 @@ impl Controller {
         let mut completion = match decision.fail {
             Some(status) => {
                 log::debug!("fault: {} fails with {status:?}", self.describe(sq, command));
-                Completion { result: 0, sq, id: command.id(), status }
+                // To the host it is an error like any other: counted, and in the error log.
+                self.completion(sq, command, Err(status))
             }
             None => self.execute(sq, command)?,
         };

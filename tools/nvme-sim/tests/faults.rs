@@ -62,6 +62,17 @@ fn error_statuses_where_and_when_they_are_asked_for() {
     });
     assert_eq!(host.identify(1, 0), Err(0x281));
     assert!(host.identify(1, 0).is_ok());
+    // The host finds each of them in the error log, the newest first.
+    let log = host.log_page(1, 6 * 64);
+    let entries: Vec<(u64, u16, u16, u64)> = log
+        .chunks_exact(64)
+        .map(|raw| {
+            let number = |at: usize, len: usize| raw[at..at + len].iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
+            (number(0, 8), number(8, 2) as u16, (number(12, 2) >> 1 & 0x7ff) as u16, number(16, 8))
+        })
+        .collect();
+    assert_eq!(entries[..3], [(5, 0, 0x281, 0), (4, 1, 6, 0), (3, 1, 6, 0)]);
+    assert_eq!(entries[3..], [(2, 1, 0x281, 100), (1, 1, 0x281, 100), (0, 0, 0, 0)]);
     // A failed write changes nothing.
     faults
         .set(FaultPlan { rules: vec![rule(FaultAction::Fail(Status::new(2, 0x80)), on(WRITE))], ..Default::default() });

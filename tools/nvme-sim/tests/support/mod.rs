@@ -205,6 +205,11 @@ impl Host {
         at
     }
 
+    /// What is allocated next begins at a multiple of `bytes`.
+    pub fn align(&mut self, bytes: u64) {
+        self.next = self.next.next_multiple_of(bytes);
+    }
+
     /// Gives back all memory but that of queues.
     pub fn rewind(&mut self) {
         self.next = self.mark;
