@@ -12,6 +12,8 @@ pub const COMMAND: u16 = 0x04;
 pub const COMMAND_MEMORY_SPACE: u16 = 1 << 1;
 /// Command register, bit 2: the device may do DMA and send message-signalled interrupts.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
+/// Command register, bit 10: the device must not use its interrupt pin.
+pub const COMMAND_INTERRUPT_DISABLE: u16 = 1 << 10;
 /// Capability id of MSI-X (PCI Local Bus 3.0, section 6.8.2).
 pub const CAPABILITY_MSIX: u8 = 0x11;
 
@@ -72,10 +74,12 @@ pub(crate) fn exists(backend: &dyn Backend) -> bool {
     backend.region(CONFIG_REGION).size > 0
 }
 
-/// Lets the device answer memory accesses and do DMA. Nothing is written if it may already.
+/// Lets the device answer memory accesses and do DMA, and keeps it from its interrupt pin: until MSI-X is enabled a device
+/// uses the pin, nobody here listens to it, and on a line that is shared the kernel would switch off all who use it.
+/// Nothing is written if nothing changes.
 pub(crate) fn enable_device(backend: &dyn Backend) -> Result<(), Error> {
     let command = u16::from_le_bytes(read(backend, COMMAND)?);
-    let wanted = command | COMMAND_MEMORY_SPACE | COMMAND_BUS_MASTER;
+    let wanted = command | COMMAND_MEMORY_SPACE | COMMAND_BUS_MASTER | COMMAND_INTERRUPT_DISABLE;
     if wanted == command { Ok(()) } else { write(backend, COMMAND, wanted.to_le_bytes()) }
 }
 
@@ -164,9 +168,9 @@ mod tests {
 
     #[test]
     fn the_device_is_enabled_once_and_other_bits_stay() {
-        let (backend, config) = config(&[(4, 0x01), (5, 0x04)]);
+        let (backend, config) = config(&[(4, 0x01), (5, 0x01)]);
         enable_device(&*backend).unwrap();
-        assert_eq!(config.read_u16(COMMAND).unwrap(), 0x0407);
+        assert_eq!(config.read_u16(COMMAND).unwrap(), 0x0507, "memory, bus master, no interrupt pin");
         let requests = backend.requests();
         enable_device(&*backend).unwrap();
         assert_eq!(backend.requests(), requests + 1, "nothing is written if nothing changes");

@@ -42,7 +42,8 @@ struct Inner {
 }
 
 impl Device {
-    /// Opens the device and lets it answer memory accesses and do DMA. It is not reset.
+    /// Opens the device, lets it answer memory accesses and do DMA, and switches its interrupt pin (INTx) off. It is not reset
+    /// here; the kernel does that by itself when it gives a PCI function out, if the function can be reset alone.
     pub fn open(address: &Address) -> Result<Device, Error> {
         Device::open_with(address, &OpenOptions::default())
     }

@@ -85,7 +85,9 @@ mod error;
 
 pub use address::{Address, PciAddress};
 pub use bar::{Bar, Doorbell};
-pub use config_space::{CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_MEMORY_SPACE, ConfigSpace};
+pub use config_space::{
+    CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,
+};
 pub use device::{Device, OpenOptions};
 pub use dma::{DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, SharedMemory};
 pub use error::Error;
