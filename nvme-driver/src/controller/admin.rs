@@ -107,6 +107,12 @@ impl Admin {
         self.stopped = Some(why);
     }
 
+    /// The controller could not be stopped and may write to its memory for ever: it is not used again.
+    pub fn abandon(&self) {
+        self.pair.memory().abandon();
+        self.data.abandon();
+    }
+
     /// Makes the queues as new, after the controller was disabled.
     pub fn renew(&mut self) {
         self.pair.drain_after_reset(|_| {});

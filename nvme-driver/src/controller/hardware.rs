@@ -155,6 +155,12 @@ impl Hardware {
 
     /// Sets the admin queues (each of `entries`) and CC.EN, and waits until the controller is ready.
     pub fn enable(&self, entries: u16, submission: u64, completion: u64) -> Result<(), Error> {
+        // `stop` clears Bus Master Enable where nothing else helps; without it no command would ever be fetched.
+        let space = self.device.config_space();
+        let command = space.read_u16(vfio::COMMAND).doing("read the PCI command register")?;
+        if command & vfio::COMMAND_BUS_MASTER == 0 {
+            space.write_u16(vfio::COMMAND, command | vfio::COMMAND_BUS_MASTER).doing("enable bus mastering")?;
+        }
         self.bar.write_u32(offset::AQA, admin_queue_attributes(entries)).doing("write AQA")?;
         self.bar.write_u64(offset::ASQ, submission).doing("write ASQ")?;
         self.bar.write_u64(offset::ACQ, completion).doing("write ACQ")?;

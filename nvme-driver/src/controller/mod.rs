@@ -102,43 +102,20 @@ impl Controller {
         }
         let hardware = Hardware::new(device)?;
         hardware.disable()?;
-        let mut admin = Admin::new(&hardware)?;
         // From the moment it is enabled the controller may write to the admin queues; on any error it is stopped first.
-        let vectors;
-        let shadow;
-        let (identity, limits, granted) = {
-            let stop = Stop(&hardware);
-            admin.enable(&hardware)?;
-            let identity = identify_controller(&hardware, &mut admin, options)?;
-            let limits = command_limits(&hardware, &mut admin, options, &identity)?;
-            let use_shadow = options.shadow_doorbells
-                && identity.supports_shadow_doorbells
-                && Shadow::room(hardware.capabilities.doorbell_stride()) >= 2;
-            let granted = negotiate_queues(&hardware, &mut admin, options, use_shadow)?;
-            vectors = match options.interrupts.then(|| queues::enable_vectors(&hardware, granted)) {
-                Some(Ok(vectors)) => vectors,
-                // Polling needs none.
-                Some(Err(error)) => {
-                    log::warn!("{}: no interrupts: {error}", hardware.name);
-                    Vec::new()
-                }
-                None => Vec::new(),
-            };
-            shadow = if use_shadow { Some(Shadow::new(&hardware)?) } else { None };
-            let shadow_used = start_services(&hardware, &mut admin, options, &identity, shadow.as_ref())?;
-            std::mem::forget(stop);
-            log::info!(
-                "{}: {} {} (firmware {}, NVMe {}), {granted} queue pairs, {} interrupt vectors, shadow doorbells {}",
-                hardware.name,
-                identity.model,
-                identity.serial,
-                identity.firmware,
-                identity.version,
-                vectors.len(),
-                if shadow_used { "on" } else { "off" }
-            );
-            (identity, limits, granted)
-        };
+        let mut parts = Unfinished { hardware: &hardware, admin: Some(Admin::new(&hardware)?), shadow: None };
+        let (identity, limits, granted, vectors) = parts.bring_up(options)?;
+        let (admin, shadow) = parts.finish();
+        log::info!(
+            "{}: {} {} (firmware {}, NVMe {}), {granted} queue pairs, {} interrupt vectors, shadow doorbells {}",
+            hardware.name,
+            identity.model,
+            identity.serial,
+            identity.firmware,
+            identity.version,
+            vectors.len(),
+            if shadow.is_some() { "on" } else { "off" }
+        );
         let queues = Mutex::new(Queues::new(granted, vectors.len()));
         let inner = Inner {
             hardware,
@@ -208,8 +185,9 @@ impl Controller {
                 error
             })?;
             inner.hardware.disable()?;
-            self.enable_vectors_again()?;
         }
+        // A reset of the function, here or in an earlier `disable`, switched them off.
+        self.enable_vectors_again()?;
         admin.renew();
         queues.forget();
         admin.enable(&inner.hardware)?;
@@ -249,7 +227,10 @@ impl Controller {
                 inner.hardware.name
             )));
         }
-        start_services(&inner.hardware, admin, &inner.options, &inner.identity, inner.shadow.as_ref()).map(|_| ())
+        if let Some(shadow) = &inner.shadow {
+            shadow.announce(&inner.hardware, admin, inner.options.admin_timeout)?;
+        }
+        ask_for_events(&inner.hardware, admin, &inner.options, &inner.identity)
     }
 
     /// Shuts the controller down: its volatile write cache is on its media afterwards. Only [`Controller::reset`] brings it back.
@@ -280,8 +261,12 @@ impl Drop for Inner {
         if let Err(error) = self.shut_down() {
             log::warn!("the controller was not shut down: {error}");
         }
-        if let Err(error) = self.hardware.disable() {
-            log::debug!("the controller was not disabled: {error}");
+        if !self.hardware.stop_or_warn() {
+            let queues = self.queues.get_mut().unwrap_or_else(PoisonError::into_inner);
+            let admin = self.admin.get_mut().unwrap_or_else(PoisonError::into_inner);
+            queues.abandon();
+            admin.abandon();
+            self.shadow.iter().for_each(Shadow::abandon);
         }
         if !self.vectors.is_empty()
             && let Err(error) = self.hardware.device.disable_interrupts()
@@ -291,13 +276,63 @@ impl Drop for Inner {
     }
 }
 
-/// Disables the controller when dropped, so that it does not write to memory that is freed.
-struct Stop<'a>(&'a Hardware);
+/// A controller that is being brought up. It is stopped when this is dropped, so that it does not write to memory that is freed.
+struct Unfinished<'a> {
+    hardware: &'a Hardware,
+    /// `None` only when finished.
+    admin: Option<Admin>,
+    shadow: Option<Shadow>,
+}
 
-impl Drop for Stop<'_> {
+impl Unfinished<'_> {
+    fn bring_up(&mut self, options: &Options) -> Result<(ControllerIdentity, CommandLimits, u16, Vec<EventFd>), Error> {
+        let hardware = self.hardware;
+        let admin = self.admin.as_mut().expect("it is taken only when finished");
+        admin.enable(hardware)?;
+        let identity = identify_controller(hardware, admin, options)?;
+        let limits = command_limits(hardware, admin, options, &identity)?;
+        let use_shadow = options.shadow_doorbells
+            && identity.supports_shadow_doorbells
+            && Shadow::room(hardware.capabilities.doorbell_stride()) >= 2;
+        let granted = negotiate_queues(hardware, admin, options, use_shadow)?;
+        let vectors = match options.interrupts.then(|| queues::enable_vectors(hardware, granted)) {
+            Some(Ok(vectors)) => vectors,
+            // Polling needs none.
+            Some(Err(error)) => {
+                log::warn!("{}: no interrupts: {error}", hardware.name);
+                Vec::new()
+            }
+            None => Vec::new(),
+        };
+        if use_shadow {
+            let shadow = self.shadow.insert(Shadow::new(hardware)?);
+            match shadow.announce(hardware, admin, options.admin_timeout) {
+                Ok(()) => {}
+                // The registers do as well.
+                Err(error @ Error::Command { .. }) => {
+                    log::warn!("{}: no shadow doorbells: {error}", hardware.name);
+                    self.shadow = None;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        ask_for_events(hardware, admin, options, &identity)?;
+        Ok((identity, limits, granted, vectors))
+    }
+
+    fn finish(mut self) -> (Admin, Option<Shadow>) {
+        let admin = self.admin.take().expect("it is taken only here");
+        (admin, self.shadow.take())
+    }
+}
+
+impl Drop for Unfinished<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.0.disable() {
-            log::debug!("after a failed bring-up: {error}");
+        if let Some(admin) = &self.admin
+            && !self.hardware.stop_or_warn()
+        {
+            admin.abandon();
+            self.shadow.iter().for_each(Shadow::abandon);
         }
     }
 }
@@ -384,17 +419,13 @@ fn negotiate_queues(hardware: &Hardware, admin: &mut Admin, options: &Options, s
     Ok(room.min(granted.submission).min(granted.completion) as u16)
 }
 
-/// What every bring-up ends with: shadow doorbells, the choice of events, and event requests. True if shadows are used.
-fn start_services(
+/// What every bring-up ends with: the choice of events, and event requests.
+fn ask_for_events(
     hardware: &Hardware,
     admin: &mut Admin,
     options: &Options,
     identity: &ControllerIdentity,
-    shadow: Option<&Shadow>,
-) -> Result<bool, Error> {
-    if let Some(shadow) = shadow {
-        shadow.announce(hardware, admin, options.admin_timeout)?;
-    }
+) -> Result<(), Error> {
     let events = EventConfiguration {
         critical_warnings: 0x1f,
         namespace_attributes: identity.namespace_events,
@@ -410,5 +441,5 @@ fn start_services(
         Err(error) => return Err(error),
     }
     admin.request_events(identity.event_limit);
-    Ok(shadow.is_some())
+    Ok(())
 }

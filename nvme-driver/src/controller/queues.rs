@@ -37,7 +37,7 @@ struct Place {
     /// Dead when the queue pair was dropped without being deleted.
     lease: Weak<()>,
     /// Keeps the queues' memory until the controller has been told to forget it, whatever the owner does.
-    _memory: DmaBuffer,
+    memory: DmaBuffer,
     vector: Option<u16>,
     state: State,
 }
@@ -86,6 +86,11 @@ impl Queues {
         self.quarantine.push(memory);
     }
 
+    /// The controller could not be stopped and may write to all of this for ever: it is not used again.
+    pub fn abandon(&self) {
+        self.places.iter().flatten().map(|place| &place.memory).chain(&self.quarantine).for_each(DmaBuffer::abandon);
+    }
+
     fn take_vector(&mut self) -> Option<u16> {
         let at = self.vectors.iter().position(|taken| !taken)?;
         self.vectors[at] = true;
@@ -129,6 +134,12 @@ impl Shadow {
         let place = |index| part(&self.values, index, self.stride);
         admin.use_shadow(AdminShadow { tail: place(0), head: place(1) });
         Ok(())
+    }
+
+    /// As [`Queues::abandon`].
+    pub fn abandon(&self) {
+        self.values.abandon();
+        self.events.abandon();
     }
 
     fn doorbells(&self, id: u16) -> ShadowDoorbells {
@@ -204,7 +215,7 @@ impl Controller {
             .doing("allocate the memory of a queue pair")?;
         queues.places[usize::from(id) - 1] = Some(Place {
             lease: Arc::downgrade(pair.lease()),
-            _memory: pair.memory().clone(),
+            memory: pair.memory().clone(),
             vector,
             state: State::Unknown,
         });

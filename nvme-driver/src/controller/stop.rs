@@ -1,5 +1,6 @@
 //! Stopping a controller that does not work any more, by whatever still does.
 
+use super::hardware::Hardware;
 use super::{Controller, lock};
 use crate::Error;
 use crate::error::Doing;
@@ -15,21 +16,44 @@ impl Controller {
         let mut queues = lock(&inner.queues);
         let mut admin = lock(&inner.admin);
         admin.stop("it was disabled");
-        let gone = inner.hardware.csts_or_ones() == u32::MAX;
-        if let Err(error) = inner.hardware.disable() {
-            log::warn!("{error}; stopping the whole function");
-            let stopped = inner.hardware.device.reset().or_else(|_| {
-                let space = inner.hardware.device.config_space();
-                let command = space.read_u16(vfio::COMMAND)?;
-                space.write_u16(vfio::COMMAND, command & !vfio::COMMAND_BUS_MASTER)
-            });
-            match stopped.doing("stop the function") {
-                // All ones: it has left the bus, or its server is gone.
-                Err(error) if gone => log::debug!("{error}"),
-                stopped => stopped?,
-            }
-        }
+        inner.hardware.stop()?;
         queues.forget();
         Ok(())
+    }
+}
+
+impl Hardware {
+    /// What [`Controller::disable`] does to the device.
+    pub fn stop(&self) -> Result<(), Error> {
+        let gone = self.csts_or_ones() == u32::MAX;
+        let Err(error) = self.disable() else { return Ok(()) };
+        if !gone {
+            log::warn!("{error}; stopping the whole function");
+        }
+        let stopped = self.device.reset().or_else(|_| {
+            let space = self.device.config_space();
+            let command = space.read_u16(vfio::COMMAND)?;
+            space.write_u16(vfio::COMMAND, command & !vfio::COMMAND_BUS_MASTER)
+        });
+        match stopped.doing("stop the function") {
+            // All ones: it has left the bus, or its server is gone.
+            Err(error) if gone => {
+                log::debug!("{error}");
+                Ok(())
+            }
+            stopped => stopped,
+        }
+    }
+
+    /// The same where there is nobody to tell: false if the controller may still write to its memory.
+    pub fn stop_or_warn(&self) -> bool {
+        let stopped = self.stop();
+        if let Err(error) = &stopped {
+            log::error!(
+                "{}: the controller cannot be stopped, and its queues' memory is not used again: {error}",
+                self.name
+            );
+        }
+        stopped.is_ok()
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Controller, Error, Options, QueuePairOptions};
+use nvme_driver::{Controller, Error, Options, QueuePairOptions, command};
 use nvme_sim::{Config, FaultAction, FaultPlan, PowerLoss};
 
 use crate::{Rig, assert_names_register, disk, small, works};
@@ -122,7 +122,7 @@ fn a_controller_left_enabled_is_taken_over() {
 fn bring_up_that_fails_half_way_leaves_nothing_behind() {
     use nvme_driver::command::admin;
     let rig = Rig::new(small());
-    for opcode in [admin::IDENTIFY, admin::SET_FEATURES, admin::DOORBELL_BUFFER_CONFIG] {
+    for opcode in [admin::IDENTIFY, admin::SET_FEATURES] {
         rig.admin_fault(opcode, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
         let error = rig.try_open(&Options::default()).unwrap_err();
         assert_eq!(error.status().map(|status| status.name()), Some("Internal Error"), "{error}");
@@ -259,4 +259,15 @@ fn options_that_make_no_sense() {
     let controller = rig.open();
     let error = controller.create_queue_pair(QueuePairOptions { entries: Some(1), interrupt: false }).unwrap_err();
     assert!(matches!(error, Error::Invalid(_)), "{error}");
+}
+
+#[test]
+fn shadow_doorbells_that_are_refused_are_done_without() {
+    let rig = Rig::new(Config { shadow_doorbells: true, ..small() });
+    rig.admin_fault(command::admin::DOORBELL_BUFFER_CONFIG, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    let controller = rig.open();
+    assert!(!controller.uses_shadow_doorbells());
+    works(&controller, 1, 1);
+    controller.reset().unwrap();
+    works(&controller, 1, 2);
 }

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Error, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::{Controller, Error, Options, QueuePairOptions, Segment, Status, Work, command};
 use nvme_sim::{Config, FaultAction};
 
 use crate::{DEADLINE, Rig, assert_names_register, complete, small, works, write_and_verify};
@@ -187,6 +187,11 @@ fn a_controller_that_ignores_cc_is_reset_as_a_function() {
     rig.simulator.faults().change(|plan| plan.never_reset = false);
     works(&controller, 1, 1);
     // The function's reset switched the interrupts off too.
+    interrupts_work(&rig, &controller);
+}
+
+/// A request of a new pair signals the eventfd of its vector.
+fn interrupts_work(rig: &Rig, controller: &Controller) {
     let namespace = controller.namespace(1).unwrap();
     let memory = rig.device.dma().allocate(16384).unwrap();
     let mut pair = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap();
@@ -242,6 +247,47 @@ fn a_disabled_controller_comes_back_by_a_reset() {
     }
     rig.simulator.remove();
     controller.disable().unwrap();
+}
+
+#[test]
+fn interrupts_come_back_after_a_disable_that_reset_the_function() {
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
+    let controller = rig.open();
+    rig.simulator.faults().change(|plan| plan.never_reset = true);
+    controller.disable().unwrap();
+    rig.simulator.faults().change(|plan| plan.never_reset = false);
+    controller.reset().unwrap();
+    interrupts_work(&rig, &controller);
+}
+
+/// The same for the two ways to lose a controller: a bring-up that fails, and the last clone that goes.
+#[test]
+fn a_controller_that_ignores_cc_is_stopped_before_its_memory_is_used_again() {
+    const CSTS: u64 = 0x1c;
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });
+    let registers = rig.device.bar(0).unwrap();
+    let controller = rig.open();
+    rig.simulator.faults().change(|plan| plan.never_reset = true);
+    drop(controller);
+    assert_eq!(registers.read_u32(CSTS).unwrap() & 1, 0, "still ready, with queues in memory that was given back");
+    rig.admin_fault(command::admin::SET_FEATURES, FaultAction::Fail(nvme_sim::Status::new(0, 0x06)), 1);
+    assert_eq!(rig.try_open(&Options::default()).unwrap_err().status(), Some(Status::INTERNAL_ERROR));
+    assert_eq!(registers.read_u32(CSTS).unwrap() & 1, 0, "still ready, with queues in memory that was given back");
+    rig.simulator.faults().change(|plan| plan.never_reset = false);
+    works(&rig.open(), 1, 1);
+}
+
+#[test]
+fn bus_master_is_switched_on_again() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    // What is left when neither CC.EN nor a reset of the function stops a controller.
+    let space = rig.device.config_space();
+    let on = space.read_u16(vfio::COMMAND).unwrap();
+    space.write_u16(vfio::COMMAND, on & !vfio::COMMAND_BUS_MASTER).unwrap();
+    controller.reset().unwrap();
+    assert_eq!(space.read_u16(vfio::COMMAND).unwrap(), on);
+    works(&controller, 1, 1);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::NonNull;
 use std::slice;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::iova::{IovaRange, RangeAllocator};
@@ -75,7 +75,7 @@ impl Chunk {
 
     fn cut(self: &Arc<Chunk>, bytes: usize) -> Option<DmaBuffer> {
         let offset = self.free().allocate(bytes as u64, PAGE as u64, 0)? as usize;
-        let piece = Arc::new(Piece { offset, bytes, chunk: self.clone() });
+        let piece = Arc::new(Piece { offset, bytes, chunk: self.clone(), abandoned: AtomicBool::new(false) });
         Some(DmaBuffer { piece })
     }
 
@@ -84,11 +84,12 @@ impl Chunk {
     }
 }
 
-/// A piece of a chunk; free again when dropped.
+/// A piece of a chunk; free again when dropped, unless it was abandoned.
 struct Piece {
     offset: usize,
     bytes: usize,
     chunk: Arc<Chunk>,
+    abandoned: AtomicBool,
 }
 
 impl Piece {
@@ -106,13 +107,16 @@ impl Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        self.chunk.free().free(self.offset as u64, self.bytes as u64);
+        if !*self.abandoned.get_mut() {
+            self.chunk.free().free(self.offset as u64, self.bytes as u64);
+        }
     }
 }
 
 /// Memory shared with the device. Clones are the same memory; it is free again when the last clone and slice is gone.
 ///
-/// The device must have been told to forget it by then: its pages are given to the next buffer.
+/// The device must have been told to forget it by then: its pages are given to the next buffer. Where that has failed,
+/// there is [`DmaBuffer::abandon`].
 #[derive(Clone)]
 pub struct DmaBuffer {
     piece: Arc<Piece>,
@@ -155,6 +159,13 @@ impl DmaBuffer {
     /// Copies `data` to `byte_offset`; `None`, and nothing is copied, if it does not fit there.
     pub fn write(&self, byte_offset: usize, data: &[u8]) -> Option<()> {
         self.piece.chunk.memory.write(self.place(byte_offset, data.len())?, data)
+    }
+
+    /// Has the memory never given to another buffer: for a device that could not be told to forget it, and may still write
+    /// to it. It is unmapped, and goes, with the last of the buffers that share its mapping.
+    pub fn abandon(&self) {
+        // Relaxed: read when the last owner goes, which is ordered behind all that the others did.
+        self.piece.abandoned.store(true, Ordering::Relaxed);
     }
 
     /// Where bytes of the buffer lie in their chunk; `None` if they are not inside the buffer.

@@ -324,6 +324,22 @@ mod tests {
     }
 
     #[test]
+    fn an_abandoned_buffer_is_not_used_again_and_goes_with_its_mapping() {
+        let (backend, space) = space();
+        let keeps_the_chunk = space.allocate(4096).unwrap();
+        let first = space.allocate(8192).unwrap();
+        let iova = first.iova();
+        let slice = first.slice::<AtomicU64>(0, 1).unwrap();
+        first.abandon();
+        drop((first, slice));
+        let other = space.allocate(8192).unwrap();
+        assert!(other.iova() >= iova + 8192, "{:#x}, abandoned was {iova:#x}", other.iova());
+        assert_eq!(backend.mapped().len(), 1);
+        drop((other, keeps_the_chunk));
+        assert_eq!(backend.mapped(), []);
+    }
+
+    #[test]
     fn slices_of_a_buffer_stay_inside_it() {
         let (_, space) = space();
         let buffer = space.allocate(4096).unwrap();
