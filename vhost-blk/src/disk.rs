@@ -20,14 +20,19 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// The logical block of a transfer of `bytes` at `sector`; `None` if it is not in whole blocks or beyond the end.
+    /// The first logical block of a transfer of `bytes` at `sector`, wherever the disk ends; `None` if it is not in whole
+    /// blocks.
     #[inline(always)]
-    pub fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
+    pub fn first_block(&self, sector: u64, bytes: u32) -> Option<u64> {
         // What is shifted out on the left is no part of a block.
-        if (sector << SECTOR_SHIFT | u64::from(bytes)) & self.block_mask != 0 {
-            return None;
-        }
-        let lba = sector >> self.sector_shift;
+        let whole = (sector << SECTOR_SHIFT | u64::from(bytes)) & self.block_mask == 0;
+        whole.then_some(sector >> self.sector_shift)
+    }
+
+    /// The same; `None` also if it reaches beyond the disk's end.
+    #[inline]
+    pub fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
+        let lba = self.first_block(sector, bytes)?;
         // Compared this way nothing overflows.
         let last = self.blocks.checked_sub(u64::from(bytes >> self.block_shift))?;
         (lba <= last).then_some(lba)

@@ -9,6 +9,7 @@
 
 mod bounced;
 mod control;
+mod slots;
 
 use std::fs::File;
 use std::io::Write;
@@ -18,12 +19,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nvme_driver::{BouncePool, QueuePair, Status, SubmitError, Work};
 
 use bounced::Bounced;
+use slots::{Slot, Slots};
 
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::{GuestMemory, GuestView};
-use crate::request::{self, Operation, Parsed, Parser, Request};
-use crate::ring::{Chain, Head, Ring};
+use crate::request::{self, Next, Operation, Parsed, Parser, Request};
+use crate::ring::{Chain, Head, Ring, TripleRing};
 
 /// Chains a lane takes in one turn, so that the lanes of a worker take turns.
 const BATCH: usize = 64;
@@ -65,21 +67,6 @@ impl LaneState {
     }
 }
 
-/// A request the drive works on: what is needed to answer it.
-#[derive(Clone, Copy, Default)]
-struct Slot {
-    /// Guest address of the status byte; of a free slot, the next free one.
-    status: u64,
-    /// The chain.
-    head: Head,
-    /// Length for the used element if all goes well, at least 1. 0: the slot is free, or its request is among the bounced ones
-    /// or the orphans.
-    written: u32,
-}
-
-/// No slot: the end of the list of free ones.
-const NO_SLOT: u16 = u16::MAX;
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     /// Takes and answers requests.
@@ -98,11 +85,7 @@ pub struct Lane {
     view: GuestView,
     chain: Chain,
     parser: Parser,
-    slots: Vec<Slot>,
-    /// The first free slot, from which the others are linked.
-    free: u16,
-    /// Slots that are not free.
-    in_flight: u32,
+    slots: Slots,
     mode: Mode,
     /// The controller was stopped: nothing can be given to the queue pair any more.
     drive_lost: bool,
@@ -140,12 +123,7 @@ impl Lane {
             view: GuestView::new(memory),
             chain: Chain::new(),
             parser: Parser::new(),
-            // A ring has 32768 entries at most: NO_SLOT names none.
-            slots: (1..=size)
-                .map(|next| Slot { status: u64::from(if next == size { NO_SLOT } else { next }), ..Slot::default() })
-                .collect(),
-            free: 0,
-            in_flight: 0,
+            slots: Slots::new(size),
             mode: Mode::Running,
             drive_lost: false,
             pending: None,
@@ -177,7 +155,7 @@ impl Lane {
     /// Requests the drive has not answered yet.
     #[inline]
     pub fn in_flight(&self) -> usize {
-        self.in_flight as usize
+        self.slots.taken()
     }
 
     /// Where the ring's next user begins, see [`Ring::base`]; right only when nothing is in flight.
@@ -207,11 +185,7 @@ impl Lane {
         }
         let mut taken = 0;
         // Without a free slot the guest has more in flight than its ring holds: it has to wait.
-        while taken < BATCH && self.free != NO_SLOT {
-            if self.submit_plain(pair, tag) {
-                taken += 1;
-                continue;
-            }
+        while !self.submit_plain(pair, tag, &mut taken) && taken < BATCH && !self.slots.all_taken() {
             let head = match self.ring.pop(&mut self.view, &mut self.chain) {
                 Ok(Some(head)) => head,
                 Ok(None) => break,
@@ -237,28 +211,22 @@ impl Lane {
         taken
     }
 
-    /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. False:
-    /// nothing was taken, everything is open.
+    /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. Adds how many
+    /// it took. True: nothing is left; false: what is next is open.
     #[inline(always)]
-    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
-        let plain = request::peek_plain(&mut self.ring, &mut self.view, &self.disk, &self.geometry);
-        let Some((triple, request, segment)) = plain else { return false };
-        let segments = std::slice::from_ref(&segment);
-        let work = match request.operation {
-            Operation::Read => Work::Read { lba: request.lba, segments },
-            _ => Work::Write { lba: request.lba, segments, fua: self.disk.force_unit_access() },
-        };
-        if pair.submit(&self.disk.namespace, work, tag | u64::from(self.free)).is_err() {
-            return false;
+    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64, taken: &mut usize) -> bool {
+        let Lane { ring, view, slots, tally, disk, geometry, .. } = self;
+        // Once per format, so that it is not asked for each request.
+        let mut short = Short { view, slots, tally, disk, geometry, pair, tag };
+        match ring {
+            Ring::Split(ring) => short.submit(ring, taken),
+            Ring::Packed(ring) => short.submit(ring, taken),
         }
-        self.ring.accept(&triple);
-        self.submitted(triple.head, &request);
-        true
     }
 
     /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
     fn submit_parsed(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
-        if self.free == NO_SLOT {
+        if self.slots.all_taken() {
             self.pending = Some(head);
             return false;
         }
@@ -273,58 +241,13 @@ impl Lane {
             Operation::WriteZeroes => Work::WriteZeroes { ranges, deallocate: false, fua },
             Operation::WriteZeroesUnmap => Work::WriteZeroes { ranges, deallocate: true, fua },
         };
-        match pair.submit(&self.disk.namespace, work, tag | u64::from(self.free)) {
+        match pair.submit(&self.disk.namespace, work, tag | u64::from(self.slots.next())) {
             Ok(()) => {
-                self.submitted(head, &request);
+                self.slots.take(Slot { status: request.status, head, written: request.written });
+                count(&mut self.tally, &request);
                 true
             }
             Err(error) => self.not_submitted(error, head),
-        }
-    }
-
-    /// The drive has the request, under the number of the first free slot.
-    #[inline(always)]
-    fn submitted(&mut self, head: Head, request: &Request) {
-        self.take_slot(Slot { status: request.status, head, written: request.written });
-        self.count(request);
-    }
-
-    /// Puts something into the first free slot; there has to be one. Returns its number.
-    #[inline(always)]
-    fn take_slot(&mut self, slot: Slot) -> u16 {
-        let number = self.free;
-        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
-            self.free = entry.status as u16;
-            self.in_flight += 1;
-            *entry = slot;
-        }
-        number
-    }
-
-    #[inline(always)]
-    fn free_slot(&mut self, number: u16) {
-        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
-            *entry = Slot { status: self.free.into(), ..Slot::default() };
-            self.free = number;
-            self.in_flight -= 1;
-        }
-    }
-
-    #[inline(always)]
-    fn count(&mut self, request: &Request) {
-        let tally = &mut self.tally;
-        match request.operation {
-            Operation::Read => {
-                tally.reads += 1;
-                tally.bytes_read += u64::from(request.bytes);
-            }
-            Operation::Write => {
-                tally.writes += 1;
-                tally.bytes_written += u64::from(request.bytes);
-            }
-            Operation::Flush => tally.flushes += 1,
-            Operation::Discard => tally.discards += 1,
-            Operation::WriteZeroes | Operation::WriteZeroesUnmap => tally.write_zeroes += 1,
         }
     }
 
@@ -335,6 +258,11 @@ impl Lane {
         match error {
             SubmitError::Full => {
                 self.tally.full += 1;
+                self.pending = Some(head);
+                return false;
+            }
+            // It waits for one of those to finish: each keeps a list of its buffers, and is looked at each turn.
+            SubmitError::NeedsBounce if self.bounced.len() >= bounced::MOST => {
                 self.pending = Some(head);
                 return false;
             }
@@ -358,8 +286,6 @@ impl Lane {
 
     /// Answers the request in the parser with an error instead of giving it to the drive.
     fn refuse_parsed(&mut self, head: Head) {
-        // Only the status byte is written.
-        self.parser.request.written = 1;
         self.answer(head, request::IOERR);
     }
 
@@ -377,20 +303,14 @@ impl Lane {
     #[inline(always)]
     pub(crate) fn complete(&mut self, token: u64, status: Status) {
         let number = token as u16;
-        let Some(entry) = self.slots.get_mut(usize::from(number)) else { return };
-        let Slot { status: address, head, written } = *entry;
         // Also after the guest broke its ring: see `break_down`.
-        if written == 0 {
+        let Some(Slot { status: address, head, written }) = self.slots.answer(number) else {
             return self.complete_specially(number, status);
-        }
-        entry.written = 0;
-        entry.status = self.free.into();
-        self.free = number;
-        self.in_flight -= 1;
+        };
         if status.is_success() {
             self.give_back(head, request::OK, address, written);
         } else {
-            self.complete_badly(status, head, address);
+            self.complete_badly(status, head, address, written);
         }
     }
 
@@ -402,16 +322,15 @@ impl Lane {
             self.bounced_piece_done(number, status);
         } else if let Some(orphan) = self.orphans.iter().position(|orphan| *orphan == number) {
             self.orphans.swap_remove(orphan);
-            self.free_slot(number);
+            self.slots.free(number);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn complete_badly(&mut self, status: Status, head: Head, address: u64) {
+    fn complete_badly(&mut self, status: Status, head: Head, address: u64, written: u32) {
         self.warn(&format_args!("the drive answered: {status}"));
-        // Only the status byte is known to be written.
-        self.give_back(head, request::IOERR, address, 1);
+        self.give_back(head, request::IOERR, address, written);
     }
 
     /// Logs a failed request, each doubling of their number: neither a failing drive nor a guest can fill the log.
@@ -483,17 +402,69 @@ impl Lane {
         self.mode = Mode::Broken;
         self.pending = None;
         // What the drive still has is waited for, and not answered.
-        for (number, slot) in (0..).zip(&mut self.slots) {
-            if std::mem::take(&mut slot.written) != 0 {
-                self.orphans.push(number);
-            }
-        }
+        self.orphans.extend(self.slots.orphan_all());
         self.reason = Some(why.to_string());
         self.state.set_broken();
         if let Some(mut error) = self.error.as_ref() {
             // As for the call: an error here is the front-end's own doing.
             let _ = error.write(&1u64.to_ne_bytes());
         }
+    }
+}
+
+/// What the short way needs of a lane and its queue pair.
+struct Short<'a> {
+    view: &'a mut GuestView,
+    slots: &'a mut Slots,
+    tally: &'a mut Tally,
+    disk: &'a Disk,
+    geometry: &'a Geometry,
+    pair: &'a mut QueuePair,
+    tag: u64,
+}
+
+impl Short<'_> {
+    /// See [`Lane::submit_plain`].
+    #[inline(always)]
+    fn submit(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
+        while *taken < BATCH && !self.slots.all_taken() {
+            let (triple, request, segment) = match request::peek_plain(ring, self.view, self.disk, self.geometry) {
+                Next::Plain(triple, request, segment) => (triple, request, segment),
+                Next::Nothing => return true,
+                Next::Other => return false,
+            };
+            let segments = std::slice::from_ref(&segment);
+            let work = match request.operation {
+                Operation::Read => Work::Read { lba: request.lba, segments },
+                _ => Work::Write { lba: request.lba, segments, fua: self.disk.force_unit_access() },
+            };
+            // Refused, blocks the disk does not have among the reasons: the long way finds out why.
+            if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(self.slots.next())).is_err() {
+                return false;
+            }
+            ring.accept(triple.head);
+            self.slots.take(Slot { status: request.status, head: triple.head, written: request.written });
+            count(self.tally, &request);
+            *taken += 1;
+        }
+        false
+    }
+}
+
+#[inline(always)]
+fn count(tally: &mut Tally, request: &Request) {
+    match request.operation {
+        Operation::Read => {
+            tally.reads += 1;
+            tally.bytes_read += u64::from(request.bytes);
+        }
+        Operation::Write => {
+            tally.writes += 1;
+            tally.bytes_written += u64::from(request.bytes);
+        }
+        Operation::Flush => tally.flushes += 1,
+        Operation::Discard => tally.discards += 1,
+        Operation::WriteZeroes | Operation::WriteZeroesUnmap => tally.write_zeroes += 1,
     }
 }
 

@@ -5,14 +5,14 @@
 
 use nvme_driver::{LbaRange, Segment};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::GuestView;
-use crate::ring::{Buffer, Chain, MAX_CHAIN, Ring, Triple};
+use crate::ring::{Buffer, Chain, MAX_CHAIN, Peek, Triple, TripleRing};
 
 /// Status byte: the request was carried out.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -63,7 +63,8 @@ pub struct Request {
     pub bytes: u32,
     /// Guest address of the status byte, which is in guest memory.
     pub status: u64,
-    /// What the used element says after success: bytes written to the guest, the status byte included.
+    /// What the used element says, success or not: the bytes of the writable part, the status byte included. The length counts
+    /// from the first writable byte and the status is the last one: with less, a driver could not rely on the status (2.7.8).
     pub written: u32,
 }
 
@@ -78,16 +79,33 @@ pub enum Parsed {
     NoStatus,
 }
 
-/// The next chain, if it is a read or write of header, data in one region and status, and nothing is wrong with it: it needs
-/// no storage. It stays available; [`Ring::accept`] takes it. `None`: anything else, [`Parser::parse`] finds out what.
+/// What the next available chain is.
+#[derive(Clone, Copy, Debug)]
+pub enum Next {
+    /// There is none.
+    Nothing,
+    /// A read or write of header, data in one region and status: it needs no storage. Whether the disk has these blocks is
+    /// left to the queue pair, which refuses them otherwise. The chain stays available; [`TripleRing::accept`] takes it.
+    Plain(Triple, Request, Segment),
+    /// Anything else; [`Parser::parse`] finds out what.
+    Other,
+}
+
+/// Looks at the next chain.
 #[inline(always)]
-pub fn peek_plain(
-    ring: &mut Ring,
-    view: &mut GuestView,
-    disk: &Disk,
-    geometry: &Geometry,
-) -> Option<(Triple, Request, Segment)> {
-    let triple = ring.peek_triple::<HEADER_BYTES, 1>(view)?;
+pub fn peek_plain(ring: &mut impl TripleRing, view: &mut GuestView, disk: &Disk, geometry: &Geometry) -> Next {
+    match ring.peek_triple::<HEADER_BYTES, 1>(view) {
+        Peek::Nothing => Next::Nothing,
+        Peek::Other => Next::Other,
+        Peek::Triple(triple) => match plain(&triple, view, disk, geometry) {
+            Some((request, segment)) => Next::Plain(triple, request, segment),
+            None => Next::Other,
+        },
+    }
+}
+
+#[inline(always)]
+fn plain(triple: &Triple, view: &mut GuestView, disk: &Disk, geometry: &Geometry) -> Option<(Request, Segment)> {
     let [kind, sector] = view.read_words(triple.first).ok()?;
     let Buffer { address, bytes } = triple.middle;
     if bytes == 0 {
@@ -99,13 +117,13 @@ pub fn peek_plain(
         VIRTIO_BLK_T_OUT if !triple.middle_writable && !disk.read_only => (Operation::Write, 1),
         _ => return None,
     };
-    let lba = geometry.block(sector, bytes)?;
+    let lba = geometry.first_block(sector, bytes)?;
     let segment = view.segment(address, bytes)?;
     let status = triple.last;
     if !view.contains(status) {
         return None;
     }
-    Some((triple, Request { operation, lba, bytes, status, written }, segment))
+    Some((Request { operation, lba, bytes, status, written }, segment))
 }
 
 /// Turns chains into requests. Its storage is made once.
@@ -154,8 +172,9 @@ impl Parser {
             return Parsed::NoStatus;
         }
         let tail = Buffer { address: last.address, bytes: last.bytes - 1 };
-        // Only the status byte is known to be written when something goes wrong.
-        self.request = Request { operation: Operation::Flush, lba: 0, bytes: 0, status, written: 1 };
+        let room: u64 = chain.writable().iter().map(|buffer| u64::from(buffer.bytes)).sum();
+        let written = u32::try_from(room).unwrap_or(u32::MAX);
+        self.request = Request { operation: Operation::Flush, lba: 0, bytes: 0, status, written };
         match self.parse_body(chain.readable(), writable, tail, view, disk) {
             Ok(parsed) => parsed,
             Err(Refused(code)) => Parsed::Answer(code),
@@ -210,20 +229,11 @@ impl Parser {
         self.request.lba = disk.geometry().block(sector, bytes).ok_or(FAILED)?;
         self.request.operation = operation;
         self.request.bytes = bytes;
-        if operation == Operation::Read {
-            self.request.written = bytes + 1;
-        }
         // Nothing to move is done at once; the drive has no command for it.
         Ok(if bytes == 0 { Parsed::Answer(OK) } else { Parsed::Submit })
     }
 
-    fn get_id(
-        &mut self,
-        writable: &[Buffer],
-        tail: Buffer,
-        view: &mut GuestView,
-        disk: &Disk,
-    ) -> Result<Parsed, Refused> {
+    fn get_id(&self, writable: &[Buffer], tail: Buffer, view: &mut GuestView, disk: &Disk) -> Result<Parsed, Refused> {
         let mut written = 0;
         for buffer in writable.iter().chain([&tail]) {
             let rest = &disk.serial[written..];
@@ -231,10 +241,6 @@ impl Parser {
             view.write(buffer.address, piece).map_err(|_| FAILED)?;
             written += piece.len();
         }
-        let room: u64 = writable.iter().map(|b| u64::from(b.bytes)).sum::<u64>() + u64::from(tail.bytes);
-        // The status follows the data directly only if the buffer is no longer than the string.
-        let status_follows = room <= u64::from(VIRTIO_BLK_ID_BYTES);
-        self.request.written = written as u32 + u32::from(status_follows);
         Ok(Parsed::Answer(OK))
     }
 
@@ -255,6 +261,10 @@ impl Parser {
         let segments = &mut self.segments;
         let mut add = |buffer: &Buffer| {
             total += u64::from(buffer.bytes);
+            // At once: the pieces of what is too long anyway could be very many.
+            if total > MAX_BYTES {
+                return Err(FAILED);
+            }
             view.segments(buffer.address, buffer.bytes, |segment| segments.push(segment)).map_err(|_| FAILED)
         };
         if let Some(first) = first {
@@ -267,9 +277,6 @@ impl Parser {
             && last.bytes != 0
         {
             add(&last)?;
-        }
-        if total > MAX_BYTES {
-            return Err(FAILED);
         }
         Ok(total as u32)
     }

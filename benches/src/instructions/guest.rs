@@ -20,6 +20,8 @@ const DEVICE: u64 = 0x4000;
 const HEADERS: u64 = 0x1_0000;
 const TABLES: u64 = 0x2_0000;
 const DATA: u64 = 0x10_0000;
+/// How much higher a guest sees the second of two regions.
+const ABOVE: u64 = 4 << 30;
 /// Each request's header, status and indirect table lie this far apart, as a guest's slab would put them.
 const PLACE: u64 = 64;
 
@@ -33,6 +35,8 @@ pub struct Layout {
     pub packed: bool,
     /// One indirect descriptor per request (what Linux does), else three descriptors in the ring.
     pub indirect: bool,
+    /// The data lies in another region than everything else, far above it, as in a guest with more than some GiB.
+    pub two_regions: bool,
 }
 
 /// The driver of a virtqueue that is used for reads of 4 KiB, one ring slot per outstanding request.
@@ -61,14 +65,27 @@ impl Guest {
         guest
     }
 
-    /// The memory as a front-end would send it.
+    /// The memory in one region.
     pub fn region(&self) -> (RegionDescription, File) {
+        self.part(0, MEMORY, 0)
+    }
+
+    /// The memory as a front-end would send it.
+    pub fn regions(&self) -> Vec<(RegionDescription, File)> {
+        match self.layout.two_regions {
+            true => vec![self.part(0, DATA, 0), self.part(DATA, MEMORY - DATA, ABOVE)],
+            false => vec![self.region()],
+        }
+    }
+
+    /// `bytes` of the memory from `at` on, which the guest has `above` bytes higher.
+    fn part(&self, at: u64, bytes: u64, above: u64) -> (RegionDescription, File) {
         let file = self.memory.file().try_clone().expect("a descriptor to spare");
         let region = RegionDescription {
-            guest_address: 0,
-            bytes: MEMORY,
-            user_address: 0x7f00_0000_0000,
-            file_offset: self.memory.file_offset(),
+            guest_address: at + above,
+            bytes,
+            user_address: 0x7f00_0000_0000 + at,
+            file_offset: self.memory.file_offset() + at,
         };
         (region, file)
     }
@@ -89,6 +106,7 @@ impl Guest {
 
     /// Makes `count` reads of random blocks available, on a disk of `sectors` sectors of 512 bytes.
     pub fn submit(&mut self, count: u16, sectors: u64) {
+        let data = if self.layout.two_regions { DATA + ABOVE } else { DATA };
         for at in 0..count {
             self.random ^= self.random << 13;
             self.random ^= self.random >> 7;
@@ -101,7 +119,7 @@ impl Guest {
             self.u16(HEADERS + place * PLACE + 16, 0x00ff);
             let pieces = [
                 (HEADERS + place * PLACE, 16, NEXT),
-                (DATA + place * u64::from(BYTES), BYTES, NEXT | WRITE),
+                (data + place * u64::from(BYTES), BYTES, NEXT | WRITE),
                 (HEADERS + place * PLACE + 16, 1, WRITE),
             ];
             match self.layout.packed {

@@ -62,8 +62,7 @@ pub fn measure(row: &Row, socket: &Path, simulator: u32) {
 /// that neither finds less or more to do from one run to the next.
 fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout) {
     let mut guest = Guest::new(layout);
-    let (region, file) = guest.region();
-    let memory = GuestMemory::new().with_region(drive.device.dma(), region, file).expect("plain memory");
+    let memory = GuestMemory::new().replaced(drive.device.dma(), guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let disk = Disk {
         namespace: drive.namespace.clone(),
@@ -167,8 +166,7 @@ fn counted_reap(pair: &mut QueuePair) -> u64 {
 /// Our ring alone: chains popped and walked, given back, published.
 fn ring(row: &Row, drive: &Drive, layout: Layout) {
     let mut guest = Guest::new(layout);
-    let (region, file) = guest.region();
-    let memory = GuestMemory::new().with_region(drive.device.dma(), region, file).expect("plain memory");
+    let memory = GuestMemory::new().replaced(drive.device.dma(), guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
     let mut view = GuestView::new(memory);

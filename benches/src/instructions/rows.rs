@@ -41,10 +41,11 @@ impl Row {
     }
 }
 
-const SPLIT: Layout = Layout { packed: false, indirect: false };
-const SPLIT_INDIRECT: Layout = Layout { packed: false, indirect: true };
-const PACKED: Layout = Layout { packed: true, indirect: false };
-const PACKED_INDIRECT: Layout = Layout { packed: true, indirect: true };
+const SPLIT: Layout = Layout { packed: false, indirect: false, two_regions: false };
+const SPLIT_INDIRECT: Layout = Layout { indirect: true, ..SPLIT };
+const SPLIT_TWO_REGIONS: Layout = Layout { two_regions: true, ..SPLIT };
+const PACKED: Layout = Layout { packed: true, ..SPLIT };
+const PACKED_INDIRECT: Layout = Layout { indirect: true, ..PACKED };
 
 /// All rows, the most important first.
 pub const ROWS: &[Row] = &[
@@ -52,6 +53,11 @@ pub const ROWS: &[Row] = &[
     Row { name: "lane, split ring, batch 1", what: What::Lane(SPLIT), batch: 1 },
     Row { name: "lane, split ring with indirect descriptors, batch 32", what: What::Lane(SPLIT_INDIRECT), batch: 32 },
     Row { name: "lane, split ring with indirect descriptors, batch 1", what: What::Lane(SPLIT_INDIRECT), batch: 1 },
+    Row {
+        name: "lane, split ring, guest memory in two regions, batch 32",
+        what: What::Lane(SPLIT_TWO_REGIONS),
+        batch: 32,
+    },
     Row { name: "lane, packed ring, batch 32", what: What::Lane(PACKED), batch: 32 },
     Row { name: "lane, packed ring, batch 1", what: What::Lane(PACKED), batch: 1 },
     Row { name: "lane, packed ring with indirect descriptors, batch 32", what: What::Lane(PACKED_INDIRECT), batch: 32 },

@@ -33,6 +33,9 @@ impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
     /// end must not keep the thread here. Returns how many there were.
     #[inline(always)]
     pub fn take_all(&mut self, mut each: impl FnMut(Completion)) -> usize {
+        if !self.ready() {
+            return 0;
+        }
         // In registers for the length of the loop.
         let entries: &[CompletionEntry] = &self.entries;
         let start = usize::from(self.head);

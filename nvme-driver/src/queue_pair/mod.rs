@@ -14,7 +14,7 @@ mod submission;
 mod submit;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vfio::{DmaBuffer, DmaSlice, DmaSpace, Doorbell};
@@ -273,6 +273,9 @@ impl QueuePair {
         if taken > 0 {
             counters.completions += (taken - unanswering) as u64;
             counters.stale_completions += unanswering as u64;
+            // Acquire fence: the entries have been read before the controller may write over them; the doorbell itself orders
+            // stores only. Pairs with the controller's read of the doorbell, after which it reuses the entries.
+            fence(Ordering::Acquire);
             if self.completion_bell.announce(self.completion.head()) {
                 self.counters.completion_doorbells += 1;
             }

@@ -22,7 +22,7 @@ pub struct OutsideMemory {
     pub bytes: u64,
 }
 
-/// The region that was used last, ready for the next look: most requests of a guest stay in one.
+/// A region that was used lately, ready for the next look.
 #[derive(Clone, Copy)]
 struct Window {
     /// Guest-physical address of the first byte.
@@ -35,16 +35,45 @@ struct Window {
     host: *mut u8,
 }
 
-/// A lane's way into guest memory: a table, kept alive, and the region that was used last.
+impl Window {
+    /// The offset of `address`, if `bytes` from there on are all in the window.
+    #[inline(always)]
+    fn offset(&self, address: u64, bytes: u64) -> Option<u64> {
+        let offset = address.wrapping_sub(self.start);
+        // After the first comparison the sum cannot overflow: regions and lengths are far from 2^64.
+        (offset < self.bytes && offset + bytes <= self.bytes).then_some(offset)
+    }
+
+    /// The same for a single byte, for which one comparison is enough.
+    #[inline(always)]
+    fn offset_of_byte(&self, address: u64) -> Option<u64> {
+        let offset = address.wrapping_sub(self.start);
+        (offset < self.bytes).then_some(offset)
+    }
+
+    /// The byte at `offset` in this process; in bounds if one of the above has returned the offset.
+    #[inline(always)]
+    fn host(&self, offset: u64) -> *mut u8 {
+        self.host.wrapping_add(offset as usize)
+    }
+}
+
+/// A lane's way into guest memory: a table, kept alive, and two regions used lately.
+///
+/// Most guests have one or two regions of any size (below and above 4 GiB), and what describes requests may lie in another
+/// than their data: so each has a window of its own, and looks into the other's before it looks for a region.
 ///
 /// All access to guest memory is atomic or volatile, for the guest may write at any time.
 pub struct GuestView {
-    window: Window,
+    /// For what describes requests: headers, status bytes, indirect tables.
+    control: Window,
+    /// For what is only resolved for the device.
+    data: Window,
     memory: Arc<GuestMemory>,
 }
 
-// SAFETY: `window.host` points into a region of `memory`, which the view keeps alive and which is Send and Sync; it is
-// used for atomic accesses only.
+// SAFETY: the windows' `host` points into a region of `memory`, which the view keeps alive and which is Send and Sync; it
+// is used for atomic accesses only.
 unsafe impl Send for GuestView {}
 
 const NO_WINDOW: Window = Window { start: 0, bytes: 0, iova: 0, host: std::ptr::null_mut() };
@@ -52,7 +81,7 @@ const NO_WINDOW: Window = Window { start: 0, bytes: 0, iova: 0, host: std::ptr::
 impl GuestView {
     /// A view of `memory`.
     pub fn new(memory: Arc<GuestMemory>) -> Self {
-        GuestView { window: NO_WINDOW, memory }
+        GuestView { control: NO_WINDOW, data: NO_WINDOW, memory }
     }
 
     /// The table in use.
@@ -67,42 +96,69 @@ impl GuestView {
         if !memory.is_superset_of(&self.memory) {
             return false;
         }
-        self.window = NO_WINDOW;
+        (self.control, self.data) = (NO_WINDOW, NO_WINDOW);
         self.memory = memory;
         true
     }
 
-    /// The offset of `address` in `self.window`, if `bytes` from there on are all in it; looks for the region if not.
+    /// Where the device sees `bytes` at `address`, if they are all in one region.
     #[inline(always)]
-    fn locate(&mut self, address: u64, bytes: u64) -> Option<u64> {
-        let offset = address.wrapping_sub(self.window.start);
-        // After the first comparison the sum cannot overflow: regions and lengths are far from 2^64.
-        if offset < self.window.bytes && offset + bytes <= self.window.bytes {
-            return Some(offset);
+    fn device_address(&mut self, address: u64, bytes: u64) -> Option<u64> {
+        match self.data.offset(address, bytes) {
+            Some(offset) => Some(self.data.iova + offset),
+            None => self.device_address_slowly(address, bytes),
         }
-        self.locate_slowly(address, bytes)
-    }
-
-    /// The same for a single byte, for which one comparison is enough.
-    #[inline(always)]
-    fn locate_byte(&mut self, address: u64) -> Option<u64> {
-        let offset = address.wrapping_sub(self.window.start);
-        if offset < self.window.bytes { Some(offset) } else { self.locate_slowly(address, 1) }
-    }
-
-    /// Where that offset of the window is in this process; in bounds if `locate` has returned it.
-    #[inline(always)]
-    fn host(&self, offset: u64) -> *mut u8 {
-        self.window.host.wrapping_add(offset as usize)
     }
 
     #[cold]
-    fn locate_slowly(&mut self, address: u64, bytes: u64) -> Option<u64> {
+    #[inline(never)]
+    fn device_address_slowly(&mut self, address: u64, bytes: u64) -> Option<u64> {
+        if let Some(offset) = self.control.offset(address, bytes) {
+            return Some(self.control.iova + offset);
+        }
+        self.data = self.look_up(address)?;
+        // The first region of all serves for both, until they differ.
+        if self.control.bytes == 0 {
+            self.control = self.data;
+        }
+        Some(self.data.iova + self.data.offset(address, bytes)?)
+    }
+
+    /// Where `bytes` at `address` are in this process, if they are all in one region.
+    #[inline(always)]
+    fn host_address(&mut self, address: u64, bytes: u64) -> Option<*mut u8> {
+        match self.control.offset(address, bytes) {
+            Some(offset) => Some(self.control.host(offset)),
+            None => self.host_address_slowly(address, bytes),
+        }
+    }
+
+    /// The same for a single byte.
+    #[inline(always)]
+    fn host_address_of_byte(&mut self, address: u64) -> Option<*mut u8> {
+        match self.control.offset_of_byte(address) {
+            Some(offset) => Some(self.control.host(offset)),
+            None => self.host_address_slowly(address, 1),
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn host_address_slowly(&mut self, address: u64, bytes: u64) -> Option<*mut u8> {
+        if let Some(offset) = self.data.offset(address, bytes) {
+            return Some(self.data.host(offset));
+        }
+        self.control = self.look_up(address)?;
+        if self.data.bytes == 0 {
+            self.data = self.control;
+        }
+        Some(self.control.host(self.control.offset(address, bytes)?))
+    }
+
+    fn look_up(&self, address: u64) -> Option<Window> {
         let region = self.memory.find(address)?;
-        let (start, available) = (region.description.guest_address, region.description.bytes);
-        self.window = Window { start, bytes: available, iova: region.iova, host: region.host() };
-        let offset = address - start;
-        (bytes <= available - offset).then_some(offset)
+        let (start, bytes) = (region.description.guest_address, region.description.bytes);
+        Some(Window { start, bytes, iova: region.iova, host: region.host() })
     }
 
     /// Calls `add` with the pieces the device sees `bytes` at `address` as: one, or one for each region they touch.
@@ -111,8 +167,8 @@ impl GuestView {
     /// A byte is in no region; `add` may have been called for those before it.
     #[inline(always)]
     pub fn segments(&mut self, address: u64, bytes: u32, mut add: impl FnMut(Segment)) -> Result<(), OutsideMemory> {
-        if let Some(offset) = self.locate(address, bytes.into()) {
-            add(Segment { iova: self.window.iova + offset, bytes });
+        if let Some(segment) = self.segment(address, bytes) {
+            add(segment);
             return Ok(());
         }
         self.segments_across(address, bytes, &mut add)
@@ -128,14 +184,14 @@ impl GuestView {
     /// What the device sees `bytes` at `address` as, if they are in one region.
     #[inline(always)]
     pub fn segment(&mut self, address: u64, bytes: u32) -> Option<Segment> {
-        let offset = self.locate(address, bytes.into())?;
-        Some(Segment { iova: self.window.iova + offset, bytes })
+        let iova = self.device_address(address, bytes.into())?;
+        Some(Segment { iova, bytes })
     }
 
     /// Is this byte in guest memory?
     #[inline(always)]
     pub fn contains(&mut self, address: u64) -> bool {
-        self.locate_byte(address).is_some()
+        self.host_address_of_byte(address).is_some()
     }
 
     /// Little-endian 64-bit words, each read once: descriptors, or the header of a request.
@@ -144,11 +200,11 @@ impl GuestView {
     #[inline(always)]
     pub fn read_words<const N: usize>(&mut self, address: u64) -> Result<[u64; N], OutsideMemory> {
         if address.is_multiple_of(8)
-            && let Some(offset) = self.locate(address, 8 * N as u64)
+            && let Some(host) = self.host_address(address, 8 * N as u64)
         {
-            // SAFETY: `locate` found 8 * N bytes at `offset` within a region that `self.memory` keeps mapped. Regions start
-            // at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
-            let words = unsafe { &*self.host(offset).cast::<[AtomicU64; N]>() };
+            // SAFETY: `host_address` found 8 * N bytes at `host` within a region that `self.memory` keeps mapped. Regions
+            // start at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
+            let words = unsafe { &*host.cast::<[AtomicU64; N]>() };
             // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
             return Ok(std::array::from_fn(|index| u64::from_le(words[index].load(Ordering::Relaxed))));
         }
@@ -172,9 +228,9 @@ impl GuestView {
     /// Relaxed: the publication of the used ring orders it before the guest's look.
     #[inline(always)]
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<(), OutsideMemory> {
-        let offset = self.locate_byte(address).ok_or(OutsideMemory { address, bytes: 1 })?;
-        // SAFETY: `locate_byte` found the byte at `offset` within a region that `self.memory` keeps mapped.
-        let byte = unsafe { &*self.host(offset).cast::<AtomicU8>() };
+        let host = self.host_address_of_byte(address).ok_or(OutsideMemory { address, bytes: 1 })?;
+        // SAFETY: `host_address_of_byte` found the byte at `host` within a region that `self.memory` keeps mapped.
+        let byte = unsafe { &*host.cast::<AtomicU8>() };
         byte.store(value, Ordering::Relaxed);
         Ok(())
     }

@@ -4,7 +4,7 @@
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
-use super::{Lane, Mode, Slot};
+use super::{Lane, Mode, Slot, count};
 use crate::guest_memory::{GuestView, OutsideMemory};
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Head};
@@ -12,6 +12,9 @@ use crate::ring::{Buffer, Head};
 /// Most bytes that are copied at once: bounds what one request can take from the other lanes in a turn. A multiple of any
 /// block size.
 const PIECE: u64 = 64 << 10;
+
+/// Most requests of a lane that are copied at the same time.
+pub(super) const MOST: usize = 16;
 
 /// A request that is being copied through the pool. It has a slot, whose `written` is 0.
 pub(super) struct Bounced {
@@ -31,7 +34,7 @@ impl Lane {
     /// Takes on a request that the queue pair refused with NeedsBounce.
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
-        let slot = self.take_slot(Slot { status: request.status, head, written: 0 });
+        let slot = self.slots.take(Slot { status: request.status, head, written: 0 });
         self.tally.copies += 1;
         let buffers = request::data_buffers(&self.chain, request.operation);
         self.bounced.push(Bounced { slot, head, request, buffers, done: 0, piece: None, answer: None });
@@ -64,17 +67,16 @@ impl Lane {
                 continue;
             };
             let Bounced { slot, head, request, .. } = self.bounced.swap_remove(index);
-            self.free_slot(slot);
+            self.slots.free(slot);
             if self.mode == Mode::Broken {
                 continue;
             }
-            self.count(&request);
+            count(&mut self.tally, &request);
             match result {
                 Ok(()) => self.give_back(head, request::OK, request.status, request.written),
                 Err(why) => {
                     self.warn(&format_args!("a request whose data is copied failed: {why}"));
-                    // Only the status byte is known to be written.
-                    self.give_back(head, request::IOERR, request.status, 1);
+                    self.give_back(head, request::IOERR, request.status, request.written);
                 }
             }
         }

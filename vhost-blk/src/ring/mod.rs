@@ -319,6 +319,26 @@ impl Triple {
     }
 }
 
+/// What a look at the next available chain found.
+#[derive(Clone, Copy, Debug)]
+pub enum Peek {
+    /// No chain is there.
+    Nothing,
+    /// A [`Triple`]. It stays available.
+    Triple(Triple),
+    /// A chain of another shape, or the ring is corrupt; [`Ring::pop`] knows.
+    Other,
+}
+
+/// The short way of a ring format, for code that is compiled once per format.
+pub trait TripleRing {
+    /// The next available chain, if it is a triple with these lengths of its first and last buffer.
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek;
+
+    /// Takes the chain that was peeked at last.
+    fn accept(&mut self, head: Head);
+}
+
 /// Number of descriptors in an indirect table; refuses lengths that are not those of a table.
 fn indirect_entries(table: Descriptor, head: u16) -> Result<u32, RingError> {
     let entries = table.bytes / DESCRIPTOR_BYTES as u32;
@@ -370,19 +390,6 @@ impl Ring {
     /// Descriptors in the ring.
     pub fn size(&self) -> u16 {
         either!(self, r => r.size())
-    }
-
-    /// The next available chain if it is a [`Triple`] with these lengths of its first and last buffer; it stays available.
-    /// `None`: it is something else, or there is none, or the ring is corrupt; [`Ring::pop`] knows.
-    #[inline(always)]
-    pub fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
-        either!(self, r => r.peek_triple::<FIRST, LAST>(view))
-    }
-
-    /// Takes the chain that was peeked at last.
-    #[inline(always)]
-    pub fn accept(&mut self, triple: &Triple) {
-        either!(self, r => r.accept(triple.head))
     }
 
     /// Takes the next available chain, its buffers into `chain`; `None`: there is none now.

@@ -9,8 +9,8 @@ use virtio_bindings::virtio_ring::{
 };
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    TRIPLE_TABLE, Triple, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, Peek, RingError,
+    RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -103,6 +103,25 @@ pub struct PackedRing {
     unpublished: Option<u64>,
 }
 
+impl TripleRing for PackedRing {
+    #[inline(always)]
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek {
+        // The index is always one of the ring's.
+        let Some(entry) = self.descriptors.get(usize::from(self.next_avail.index)) else { return Peek::Other };
+        let Some(word) = self.available_word(entry) else { return Peek::Nothing };
+        self.triple::<FIRST, LAST>(entry, word, view).map_or(Peek::Other, Peek::Triple)
+    }
+
+    #[inline(always)]
+    fn accept(&mut self, head: Head) {
+        // No overflow, see `advanced`. Once a round the rest is needed.
+        self.next_avail.index += head.entries;
+        if self.next_avail.index >= self.size {
+            self.wrap_avail();
+        }
+    }
+}
+
 impl PackedRing {
     /// See [`super::Ring::new`].
     pub fn new(memory: &Arc<GuestMemory>, setup: &RingSetup) -> Result<Self, RingError> {
@@ -173,11 +192,14 @@ impl PackedRing {
         u64::from_le(self.descriptors[usize::from(index)][word].load(Ordering::Relaxed))
     }
 
-    /// See [`super::Ring::peek_triple`].
+    /// The chain that begins with this available descriptor, whose second word is `word`, if it is a triple.
     #[inline(always)]
-    pub(super) fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
-        let entry = self.descriptors.get(usize::from(self.next_avail.index))?;
-        let word = self.available_word(entry)?;
+    fn triple<const FIRST: u32, const LAST: u32>(
+        &self,
+        entry: &[AtomicU64; 2],
+        word: u64,
+        view: &mut GuestView,
+    ) -> Option<Triple> {
         // Relaxed, here and in `pair`: ordered by the Acquire in `available_word`, which the whole chain precedes.
         let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
         if is(first, FIRST, NEXT) {
@@ -209,15 +231,6 @@ impl PackedRing {
     fn pair(&self, index: u16) -> Option<[u64; 2]> {
         let entry = self.descriptors.get(usize::from(index))?;
         Some([u64::from_le(entry[0].load(Ordering::Relaxed)), u64::from_le(entry[1].load(Ordering::Relaxed))])
-    }
-
-    #[inline(always)]
-    pub(super) fn accept(&mut self, head: Head) {
-        // No overflow, see `advanced`. Once a round the rest is needed.
-        self.next_avail.index += head.entries;
-        if self.next_avail.index >= self.size {
-            self.wrap_avail();
-        }
     }
 
     #[cold]

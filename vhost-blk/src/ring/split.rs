@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    TRIPLE_TABLE, Triple, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, Peek, RingError, RingSetup,
+    TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -40,6 +40,25 @@ pub struct SplitRing {
     next_used: u16,
     /// What used.idx says.
     published: u16,
+}
+
+impl TripleRing for SplitRing {
+    #[inline(always)]
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek {
+        if self.next_avail == self.seen_avail {
+            match self.look() {
+                Ok(true) => {}
+                Ok(false) => return Peek::Nothing,
+                Err(_) => return Peek::Other,
+            }
+        }
+        self.triple::<FIRST, LAST>(view).map_or(Peek::Other, Peek::Triple)
+    }
+
+    #[inline(always)]
+    fn accept(&mut self, head: Head) {
+        self.next_avail = self.next_avail.wrapping_add(head.entries);
+    }
 }
 
 impl SplitRing {
@@ -114,12 +133,9 @@ impl SplitRing {
         ]))
     }
 
-    /// See [`super::Ring::peek_triple`].
+    /// The chain at the next entry of the available ring, if it is a triple.
     #[inline(always)]
-    pub(super) fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
-        if self.next_avail == self.seen_avail && !self.look().ok()? {
-            return None;
-        }
+    fn triple<const FIRST: u32, const LAST: u32>(&self, view: &mut GuestView) -> Option<Triple> {
         let id = self.offered();
         let first = self.descriptor(id).ok()?;
         let all = if first.is(FIRST, NEXT) {
@@ -137,11 +153,6 @@ impl SplitRing {
         };
         let good = all[1].flags & !WRITE == NEXT && all[2].is(LAST, WRITE);
         good.then(|| Triple::new(Head { id, entries: 1 }, all))
-    }
-
-    #[inline(always)]
-    pub(super) fn accept(&mut self, head: Head) {
-        self.next_avail = self.next_avail.wrapping_add(head.entries);
     }
 
     /// The head the driver has put into the next entry of the available ring.

@@ -17,12 +17,15 @@ pub struct Group {
     pool: BouncePool,
     /// By index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
+    /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
+    /// each time, and those after it never.
+    first: usize,
 }
 
 impl Group {
     /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
     pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
-        Group { pair, pool, lanes: Vec::new() }
+        Group { pair, pool, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
@@ -43,13 +46,16 @@ impl Group {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Group { pair, pool, lanes } = self;
+        let Group { pair, pool, lanes, first } = self;
         let mut moved = 0;
-        for (index, lane) in lanes.iter_mut().enumerate() {
-            if let Some(lane) = lane {
+        let mut index = *first;
+        for _ in 0..lanes.len() {
+            if let Some(Some(lane)) = lanes.get_mut(index) {
                 moved += lane.submit(pair, pool, (index as u64) << LANE_SHIFT);
             }
+            index = if index + 1 < lanes.len() { index + 1 } else { 0 };
         }
+        *first = if index + 1 < lanes.len() { index + 1 } else { 0 };
         pair.ring();
         moved += pair.reap(|done| {
             if let Some(Some(lane)) = lanes.get_mut((done.token >> LANE_SHIFT) as usize) {
@@ -111,7 +117,7 @@ impl Group {
     /// The controller is stopped and touches no memory any more: what is in flight is answered with an error, as is
     /// everything that comes later.
     pub(crate) fn lose_drive(&mut self) {
-        let Group { pair, pool, lanes } = self;
+        let Group { pair, pool, lanes, .. } = self;
         pair.drain_after_reset(|token| {
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
                 lane.complete(token, Status::ABORTED_BY_HOST);

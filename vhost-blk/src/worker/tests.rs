@@ -282,7 +282,7 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     for _ in 0..3 {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     }
-    assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 1));
+    assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert!(pool.take_queue_pair(pair).is_some());
 }
