@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use vfio::SharedMemory;
+use vfio::PlainMemory;
 use virtio_driver::virtqueue::{Virtqueue, VirtqueueLayout};
 use virtio_driver::{VhostUser, VirtioBlkConfig, VirtioFeatureFlags, VirtioTransport, iovec};
 
@@ -45,7 +45,7 @@ type Transport = dyn VirtioTransport<VirtioBlkConfig, Control>;
 pub struct RawDisk {
     queue: Virtqueue<'static, Control>,
     transport: Box<Transport>,
-    data: SharedMemory,
+    data: PlainMemory,
 }
 
 /// One range of a discard or write zeroes (virtio 1.2, 5.2.6: `struct virtio_blk_discard_write_zeroes`).
@@ -70,13 +70,13 @@ impl RawDisk {
         assert_eq!(features.contains(VirtioFeatureFlags::RING_PACKED), packed);
         let layout = VirtqueueLayout::new::<Control>(1, RING.into(), features).expect("a valid ring");
         // The queue wants its memory for ever; a test process may keep one page too many.
-        let rings = Box::leak(Box::new(SharedMemory::create(layout.end_offset).expect("memory for a ring")));
+        let rings = Box::leak(Box::new(PlainMemory::create(layout.end_offset).expect("memory for a ring")));
         share(&mut *transport, rings);
         let queue = Virtqueue::new(transport.iova_translator(), rings.as_mut_slice(), RING, features);
         let queues = [queue.expect("a ring fits its memory")];
         transport.setup_queues(&queues).expect("the target starts the queue");
         // Shared after the queue has started: a front-end may.
-        let mut data = SharedMemory::create(data_bytes).expect("memory for data");
+        let mut data = PlainMemory::create(data_bytes).expect("memory for data");
         share(&mut *transport, &mut data);
         let [queue] = queues;
         RawDisk { queue, transport, data }
@@ -102,7 +102,7 @@ impl RawDisk {
         let address = self.data.as_mut_slice().as_ptr() as usize;
         let removed = self.transport.unmap_mem_region(address, self.data.len());
         removed.expect("the target forgets a region");
-        self.data = SharedMemory::create(bytes).expect("memory for data");
+        self.data = PlainMemory::create(bytes).expect("memory for data");
         share(&mut *self.transport, &mut self.data);
     }
 
@@ -166,7 +166,7 @@ pub fn first(length: usize) -> [Range<usize>; 1] {
     std::array::from_fn(|_| 0..length)
 }
 
-fn share(transport: &mut Transport, memory: &mut SharedMemory) {
+fn share(transport: &mut Transport, memory: &mut PlainMemory) {
     let address = memory.as_mut_slice().as_ptr() as usize;
     let shared = transport.map_mem_region(address, memory.len(), memory.file().as_raw_fd(), 0);
     shared.expect("the target takes a memory region");

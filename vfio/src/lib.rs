@@ -71,7 +71,7 @@
 //! # Safety
 //!
 //! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] is its only unsafe
-//! function. A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
+//! function, and [`PlainMemory`] the one type whose rules the compiler cannot check (it is for clients, not for drivers). A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
 //! buffer are given to the next one: drop a buffer after the commands that use it. A vfio-user server is trusted further:
 //! if it makes the file behind a mapped register shorter, the next access kills the process (SIGBUS).
 
@@ -89,6 +89,6 @@ pub use config_space::{
     CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,
 };
 pub use device::{Device, OpenOptions};
-pub use dma::{DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, SharedMemory};
+pub use dma::{DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory, SharedMemory};
 pub use error::Error;
 pub use vmm_sys_util::eventfd::EventFd;

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vfio::SharedMemory;
+use vfio::PlainMemory;
 use virtio_driver::{
     VhostUser, VirtioBlkConfig, VirtioBlkFeatureFlags, VirtioBlkQueue, VirtioBlkReqBuf, VirtioBlkTransport,
     VirtioFeatureFlags, VirtioTransport,
@@ -77,13 +77,11 @@ impl Connection {
     }
 
     /// Shares `memory` with the target.
-    pub(crate) fn share(&mut self, memory: &mut SharedMemory) -> Result<(), Error> {
+    pub(crate) fn share(&mut self, memory: &mut PlainMemory) -> Result<(), Error> {
         let bytes = memory.len();
         let address = memory.as_mut_slice().as_ptr() as usize;
-        let offset =
-            i64::try_from(memory.file_offset()).map_err(|_| Error::Options("a file offset above 2^63".into()))?;
         self.transport
-            .map_mem_region(address, bytes, memory.file().as_raw_fd(), offset)
+            .map_mem_region(address, bytes, memory.file().as_raw_fd(), 0)
             .map(drop)
             .map_err(setup(&self.options, "sharing memory (ADD_MEM_REG)"))
     }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use vfio::SharedMemory;
+use vfio::PlainMemory;
 
 use crate::client::{Connection, DiskInfo};
 use crate::load::{Buffers, Polls, QueueClient, QueueProgress, Ring, Shared, drive};
@@ -43,7 +43,7 @@ pub fn run(
     let mut memory = Vec::new();
     for queues in split_regions(options, &sizes) {
         let bytes = queues.iter().sum();
-        let mut region = SharedMemory::create(bytes).map_err(|source| Error::Memory { bytes, source })?;
+        let mut region = PlainMemory::create(bytes).map_err(|source| Error::Memory { bytes, source })?;
         connection.share(&mut region)?;
         memory.push((region, queues));
     }

@@ -107,16 +107,6 @@ impl SharedMemory {
         self.bytes == 0
     }
 
-    /// All of the memory as plain bytes, for the side of a device that owns its buffers: a load generator, a guest.
-    ///
-    /// The borrow keeps this process from changing the bytes by other means. Another process, or a device that the
-    /// memory was given to, can: look only at parts that it is done with, as a guest's kernel does.
-    pub fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: the mapping is `bytes` long and lives as long as `self`, any bytes are valid, and `&mut self` excludes
-        // every other reference to this mapping.
-        unsafe { slice::from_raw_parts_mut(self.memory.as_mut_ptr(), self.bytes) }
-    }
-
     /// `count` elements from `byte_offset` on; `None` if they are not inside, or misaligned.
     pub fn slice<T: DmaElement>(&self, byte_offset: usize, count: usize) -> Option<&[T]> {
         let end = count.checked_mul(size_of::<T>())?.checked_add(byte_offset)?;

@@ -10,6 +10,7 @@ use crate::backend::Backend;
 mod buffer;
 mod iova;
 mod memory;
+mod plain;
 
 use buffer::Pool;
 pub use buffer::{DmaBuffer, DmaElement, DmaSlice};
@@ -17,6 +18,7 @@ pub use iova::IovaRange;
 use iova::RangeAllocator;
 pub use memory::SharedMemory;
 pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
+pub use plain::PlainMemory;
 
 /// DMA addresses are congruent to the memory's offset in its file modulo this, bytes. Hugepages begin at multiples of
 /// it, in the file as in physical memory, so that the IOMMU can map them by its large pages.
