@@ -201,7 +201,7 @@ fn any_segments_are_cut_into_commands_that_walk_the_same_bytes() {
     let given = std::env::var("PROPTEST_RNG_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = given.unwrap_or_else(|| RandomState::new().hash_one(0));
     println!("seed: PROPTEST_RNG_SEED={seed}");
-    let config = Config { rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..Config::with_cases(600) };
+    let config = Config { rng_seed: RngSeed::Fixed(seed), failure_persistence: None, ..Config::with_cases(1000) };
     let (expressed, copied) = (Cell::new(0), Cell::new(0));
     let outcome = TestRunner::new(config).run(&case(), |case| {
         let counter = if check(&case)? { &expressed } else { &copied };

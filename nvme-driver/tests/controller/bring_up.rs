@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::{Controller, Error, Options, QueuePairOptions, command};
 use nvme_sim::{Config, FaultAction, FaultPlan, PowerLoss};
 
-use crate::{Rig, assert_names_register, disk, small, works};
+use crate::{Rig, assert_names_register, disk, small, works, write_and_verify};
 
 #[test]
 fn a_controller_says_what_it_is() {
@@ -34,6 +34,13 @@ fn doorbells_far_apart() {
         drop(controller);
         let without = rig.try_open(&Options { shadow_doorbells: false, ..Default::default() }).unwrap();
         works(&without, 1, stride + 100);
+        // Often enough for the controller to need the completion queue's doorbell.
+        let namespace = without.namespace(1).unwrap();
+        let mut pair = without.create_queue_pair(QueuePairOptions { entries: Some(4), interrupt: false }).unwrap();
+        let memory = rig.device.dma().allocate(16384).unwrap();
+        for round in 0..8 {
+            write_and_verify(&mut pair, &namespace, &memory, 8, round);
+        }
     }
 }
 

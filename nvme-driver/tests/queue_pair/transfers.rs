@@ -182,6 +182,57 @@ fn any_segments_by_prp_alone_with_boundaries_and_small_transfers() {
 }
 
 #[test]
+fn a_boundary_is_not_crossed_even_by_the_smallest_requests() {
+    let mut config = config(512);
+    config.noiob = 24;
+    let rig = rig(config, &options());
+    let mut pair = rig.pair(16);
+    let buffer = rig.buffer(16384);
+    // Blocks 22 and 23, then 24 and 25: one segment in one page, and in several.
+    for (lba, blocks, commands) in [(22, 2, 1), (22, 3, 2), (23, 2, 2), (24, 2, 1), (0, 24, 1), (1, 24, 2), (47, 2, 2)]
+    {
+        let before = pair.counters().commands;
+        let target = [segment(&buffer, 0, blocks * 512)];
+        let read = carry_out(&mut pair, &rig.namespace, Work::Read { lba, segments: &target });
+        assert_eq!(read.status, Status::SUCCESS);
+        assert_eq!(pair.counters().commands - before, commands, "{blocks} blocks from {lba}");
+    }
+}
+
+#[test]
+fn a_forced_write_survives_a_power_cut_and_another_one_does_not() {
+    for fua in [true, false] {
+        let mut config = config(512);
+        config.volatile_write_cache = true;
+        let rig = rig(config, &options());
+        let mut pair = rig.pair(16);
+        let buffer = rig.buffer(64 << 10);
+        buffer.write(0, &[0xab; 64 << 10]).unwrap();
+        // The short way, one command with a list, and many commands; then zeroes over what was written and flushed.
+        for (lba, bytes) in [(0, 512), (100, 32 << 10)] {
+            let segments = [segment(&buffer, 0, bytes)];
+            let written = carry_out(&mut pair, &rig.namespace, Work::Write { lba, segments: &segments, fua });
+            assert_eq!(written.status, Status::SUCCESS);
+        }
+        let pieces: Vec<Segment> = (0..16).map(|at| segment(&buffer, at * 1024, 512)).collect();
+        let written = carry_out(&mut pair, &rig.namespace, Work::Write { lba: 300, segments: &pieces, fua });
+        assert_eq!(written.status, Status::SUCCESS);
+        let lost = rig.simulator.power_cut().unwrap();
+        assert_eq!(lost, if fua { 0 } else { 1 + 64 + 16 }, "blocks");
+        rig.controller.reset().unwrap();
+        pair.drain_after_reset(|_| panic!("nothing is outstanding"));
+        rig.controller.recreate_queue_pair(&mut pair).unwrap();
+        let zeroes = Work::WriteZeroes { ranges: &[LbaRange { lba: 0, blocks: 8 }], deallocate: false, fua };
+        buffer.write(0, &[0xcd; 4096]).unwrap();
+        let full = [segment(&buffer, 0, 4096)];
+        carry_out(&mut pair, &rig.namespace, Work::Write { lba: 0, segments: &full, fua: false });
+        carry_out(&mut pair, &rig.namespace, Work::Flush);
+        assert_eq!(carry_out(&mut pair, &rig.namespace, zeroes).status, Status::SUCCESS);
+        assert_eq!(rig.simulator.power_cut().unwrap(), if fua { 0 } else { 8 }, "blocks zeroed");
+    }
+}
+
+#[test]
 fn any_segments_with_large_blocks_and_hardly_any_slots() {
     let mut config = config(4096);
     config.max_transfer = Some(16384);

@@ -354,6 +354,11 @@ fn write_protected_and_with_metadata() {
     host.create_pair(1, 16, None);
     assert_eq!(host.write_blocks(1, 0, 9, &[1; 512]), 0x020);
     assert_eq!(host.command(1, Sqe::new(8, 1).blocks(0, 1)).status, 0x020);
+    let range = host.allocate(4096);
+    host.put(range + 4, &1_u32.to_le_bytes());
+    let dsm = Sqe::new(9, 1).prp(range, 0);
+    assert_eq!(host.command(1, dsm.dword(11, 4)).status, 0x020, "deallocation");
+    assert_eq!(host.command(1, dsm.dword(11, 1)).status, 0, "a hint");
     assert_eq!(host.admin(Sqe::new(0x80, 1)).status, 0x020);
     assert!(host.read_blocks(1, 0, 9, 512).is_ok());
     let page = host.identify(0, 2).unwrap();
@@ -443,6 +448,35 @@ fn power_cuts_lose_what_was_not_flushed() {
         assert_eq!(host.write_blocks(1, 0, 9, &[5; 512]), 0);
         assert_eq!(controller.simulator.power_cut().unwrap(), 0);
     }
+}
+
+#[test]
+fn what_is_not_a_write_is_lost_and_flushed_like_one() {
+    let config = Config { namespaces: vec![namespace(1 << 20); 2], volatile_write_cache: true, ..Default::default() };
+    let controller = start(config);
+    let mut host = Host::bring_up(controller.simulator.socket());
+    host.create_pair(1, 16, None);
+    let write = |host: &mut Host, id: u32, value: u8| {
+        let buffer = host.allocate(4096);
+        host.put(buffer, &[value; 4096]);
+        assert_eq!(host.command(1, Sqe::new(1, id).prp(buffer, 0).blocks(0, 8)).status, 0);
+    };
+    // A flush of all namespaces reaches the second, too.
+    (1..=2).for_each(|id| write(&mut host, id, 7));
+    assert_eq!(host.command(1, Sqe::new(0, u32::MAX)).status, 0);
+    // Deallocated and zeroed blocks come back.
+    let range = host.allocate(4096);
+    host.put(range + 4, &2_u32.to_le_bytes());
+    assert_eq!(host.command(1, Sqe::new(9, 1).prp(range, 0).dword(11, 4)).status, 0);
+    assert_eq!(host.command(1, Sqe::new(8, 1).blocks(2, 1)).status, 0);
+    assert_eq!(host.command(1, Sqe::new(8, 1).blocks(3, 1).dword(12, 1 << 25)).status, 0);
+    assert_eq!(host.read_blocks(1, 0, 9, 2048), Ok(vec![0; 2048]));
+    // A flush of the other namespace does not help them.
+    assert_eq!(host.command(1, Sqe::new(0, 2)).status, 0);
+    assert_eq!(controller.simulator.power_cut().unwrap(), 4);
+    host.enable();
+    host.create_pair(1, 16, None);
+    assert_eq!(host.read_blocks(1, 0, 9, 4096), Ok(vec![7; 4096]));
 }
 
 #[test]

@@ -161,6 +161,27 @@ fn hundreds_of_regions_resolve_to_what_they_are() {
 }
 
 #[test]
+fn the_end_of_a_region_is_exact_at_the_first_look_and_at_the_next() {
+    let guest = Guest::new(&[(0x1000, 0x1000), (0x8000, 0x1000)], None);
+    for known in [false, true] {
+        let view = || {
+            let mut view = GuestView::new(guest.memory.clone());
+            // What is found first is remembered, and then looked at first.
+            assert!(!known || view.contains(0x1000));
+            view
+        };
+        let end = |bytes: u32| Segment { iova: 0x2000 - u64::from(bytes) + IOVA_OFFSET, bytes };
+        assert_eq!(view().segment(0x1ff8, 8), Some(end(8)));
+        assert_eq!(view().segment(0x1ff8, 9), None);
+        assert_eq!(view().segment(0x1000, 0x1001), None);
+        assert!(view().segments(0x1ff8, 9, |_| {}).is_err());
+        assert!(view().read_words::<1>(0x1ff8).is_ok() && view().read_words::<2>(0x1ff8).is_err());
+        assert!(view().contains(0x1fff) && !view().contains(0x2000) && !view().contains(0xfff));
+        assert!(view().write_byte(0x2000, 1).is_err());
+    }
+}
+
+#[test]
 fn copies_and_words_agree_with_what_the_guest_sees() {
     let guest = Guest::new(&[(0x1000, 0x1000), (0x2000, 0x1000), (0x8000, 0x1000)], None);
     let mut view = GuestView::new(guest.memory.clone());

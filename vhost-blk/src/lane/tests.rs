@@ -173,9 +173,10 @@ fn discarded_and_zeroed_blocks_read_as_zeroes() {
     assert_eq!((tally.discards, tally.write_zeroes), (1, 2));
 }
 
-/// Writes with a lane in this mode, cuts the power, and says whether the data is still there.
-fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool) -> bool {
-    let machine = Machine::new(config(512));
+/// Writes with a lane in this mode, cuts the power, and says whether the data is still there. The data lies in pieces of
+/// these lengths, by PRP only: in one, the write takes the short way; in several, the long one, or it is copied.
+fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool, layout: &[u32]) -> bool {
+    let machine = Machine::new(Config { sgl: false, ..config(512) });
     let data = pattern(9, 4096);
     {
         let guest = &machine.guest;
@@ -185,8 +186,11 @@ fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool) ->
         disk.writeback = AtomicBool::new(writeback);
         disk.features = if flush_negotiated { 1 << 9 } else { 0 };
         group.add(client.lane(guest, &Arc::new(disk)));
-        guest.write(DATA, &data);
-        assert_eq!(client.run(guest, &mut group, OUT, 8, &[readable(DATA, 4096)]), (OK, 1));
+        let out = pieces(DATA, layout.iter().copied(), 8, false);
+        scatter(guest, &out, &data);
+        assert_eq!(client.run(guest, &mut group, OUT, 8, &out), (OK, 1));
+        // What is no multiple of a block can only be copied.
+        assert_eq!(client.counters.read().copies, u64::from(layout.iter().any(|bytes| bytes % 512 != 0)));
         if flush {
             assert_eq!(client.run(guest, &mut group, FLUSH, 0, &[]), (OK, 1));
             assert_eq!(client.counters.read().flushes, 1);
@@ -204,13 +208,15 @@ fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool) ->
 
 #[test]
 fn durability_is_what_the_driver_was_promised() {
-    assert!(
-        !survives_a_power_cut(true, true, false),
-        "the cache of this controller has to lose data, else this proves nothing"
-    );
-    assert!(survives_a_power_cut(true, true, true), "a flush");
-    assert!(survives_a_power_cut(false, true, false), "writethrough");
-    assert!(survives_a_power_cut(true, false, false), "a driver that cannot flush");
+    for layout in [&[4096][..], &[512, 3584], &[100, 3996]] {
+        assert!(
+            !survives_a_power_cut(true, true, false, layout),
+            "the cache of this controller has to lose data, else this proves nothing"
+        );
+        assert!(survives_a_power_cut(true, true, true, layout), "{layout:?}: a flush");
+        assert!(survives_a_power_cut(false, true, false, layout), "{layout:?}: writethrough");
+        assert!(survives_a_power_cut(true, false, false, layout), "{layout:?}: a driver that cannot flush");
+    }
 }
 
 #[test]

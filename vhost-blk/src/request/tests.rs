@@ -149,6 +149,10 @@ fn only_whole_blocks_within_the_disk() {
             (sectors, block, false),
             (u64::MAX, block, false),
             (u64::MAX - per_block + 1, block, false),
+            // In bytes these are 0 again.
+            (1 << 55, block, false),
+            ((1 << 55) + per_block, block, false),
+            (1 << 63, block, false),
             (0, 1000 * 512, true),
             (0, 1000 * 512 + block, false),
             (0, 511, false),
@@ -281,6 +285,7 @@ fn ranges_of_discard_and_write_zeroes() {
         (13, vec![range(8, 16, 1)], zeroes(true), zeroes(true)),
         // Deallocation only where all ranges permit it.
         (13, vec![range(8, 16, 1), range(64, 8, 0)], zeroes(false), zeroes(false)),
+        (13, vec![range(8, 16, 0), range(64, 8, 1)], zeroes(false), zeroes(false)),
         (11, vec![range(8, 16, 1)], answer(UNSUPP), answer(UNSUPP)),
         (13, vec![range(8, 16, 2)], answer(UNSUPP), answer(UNSUPP)),
         (13, vec![range(0, 8, 0), range(8, 16, 0x8000_0000)], answer(UNSUPP), answer(UNSUPP)),

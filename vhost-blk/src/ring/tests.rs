@@ -440,6 +440,14 @@ fn long_chains_are_taken_up_to_the_limit() {
         driver.add(&guest, &vec![writable(DATA, 512); MAX_CHAIN + 1], Some(0x20_0000)).unwrap();
         let head = if packed { 1 } else { device_head(&guest, &driver) };
         assert_eq!(device.pop(), Err(RingError::TooLong { head }));
+        // A chain may use the whole ring, and an indirect chain its whole table.
+        for table in [None, Some(0x30_0000)] {
+            let mut driver = Driver::new(&guest, packed, 8, RING, false);
+            let mut device = Device::new(&guest, &driver.setup);
+            driver.add(&guest, &[writable(DATA, 512); 8], table).unwrap();
+            assert!(device.pop().unwrap().is_some(), "table {table:?}");
+            assert_eq!(device.chain.writable().len(), 8);
+        }
         // Empty descriptors do not hide a long walk.
         let mut driver = Driver::new(&guest, packed, 8, RING, false);
         let mut device = Device::new(&guest, &driver.setup);
