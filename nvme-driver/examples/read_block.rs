@@ -25,11 +25,15 @@ fn main() -> ExitCode {
     }
 }
 
+fn number<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str, of: &str) -> Result<T, String> {
+    text.parse().map_err(|error| format!("'{text}' is not the number of a {of} ({error}); numbers are decimal"))
+}
+
 /// All but the set-up of the log, so that it can be tested.
 pub fn run(mut arguments: impl Iterator<Item = String>, mut out: impl Write) -> Result<(), Box<dyn Error>> {
     let address = arguments.next().ok_or("usage: read_block ADDRESS [NAMESPACE [BLOCK]]")?;
-    let id: u32 = arguments.next().as_deref().unwrap_or("1").parse().map_err(|error| format!("NAMESPACE: {error}"))?;
-    let block: u64 = arguments.next().as_deref().unwrap_or("0").parse().map_err(|error| format!("BLOCK: {error}"))?;
+    let id: u32 = number(arguments.next().as_deref().unwrap_or("1"), "namespace")?;
+    let block: u64 = number(arguments.next().as_deref().unwrap_or("0"), "block")?;
 
     let device = vfio::Device::open(&address.parse()?)?;
     let controller = Controller::open(&device, &Options::default())?;

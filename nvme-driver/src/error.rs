@@ -67,7 +67,9 @@ pub enum Error {
         reason: String,
     },
     /// There is no such active namespace.
-    #[error("namespace {namespace} is not active on this controller (active: {active:?})")]
+    #[error(
+        "namespace {namespace} is not active on this controller; active are {active:?}: take one of these, or attach it"
+    )]
     NoSuchNamespace {
         /// Namespace identifier asked for.
         namespace: u32,

@@ -348,6 +348,25 @@ impl ControllerIdentity {
     }
 }
 
+impl ControllerIdentity {
+    /// What queue pairs and namespaces were made for when the controller was as `before`, and does not hold any more: new
+    /// firmware may have come with a reset.
+    pub(crate) fn broken_promise(&self, before: &ControllerIdentity) -> Option<&'static str> {
+        let limit = |identity: &ControllerIdentity| identity.max_transfer.unwrap_or(u32::MAX);
+        if limit(self) < limit(before) {
+            return Some("a smaller largest transfer (MDTS)");
+        }
+        if before.sgl.is_some() && self.sgl != before.sgl {
+            return Some("other scatter gather lists (SGLS)");
+        }
+        // Nobody would flush it.
+        if self.volatile_write_cache && !before.volatile_write_cache {
+            return Some("a volatile write cache (VWC)");
+        }
+        None
+    }
+}
+
 /// Submission entries are `1 << 6` bytes.
 pub(crate) const SQ_ENTRY_SHIFT: u8 = 6;
 /// Completion entries are `1 << 4` bytes.

@@ -62,6 +62,24 @@ fn absurd_values_are_refused_or_mean_no_limit() {
 }
 
 #[test]
+fn a_controller_has_to_keep_what_was_built_on() {
+    let with = |mdts: u8, sgls: u8, vwc: u8| {
+        controller(|bytes| (bytes[77], bytes[536], bytes[525]) = (mdts, sgls, vwc)).unwrap()
+    };
+    let before = with(5, 1, 0);
+    for kept in [with(5, 1, 0), with(6, 1, 0), with(0, 1, 0)] {
+        assert_eq!(kept.broken_promise(&before), None, "{:?}", kept.max_transfer);
+    }
+    for (now, what) in
+        [(with(4, 1, 0), "MDTS"), (with(5, 0, 0), "SGLS"), (with(5, 2, 0), "SGLS"), (with(5, 1, 1), "VWC")]
+    {
+        assert!(now.broken_promise(&before).is_some_and(|broken| broken.contains(what)), "{what}");
+    }
+    assert!(with(5, 1, 0).broken_promise(&with(0, 0, 1)).is_some(), "it had no limit");
+    assert_eq!(with(5, 1, 0).broken_promise(&with(5, 0, 1)), None, "flushes too many do no harm");
+}
+
+#[test]
 fn command_limits() {
     let mut bytes = vec![0u8; BYTES];
     let none = CommandLimits::parse(RawNvmController::ref_from_bytes(&bytes).unwrap(), 0);

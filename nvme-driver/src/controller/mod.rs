@@ -171,7 +171,7 @@ impl Controller {
     /// The controller forgets its queue pairs and touches no memory of their requests any more. Their owners must not ring
     /// while this runs; afterwards they take out what was outstanding ([`crate::QueuePair::drain_after_reset`]), have the pair
     /// created again ([`Controller::recreate_queue_pair`]) and submit anew. Features are as after power-on, unless saved.
-    /// Namespaces may have changed meanwhile.
+    /// Namespaces may have changed meanwhile, and so may whether their write cache is in use: ask for them again.
     pub fn reset(&self) -> Result<(), Error> {
         let inner = &*self.inner;
         let mut queues = lock(&inner.queues);
@@ -218,6 +218,12 @@ impl Controller {
             return Err(Error::Untrustworthy(format!(
                 "after a reset {} is {} {}, before it was {} {}; open it anew",
                 inner.hardware.name, identity.model, identity.serial, inner.identity.model, inner.identity.serial
+            )));
+        }
+        if let Some(what) = identity.broken_promise(&inner.identity) {
+            return Err(Error::Untrustworthy(format!(
+                "after a reset {} has {what}, for which its queue pairs and namespaces were not made; open it anew",
+                inner.hardware.name
             )));
         }
         let now = negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?;
