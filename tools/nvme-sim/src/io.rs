@@ -132,10 +132,12 @@ fn write_zeroes(namespace: &mut Namespace, command: &Command) -> Result<(), Stat
     if namespace.read_only {
         return Err(Status::WRITE_PROTECTED);
     }
-    namespace.before_write(command.lba(), command.blocks().into(), command.force_unit_access());
+    let (lba, blocks, durable) = (command.lba(), command.blocks().into(), command.force_unit_access());
     if command.dword(12) & 1 << 25 != 0 {
+        namespace.before_deallocate(lba, blocks, durable);
         namespace.backing.deallocate(offset, len);
     } else {
+        namespace.before_write(lba, blocks, durable);
         namespace.backing.bytes().zero(offset, len).ok_or(Status::INTERNAL_ERROR)?;
     }
     Ok(())
@@ -168,7 +170,7 @@ fn dataset_management(controller: &mut Controller, command: &Command) -> Result<
         *range = (lba, blocks, offset, bytes);
     }
     for (lba, blocks, offset, bytes) in ranges.into_iter().take(count).filter(|range| deallocate && range.1 > 0) {
-        namespace.before_write(lba, blocks, false);
+        namespace.before_deallocate(lba, blocks, false);
         namespace.backing.deallocate(offset, bytes);
     }
     Ok(())

@@ -66,9 +66,26 @@ impl Namespace {
         (end <= self.blocks).then_some(((lba << shift) as usize, (blocks << shift) as usize))
     }
 
-    /// Must be called before blocks change; `durable`: the change survives a power cut (FUA).
+    /// Must be called before blocks are written; `durable`: the change survives a power cut (FUA).
     #[inline]
     pub fn before_write(&mut self, lba: u64, blocks: u64, durable: bool) {
+        if self.cache.is_some() && !durable {
+            // The cache reads what is there first. Reading a page that was never written maps the system's page of
+            // zeroes, and replacing that one afterwards interrupts every other processor: it must be writable at once.
+            let shift = self.format.block_shift;
+            self.backing.bytes().make_writable((lba << shift) as usize, (blocks << shift) as usize);
+        }
+        self.before_change(lba, blocks, durable);
+    }
+
+    /// Must be called before blocks are deallocated; `durable` as for writes.
+    #[inline]
+    pub fn before_deallocate(&mut self, lba: u64, blocks: u64, durable: bool) {
+        self.before_change(lba, blocks, durable);
+    }
+
+    #[inline]
+    fn before_change(&mut self, lba: u64, blocks: u64, durable: bool) {
         if let Some(cache) = &mut self.cache {
             cache.before_write(self.backing.bytes(), lba, blocks, durable);
         }

@@ -159,6 +159,19 @@ impl SharedBytes {
         Some(unsafe { libc::memcmp(a.cast(), b.cast(), len) } == 0)
     }
 
+    /// Has the system give the pages of a range for writing now, with their contents as they are. A range outside is left
+    /// alone.
+    #[inline]
+    pub fn make_writable(&self, offset: usize, len: usize) {
+        let (first, end) = (offset / PAGE * PAGE, offset.saturating_add(len));
+        for page in (first..end).step_by(PAGE) {
+            if let Some(word) = self.atomic_u32(page) {
+                // Changes nothing, whoever else writes there, but counts as a write. Relaxed: it orders nothing.
+                word.fetch_or(0, Ordering::Relaxed);
+            }
+        }
+    }
+
     /// Writes zeroes.
     pub fn zero(&self, offset: usize, len: usize) -> Option<()> {
         let at = self.at(offset, len)?;
