@@ -22,6 +22,8 @@ pub struct Drive {
     /// Why the controller is out of operation.
     failed: OnceLock<String>,
     told_sharing: AtomicBool,
+    /// What was last wrong with the drive's reports, so that it is told once and not at every look.
+    unreadable: Mutex<Option<String>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
 }
@@ -56,6 +58,7 @@ impl Drive {
             pairs: Mutex::new(Vec::new()),
             failed: OnceLock::new(),
             told_sharing: AtomicBool::new(false),
+            unreadable: Mutex::new(None),
             _embedded: embedded,
         })
     }
@@ -168,13 +171,32 @@ impl Drive {
             return;
         }
         match self.controller.health().and_then(|()| self.controller.poll_events()) {
-            Ok(events) => events.iter().for_each(|event| self.log_event(event)),
+            Ok(events) => {
+                self.unreadable.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+                events.iter().for_each(|event| self.log_event(event));
+            }
             Err(error) => match self.controller.health() {
                 // A log page that cannot be read is no reason to stop a drive that works.
-                Ok(()) => log::warn!("{}: cannot read what the drive reports: {error}", self.name),
+                Ok(()) => self.complain(error.to_string()),
                 Err(error) => self.fail(&error.to_string()),
             },
         }
+    }
+
+    /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.
+    fn complain(&self, why: String) {
+        let mut last = self.unreadable.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        if last.as_ref() != Some(&why) {
+            log::warn!("{}: cannot read what the drive reports; I/O goes on: {why}", self.name);
+            *last = Some(why);
+        }
+    }
+
+    /// Makes every write to a namespace that was answered so far durable.
+    pub fn flush(&self, namespace: u32) -> Result<(), String> {
+        let timeout = self.controller.options().io_timeout;
+        let mut blocking = self.controller.blocking(namespace, timeout).map_err(|error| error.to_string())?;
+        blocking.flush().map_err(|error| error.to_string())
     }
 
     /// Logs what the drive tells without being asked.

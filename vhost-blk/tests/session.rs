@@ -348,6 +348,35 @@ fn the_write_cache_mode() {
 }
 
 #[test]
+fn a_switch_to_writethrough_makes_earlier_writes_durable() {
+    // With a queue pair to spare for the flush, and without.
+    for pairs in [8, 1] {
+        let folder = tempfile::tempdir().unwrap();
+        let namespace = nvme_sim::NamespaceConfig { bytes: 64 * MIB, ..Default::default() };
+        let config = nvme_sim::Config {
+            namespaces: vec![namespace],
+            volatile_write_cache: true,
+            max_queue_pairs: pairs,
+            ..Default::default()
+        };
+        let simulator = nvme_sim::Simulator::start(config, &folder.path().join("nvme")).unwrap();
+        let device: vhost_blk::address::DeviceAddress =
+            format!("vfio-user:{}", simulator.socket().display()).parse().unwrap();
+        let served = serve(1, |_, export| export.device = device.clone());
+        let front = served.connect();
+        front.negotiate();
+        let region = Region::new(0, MIB);
+        region.add(&front);
+        let mut ring = Ring::new(&region, 0, 0x10000);
+        ring.start(&front);
+        assert_eq!(ring.write_one(8), 0);
+        front.accept(SET_CONFIG, &common::config(32, &[0]), &[]);
+        assert_eq!(ring.write_one(16), 0);
+        assert_eq!(simulator.power_cut().unwrap(), 0, "{pairs} queue pairs: blocks lost");
+    }
+}
+
+#[test]
 fn two_exports_on_one_controller() {
     let served = serve(2, |number, export| export.read_only = number == 1);
     let (writer, reader) = (Front::connect(&served.socket(0)), Front::connect(&served.socket(1)));

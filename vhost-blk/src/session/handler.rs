@@ -199,8 +199,30 @@ impl Session {
             return Err("the write cache mode of this disk cannot be changed".into());
         }
         let writeback = blk_config::written_mode(&self.config(), offset, data)?;
-        self.disk.writeback.store(writeback, Ordering::Relaxed);
+        let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
+        if before && !writeback {
+            self.write_through()?;
+        }
         Ok(())
+    }
+
+    /// Writes that were answered under writeback must not stay volatile when the driver, which now counts on writethrough,
+    /// flushes no more (virtio 1.2, 5.2.6.2).
+    fn write_through(&mut self) -> std::result::Result<(), String> {
+        let export = self.export.clone();
+        // The queue pair of a ring will do if the controller has no other left.
+        let (drive, namespace) = (&export.drive, export.namespace.id);
+        let Err(first) = drive.flush(namespace) else { return Ok(()) };
+        let paused = self.pause_all();
+        let places: Vec<usize> = paused.into_iter().map(|(index, _lease)| index).collect();
+        let flushed = drive.flush(namespace);
+        self.rings.iter_mut().for_each(RingState::changed);
+        let started = self.settle();
+        log::debug!("{}: rings {places:?} were stopped for a flush: {first}", export.name);
+        if flushed.is_err() {
+            self.disk.writeback.store(true, Ordering::Relaxed);
+        }
+        flushed.map_err(|why| format!("the drive's cache cannot be flushed, so it stays in use: {why}")).and(started)
     }
 
     /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only.
