@@ -24,7 +24,7 @@ use slots::{Slot, Slots};
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::{GuestMemory, GuestView};
-use crate::request::{self, Next, Operation, Parsed, Parser, Request};
+use crate::request::{self, Operation, Parsed, Parser, Request};
 use crate::ring::{Chain, Head, Ring, TripleRing};
 
 /// Chains a lane takes in one turn, so that the lanes of a worker take turns.
@@ -428,11 +428,8 @@ impl Short<'_> {
     #[inline(always)]
     fn submit(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
         while *taken < BATCH && !self.slots.all_taken() {
-            let (triple, request, segment) = match request::peek_plain(ring, self.view, self.disk, self.geometry) {
-                Next::Plain(triple, request, segment) => (triple, request, segment),
-                Next::Nothing => return true,
-                Next::Other => return false,
-            };
+            let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
+            let Some((triple, request, segment)) = plain else { return ring.is_empty() };
             let segments = std::slice::from_ref(&segment);
             let work = match request.operation {
                 Operation::Read => Work::Read { lba: request.lba, segments },

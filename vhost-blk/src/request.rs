@@ -12,7 +12,7 @@ use virtio_bindings::virtio_blk::{
 
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::GuestView;
-use crate::ring::{Buffer, Chain, MAX_CHAIN, Peek, Triple, TripleRing};
+use crate::ring::{Buffer, Chain, MAX_CHAIN, Triple, TripleRing};
 
 /// Status byte: the request was carried out.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -79,33 +79,17 @@ pub enum Parsed {
     NoStatus,
 }
 
-/// What the next available chain is.
-#[derive(Clone, Copy, Debug)]
-pub enum Next {
-    /// There is none.
-    Nothing,
-    /// A read or write of header, data in one region and status: it needs no storage. Whether the disk has these blocks is
-    /// left to the queue pair, which refuses them otherwise. The chain stays available; [`TripleRing::accept`] takes it.
-    Plain(Triple, Request, Segment),
-    /// Anything else; [`Parser::parse`] finds out what.
-    Other,
-}
-
-/// Looks at the next chain.
+/// The next chain, if it is a read or write of header, data in one region and status: it needs no storage. Whether the disk
+/// has these blocks is left to the queue pair, which refuses them otherwise. The chain stays available;
+/// [`TripleRing::accept`] takes it. `None`: anything else, [`Parser::parse`] finds out what.
 #[inline(always)]
-pub fn peek_plain(ring: &mut impl TripleRing, view: &mut GuestView, disk: &Disk, geometry: &Geometry) -> Next {
-    match ring.peek_triple::<HEADER_BYTES, 1>(view) {
-        Peek::Nothing => Next::Nothing,
-        Peek::Other => Next::Other,
-        Peek::Triple(triple) => match plain(&triple, view, disk, geometry) {
-            Some((request, segment)) => Next::Plain(triple, request, segment),
-            None => Next::Other,
-        },
-    }
-}
-
-#[inline(always)]
-fn plain(triple: &Triple, view: &mut GuestView, disk: &Disk, geometry: &Geometry) -> Option<(Request, Segment)> {
+pub fn peek_plain(
+    ring: &mut impl TripleRing,
+    view: &mut GuestView,
+    disk: &Disk,
+    geometry: &Geometry,
+) -> Option<(Triple, Request, Segment)> {
+    let triple = ring.peek_triple::<HEADER_BYTES, 1>(view)?;
     let [kind, sector] = view.read_words(triple.first).ok()?;
     let Buffer { address, bytes } = triple.middle;
     if bytes == 0 {
@@ -123,7 +107,7 @@ fn plain(triple: &Triple, view: &mut GuestView, disk: &Disk, geometry: &Geometry
     if !view.contains(status) {
         return None;
     }
-    Some((Request { operation, lba, bytes, status, written }, segment))
+    Some((triple, Request { operation, lba, bytes, status, written }, segment))
 }
 
 /// Turns chains into requests. Its storage is made once.

@@ -124,24 +124,7 @@ impl GuestView {
         Some(self.data.iova + self.data.offset(address, bytes)?)
     }
 
-    /// Where `bytes` at `address` are in this process, if they are all in one region.
-    #[inline(always)]
-    fn host_address(&mut self, address: u64, bytes: u64) -> Option<*mut u8> {
-        match self.control.offset(address, bytes) {
-            Some(offset) => Some(self.control.host(offset)),
-            None => self.host_address_slowly(address, bytes),
-        }
-    }
-
-    /// The same for a single byte.
-    #[inline(always)]
-    fn host_address_of_byte(&mut self, address: u64) -> Option<*mut u8> {
-        match self.control.offset_of_byte(address) {
-            Some(offset) => Some(self.control.host(offset)),
-            None => self.host_address_slowly(address, 1),
-        }
-    }
-
+    /// Where `bytes` at `address` are in this process, if they are all in one region; for what `control` does not have.
     #[cold]
     #[inline(never)]
     fn host_address_slowly(&mut self, address: u64, bytes: u64) -> Option<*mut u8> {
@@ -191,7 +174,7 @@ impl GuestView {
     /// Is this byte in guest memory?
     #[inline(always)]
     pub fn contains(&mut self, address: u64) -> bool {
-        self.host_address_of_byte(address).is_some()
+        self.control.offset_of_byte(address).is_some() || self.host_address_slowly(address, 1).is_some()
     }
 
     /// Little-endian 64-bit words, each read once: descriptors, or the header of a request.
@@ -200,13 +183,11 @@ impl GuestView {
     #[inline(always)]
     pub fn read_words<const N: usize>(&mut self, address: u64) -> Result<[u64; N], OutsideMemory> {
         if address.is_multiple_of(8)
-            && let Some(host) = self.host_address(address, 8 * N as u64)
+            && let Some(offset) = self.control.offset(address, 8 * N as u64)
         {
-            // SAFETY: `host_address` found 8 * N bytes at `host` within a region that `self.memory` keeps mapped. Regions
-            // start at a page in the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
-            let words = unsafe { &*host.cast::<[AtomicU64; N]>() };
-            // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
-            return Ok(std::array::from_fn(|index| u64::from_le(words[index].load(Ordering::Relaxed))));
+            // SAFETY: 8 * N bytes at `offset` are within a region that `self.memory` keeps mapped. Regions start at a page in
+            // the guest and in this process, so an address aligned to 8 there is aligned to 8 here.
+            return Ok(unsafe { load_words(self.control.host(offset)) });
         }
         self.read_words_slowly(address)
     }
@@ -214,6 +195,12 @@ impl GuestView {
     #[cold]
     #[inline(never)]
     fn read_words_slowly<const N: usize>(&mut self, address: u64) -> Result<[u64; N], OutsideMemory> {
+        if address.is_multiple_of(8)
+            && let Some(host) = self.host_address_slowly(address, 8 * N as u64)
+        {
+            // SAFETY: 8 * N bytes at `host` are within a region that `self.memory` keeps mapped, and aligned, see above.
+            return Ok(unsafe { load_words(host) });
+        }
         let mut words = [0; N];
         for (index, word) in words.iter_mut().enumerate() {
             let mut bytes = [0; 8];
@@ -228,8 +215,11 @@ impl GuestView {
     /// Relaxed: the publication of the used ring orders it before the guest's look.
     #[inline(always)]
     pub fn write_byte(&mut self, address: u64, value: u8) -> Result<(), OutsideMemory> {
-        let host = self.host_address_of_byte(address).ok_or(OutsideMemory { address, bytes: 1 })?;
-        // SAFETY: `host_address_of_byte` found the byte at `host` within a region that `self.memory` keeps mapped.
+        let host = match self.control.offset_of_byte(address) {
+            Some(offset) => self.control.host(offset),
+            None => self.host_address_slowly(address, 1).ok_or(OutsideMemory { address, bytes: 1 })?,
+        };
+        // SAFETY: the byte at `host` was found within a region that `self.memory` keeps mapped.
         let byte = unsafe { &*host.cast::<AtomicU8>() };
         byte.store(value, Ordering::Relaxed);
         Ok(())
@@ -275,6 +265,18 @@ impl GuestView {
         }
         Ok(())
     }
+}
+
+/// Reads words, each with one atomic load.
+///
+/// # Safety
+/// 8 * N bytes from `host` on are mapped, and `host` is aligned to 8.
+#[inline(always)]
+unsafe fn load_words<const N: usize>(host: *mut u8) -> [u64; N] {
+    // SAFETY: the caller's word for it; any bytes are valid atomics.
+    let words = unsafe { &*host.cast::<[AtomicU64; N]>() };
+    // Relaxed: ordered after the Acquire load that made the request visible (avail.idx, a descriptor's flags).
+    std::array::from_fn(|index| u64::from_le(words[index].load(Ordering::Relaxed)))
 }
 
 impl Region {

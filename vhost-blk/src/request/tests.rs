@@ -43,7 +43,7 @@ fn short_way(ring: &mut Ring, view: &mut GuestView, disk: &Disk) -> Option<(Requ
         Ring::Split(ring) => peek_plain(ring, view, disk, &disk.geometry()),
         Ring::Packed(ring) => peek_plain(ring, view, disk, &disk.geometry()),
     };
-    let Next::Plain(_, request, segment) = next else { return None };
+    let (_, request, segment) = next?;
     let blocks = u64::from(request.bytes) >> disk.namespace.block_shift;
     (request.lba <= disk.namespace.blocks && blocks <= disk.namespace.blocks - request.lba)
         .then_some((request, segment))

@@ -319,21 +319,14 @@ impl Triple {
     }
 }
 
-/// What a look at the next available chain found.
-#[derive(Clone, Copy, Debug)]
-pub enum Peek {
-    /// No chain is there.
-    Nothing,
-    /// A [`Triple`]. It stays available.
-    Triple(Triple),
-    /// A chain of another shape, or the ring is corrupt; [`Ring::pop`] knows.
-    Other,
-}
-
 /// The short way of a ring format, for code that is compiled once per format.
 pub trait TripleRing {
-    /// The next available chain, if it is a triple with these lengths of its first and last buffer.
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek;
+    /// The next available chain, if it is a [`Triple`] with these lengths of its first and last buffer; it stays available.
+    /// `None`: it is something else, or there is none, or the ring is corrupt; [`Ring::pop`] knows.
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple>;
+
+    /// Is there no chain? False also if the ring is corrupt.
+    fn is_empty(&mut self) -> bool;
 
     /// Takes the chain that was peeked at last.
     fn accept(&mut self, head: Head);

@@ -9,8 +9,8 @@ use virtio_bindings::virtio_ring::{
 };
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, Peek, RingError,
-    RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
+    TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -105,11 +105,15 @@ pub struct PackedRing {
 
 impl TripleRing for PackedRing {
     #[inline(always)]
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek {
-        // The index is always one of the ring's.
-        let Some(entry) = self.descriptors.get(usize::from(self.next_avail.index)) else { return Peek::Other };
-        let Some(word) = self.available_word(entry) else { return Peek::Nothing };
-        self.triple::<FIRST, LAST>(entry, word, view).map_or(Peek::Other, Peek::Triple)
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
+        let entry = self.descriptors.get(usize::from(self.next_avail.index))?;
+        let word = self.available_word(entry)?;
+        self.triple::<FIRST, LAST>(entry, word, view)
+    }
+
+    #[inline(always)]
+    fn is_empty(&mut self) -> bool {
+        self.look().is_none()
     }
 
     #[inline(always)]

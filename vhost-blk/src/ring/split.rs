@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, Peek, RingError, RingSetup,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
     TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
@@ -44,15 +44,16 @@ pub struct SplitRing {
 
 impl TripleRing for SplitRing {
     #[inline(always)]
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Peek {
-        if self.next_avail == self.seen_avail {
-            match self.look() {
-                Ok(true) => {}
-                Ok(false) => return Peek::Nothing,
-                Err(_) => return Peek::Other,
-            }
+    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
+        if self.next_avail == self.seen_avail && !self.look().ok()? {
+            return None;
         }
-        self.triple::<FIRST, LAST>(view).map_or(Peek::Other, Peek::Triple)
+        self.triple::<FIRST, LAST>(view)
+    }
+
+    #[inline(always)]
+    fn is_empty(&mut self) -> bool {
+        self.next_avail == self.seen_avail && self.look() == Ok(false)
     }
 
     #[inline(always)]
