@@ -205,3 +205,14 @@ fn a_broken_ring_rests_until_it_is_stopped_or_reset() {
         front.vring_base(0);
     }
 }
+
+#[test]
+fn front_ends_that_leave_in_the_middle_of_a_header_hold_nobody_up() {
+    let served = one();
+    let start = std::time::Instant::now();
+    for _ in 0..20 {
+        served.connect().raw(&[1, 0, 0, 0, 1, 0]);
+    }
+    served.connect().negotiate();
+    assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+}

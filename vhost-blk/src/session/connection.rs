@@ -221,6 +221,8 @@ impl<D: Device> Connection<'_, D> {
             match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
                 Ok((_, 0)) => return Err(End::Closed),
                 Ok((_, HEADER_BYTES)) => return Ok(Header::from_bytes(bytes)),
+                // What a front-end left behind in the stream hides its end from a look ahead.
+                Ok(_) if self.has_hung_up() => return Err(End::Closed),
                 // The header comes in pieces: nobody does that, and nobody may hold us up with it.
                 Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
                 Ok(_) => return Err(End::Broken("a message's header stays incomplete".into())),
@@ -229,6 +231,12 @@ impl<D: Device> Connection<'_, D> {
                 Err(error) => return Err(End::Broken(format!("cannot read from the socket: {error}"))),
             }
         }
+    }
+
+    /// Whether nothing more can come.
+    fn has_hung_up(&self) -> bool {
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.stream, PollFlags::RDHUP)], Some(&now)).is_ok_and(|ready| ready > 0)
     }
 
     /// Whether descriptors come with the message of which this is the header.
