@@ -86,7 +86,7 @@ fn prp_chains() {
 /// memory, as NVMe Base 2.0, 4.1.1, says it.
 fn named_by_prps(host: &Host, page: u64, (prp1, prp2): (u64, u64), bytes: u64) -> Result<Vec<(u64, u64)>, u16> {
     const OFFSET_INVALID: u16 = 0x013;
-    let whole_page = |address: u64| if address % page == 0 { Ok(address) } else { Err(OFFSET_INVALID) };
+    let whole_page = |address: u64| if address.is_multiple_of(page) { Ok(address) } else { Err(OFFSET_INVALID) };
     if prp1 % 4 != 0 {
         return Err(OFFSET_INVALID);
     }
