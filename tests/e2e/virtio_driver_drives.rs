@@ -35,22 +35,24 @@ fn errors_of_the_drive_are_the_guests_and_nobody_elses() {
     let _alone = alone();
     let folder = folder();
     let (simulator, target) = serve(&folder, Config::default());
-    simulator.faults().set(FaultPlan {
-        seed: seed(),
-        rules: vec![
-            often(FaultAction::Fail(UNRECOVERED_READ), Some(READ), 0.01),
-            often(FaultAction::Fail(WRITE_FAULT), Some(WRITE), 0.01),
-        ],
-        ..FaultPlan::default()
-    });
-    let report = run(&options(target.socket(), 2, false), &verified(10_000)).expect("the run goes on");
-    assert!(report.io_errors > 0, "{report:#?}");
-    assert!(!report.is_success(), "{report:#?}");
-    assert!(report.failures.iter().any(|failure| failure.contains("the device failed a ")), "{report:#?}");
-    // What did not fail is right.
-    assert_eq!((report.operations, report.verify_errors), (10_000, 0), "{report:#?}");
-    simulator.faults().clear();
-    run_clean(&options(target.socket(), 2, true), &verified(5_000));
+    for packed in [false, true] {
+        simulator.faults().set(FaultPlan {
+            seed: seed(),
+            rules: vec![
+                often(FaultAction::Fail(UNRECOVERED_READ), Some(READ), 0.01),
+                often(FaultAction::Fail(WRITE_FAULT), Some(WRITE), 0.01),
+            ],
+            ..FaultPlan::default()
+        });
+        let report = run(&options(target.socket(), 2, packed), &verified(10_000)).expect("the run goes on");
+        assert!(report.io_errors > 0, "{report:#?}");
+        assert!(!report.is_success(), "{report:#?}");
+        assert!(report.failures.iter().any(|failure| failure.contains("the device failed a ")), "{report:#?}");
+        // What did not fail is right.
+        assert_eq!((report.operations, report.verify_errors), (10_000, 0), "{report:#?}");
+        simulator.faults().clear();
+        run_clean(&options(target.socket(), 2, packed), &verified(5_000));
+    }
     target.stop().expect("the target ends cleanly");
 }
 

@@ -426,3 +426,34 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     assert_eq!(machine.sim.counters().errors.load(Ordering::Relaxed), 0);
     assert!(guest.read(DATA, 8192) == data);
 }
+
+/// A lane that always has more requests than the shared queue pair has slots leaves the others their turn.
+#[test]
+fn a_busy_lane_does_not_starve_the_others_of_a_queue_pair() {
+    let machine = Machine::new(Config { sgl: false, ..config(512) });
+    let guest = &machine.guest;
+    let mut group = machine.group(4);
+    let disk = Arc::new(machine.disk());
+    let (mut busy, mut calm) = (Client::new(guest, 0, false, 64), Client::new(guest, 1, true, 64));
+    for client in [&busy, &calm] {
+        group.add(client.lane(guest, &disk));
+    }
+    // Each takes more commands than there are slots, as PRPs cannot join such pieces.
+    let many = pieces(DATA, vec![512; 20], 512, true);
+    for round in 0..20 {
+        calm.send(guest, IN, 0, &[writable(DATA + 0x100_0000, 512)]).unwrap();
+        let mut before = 0;
+        loop {
+            while busy.send(guest, IN, 0, &many).is_some() {}
+            group.poll();
+            while busy.answer(guest).is_some() {
+                before += 1;
+            }
+            if calm.answer(guest).is_some() {
+                break;
+            }
+            assert!(before < 200, "round {round}: {before} requests of the busy lane went first");
+            std::thread::yield_now();
+        }
+    }
+}
