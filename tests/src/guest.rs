@@ -271,7 +271,8 @@ impl Guest {
         Ok(())
     }
 
-    /// Powers the guest off, waits for QEMU's end and looks through the kernel's log.
+    /// Powers the guest off, waits for QEMU's end and looks through the kernel's log. No I/O may be under way: see
+    /// [`Guest::reboot`].
     pub fn power_off(mut self, limit: Duration) -> Result<(), Error> {
         self.send("poweroff -f")?;
         let status = self.process.wait(limit)?;
