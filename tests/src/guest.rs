@@ -10,14 +10,22 @@ use crate::initramfs::find_program;
 use crate::transcript::Transcript;
 use crate::{Error, Initramfs, Kernel, Process, Qmp, build_dir, poll};
 
-/// A virtual machine to be booted.
-///
-/// The CPU is emulated, by one thread: `/dev/kvm` may exist and yet be unable to run a kernel, and several threads of
-/// emulation hang now and then.
+/// What runs a guest's CPUs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Accelerator {
+    /// QEMU's emulation, by one thread: several threads of emulation hang now and then.
+    #[default]
+    Emulation,
+    /// The host's CPUs. `/dev/kvm` may exist and yet be unable to run a kernel: try a short boot first.
+    Kvm,
+}
+
+/// A virtual machine to be booted. Its CPU is emulated unless [`Machine::accelerator`] says otherwise.
 #[derive(Clone, Debug)]
 pub struct Machine {
     kernel: Kernel,
     initramfs: Initramfs,
+    accelerator: Accelerator,
     memory_mib: u32,
     hotplug: &'static str,
     cpus: u32,
@@ -33,6 +41,7 @@ impl Machine {
         Machine {
             kernel: kernel.clone(),
             initramfs: initramfs.clone(),
+            accelerator: Accelerator::default(),
             memory_mib: 512,
             hotplug: "",
             cpus: 2,
@@ -41,6 +50,18 @@ impl Machine {
             disks: 0,
             boot_limit: Duration::from_secs(120),
         }
+    }
+
+    /// What runs the CPUs.
+    pub fn accelerator(mut self, accelerator: Accelerator) -> Machine {
+        self.accelerator = accelerator;
+        self
+    }
+
+    /// How long a boot may take until scripts are taken; two minutes unless said.
+    pub fn boot_limit(mut self, limit: Duration) -> Machine {
+        self.boot_limit = limit;
+        self
     }
 
     /// The memory in MiB.
@@ -91,11 +112,11 @@ impl Machine {
 
     /// Boots the machine, with its files in `folder`, and waits until it takes scripts.
     ///
-    /// Should QEMU itself abort, or the boot not end within its deadline, it is tried once more; this is written to
-    /// `e2e-retries.log` in the build folder, which `tests/run.sh` shows.
+    /// Should the emulation itself abort, or the boot not end within its deadline, it is tried once more; this is
+    /// written to `e2e-retries.log` in the build folder, which `tests/run.sh` shows.
     pub fn boot(&self, folder: &Path) -> Result<Guest, Error> {
         match self.try_boot(folder) {
-            Err(error) if is_emulation_failure(&error) => {
+            Err(error) if self.accelerator == Accelerator::Emulation && is_emulation_failure(&error) => {
                 let report = format!("{}: booted again after: {error}\n", test_name());
                 eprint!("{report}");
                 let path = build_dir().join("e2e-retries.log");
@@ -135,11 +156,15 @@ impl Machine {
 
     fn qemu_arguments(&self, initramfs: &Path, files: &GuestFiles) -> Vec<String> {
         let memory = self.memory_mib;
-        let words = "-nodefaults -no-user-config -display none -accel tcg,thread=single -cpu max \
-                     -machine q35,memory-backend=mem -action reboot=shutdown \
+        let words = "-nodefaults -no-user-config -display none -machine q35,memory-backend=mem -action reboot=shutdown \
                      -serial chardev:console -serial chardev:scripts -chardev stdio,id=scripts,signal=off \
                      -mon chardev=monitor,mode=control";
-        let mut arguments = words.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let accelerator = match self.accelerator {
+            Accelerator::Emulation => ["-accel", "tcg,thread=single", "-cpu", "max"],
+            Accelerator::Kvm => ["-accel", "kvm", "-cpu", "host"],
+        };
+        let mut arguments =
+            accelerator.into_iter().chain(words.split_whitespace()).map(str::to_owned).collect::<Vec<_>>();
         let pairs = [
             ("-m", format!("{memory}M{}", self.hotplug)),
             ("-object", format!("memory-backend-memfd,id=mem,size={memory}M,share=on")),
@@ -237,6 +262,11 @@ impl Guest {
         })?;
         // The closing line is preceded by a line feed of its own.
         Ok(Output { status, text: text.strip_suffix('\n').unwrap_or(&text).to_owned() })
+    }
+
+    /// The process of QEMU.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
     }
 
     /// Everything the guest's kernel wrote to its console.

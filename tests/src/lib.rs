@@ -18,7 +18,7 @@ mod target;
 mod transcript;
 
 pub use error::Error;
-pub use guest::{Guest, Machine, Output};
+pub use guest::{Accelerator, Guest, Machine, Output};
 pub use initramfs::{Initramfs, Kernel};
 pub use process::Process;
 pub use qmp::Qmp;
