@@ -32,6 +32,19 @@ impl Kernel {
         Kernel::unpacked("backports")
     }
 
+    /// The kernel that the host runs, as Linux distributions install it.
+    pub fn of_the_host() -> Result<Kernel, Error> {
+        let release = read_text(Path::new("/proc/sys/kernel/osrelease"))?;
+        let image = Path::new("/boot").join(format!("vmlinuz-{}", release.trim()));
+        let modules = Some(Path::new("/lib/modules").join(release.trim()));
+        if image.exists() {
+            Ok(Kernel { image, modules })
+        } else {
+            let advice = "name a kernel for the guests, and the folder with its modules.dep";
+            Err(Error::Missing { what: "the host's own kernel", path: image, advice })
+        }
+    }
+
     fn unpacked(flavour: &str) -> Result<Kernel, Error> {
         let folder = build_dir().join("guest").join(flavour);
         let kernel = Kernel { image: folder.join("vmlinuz"), modules: Some(folder.join("modules")) };
@@ -70,8 +83,27 @@ impl Kernel {
 }
 
 fn is_module(file: &str, name: &str) -> bool {
-    let stem = file.rsplit('/').next().and_then(|file| file.strip_suffix(".ko"));
+    let file = file.rsplit('/').next().unwrap_or(file);
+    let stem = [".ko", ".ko.xz", ".ko.zst", ".ko.gz"].iter().find_map(|&ending| file.strip_suffix(ending));
     stem.is_some_and(|stem| stem.replace('-', "_") == name.replace('-', "_"))
+}
+
+/// A module as the kernel takes it from any loader: unpacked.
+fn read_module(path: &Path) -> Result<Vec<u8>, Error> {
+    let unpacker = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        Some("gz") => "gzip",
+        _ => return read(path),
+    };
+    let output = Command::new(unpacker).arg("-dc").arg(path).output();
+    let output = output.map_err(Error::doing(format!("running {unpacker} to unpack {}", path.display())))?;
+    if output.status.success() {
+        Ok(output.stdout)
+    } else {
+        let why = String::from_utf8_lossy(&output.stderr).into_owned();
+        Err(Error::Initramfs(format!("{unpacker} cannot unpack {}: {why}", path.display())))
+    }
 }
 
 /// What a guest has in its memory when it starts: busybox, the kernel modules and host programs that were asked
@@ -89,9 +121,15 @@ impl Initramfs {
     /// namesakes in busybox do less: its `dd` silently gives up direct I/O where that fails. Its shell takes its own
     /// programs before any in `PATH`, so scripts are run by `bash`.
     pub fn new(kernel: &Kernel) -> Initramfs {
+        let mut initramfs = Initramfs::small(kernel);
+        initramfs.programs.extend(["mkfs.ext4", "e2fsck", "blkdiscard", "dd", "head", "cmp"].map(PathBuf::from));
+        initramfs
+    }
+
+    /// With the modules for virtio block devices, and no program but busybox and `bash`.
+    pub fn small(kernel: &Kernel) -> Initramfs {
         let modules = ["virtio_pci", "virtio_blk"].map(str::to_owned).to_vec();
-        let programs = ["mkfs.ext4", "e2fsck", "blkdiscard", "bash", "dd", "head", "cmp"].map(PathBuf::from).to_vec();
-        Initramfs { kernel: kernel.clone(), modules, programs, files: Vec::new() }
+        Initramfs { kernel: kernel.clone(), modules, programs: vec!["bash".into()], files: Vec::new() }
     }
 
     /// Loads this kernel module, after those it needs, before the first script runs.
@@ -118,7 +156,7 @@ impl Initramfs {
         archive.file("init", INIT.as_bytes(), 0o755);
         archive.file("bin/busybox", &read(&find_program(Path::new("busybox"))?)?, 0o755);
         for (number, module) in self.kernel.module_files(&self.modules)?.iter().enumerate() {
-            archive.file(&format!("modules/{number:02}.ko"), &read(module)?, 0o644);
+            archive.file(&format!("modules/{number:02}.ko"), &read_module(module)?, 0o644);
         }
         let mut libraries = BTreeSet::new();
         for program in &self.programs {
@@ -244,6 +282,21 @@ mod tests {
         let expected = ["d", "c", "a-b", "e"].map(|name| folder.path().join(format!("kernel/{name}.ko")));
         assert_eq!(files, expected);
         assert!(kernel.module_files(&["g".to_owned()]).is_err());
+    }
+
+    #[test]
+    fn packed_modules_are_found_and_unpacked() {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("a.ko"), b"module a").unwrap();
+        let packed = Command::new("xz").arg(folder.path().join("a.ko")).status().unwrap();
+        assert!(packed.success());
+        std::fs::write(folder.path().join("modules.dep"), "a.ko.xz:\n").unwrap();
+        std::fs::write(folder.path().join("modules.builtin"), "").unwrap();
+        let kernel = Kernel { image: PathBuf::new(), modules: Some(folder.path().to_path_buf()) };
+        let files = kernel.module_files(&["a".to_owned()]).unwrap();
+        assert_eq!(read_module(&files[0]).unwrap(), b"module a");
+        std::fs::write(&files[0], b"not packed at all").unwrap();
+        assert!(read_module(&files[0]).unwrap_err().to_string().contains("cannot unpack"));
     }
 
     #[test]
