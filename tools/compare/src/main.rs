@@ -1,0 +1,100 @@
+//! The program `compare`.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use clap::Parser;
+use compare::frontend::{self, FrontendOptions};
+use compare::guest::{self, GuestOptions};
+use compare::job::default_jobs;
+use compare::options::CommonOptions;
+use compare::progress::Progress;
+use compare::{Comparison, Error, Plan, report};
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// Runs the same load on this project's target and on virtio-blk-data-plane, and reports both.
+#[derive(Parser, Debug)]
+#[command(version)]
+#[command(group = clap::ArgGroup::new("way").required(true).args(["frontend", "guest", "list_jobs"]))]
+struct Arguments {
+    /// A load generator as vhost-user front-end, without a guest: what the back ends do, on any machine
+    #[arg(long)]
+    frontend: bool,
+    /// fio in a guest: what an application gets; a matter of speed only where there is KVM
+    #[arg(long)]
+    guest: bool,
+    /// Print the names of the jobs
+    #[arg(long)]
+    list_jobs: bool,
+    /// Also write the report as JSON ("-": to standard output, instead of the table)
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Also write the report as a page with a chart, in one file
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    #[command(flatten)]
+    common: CommonOptions,
+    #[command(flatten)]
+    frontend_options: FrontendOptions,
+    #[command(flatten)]
+    guest_options: GuestOptions,
+}
+
+fn main() -> ExitCode {
+    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn")).init();
+    match run(Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("compare: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Returns false if there is a report, and a round of it failed.
+fn run(arguments: Arguments) -> Result<bool, Error> {
+    if arguments.list_jobs {
+        for job in default_jobs(arguments.common.disks) {
+            println!("{:28} {}", job.name, job.title());
+        }
+        return Ok(true);
+    }
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM] {
+        // The first signal ends the comparison in order, a second one the program.
+        signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop))
+            .and_then(|_| signal_hook::flag::register(signal, Arc::clone(&stop)))
+            .map_err(Error::system("watching for signals"))?;
+    }
+    let plan = Plan::new(arguments.common, stop)?;
+    let progress = Progress::new(std::io::stderr().is_terminal());
+    let result = match arguments.frontend {
+        true => frontend::run(&plan, &arguments.frontend_options, &progress),
+        false => guest::run(&plan, &arguments.guest_options, &progress),
+    };
+    progress.finish();
+    let comparison = result?;
+    write_reports(&comparison, arguments.json.as_deref(), arguments.html.as_deref())?;
+    Ok(comparison.is_success())
+}
+
+fn write_reports(comparison: &Comparison, json: Option<&Path>, html: Option<&Path>) -> Result<(), Error> {
+    let to_file = |path: &Path, text: String| {
+        std::fs::write(path, text).map_err(Error::system(format!("writing {}", path.display())))
+    };
+    match json {
+        Some(path) if path == Path::new("-") => println!("{}", report::json(comparison)),
+        _ => print!("{}", report::table(comparison)),
+    }
+    if let Some(path) = json.filter(|path| *path != Path::new("-")) {
+        to_file(path, report::json(comparison))?;
+    }
+    if let Some(path) = html {
+        to_file(path, report::html(comparison))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,204 @@
+//! The options that both ways share.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use blk_perf::parse_size;
+
+use crate::Error;
+use crate::comparison::Settings;
+use crate::job::{Job, default_jobs, select};
+
+/// Shared options as they stand on the command line.
+#[derive(Clone, Debug, clap::Args)]
+pub struct CommonOptions {
+    /// Run only this job; may be repeated [default: all that --list-jobs shows]
+    #[arg(long = "job", value_name = "NAME")]
+    pub jobs: Vec<String>,
+    /// Bytes per request instead of the job's own, such as 512,16k,128k
+    #[arg(long, value_name = "SIZE,…", value_delimiter = ',', value_parser = parse_size)]
+    pub block_size: Vec<u64>,
+    /// Requests in flight per disk instead of the job's own, such as 1,4,32,128
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub depth: Vec<u32>,
+    /// Disks of the jobs that load several at once; 1: leave those jobs out
+    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub disks: u32,
+    /// Rounds of each job on each side, interleaved
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub repeat: u32,
+    /// Length of a round
+    #[arg(long, value_name = "S", default_value = "1", value_parser = parse_seconds)]
+    pub seconds: Duration,
+    /// Virtqueues per disk
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub queues: u32,
+    /// Host CPUs that the side under test may use, such as 2,4-7 [default: chosen, and told in the report]
+    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    pub cpus: Option<CpuList>,
+    /// Size of a disk in memory
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
+    pub size: u64,
+    /// Our target's drive instead of one in memory: a PCI function (0000:01:00.0) or vfio-user:PATH
+    #[arg(long, value_name = "ADDRESS")]
+    pub device: Option<String>,
+    /// Data-plane's disk instead of a file in memory, such as /dev/nvme0n1
+    #[arg(long, value_name = "PATH")]
+    pub kernel_device: Option<PathBuf>,
+    /// What --device and --kernel-device hold may be destroyed
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Our target [default: $VHOST_BLK, or vhost-blk beside this program]
+    #[arg(long, value_name = "PATH")]
+    pub vhost_blk: Option<PathBuf>,
+}
+
+/// A list of CPUs. A type of its own, because clap takes a bare `Vec` for a repeated option.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuList(pub Vec<usize>);
+
+/// What is to be done, checked: what both ways work from.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The jobs, in the order in which they run.
+    pub jobs: Vec<Job>,
+    /// Rounds of each job on each side.
+    pub repeat: u32,
+    /// Length of a round's load.
+    pub round: Duration,
+    /// Virtqueues per disk.
+    pub queues: u32,
+    /// Host CPUs of the side under test; `None`: to be chosen.
+    pub cpus: Option<Vec<usize>>,
+    /// Size of a disk in memory, in bytes.
+    pub disk_bytes: u64,
+    /// The drive of our target, if it is not to be one in memory.
+    pub device: Option<String>,
+    /// The disk of data-plane, if it is not to be a file in memory.
+    pub kernel_device: Option<PathBuf>,
+    /// Whether what these two hold may be destroyed.
+    pub overwrite: bool,
+    /// Where our target is.
+    pub vhost_blk: Option<PathBuf>,
+    /// Becomes true when the user wants to stop.
+    pub stop: Arc<AtomicBool>,
+}
+
+impl Plan {
+    /// Checks the options.
+    ///
+    /// # Errors
+    /// Jobs that do not exist or do not fit the disks.
+    pub fn new(options: CommonOptions, stop: Arc<AtomicBool>) -> Result<Plan, Error> {
+        let all = default_jobs(options.disks);
+        let jobs = select(&all, &options.jobs, &options.block_size, &options.depth).map_err(Error::Options)?;
+        for job in &jobs {
+            let bytes = job.block_bytes;
+            if bytes < 512 || !bytes.is_multiple_of(512) || bytes > options.size {
+                return Err(Error::Options(format!(
+                    "{}: {bytes} bytes per request; use a multiple of 512, and no more than a disk has",
+                    job.name
+                )));
+            }
+        }
+        Ok(Plan {
+            jobs,
+            repeat: options.repeat,
+            round: options.seconds,
+            queues: options.queues,
+            cpus: options.cpus.map(|list| list.0),
+            disk_bytes: options.size,
+            device: options.device,
+            kernel_device: options.kernel_device,
+            overwrite: options.overwrite,
+            vhost_blk: options.vhost_blk,
+            stop,
+        })
+    }
+
+    /// How long and how often, for the report.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            repeat: self.repeat,
+            seconds: self.round.as_secs_f64(),
+            queues: self.queues,
+            disk_bytes: self.disk_bytes,
+        }
+    }
+
+    /// The most disks that any job loads.
+    pub fn most_disks(&self) -> u32 {
+        self.jobs.iter().map(|job| job.disks).max().unwrap_or(1)
+    }
+
+    /// Fails once the user wants to stop.
+    pub fn check_stop(&self) -> Result<(), Error> {
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Interrupted) } else { Ok(()) }
+    }
+
+    /// The program of our target.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn vhost_blk_program(&self) -> Result<PathBuf, Error> {
+        let beside = || {
+            let own = std::env::current_exe().ok()?;
+            Some(own.parent()?.join("vhost-blk"))
+        };
+        let path = self.vhost_blk.clone().or_else(|| std::env::var_os("VHOST_BLK").map(PathBuf::from)).or_else(beside);
+        let path = path.unwrap_or_else(|| "vhost-blk".into());
+        crate::process::find_program(&path).ok_or_else(|| Error::NoProgram {
+            program: path.display().to_string(),
+            advice: "build it with `cargo build --release`, or say where it is with --vhost-blk PATH",
+        })
+    }
+}
+
+fn parse_seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of seconds"))?;
+    match seconds {
+        _ if !(0.05..=3600.0).contains(&seconds) => Err("use 0.05 to 3600 seconds".into()),
+        _ => Ok(Duration::from_secs_f64(seconds)),
+    }
+}
+
+/// Reads `2,4-7`.
+fn parse_cpus(text: &str) -> Result<CpuList, String> {
+    let wrong = || format!("{text:?} is not a list of CPUs; write it like 2,4-7");
+    let mut cpus = Vec::new();
+    for part in text.split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let (first, last): (usize, usize) = (first.parse().map_err(|_| wrong())?, last.parse().map_err(|_| wrong())?);
+        if first > last || last >= rustix::thread::CpuSet::MAX_CPU {
+            return Err(wrong());
+        }
+        cpus.extend(first..=last);
+    }
+    cpus.sort_unstable();
+    cpus.dedup();
+    Ok(CpuList(cpus))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_cpus() {
+        assert_eq!(parse_cpus("2,4-7,4"), Ok(CpuList(vec![2, 4, 5, 6, 7])));
+        assert_eq!(parse_cpus("0"), Ok(CpuList(vec![0])));
+        for bad in ["", "a", "3-1", "1-", "1,,2", "0-99999999"] {
+            assert!(parse_cpus(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn lengths_of_rounds() {
+        assert_eq!(parse_seconds("0.3"), Ok(Duration::from_millis(300)));
+        for bad in ["0", "-1", "NaN", "inf", "x", "1e9"] {
+            assert!(parse_seconds(bad).is_err(), "{bad:?}");
+        }
+    }
+}
