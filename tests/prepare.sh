@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes a Debian 12 machine ready for the tests and benchmarks:
 #   - installs the programs they use (as root; only those that are missing),
-#   - unpacks two Debian kernels for guests under target/guest (nothing of them is installed).
+#   - unpacks Debian kernels under target/guest (nothing of them is installed): two for guests, two for the lab.
 # Quick when everything is there. The only network it uses is the machine's own package sources; what is new in
 # Debian's backports comes from the backports suite of the very source that the machine is configured with.
 set -euo pipefail
@@ -125,11 +125,15 @@ install_programs() {
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
-# kernel FOLDER [apt options]: the newest kernel for virtual machines of a suite, as target/guest/FOLDER/vmlinuz and
+# What the lab's machines load, besides what these modules need. The whole of a kernel would be 400 MiB of modules.
+lab_modules=(virtio_pci virtio_blk 9p 9pnet_virtio overlay loop nvme ext4 vfio-pci vfio_iommu_type1 pci-stub
+    dm-mod raid1)
+
+# kernel FOLDER PACKAGE [apt options]: the newest kernel that PACKAGE depends on, as target/guest/FOLDER/vmlinuz and
 # .../modules (with modules.dep, uncompressed). Checked against the sums made when it was unpacked.
 kernel() {
-    local folder=$guest/$1 package work version
-    shift
+    local folder=$guest/$1 flavour=$2 package work version
+    shift 2
     if (cd "$folder" 2>/dev/null && sha256sum --quiet --check sums >/dev/null 2>&1); then
         return 0
     fi
@@ -137,14 +141,15 @@ kernel() {
     ready_sources
     [ "$(dpkg --print-architecture)" = amd64 ] || fail "guests are x86-64 machines: their kernels come from an amd64 Debian"
     if [ "$*" = newer ]; then set -- "${newer[@]}"; fi
-    package=$(apt-cache "$@" depends linux-image-cloud-amd64 | awk '$1 == "Depends:" { print $2; exit }')
-    [ -n "$package" ] || fail "the package sources have no linux-image-cloud-amd64"
+    package=$(apt-cache "$@" depends "$flavour" | awk '$1 == "Depends:" { print $2; exit }')
+    [ -n "$package" ] || fail "the package sources have no $flavour"
     say "fetching $package"
     work=$(mktemp -d "$guest/unpack.XXXXXX")
     # apt-get checks what it downloads against the signed lists.
     (cd "$work" && apt_get download "$@" "$package") || fail "could not download $package"
     dpkg-deb -x "$work"/*.deb "$work/root"
     version=$(basename "$work"/root/lib/modules/*)
+    if [ "$flavour" = linux-image-amd64 ]; then keep_modules "$work/root" "$version" "${lab_modules[@]}"; fi
     find "$work/root/lib/modules" -name '*.ko.xz' -print0 | xargs -0 -r -n 64 -P 2 xz -d
     PATH=$PATH:/usr/sbin:/sbin depmod -b "$work/root" "$version"
     rm -rf "$folder"
@@ -156,10 +161,32 @@ kernel() {
     say "unpacked $package to $folder"
 }
 
+# keep_modules ROOT VERSION NAME…: deletes the kernel's modules except these and what they need.
+keep_modules() {
+    local root=$1 version=$2 name
+    local -A keep=()
+    shift 2
+    PATH=$PATH:/usr/sbin:/sbin depmod -b "$root" "$version"
+    for name in "$@"; do
+        while read -r name; do keep[$name]=yes; done < <(
+            # FILE: NEEDED…, all relative to the version's folder. Names of built-in ones do not occur.
+            awk -v name="$name" -F '[: ]+' '
+                { file = $1; sub(/.*\//, "", file); sub(/\.ko(\.xz)?$/, "", file) }
+                file == name { for (i = 1; i <= NF; i++) if ($i != "") print $i }' "$root/lib/modules/$version/modules.dep"
+        )
+    done
+    while read -r name; do
+        [ -n "${keep[${name#"$root/lib/modules/$version/"}]:-}" ] || rm "$name"
+    done < <(find "$root/lib/modules/$version" -name '*.ko' -o -name '*.ko.xz')
+}
+
 mkdir -p "$guest"
 guest=$(cd "$guest" && pwd)
 newer=()
 install_programs
-kernel stable
-kernel backports newer
+kernel stable linux-image-cloud-amd64
+kernel backports linux-image-cloud-amd64 newer
+# The lab's: 9p, with which they see the machine's files, is not in the kernels for clouds.
+kernel lab-stable linux-image-amd64
+kernel lab-backports linux-image-amd64 newer
 say "ready: $(qemu-system-x86_64 --version | head -n 1); guest kernels under $guest"
