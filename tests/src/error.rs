@@ -63,6 +63,9 @@ pub enum Error {
         /// The answer.
         answer: String,
     },
+    /// The environment has a setting which means nothing.
+    #[error("{0}")]
+    Setting(String),
     /// A kernel or initramfs cannot be put together.
     #[error("initramfs: {0}")]
     Initramfs(String),

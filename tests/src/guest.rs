@@ -224,11 +224,29 @@ pub struct Output {
 }
 
 /// Parts of lines in the kernel's log that no test may cause.
-const COMPLAINTS: [&str; 7] =
-    ["I/O error", "EXT4-fs error", "EXT4-fs warning", "BUG:", "Oops", "Kernel panic", "blocked for more than"];
+const COMPLAINTS: [&str; 8] = [
+    "I/O error",
+    "EXT4-fs error",
+    "EXT4-fs warning",
+    "BUG:",
+    "Oops",
+    "Kernel panic",
+    "blocked for more than",
+    // A device used an address which is not mapped for it: "DMAR: [DMA Write NO_PASID] Request device …".
+    "DMAR: [DMA",
+];
 
 /// Where in the kernel a warning concerns us. An emulated CPU, or one that is too slow, causes others by itself.
-const WARNINGS: [&str; 5] = ["at block/", "at drivers/block/", "at drivers/virtio/", "at fs/", "at mm/"];
+const WARNINGS: [&str; 8] = [
+    "at block/",
+    "at drivers/block/",
+    "at drivers/iommu/",
+    "at drivers/nvme/",
+    "at drivers/vfio/",
+    "at drivers/virtio/",
+    "at fs/",
+    "at mm/",
+];
 
 fn is_complaint(line: &str) -> bool {
     let has = |parts: &[&str]| parts.iter().any(|part| line.contains(part));
@@ -280,6 +298,15 @@ impl Guest {
         let lines = console.get(self.checked..).unwrap_or_default().lines().filter(|line| is_complaint(line));
         let lines = lines.collect::<Vec<_>>().join("\n");
         if lines.is_empty() { Ok(()) } else { Err(Error::KernelLog(lines)) }
+    }
+
+    /// Returns what the kernel has written since the last call (or the boot), and has [`Guest::check_kernel_log`] not look
+    /// at it: for a test that causes complaints on purpose and looks for them itself.
+    pub fn take_kernel_log(&mut self) -> String {
+        let console = self.console();
+        let taken = console.get(self.checked..).unwrap_or_default().to_owned();
+        self.checked = console.len();
+        taken
     }
 
     /// A connection to QEMU's monitor. Only one at a time.

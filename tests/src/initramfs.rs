@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::{Error, build_dir};
+use crate::{Error, build_dir, workspace};
 
 const RUN_TESTS: &str = "run tests/run.sh once, which fetches and builds what the tests need";
 
@@ -42,6 +42,50 @@ impl Kernel {
         } else {
             let advice = "name a kernel for the guests, and the folder with its modules.dep";
             Err(Error::Missing { what: "the host's own kernel", path: image, advice })
+        }
+    }
+
+    /// Debian's own kernel with all its drivers, for the lab: VFIO with groups and containers. `LAB_KERNEL_GROUP` of the
+    /// environment names another one.
+    pub fn lab_stable() -> Result<Kernel, Error> {
+        match std::env::var_os("LAB_KERNEL_GROUP") {
+            Some(image) => Ok(Kernel::at(Path::new(&image))),
+            None => Kernel::unpacked("lab-stable"),
+        }
+    }
+
+    /// The kernel from Debian's backports with all its drivers, for the lab: VFIO with groups and containers.
+    pub fn lab_backports() -> Result<Kernel, Error> {
+        Kernel::unpacked("lab-backports")
+    }
+
+    /// A kernel with iommufd and its device files, which no Debian kernel has. It is looked for at `LAB_KERNEL_IOMMUFD`
+    /// of the environment, in `shared/lab` beside the repository, and where `tests/kernel/build.sh` puts it.
+    pub fn iommufd() -> Result<Kernel, Error> {
+        let built = build_dir().join("guest/iommufd/bzImage");
+        let places = match std::env::var_os("LAB_KERNEL_IOMMUFD") {
+            Some(image) => vec![PathBuf::from(image)],
+            None => vec![workspace().join("../shared/lab/bzImage-iommufd"), built.clone()],
+        };
+        match places.iter().find(|place| place.exists()) {
+            Some(image) => Ok(Kernel::at(image)),
+            None => Err(Error::Missing {
+                what: "a kernel with iommufd",
+                path: places.into_iter().next_back().unwrap_or(built),
+                advice: "build one with tests/kernel/build.sh, or name one in the environment's LAB_KERNEL_IOMMUFD",
+            }),
+        }
+    }
+
+    /// The kernel in this file. Its modules are taken from the folder `modules` beside it, or for a file
+    /// `vmlinuz-VERSION` from `/lib/modules/VERSION`; where neither is there, it has everything built in.
+    pub fn at(image: &Path) -> Kernel {
+        let name = image.file_name().unwrap_or_default().to_string_lossy();
+        let installed = name.strip_prefix("vmlinuz-").map(|version| Path::new("/lib/modules").join(version));
+        let modules = std::iter::once(image.with_file_name("modules")).chain(installed);
+        Kernel {
+            image: image.to_path_buf(),
+            modules: modules.into_iter().find(|folder| folder.join("modules.dep").exists()),
         }
     }
 
@@ -88,6 +132,12 @@ fn is_module(file: &str, name: &str) -> bool {
     stem.is_some_and(|stem| stem.replace('-', "_") == name.replace('-', "_"))
 }
 
+/// The name of a module's file once it is unpacked, written as in parameters on the kernel's command line.
+fn module_name(path: &Path) -> String {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().replace('-', "_");
+    name.split('.').next().unwrap_or_default().to_owned() + ".ko"
+}
+
 /// A module as the kernel takes it from any loader: unpacked.
 fn read_module(path: &Path) -> Result<Vec<u8>, Error> {
     let unpacker = match path.extension().and_then(|extension| extension.to_str()) {
@@ -114,6 +164,14 @@ pub struct Initramfs {
     modules: Vec<String>,
     programs: Vec<PathBuf>,
     files: Vec<(String, PathBuf)>,
+    root: Root,
+}
+
+/// What the scripts see as their file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Root {
+    Initramfs,
+    Host,
 }
 
 impl Initramfs {
@@ -129,7 +187,16 @@ impl Initramfs {
     /// With the modules for virtio block devices, and no program but busybox and `bash`.
     pub fn small(kernel: &Kernel) -> Initramfs {
         let modules = ["virtio_pci", "virtio_blk"].map(str::to_owned).to_vec();
-        Initramfs { kernel: kernel.clone(), modules, programs: vec!["bash".into()], files: Vec::new() }
+        let programs = vec!["bash".into()];
+        Initramfs { kernel: kernel.clone(), modules, programs, files: Vec::new(), root: Root::Initramfs }
+    }
+
+    /// Changes over to the file system of the host, which QEMU shares as the 9p device `host`: scripts see its
+    /// files and programs under their own paths. What they write stays in the guest's memory (an overlay); `/run`, `/dev`,
+    /// `/proc` and `/sys` are the guest's own. `/lib/modules` holds the kernel's modules, unless it has none.
+    pub fn on_host_files(kernel: &Kernel) -> Initramfs {
+        let modules = ["virtio_pci", "9pnet_virtio", "9p", "overlay"].map(str::to_owned).to_vec();
+        Initramfs { kernel: kernel.clone(), modules, programs: Vec::new(), files: Vec::new(), root: Root::Host }
     }
 
     /// Loads this kernel module, after those it needs, before the first script runs.
@@ -153,10 +220,20 @@ impl Initramfs {
     /// Writes the archive: uncompressed, because an emulated CPU unpacks slowly.
     pub fn write(&self, to: &Path) -> Result<(), Error> {
         let mut archive = Archive::default();
-        archive.file("init", INIT.as_bytes(), 0o755);
+        match self.root {
+            Root::Initramfs => archive.file("init", [INIT, SERVE].concat().as_bytes(), 0o755),
+            Root::Host => {
+                archive.file("init", [INIT, CHANGE_ROOT].concat().as_bytes(), 0o755);
+                archive.file("serve", SERVE.as_bytes(), 0o755);
+                if let Some(modules) = &self.kernel.modules {
+                    let modules = std::path::absolute(modules).map_err(Error::doing("making a path absolute"))?;
+                    archive.file("modules-of-host", format!("{}\n", modules.display()).as_bytes(), 0o644);
+                }
+            }
+        }
         archive.file("bin/busybox", &read(&find_program(Path::new("busybox"))?)?, 0o755);
         for (number, module) in self.kernel.module_files(&self.modules)?.iter().enumerate() {
-            archive.file(&format!("modules/{number:02}.ko"), &read_module(module)?, 0o644);
+            archive.file(&format!("modules/{number:02}-{}", module_name(module)), &read_module(module)?, 0o644);
         }
         let mut libraries = BTreeSet::new();
         for program in &self.programs {
@@ -175,8 +252,10 @@ impl Initramfs {
     }
 }
 
-/// The guest's first program. The first serial port is the kernel's console; scripts and their output go over the
-/// second, so that the two do not mix. Each script arrives as one line, `NUMBER BASE64`.
+/// The name of the 9p device for [`Initramfs::on_host_files`].
+pub(crate) const SHARE: &str = "host";
+
+/// The guest's first program.
 const INIT: &str = r#"#!/bin/busybox sh
 /bin/busybox mkdir -p /proc /sys /dev /mnt /tmp /run /sbin /usr/bin /usr/sbin
 /bin/busybox --install -s
@@ -184,7 +263,21 @@ export PATH=/host:/sbin:/usr/sbin:/bin:/usr/bin HOME=/
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
-for module in /modules/*.ko; do [ -e "$module" ] && insmod "$module"; done
+read -r words </proc/cmdline
+for module in /modules/*.ko; do
+    [ -e "$module" ] || continue
+    # NUMBER-NAME.ko; the kernel's command line may have parameters for it: NAME.PARAMETER=VALUE.
+    name=${module#/modules/??-}
+    name=${name%.ko}
+    parameters=
+    for word in $words; do case $word in "$name".*) parameters="$parameters ${word#*.}" ;; esac; done
+    insmod "$module" $parameters
+done
+"#;
+
+/// How the scripts get there: the first serial port is the kernel's console; scripts and their output go over the
+/// second, so that the two do not mix. Each script arrives as one line, `NUMBER BASE64`.
+const SERVE: &str = r#"
 exec </dev/ttyS1 >/dev/ttyS1 2>&1
 stty raw -echo
 echo "@ready $(uname -r)"
@@ -196,6 +289,32 @@ while read -r number encoded; do
     printf '\n@end %s %s\n' "$number" "$status"
 done
 poweroff -f
+"#;
+
+/// The host's files as the root. 9p: `cache=loose` because nobody changes the files meanwhile; `access=any` saves
+/// asking for access control lists. Busybox keeps serving, out of the guest's memory.
+const CHANGE_ROOT: &str = r#"
+set -e
+mkdir -p /lower /layer /root
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=524288,cache=loose,access=any,ro host /lower
+mount -t tmpfs -o mode=755 layer /layer
+mkdir /layer/upper /layer/work
+mount -t overlay -o lowerdir=/lower,upperdir=/layer/upper,workdir=/layer/work root /root
+mount -t tmpfs -o mode=755 run /root/run
+mkdir -p /root/run/lab /root/run/lock
+cp /bin/busybox /serve /root/run/lab
+if [ -e /modules-of-host ]; then
+    folder=/root/lib/modules/$(uname -r)
+    mkdir -p "$folder"
+    mount --bind "/lower$(cat /modules-of-host)" "$folder"
+fi
+for folder in proc sys dev; do mount --move /$folder /root/$folder; done
+mkdir -p /root/dev/pts /root/dev/shm /root/dev/hugepages
+mount -t devpts devpts /root/dev/pts
+mount -t tmpfs -o mode=1777 shm /root/dev/shm
+mount -t hugetlbfs hugetlbfs /root/dev/hugepages
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root
+exec switch_root /root /run/lab/busybox sh /run/lab/serve
 "#;
 
 /// An archive as the kernel wants its initramfs: cpio, "newc" (Documentation/driver-api/early-userspace).

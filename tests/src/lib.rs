@@ -4,6 +4,7 @@
 //! - [`Target`] is a running `vhost-blk` (or another vhost-user-blk program): started, awaited, stopped, its log kept.
 //! - [`Guest`] is a virtual machine: QEMU with an emulated CPU, a Debian kernel and an initramfs made on the spot.
 //!   Shell scripts are run inside through [`Guest::run`], which returns their output and their own exit status.
+//! - [`Lab`] is a virtual machine with NVMe drives and an IOMMU, on the files of the host: what runs here runs there.
 //! - [`Kernel`] and [`Initramfs`] say what the machine boots; [`Qmp`] talks to QEMU itself.
 //!
 //! Every wait has a deadline. What was started is killed when its value is dropped; when the test is panicking the
@@ -12,6 +13,7 @@
 mod error;
 mod guest;
 mod initramfs;
+mod lab;
 mod process;
 mod qmp;
 mod target;
@@ -20,6 +22,7 @@ mod transcript;
 pub use error::Error;
 pub use guest::{Accelerator, Guest, Machine, Output};
 pub use initramfs::{Initramfs, Kernel};
+pub use lab::{Lab, LabDrive};
 pub use process::Process;
 pub use qmp::Qmp;
 pub use target::{Peer, Target};

@@ -1,0 +1,1 @@
+//! The NVMe driver against QEMU's controller.

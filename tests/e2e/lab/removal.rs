@@ -1,0 +1,1 @@
+//! Drives that go away while they are in use, and come back.

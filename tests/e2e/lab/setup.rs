@@ -1,0 +1,1 @@
+//! The setup script on a real kernel.

@@ -1,0 +1,1 @@
+//! The crate `vfio` on a kernel's VFIO.
