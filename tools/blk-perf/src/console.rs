@@ -90,6 +90,7 @@ impl Table {
         }
         self.row("IOPS", format!("{:.0}", report.iops)).row("MiB/s", format!("{:.1}", report.mib_per_s));
         let latencies = [
+            ("mean", report.mean_us),
             ("p50", report.p50_us),
             ("p90", report.p90_us),
             ("p99", report.p99_us),

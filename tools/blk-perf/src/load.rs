@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use virtio_driver::{EventFd, QueueNotifier, VirtioBlkQueue, VirtioBlkTransport};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use crate::pace::Pace;
 use crate::plan::{Kind, Next, Plan, Request};
 use crate::report::{QueueStats, Totals};
 use crate::{ClientOptions, Error};
@@ -54,6 +55,8 @@ struct Slot<'m> {
 
 /// One queue with its requests and its plan.
 pub(crate) struct QueueClient<'m, P> {
+    /// Its number among all queues of the run, and on its device.
+    at: usize,
     index: usize,
     ring: Ring,
     notifier: Box<dyn QueueNotifier>,
@@ -65,6 +68,8 @@ pub(crate) struct QueueClient<'m, P> {
     plan: P,
     /// Requests that may still be sent.
     quota: u64,
+    /// When they are due, if not as soon as there is room.
+    pace: Option<Pace>,
     finished: bool,
     last_progress: Instant,
     pub(crate) stats: QueueStats,
@@ -72,18 +77,19 @@ pub(crate) struct QueueClient<'m, P> {
 
 impl<'m, P: Plan> QueueClient<'m, P> {
     pub(crate) fn new(
+        at: usize,
         index: usize,
         ring: Ring,
         transport: &VirtioBlkTransport,
         buffers: Buffers<'m>,
         block_bytes: usize,
         plan: P,
-        quota: u64,
     ) -> Self {
         let now = Instant::now();
         let free = (0..).take(buffers.len()).collect();
         let slot = |buffer| Slot { buffer, request: None, sent: now };
         QueueClient {
+            at,
             index,
             ring,
             notifier: transport.get_submission_notifier(index),
@@ -93,11 +99,24 @@ impl<'m, P: Plan> QueueClient<'m, P> {
             slots: buffers.into_iter().map(slot).collect(),
             free,
             plan,
-            quota,
+            quota: u64::MAX,
+            pace: None,
             finished: false,
             last_progress: now,
             stats: QueueStats::new(),
         }
+    }
+
+    /// The same, ended after `quota` requests.
+    pub(crate) fn with_quota(mut self, quota: u64) -> Self {
+        self.quota = quota;
+        self
+    }
+
+    /// The same with requests sent when they are due.
+    pub(crate) fn with_pace(mut self, pace: Option<Pace>) -> Self {
+        self.pace = pace;
+        self
     }
 
     /// Gives back the parts that a second phase uses again.
@@ -106,9 +125,9 @@ impl<'m, P: Plan> QueueClient<'m, P> {
         (self.ring, buffers, self.plan, self.stats)
     }
 
-    /// The queue's number on the device.
-    pub(crate) fn index(&self) -> usize {
-        self.index
+    /// The queue's number in the run.
+    pub(crate) fn at(&self) -> usize {
+        self.at
     }
 
     fn outstanding(&self) -> usize {
@@ -140,7 +159,7 @@ impl<'m, P: Plan> QueueClient<'m, P> {
             self.free.push(index);
         }
         // Read for display only: no order with anything else is needed.
-        let progress = &shared.queues[self.index];
+        let progress = &shared.queues[self.at];
         let Totals { operations, bytes } = self.stats.totals;
         progress.operations.store(operations, Ordering::Relaxed);
         progress.bytes.store(bytes, Ordering::Relaxed);
@@ -156,6 +175,17 @@ impl<'m, P: Plan> QueueClient<'m, P> {
             let Some(&index) = self.free.last() else {
                 break;
             };
+            let due = match &mut self.pace {
+                None => None,
+                Some(pace) => {
+                    let clock = Instant::now();
+                    let due = pace.due(clock);
+                    if due > clock {
+                        break;
+                    }
+                    Some((due, clock))
+                }
+            };
             let slot = &mut self.slots[index as usize];
             let request = match self.plan.next(slot.buffer.len()) {
                 Next::Request(request) => request,
@@ -168,8 +198,12 @@ impl<'m, P: Plan> QueueClient<'m, P> {
             let length = data_length(&request, self.block_bytes);
             let buffer = &mut slot.buffer[request.shift..request.shift + length];
             self.plan.prepare(&request, buffer);
-            slot.sent = match now {
-                Some(now) if !P::STAMP_EACH => now,
+            slot.sent = match (due, now) {
+                (Some((due, clock)), _) => {
+                    now = Some(clock);
+                    due
+                }
+                (None, Some(now)) if !P::STAMP_EACH => now,
                 _ => *now.insert(Instant::now()),
             };
             slot.request = Some(request);
@@ -180,6 +214,9 @@ impl<'m, P: Plan> QueueClient<'m, P> {
             })?;
             self.free.pop();
             self.quota -= 1;
+            if let Some(pace) = &mut self.pace {
+                pace.advance();
+            }
         }
         let Some(now) = now else {
             return Ok(false);
@@ -206,6 +243,11 @@ impl<'m, P: Plan> QueueClient<'m, P> {
 
     fn has_work(&self) -> bool {
         self.quota > 0 && !self.finished
+    }
+
+    /// Counts what was due before `now`, the end of the load, and was not sent.
+    fn count_unsent(&mut self, now: Instant) {
+        self.stats.unsent = self.pace.as_ref().map_or(0, |pace| pace.overdue(now).min(self.quota));
     }
 
     fn check_stall(&self, now: Instant, limit: Duration) -> Result<(), Error> {
@@ -294,9 +336,13 @@ pub(crate) fn drive<P: Plan>(
         }
         if !active || polls.all.is_multiple_of(CLOCK_EVERY) {
             let now = Instant::now();
-            stopping |= deadline.is_some_and(|deadline| now >= deadline)
+            let stop = deadline.is_some_and(|deadline| now >= deadline)
                 || shared.stop.load(Ordering::Relaxed)
                 || shared.failed.load(Ordering::Relaxed);
+            if stop && !stopping {
+                stopping = true;
+                queues.iter_mut().for_each(|queue| queue.count_unsent(now));
+            }
             for queue in queues.iter() {
                 queue.check_stall(now, options.stall)?;
             }

@@ -65,6 +65,12 @@ struct Arguments {
     /// Without --verify: bytes per request.
     #[arg(long, value_name = "SIZE", default_value = "4k", value_parser = parse_size)]
     block_size: u64,
+    /// Without --verify: one request after the other instead of all over the disk.
+    #[arg(long, conflicts_with = "verify")]
+    sequential: bool,
+    /// Requests per second to start, whether earlier ones have completed or not; latency counts from when each was due.
+    #[arg(long, value_name = "N", conflicts_with = "interrupts", value_parser = clap::value_parser!(u64).range(1..))]
+    rate: Option<u64>,
     /// Without --verify: share of reads. Below 100 it OVERWRITES THE DISK.
     #[arg(long, value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(0..=100))]
     read_percent: u8,
@@ -106,6 +112,10 @@ impl Arguments {
         if let Load::Verified { window_bytes, .. } = &mut workload.load {
             *window_bytes = self.window;
         }
+        if self.sequential {
+            workload = workload.in_order();
+        }
+        workload.rate = self.rate;
         workload.operations = self.operations;
         workload.duration = match self.operations {
             None => self.seconds.or(Some(Duration::from_secs(5))),
@@ -161,6 +171,9 @@ fn run(arguments: &Arguments) -> Result<Report, Box<dyn std::error::Error>> {
             .row("blocks read back", report.blocks_read_back.to_string());
     }
     let empty = report.client_empty_polls * 100.0;
+    if arguments.rate.is_some() {
+        table.row("due, not sent", report.unsent.to_string());
+    }
     table
         .row("client's empty polls", format!("{empty:.1} %"))
         .row("notifications sent", report.client_kicks.to_string())

@@ -29,7 +29,7 @@ pub struct ClientOptions {
     pub interrupts: bool,
     /// Never give up the CPU while polling. For machines with a CPU for each thread of client, target and disk.
     pub spin: bool,
-    /// Client threads; 0: one per queue, but no more than CPUs. Each drives every n-th queue.
+    /// Client threads; 0: one per queue, but no more than CPUs. Each drives every n-th queue of all disks.
     pub threads: usize,
     /// Descriptors per ring; 0: the smallest power of two that holds `depth` requests.
     pub queue_size: u16,
@@ -83,14 +83,14 @@ impl ClientOptions {
         Ok(u16::try_from(size).expect("at most MAX_RING"))
     }
 
-    /// Client threads to start.
-    pub(crate) fn thread_count(&self) -> usize {
+    /// Client threads to start for `disks` disks.
+    pub(crate) fn thread_count(&self, disks: usize) -> usize {
         let cpus = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = match self.threads {
             0 => cpus(),
             threads => threads,
         };
-        threads.clamp(1, self.queues.max(1))
+        threads.clamp(1, (self.queues * disks).max(1))
     }
 }
 
@@ -103,6 +103,9 @@ pub struct Workload {
     pub operations: Option<u64>,
     /// Same seed, same requests (per queue; how queues interleave is up to the machine).
     pub seed: u64,
+    /// Requests per second to start, over all queues and disks, whether earlier ones have completed or not; not 0, and only
+    /// for a client that polls. Latency counts from when a request was due. `None`: a new one whenever one has completed.
+    pub rate: Option<u64>,
     /// What the requests are.
     pub load: Load,
 }
@@ -122,12 +125,14 @@ pub enum Load {
         /// Bytes of the disk that are worked on and remembered, spread over the whole disk.
         window_bytes: u64,
     },
-    /// Random reads and writes of one size as fast as they go, nothing verified.
+    /// Reads and writes of one size, nothing verified.
     Plain {
         /// Bytes per request.
         request_bytes: usize,
         /// Share of reads; below 100, **overwrites the disk**.
         read_percent: u8,
+        /// One after the other, each queue on a part of the disk of its own; otherwise all over the disk.
+        sequential: bool,
     },
 }
 
@@ -138,6 +143,7 @@ impl Workload {
             duration: None,
             operations: None,
             seed,
+            rate: None,
             load: Load::Verified {
                 mix: Mix::default(),
                 request_bytes: 128 << 10,
@@ -149,7 +155,22 @@ impl Workload {
 
     /// Pure load of `request_bytes` per request, `read_percent` of them reads.
     pub fn plain(seed: u64, request_bytes: usize, read_percent: u8) -> Self {
-        Workload { duration: None, operations: None, seed, load: Load::Plain { request_bytes, read_percent } }
+        let load = Load::Plain { request_bytes, read_percent, sequential: false };
+        Workload { duration: None, operations: None, seed, rate: None, load }
+    }
+
+    /// The same plain load, each queue's requests one after the other.
+    pub fn in_order(mut self) -> Self {
+        if let Load::Plain { sequential, .. } = &mut self.load {
+            *sequential = true;
+        }
+        self
+    }
+
+    /// The same with `rate` requests per second.
+    pub fn at_rate(mut self, rate: u64) -> Self {
+        self.rate = Some(rate);
+        self
     }
 
     /// The same, ended after `duration`.
@@ -204,9 +225,10 @@ mod tests {
         let mut options = ClientOptions::new("/nowhere");
         options.threads = 8;
         options.queues = 3;
-        assert_eq!(options.thread_count(), 3);
+        assert_eq!(options.thread_count(1), 3);
+        assert_eq!(options.thread_count(2), 6);
         options.threads = 0;
-        assert!((1..=3).contains(&options.thread_count()));
+        assert!((1..=3).contains(&options.thread_count(1)));
     }
 
     #[test]

@@ -124,19 +124,36 @@ impl fmt::Display for Mismatch {
     }
 }
 
-/// Pure load: random reads and writes of one size, nothing verified.
+/// Pure load: reads and writes of one size, nothing verified.
 pub(crate) struct PlainPlan {
     random: Random,
     /// Requests of this size fit on the disk.
     places: u64,
     blocks: u32,
     read_percent: u64,
+    order: Order,
+}
+
+/// Where the next request goes.
+enum Order {
+    Random,
+    /// To this place, then to the one after it; after the last place, to the first.
+    Next(u64),
 }
 
 impl PlainPlan {
     /// Requests of `blocks` logical blocks at multiples of their own size on a disk of `disk_blocks`.
     pub(crate) fn new(random: Random, disk_blocks: u64, blocks: u32, read_percent: u8) -> Self {
-        PlainPlan { random, places: disk_blocks / u64::from(blocks), blocks, read_percent: read_percent.into() }
+        let places = disk_blocks / u64::from(blocks);
+        PlainPlan { random, places, blocks, read_percent: read_percent.into(), order: Order::Random }
+    }
+
+    /// The same one after the other, as queue `queue` of `queues`, which share the disk evenly.
+    pub(crate) fn in_order(mut self, queue: usize, queues: usize) -> Self {
+        let first = u128::from(self.places) * queue as u128 / queues as u128;
+        // At most `places`, which is 64 bits long.
+        self.order = Order::Next(first as u64);
+        self
     }
 }
 
@@ -145,7 +162,15 @@ impl Plan for PlainPlan {
 
     #[inline]
     fn next(&mut self, _capacity: usize) -> Next {
-        let lba = self.random.below(self.places) * u64::from(self.blocks);
+        let place = match &mut self.order {
+            Order::Random => self.random.below(self.places),
+            Order::Next(place) => {
+                let this = *place;
+                *place = if this + 1 < self.places { this + 1 } else { 0 };
+                this
+            }
+        };
+        let lba = place * u64::from(self.blocks);
         let read = self.read_percent == 100 || self.random.chance(self.read_percent, 100);
         Next::Request(Request {
             kind: if read { Kind::Read } else { Kind::Write },
@@ -163,4 +188,30 @@ impl Plan for PlainPlan {
 
     #[inline]
     fn complete(&mut self, _: &Request, _: bool, _: &[u8], _: &mut Vec<Mismatch>) {}
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(plan: &mut PlainPlan, count: usize) -> Vec<u64> {
+        let next = |_| match plan.next(4096) {
+            Next::Request(request) => request.lba,
+            other => panic!("{other:?}"),
+        };
+        (0..count).map(next).collect()
+    }
+
+    #[test]
+    fn queues_in_order_start_apart_and_go_round() {
+        // 10 places of 8 blocks, and a rest that no request of this size reaches the end of.
+        let plan = || PlainPlan::new(Random::new(1, 0), 83, 8, 100);
+        assert_eq!(places(&mut plan().in_order(0, 2), 11), [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 0]);
+        assert_eq!(places(&mut plan().in_order(1, 2), 6), [40, 48, 56, 64, 72, 0]);
+        let mut random = places(&mut plan(), 1000);
+        assert_ne!(random[..3], [0, 8, 16]);
+        random.sort_unstable();
+        random.dedup();
+        assert_eq!(random, [0, 8, 16, 24, 32, 40, 48, 56, 64, 72]);
+    }
 }

@@ -32,6 +32,7 @@ pub(crate) struct QueueStats {
     pub(crate) kicks: u64,
     pub(crate) calls: u64,
     pub(crate) missed_calls: u64,
+    pub(crate) unsent: u64,
 }
 
 impl QueueStats {
@@ -48,6 +49,7 @@ impl QueueStats {
             kicks: 0,
             calls: 0,
             missed_calls: 0,
+            unsent: 0,
         }
     }
 
@@ -107,7 +109,9 @@ pub struct Report {
     pub iops: f64,
     /// Mebibytes per second, read and written.
     pub mib_per_s: f64,
-    /// Latency of requests in microseconds, from sending to noticing: the median,
+    /// Latency of requests in microseconds, from sending (or, with a rate, from when they were due) to noticing: the mean,
+    pub mean_us: f64,
+    /// the median,
     pub p50_us: f64,
     /// 90 % of them,
     pub p90_us: f64,
@@ -118,6 +122,8 @@ pub struct Report {
     pub p999_us: f64,
     /// the longest.
     pub max_us: f64,
+    /// With a rate: requests that were due and could not be sent before the end, because too many were in flight.
+    pub unsent: u64,
     /// Requests the device reported as failed, read-back included.
     pub io_errors: u64,
     /// Blocks that did not hold what they should, read-back included.
@@ -164,11 +170,13 @@ impl Report {
             seconds,
             iops: per_second(operations as f64),
             mib_per_s: per_second(bytes as f64 / f64::from(1 << 20)),
+            mean_us: latency.mean() / 1000.0,
             p50_us: microseconds(0.5),
             p90_us: microseconds(0.9),
             p99_us: microseconds(0.99),
             p999_us: microseconds(0.999),
             max_us: latency.max() as f64 / 1000.0,
+            unsent: sum(|stats| stats.unsent),
             io_errors: 0,
             verify_errors: 0,
             blocks_read_back: 0,
@@ -250,9 +258,13 @@ mod tests {
         assert_eq!((report.bytes, report.iops), (4_096_000, 500.0));
         assert!((report.mib_per_s - 1.953_125).abs() < 1e-9, "{}", report.mib_per_s);
         assert_eq!(report.client_empty_polls, 0.75);
-        for (value, expected) in
-            [(report.p50_us, 500.0), (report.p90_us, 900.0), (report.p99_us, 990.0), (report.max_us, 1000.0)]
-        {
+        for (value, expected) in [
+            (report.mean_us, 500.5),
+            (report.p50_us, 500.0),
+            (report.p90_us, 900.0),
+            (report.p99_us, 990.0),
+            (report.max_us, 1000.0),
+        ] {
             assert!((value / expected - 1.0).abs() < 0.002, "{value} instead of {expected}");
         }
         assert!(report.is_success());

@@ -1,6 +1,7 @@
 //! A whole run: connect, load, read back, report.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -11,6 +12,7 @@ use crate::client::{Connection, DiskInfo};
 use crate::load::{Buffers, Polls, QueueClient, QueueProgress, Ring, Shared, drive};
 use crate::model::{Limits, Mix, Model, ReadBack, VerifiedPlan, Window};
 use crate::options::Load;
+use crate::pace::Pace;
 use crate::pattern::Pattern;
 use crate::plan::{MAX_SHIFT, PlainPlan, Plan};
 use crate::random::Random;
@@ -35,37 +37,63 @@ pub fn run(
     options: &ClientOptions,
     workload: &Workload,
     stop: &AtomicBool,
+    progress: impl FnMut(&Progress),
+) -> Result<Report, Error> {
+    run_disks(options, std::slice::from_ref(&options.socket), workload, stop, progress)
+}
+
+/// The same on several disks at once, each with its own connection to one of `sockets` (those of `options` is not used), and
+/// with the queues and the depth of `options`. The report is about all of them together.
+///
+/// # Errors
+/// As [`run`]; and a verified load is for one disk.
+pub fn run_disks(
+    options: &ClientOptions,
+    sockets: &[PathBuf],
+    workload: &Workload,
+    stop: &AtomicBool,
     mut progress: impl FnMut(&Progress),
 ) -> Result<Report, Error> {
-    let mut connection = Connection::open(options)?;
-    let info = connection.info().clone();
-    let sizes = buffer_sizes(options, workload, &info)?;
+    check_workload(options, sockets, workload)?;
+    let mut connections = Vec::with_capacity(sockets.len());
     let mut memory = Vec::new();
-    for queues in split_regions(options, &sizes) {
-        let bytes = queues.iter().sum();
-        let mut region = PlainMemory::create(bytes).map_err(|source| Error::Memory { bytes, source })?;
-        connection.share(&mut region)?;
-        memory.push((region, queues));
+    for socket in sockets {
+        let mut connection = Connection::open(&ClientOptions { socket: socket.clone(), ..options.clone() })?;
+        let sizes = buffer_sizes(options, workload, connection.info())?;
+        for queues in split_regions(options, &sizes) {
+            let bytes = queues.iter().sum();
+            let mut region = PlainMemory::create(bytes).map_err(|source| Error::Memory { bytes, source })?;
+            connection.share(&mut region)?;
+            memory.push((region, queues));
+        }
+        connections.push(connection);
     }
     let mut slices = memory.iter_mut().flat_map(|(region, sizes)| cut(region.as_mut_slice(), sizes));
     let buffers: Vec<Buffers<'_>> =
-        (0..options.queues).map(|_| slices.by_ref().take(options.depth).collect()).collect();
-    let rings = connection.start_queues()?;
-    let run = Run { connection: &connection, options, info: &info, stop };
+        (0..options.queues * sockets.len()).map(|_| slices.by_ref().take(options.depth).collect()).collect();
+    let mut rings = Vec::new();
+    for connection in &mut connections {
+        rings.extend(connection.start_queues()?);
+    }
+    let run = Run { connections: &connections, options, stop };
     match &workload.load {
-        Load::Plain { request_bytes, read_percent } => {
-            let blocks = u32::try_from(request_bytes / info.block_bytes)
-                .map_err(|_| Error::Options("requests of 2^32 blocks or more".into()))?;
-            let plan = |queue: usize| {
-                let random = Random::new(workload.seed, queue as u64);
-                PlainPlan::new(random, info.blocks, blocks, *read_percent)
-            };
-            let plans = (0..options.queues).map(plan).collect();
+        Load::Plain { request_bytes, read_percent, sequential } => {
+            let mut plans = Vec::with_capacity(rings.len());
+            for connection in &connections {
+                let info = connection.info();
+                let blocks = u32::try_from(request_bytes / info.block_bytes)
+                    .map_err(|_| Error::Options("requests of 2^32 blocks or more".into()))?;
+                for queue in 0..options.queues {
+                    let random = Random::new(workload.seed, plans.len() as u64);
+                    let plan = PlainPlan::new(random, info.blocks, blocks, *read_percent);
+                    plans.push(if *sequential { plan.in_order(queue, options.queues) } else { plan });
+                }
+            }
             let phase = run.load(rings, buffers, plans, workload, &mut progress)?;
             Ok(phase.into_report(stop).0)
         }
         Load::Verified { mix, window_bytes, .. } => {
-            let plans = verified_plans(options, workload, &info, mix, *window_bytes)?;
+            let plans = verified_plans(options, workload, connections[0].info(), mix, *window_bytes)?;
             let phase = run.load(rings, buffers, plans, workload, &mut progress)?;
             let (mut report, rings, buffers, plans) = phase.into_report(stop);
             // Each queue reads what another one wrote.
@@ -76,6 +104,7 @@ pub fn run(
             let end = End {
                 deadline: None,
                 operations: None,
+                rate: None,
                 // A second Ctrl-C is the way out of a read-back that takes too long.
                 stop: &AtomicBool::new(false),
                 phase: Phase::ReadBack,
@@ -89,9 +118,9 @@ pub fn run(
 
 /// What every phase of a run shares.
 struct Run<'r> {
-    connection: &'r Connection,
+    /// One per disk, each with as many queues as the others.
+    connections: &'r [Connection],
     options: &'r ClientOptions,
-    info: &'r DiskInfo,
     stop: &'r AtomicBool,
 }
 
@@ -99,6 +128,7 @@ struct Run<'r> {
 struct End<'s> {
     deadline: Option<Duration>,
     operations: Option<u64>,
+    rate: Option<u64>,
     stop: &'s AtomicBool,
     phase: Phase,
 }
@@ -130,8 +160,13 @@ impl Run<'_> {
         workload: &Workload,
         progress: &mut impl FnMut(&Progress),
     ) -> Result<PhaseResult<'m, P>, Error> {
-        let end =
-            End { deadline: workload.duration, operations: workload.operations, stop: self.stop, phase: Phase::Load };
+        let end = End {
+            deadline: workload.duration,
+            operations: workload.operations,
+            rate: workload.rate,
+            stop: self.stop,
+            phase: Phase::Load,
+        };
         self.phase(rings, buffers, plans, &end, progress)
     }
 
@@ -152,19 +187,15 @@ impl Run<'_> {
         };
         let started = Instant::now();
         let parts = rings.into_iter().zip(buffers).zip(plans).enumerate();
-        let threads = self.options.thread_count();
+        let threads = self.options.thread_count(self.connections.len());
         let mut groups: Vec<Vec<QueueClient<'m, P>>> = (0..threads).map(|_| Vec::new()).collect();
-        for (index, ((ring, buffers), plan)) in parts {
-            let client = QueueClient::new(
-                index,
-                ring,
-                self.connection.transport(),
-                buffers,
-                self.info.block_bytes,
-                plan,
-                share(end.operations, index, queues),
-            );
-            groups[index % threads].push(client);
+        for (at, ((ring, buffers), plan)) in parts {
+            let (disk, index) = (&self.connections[at / self.options.queues], at % self.options.queues);
+            let block_bytes = disk.info().block_bytes;
+            let client = QueueClient::new(at, index, ring, disk.transport(), buffers, block_bytes, plan)
+                .with_quota(share(end.operations, at, queues))
+                .with_pace(end.rate.map(|rate| Pace::new(rate, at, queues)));
+            groups[at % threads].push(client);
         }
         let deadline = end.deadline.map(|duration| started + duration);
         let first_error = Mutex::new(None);
@@ -204,7 +235,7 @@ impl Run<'_> {
             elapsed = elapsed.max(ended - started);
             clients.extend(group);
         }
-        clients.sort_by_key(QueueClient::index);
+        clients.sort_by_key(QueueClient::at);
         let mut result = PhaseResult {
             rings: Vec::new(),
             buffers: Vec::new(),
@@ -259,6 +290,22 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("no message").to_owned()
 }
 
+/// What can be refused before anything is connected.
+fn check_workload(options: &ClientOptions, sockets: &[PathBuf], workload: &Workload) -> Result<(), Error> {
+    let refuse = |why: &str| Err(Error::Options(why.into()));
+    match workload {
+        _ if sockets.is_empty() => refuse("a load needs at least one disk"),
+        Workload { load: Load::Verified { .. }, .. } if sockets.len() > 1 => {
+            refuse("a verified load is for one disk: run one for each")
+        }
+        Workload { rate: Some(0), .. } => refuse("a rate of 0 requests per second never sends any; use at least 1"),
+        Workload { rate: Some(_), .. } if options.interrupts => {
+            refuse("a client that sleeps until it is notified cannot keep a rate: poll instead")
+        }
+        _ => Ok(()),
+    }
+}
+
 /// The sizes of one queue's buffers, in bytes.
 fn buffer_sizes(options: &ClientOptions, workload: &Workload, info: &DiskInfo) -> Result<Vec<usize>, Error> {
     options.ring_size()?;
@@ -273,7 +320,7 @@ fn buffer_sizes(options: &ClientOptions, workload: &Workload, info: &DiskInfo) -
         Ok(bytes)
     };
     match workload.load {
-        Load::Plain { request_bytes, read_percent } => {
+        Load::Plain { request_bytes, read_percent, .. } => {
             if read_percent > 100 {
                 return Err(Error::Options(format!("{read_percent} % reads: use 0 to 100")));
             }

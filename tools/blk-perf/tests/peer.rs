@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use blk_perf::{ClientOptions, Report, Workload};
 use vhost::vhost_user::Listener;
@@ -30,6 +31,9 @@ const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 
+/// How long a read of a slow disk takes, at least.
+const SLOW_READ: Duration = Duration::from_millis(2);
+
 /// How the disk behaves.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Manner {
@@ -38,6 +42,8 @@ enum Manner {
     LosesWrites,
     /// Every 50th read is refused.
     FailsReads,
+    /// Every read takes [`SLOW_READ`].
+    SlowReads,
 }
 
 struct MemoryDisk {
@@ -62,6 +68,9 @@ impl MemoryDisk {
         match kind {
             IN => {
                 self.reads += 1;
+                if self.manner == Manner::SlowReads {
+                    thread::sleep(SLOW_READ);
+                }
                 let data = &self.data[sector * SECTOR..][..room];
                 if self.manner == Manner::FailsReads && self.reads.is_multiple_of(50) {
                     writer.write_all(&vec![0; room])?;
@@ -228,4 +237,83 @@ fn failed_requests_are_found() {
     let report = run(Manner::FailsReads, |_| {});
     assert!(!report.is_success());
     assert!(report.io_errors > 0 && report.verify_errors == 0, "{report:?}");
+}
+
+/// Plain reads of 4 KiB.
+fn reads() -> Workload {
+    Workload::plain(1, 4096, 100)
+}
+
+#[test]
+fn several_disks_are_loaded_at_once_and_reported_together() {
+    with_disk(Manner::Honest, |first| {
+        with_disk(Manner::Honest, |second| {
+            let sockets = [first.to_path_buf(), second.to_path_buf()];
+            let options = ClientOptions { queues: 2, depth: 4, ..ClientOptions::new("/not/used") };
+            let stop = AtomicBool::new(false);
+            let workload = Workload::plain(1, 4096, 50).for_operations(4001);
+            let report = blk_perf::run_disks(&options, &sockets, &workload, &stop, |_| {}).unwrap();
+            assert!(report.is_success(), "{:?}", report.failures);
+            assert_eq!((report.operations, report.bytes), (4001, 4001 * 4096));
+        });
+    });
+}
+
+#[test]
+fn a_failing_disk_among_several_is_noticed() {
+    with_disk(Manner::Honest, |first| {
+        with_disk(Manner::FailsReads, |second| {
+            let sockets = [first.to_path_buf(), second.to_path_buf()];
+            let workload = reads().in_order().for_operations(400);
+            let stop = AtomicBool::new(false);
+            let report = blk_perf::run_disks(&ClientOptions::new(""), &sockets, &workload, &stop, |_| {}).unwrap();
+            assert_eq!((report.operations, report.io_errors), (400, 4), "every 50th of 200");
+        });
+    });
+}
+
+#[test]
+fn a_rate_is_kept() {
+    let workload = reads().at_rate(2000).for_operations(1000);
+    let report = with_disk(Manner::Honest, |socket| {
+        let options = ClientOptions { queues: 2, depth: 64, ..ClientOptions::new(socket) };
+        blk_perf::run(&options, &workload, &AtomicBool::new(false), |_| {}).unwrap()
+    });
+    // The last one is due after 999 intervals; nothing is early, and on a busy machine much may be late.
+    assert_eq!((report.operations, report.unsent), (1000, 0));
+    assert!(report.seconds >= 0.4995, "{report:?}");
+}
+
+#[test]
+fn waiting_to_be_sent_counts_as_latency() {
+    // 1000 a second of a disk that does 500: the last request of half a second has waited for a quarter of one.
+    let run = |workload: &Workload| {
+        with_disk(Manner::SlowReads, |socket| {
+            let options = ClientOptions { depth: 4, ..ClientOptions::new(socket) };
+            blk_perf::run(&options, workload, &AtomicBool::new(false), |_| {}).unwrap()
+        })
+    };
+    let paced = run(&reads().at_rate(1000).for_duration(Duration::from_millis(500)));
+    assert!(paced.max_us > 200_000.0 && paced.mean_us > 100_000.0, "{paced:?}");
+    assert!(paced.unsent > 200, "{paced:?}");
+    // As many at a time, but each only after another has completed: the same disk looks good.
+    let closed = run(&reads().for_operations(250));
+    assert!(closed.p50_us >= 2000.0 && closed.p50_us < paced.p50_us, "{closed:?}");
+    assert_eq!(closed.unsent, 0);
+}
+
+#[test]
+fn loads_that_make_no_sense_are_refused() {
+    let run = |options: &ClientOptions, sockets: &[&str], workload: &Workload| {
+        let sockets: Vec<_> = sockets.iter().map(Into::into).collect();
+        let error = blk_perf::run_disks(options, &sockets, workload, &AtomicBool::new(false), |_| {}).unwrap_err();
+        assert!(matches!(error, blk_perf::Error::Options(_)), "{error}");
+        error.to_string()
+    };
+    let options = ClientOptions::new("");
+    assert!(run(&options, &[], &reads()).contains("at least one disk"));
+    assert!(run(&options, &["/a", "/b"], &Workload::verified(1)).contains("one disk"));
+    assert!(run(&options, &["/a"], &reads().at_rate(0)).contains("rate of 0"));
+    let sleeper = ClientOptions { interrupts: true, ..options };
+    assert!(run(&sleeper, &["/a"], &reads().at_rate(1)).contains("poll"));
 }
