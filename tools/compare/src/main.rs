@@ -7,10 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
+use compare::frontend::drive::DriveOptions;
 use compare::frontend::{self, FrontendOptions};
 use compare::guest::{self, GuestOptions};
 use compare::job::default_jobs;
-use compare::options::CommonOptions;
+use compare::options::{CommonOptions, DISKS};
 use compare::progress::Progress;
 use compare::{Comparison, Error, Plan, report};
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -18,7 +19,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 /// Runs the same load on this project's target and on virtio-blk-data-plane, and reports both.
 #[derive(Parser, Debug)]
 #[command(version)]
-#[command(group = clap::ArgGroup::new("way").required(true).args(["frontend", "guest", "list_jobs"]))]
+#[command(group = clap::ArgGroup::new("way").required(true).args(["frontend", "guest", "list_jobs", "serve_drive"]))]
 struct Arguments {
     /// A load generator as vhost-user front-end, without a guest: what the back ends do, on any machine
     #[arg(long)]
@@ -41,6 +42,8 @@ struct Arguments {
     frontend_options: FrontendOptions,
     #[command(flatten)]
     guest_options: GuestOptions,
+    #[command(flatten)]
+    drive: DriveOptions,
 }
 
 fn main() -> ExitCode {
@@ -57,8 +60,12 @@ fn main() -> ExitCode {
 
 /// Returns false if there is a report, and a round of it failed.
 fn run(arguments: Arguments) -> Result<bool, Error> {
+    if let Some(socket) = &arguments.drive.serve_drive {
+        frontend::drive::serve(socket, &arguments.drive)?;
+        return Ok(true);
+    }
     if arguments.list_jobs {
-        for job in default_jobs(arguments.common.disks) {
+        for job in default_jobs(arguments.common.disks.unwrap_or(DISKS)) {
             println!("{:28} {}", job.name, job.title());
         }
         return Ok(true);

@@ -11,6 +11,9 @@ use crate::Error;
 use crate::comparison::Settings;
 use crate::job::{Job, default_jobs, select};
 
+/// Disks of the jobs that load several at once: as many as in the field test.
+pub const DISKS: u32 = 7;
+
 /// Shared options as they stand on the command line.
 #[derive(Clone, Debug, clap::Args)]
 pub struct CommonOptions {
@@ -23,9 +26,9 @@ pub struct CommonOptions {
     /// Requests in flight per disk instead of the job's own, such as 1,4,32,128
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub depth: Vec<u32>,
-    /// Disks of the jobs that load several at once; 1: leave those jobs out
-    #[arg(long, value_name = "N", default_value_t = 7, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub disks: u32,
+    /// Disks of the jobs that load several at once; 1: leave those jobs out [default: 7, or 1 on a drive of your own]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub disks: Option<u32>,
     /// Rounds of each job on each side, interleaved
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub repeat: u32,
@@ -92,7 +95,8 @@ impl Plan {
     /// # Errors
     /// Jobs that do not exist or do not fit the disks.
     pub fn new(options: CommonOptions, stop: Arc<AtomicBool>) -> Result<Plan, Error> {
-        let all = default_jobs(options.disks);
+        let own = options.device.is_some() || options.kernel_device.is_some();
+        let all = default_jobs(options.disks.unwrap_or(if own { 1 } else { DISKS }));
         let jobs = select(&all, &options.jobs, &options.block_size, &options.depth).map_err(Error::Options)?;
         for job in &jobs {
             let bytes = job.block_bytes;

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -44,7 +45,8 @@ impl Process {
         // A program that nobody stops any more must not poll on: the kernel kills it when this thread ends.
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).arg(program).args(arguments);
-        command.stdin(Stdio::null()).stdout(output).stderr(errors);
+        // In a group of its own: Ctrl-C is for this program, which ends the others in order.
+        command.stdin(Stdio::null()).stdout(output).stderr(errors).process_group(0);
         let spawned = on_cpus(cpus, || command.spawn())?;
         let child = spawned.map_err(|source| match source.kind() {
             std::io::ErrorKind::NotFound => {
@@ -196,7 +198,19 @@ pub fn tree_cpu_time(id: u32) -> Result<Duration, Error> {
             parents.push(child);
         }
     }
-    Ok(Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64))
+    Ok(ticks_to_time(ticks))
+}
+
+/// CPU time of the process `id` alone, its ended threads included.
+pub fn own_cpu_time(id: u32) -> Result<Duration, Error> {
+    let path = format!("/proc/{id}/stat");
+    let line = fs::read_to_string(&path).map_err(Error::system(format!("reading {path}")))?;
+    let stat = parse_stat(&line).ok_or_else(|| Error::Options(format!("{path} is not what proc(5) says: {line}")))?;
+    Ok(ticks_to_time(stat.ticks))
+}
+
+fn ticks_to_time(ticks: u64) -> Duration {
+    Duration::from_secs_f64(ticks as f64 / rustix::param::clock_ticks_per_second() as f64)
 }
 
 /// What is used of a line of `/proc/ID/stat` (proc(5)).
