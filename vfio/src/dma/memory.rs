@@ -212,7 +212,7 @@ fn warn_once(bytes: usize, refused: &io::Error, not_locked: Option<io::Error>) {
         });
         log::warn!(
             "no hugepages for {} MiB of DMA memory ({refused}): normal pages are used, which cost more translations. To \
-             have 1 GiB of hugepages, run: echo 512 > /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages{lock}",
+             have 1 GiB of hugepages, run: setup/setup.sh hugepages 1G{lock}",
             bytes >> 20
         );
     });

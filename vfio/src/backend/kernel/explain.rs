@@ -13,14 +13,23 @@ pub(super) struct Subject {
     pub address: PciAddress,
     /// Its IOMMU group, if it is opened that way.
     pub group: Option<u32>,
+    /// The file in /dev by which it is opened.
+    pub file: String,
     /// What else of the group the kernel drives.
     pub unviable: Vec<String>,
 }
 
 const ON_MODULES: &str = "load the modules: modprobe vfio-pci vfio_iommu_type1; in a container, pass /dev/vfio in";
-const ON_BUSY: &str = "it is open already: stop the program that has it (fuser -v shows which)";
 const ON_INTERRUPTS: &str =
     "if the kernel log speaks of interrupt remapping, switch that on in the firmware; see dmesg otherwise";
+
+/// What to do when a device, or its group, is open; `path` is the file that is.
+fn on_busy(path: &str) -> String {
+    format!(
+        "it is open already, or another device of its IOMMU group is, by another program (fuser -v {path} shows which) or \
+         by this very one: stop that program; of the devices in one group, one can be used at a time"
+    )
+}
 
 /// What to do when no more memory may be locked.
 fn on_memlock() -> String {
@@ -35,13 +44,14 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
     let kernel =
         |source, advice: String| Error::Kernel { attempt, device: subject.address.to_string(), source, advice };
     let group = subject.group.map_or_else(String::new, |group| group.to_string());
+    let busy = || on_busy(&subject.file);
     match error {
         VfioError::OpenContainer(source) => {
-            let advice = on_open(&source, "/dev/vfio/vfio");
+            let advice = on_open(subject.address, &source, "/dev/vfio/vfio");
             kernel(source, advice)
         }
         VfioError::OpenGroup(source, group) => {
-            let advice = on_open(&source, &format!("/dev/vfio/{group}"));
+            let advice = on_open(subject.address, &source, &format!("/dev/vfio/{group}"));
             kernel(source, advice)
         }
         VfioError::GroupViable => Error::NotUsable {
@@ -62,7 +72,7 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
         VfioError::GroupSetContainer => Error::NotUsable {
             device: subject.address.to_string(),
             reason: format!("its IOMMU group {group} cannot be put into a container"),
-            advice: ON_BUSY.into(),
+            advice: busy(),
         },
         VfioError::ContainerSetIOMMU(source) | VfioError::VfioDeviceAttachIommufdPt(source) => {
             kernel(source.into(), ON_INTERRUPTS.into())
@@ -71,11 +81,11 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
             let source = io::Error::from(source);
             let advice = match source.raw_os_error() {
                 // A device's own file answers so (vfio_df_open) where a group is busy.
-                Some(libc::EBUSY | libc::EINVAL) => ON_BUSY,
-                Some(libc::ENODEV) => "the device has gone, or was taken from vfio-pci: bind it again",
-                _ => "dmesg may say why",
+                Some(libc::EBUSY | libc::EINVAL) => busy(),
+                Some(libc::ENODEV) => "the device has gone, or was taken from vfio-pci: bind it again".into(),
+                _ => "dmesg may say why".into(),
             };
-            kernel(source, advice.into())
+            kernel(source, advice)
         }
         VfioError::IommuDmaMap(source) | VfioError::IommufdIoctlError(IommufdError::IommuIoasMap(source)) => {
             let source = io::Error::from(source);
@@ -100,15 +110,16 @@ pub(super) fn explain(subject: &Subject, attempt: &'static str, error: VfioError
 }
 
 /// What to do when a file of VFIO's cannot be opened.
-pub(super) fn on_open(error: &io::Error, path: &str) -> String {
+pub(super) fn on_open(address: PciAddress, error: &io::Error, path: &str) -> String {
     match error.kind() {
         io::ErrorKind::NotFound => ON_MODULES.into(),
         io::ErrorKind::PermissionDenied => {
-            format!("your user may not open {path}: chown it to the user (a udev rule makes that last), or run as root")
+            format!(
+                "your user may not open {path}: give the device to the user (setup/setup.sh bind {address} --user NAME), \
+                 or run as root"
+            )
         }
-        io::ErrorKind::ResourceBusy => {
-            format!("{path} is open already: stop the program that has it (fuser -v {path})")
-        }
+        io::ErrorKind::ResourceBusy => on_busy(path),
         _ => match error.raw_os_error() {
             Some(libc::ENODEV) => format!("nothing is behind {path}: {ON_MODULES}"),
             _ => String::new(),
@@ -130,6 +141,7 @@ mod tests {
         let subject = Subject {
             address: "0000:01:00.0".parse().unwrap(),
             group: Some(7),
+            file: "/dev/vfio/7".into(),
             unviable: vec!["0000:01:00.1 (nvme)".into()],
         };
         explain(&subject, "opening the device", error).to_string()
@@ -148,10 +160,10 @@ mod tests {
         let os = io::Error::from_raw_os_error;
         let errno = errno::Error::new;
         says(VfioError::OpenContainer(os(libc::ENOENT)), &["modprobe vfio-pci"]);
-        says(VfioError::OpenGroup(os(libc::EACCES), "7".into()), &["/dev/vfio/7", "chown"]);
+        says(VfioError::OpenGroup(os(libc::EACCES), "7".into()), &["/dev/vfio/7", "setup.sh bind 0000:01:00.0 --user"]);
         says(VfioError::OpenGroup(os(libc::EBUSY), "7".into()), &["fuser -v /dev/vfio/7"]);
         says(VfioError::GroupViable, &["0000:01:00.1 (nvme)", "group 7", "vfio-pci"]);
-        says(VfioError::GroupSetContainer, &["group 7", "open already"]);
+        says(VfioError::GroupSetContainer, &["group 7", "open already", "this very one"]);
         says(VfioError::ContainerSetIOMMU(errno(libc::EPERM)), &["interrupt remapping"]);
         says(VfioError::GroupGetDeviceFD(errno(libc::ENODEV)), &["bind it again"]);
         says(VfioError::VfioDeviceBindIommufd(errno(libc::EBUSY)), &["open already"]);

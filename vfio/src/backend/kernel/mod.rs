@@ -84,7 +84,8 @@ impl KernelBackend {
         let roots = Roots::default();
         let found = sysfs::find(&roots, address)?;
         let group = found.ways.group;
-        let mut subject = Subject { address, group, unviable: Vec::new() };
+        let file = found.ways.cdev.as_ref().map_or_else(String::new, |cdev| cdev.display().to_string());
+        let mut subject = Subject { address, group, file, unviable: Vec::new() };
         let (device, dma, iommu) = match &found.ways.cdev {
             Some(cdev) => match open_iommufd(&subject, cdev) {
                 // The administrator may have given the user only one of the two ways.
@@ -175,7 +176,7 @@ fn open_iommufd(subject: &Subject, cdev: &Path) -> Result<Opened, Error> {
         OpenOptions::new().read(true).write(true).open(path).map_err(|source| Error::Kernel {
             attempt,
             device: subject.address.to_string(),
-            advice: on_open(&source, &path.display().to_string()),
+            advice: on_open(subject.address, &source, &path.display().to_string()),
             source,
         })
     };
@@ -191,7 +192,10 @@ fn open_iommufd(subject: &Subject, cdev: &Path) -> Result<Opened, Error> {
 }
 
 fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path) -> Result<Opened, Error> {
-    subject.unviable = subject.group.map_or_else(Vec::new, |group| sysfs::unviable(roots, group));
+    if let Some(group) = subject.group {
+        subject.file = format!("/dev/vfio/{group}");
+        subject.unviable = sysfs::unviable(roots, group);
+    }
     let container = VfioContainer::new(None).map_err(|error| explain(subject, "opening a container", error))?;
     let container = Arc::new(container);
     let device = VfioDevice::new(sysfs, container.clone(), true);

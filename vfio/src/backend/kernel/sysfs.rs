@@ -42,29 +42,25 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
     if !path.exists() {
         return refuse("there is no such PCI device".into(), "'lspci -D' lists those there are".into());
     }
-    let bind = format!(
-        "bind it: modprobe vfio-pci; echo vfio-pci > {0}/driver_override; echo {address} > {1}/bus/pci/drivers_probe",
-        path.display(),
-        roots.sys.display(),
-    );
-    match link_name(&path.join("driver")) {
-        None => return refuse("no driver is bound to it, and vfio-pci has to be".into(), bind),
-        // Drivers for VFIO of particular devices are called so as well ("mlx5_vfio_pci").
-        Some(driver) if !driver.contains("vfio") => {
-            let unbind = format!(
-                "if nothing on it is in use (check with lsblk), take it from that driver: echo {address} > {}/driver/unbind",
-                path.display()
-            );
-            return refuse(format!("the kernel's driver '{driver}' has it"), format!("{unbind}; then {bind}"));
-        }
-        Some(_) => {}
-    }
+    // Before the driver: without an IOMMU, vfio-pci takes no device, and advice to bind it would lead nowhere.
     let Some(group) = link_name(&path.join("iommu_group")).and_then(|name| name.parse::<u32>().ok()) else {
         return refuse(
             "it is behind no IOMMU, so that its DMA cannot be confined".into(),
             "switch the IOMMU on in the firmware (VT-d, AMD-Vi, SMMU) and, on Intel, boot with intel_iommu=on".into(),
         );
     };
+    let bind = format!("bind it to vfio-pci: setup/setup.sh bind {address}");
+    match link_name(&path.join("driver")) {
+        None => return refuse("no driver is bound to it, and vfio-pci has to be".into(), bind),
+        // Drivers for VFIO of particular devices are called so as well ("mlx5_vfio_pci").
+        Some(driver) if !driver.contains("vfio") => {
+            return refuse(
+                format!("the kernel's driver '{driver}' has it"),
+                format!("if nothing on it is in use, {bind}"),
+            );
+        }
+        Some(_) => {}
+    }
     let ways = Ways {
         cdev: cdev_name(&path)
             .map(|name| roots.dev.join("vfio/devices").join(name))
@@ -188,17 +184,23 @@ mod tests {
 
     #[test]
     fn a_device_without_driver_or_with_another_one_says_how_to_bind_it() {
-        let error = Machine::new().refusal();
-        assert!(error.contains("no driver") && error.contains("driver_override"), "{error}");
-        let error = Machine::new().driver("nvme").refusal();
-        assert!(error.contains("'nvme'") && error.contains("lsblk") && error.contains("/driver/unbind"), "{error}");
-        assert!(error.contains(&format!("echo {NAME}")), "{error}");
+        let bind = format!("setup.sh bind {NAME}");
+        let error = Machine::new().group(7).refusal();
+        assert!(error.contains("no driver") && error.contains(&bind), "{error}");
+        let error = Machine::new().group(7).driver("nvme").refusal();
+        assert!(
+            error.contains("'nvme'") && error.contains("if nothing on it is in use, ") && error.contains(&bind),
+            "{error}"
+        );
     }
 
     #[test]
     fn a_device_behind_no_iommu_is_refused() {
-        let error = Machine::new().driver("vfio-pci").refusal();
-        assert!(error.contains("IOMMU") && error.contains("intel_iommu=on"), "{error}");
+        // Whatever drives it: vfio-pci refuses it, so that it stays with its driver, or without any.
+        for machine in [Machine::new(), Machine::new().driver("nvme"), Machine::new().driver("vfio-pci")] {
+            let error = machine.refusal();
+            assert!(error.contains("no IOMMU") && error.contains("intel_iommu=on"), "{error}");
+        }
     }
 
     #[test]
