@@ -146,7 +146,7 @@ pub struct LabDrive {
 
 impl LabDrive {
     /// A drive with one namespace of 64 MiB, in blocks of 512 bytes, in the file `NAME.img`. Its serial number and its
-    /// name for QEMU are `name`; its port's is `port-NAME`, its image's `image-NAME`.
+    /// name for QEMU are `name`, which must not be a property of QEMU's devices such as `drive`; its port's is `port-NAME`, its image's `image-NAME`.
     pub fn new(name: &str) -> LabDrive {
         LabDrive {
             name: name.to_owned(),

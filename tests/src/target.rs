@@ -133,7 +133,8 @@ impl Target {
     }
 }
 
-fn vhost_blk_program() -> Result<PathBuf, Error> {
+/// The program to be tested: `VHOST_BLK` of the environment, or the release build of this workspace.
+pub fn vhost_blk_program() -> Result<PathBuf, Error> {
     let path = match std::env::var_os("VHOST_BLK") {
         Some(path) => PathBuf::from(path),
         None => build_dir().join("release/vhost-blk"),
