@@ -1,5 +1,6 @@
 //! A device that was opened.
 
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use crate::backend::Backend;
 use crate::backend::kernel::KernelBackend;
 use crate::backend::user::UserBackend;
 use crate::config_space::{self, ConfigSpace};
-use crate::{Address, Bar, DmaSpace, Error};
+use crate::{Address, Bar, DmaSpace, Error, Notice};
 
 /// The BARs of a PCI function: 0 to 5.
 const BARS: u8 = 6;
@@ -112,6 +113,24 @@ impl Device {
             config_space::enable_device(&*self.inner.backend)?;
         }
         Ok(())
+    }
+
+    /// Why the device should be given back, if there is a reason; what was told once is told until it is closed. Does not
+    /// wait: [`Device::notices`] does that.
+    pub fn notice(&self) -> Option<Notice> {
+        self.inner.backend.notices().look()
+    }
+
+    /// A descriptor for `poll`: readable as soon as [`Device::notice`] has something to tell. Nothing is to be read from it.
+    pub fn notices(&self) -> BorrowedFd<'_> {
+        self.inner.backend.notices().descriptor()
+    }
+
+    /// Gives this reference up; true if nothing else of the device is left in this process, so that it is closed on return.
+    pub fn close(self) -> bool {
+        let backend = Arc::downgrade(&self.inner.backend);
+        drop(self);
+        backend.strong_count() == 0
     }
 
     /// The NUMA node the device is attached to, if the machine tells.

@@ -51,6 +51,13 @@
 //!
 //! [`Device::enable_interrupts`] joins each MSI-X vector with an [`EventFd`].
 //!
+//! # Removal
+//!
+//! A device may have to go: the kernel asks for it back when it is removed or unbound, a vfio-user server ends.
+//! [`Device::notice`] tells, and [`Device::notices`] can be waited for. A removal by the kernel does not go on before
+//! everything of the device is dropped: clones, BARs, doorbells, DMA mappings and buffers ([`Device::close`] tells whether it
+//! was). Then the same address can be opened again, as soon as there is something behind it.
+//!
 //! # vfio-user
 //!
 //! Each connection has a thread, on which `vfio_user::Client` waits for the server. Callers wait for that thread with a
@@ -84,6 +91,7 @@ mod dma;
 mod error;
 
 pub use address::{Address, PciAddress};
+pub use backend::Notice;
 pub use bar::{Bar, Doorbell};
 pub use config_space::{
     CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,

@@ -118,8 +118,10 @@ fn a_server_that_ends_gives_errors_and_no_crash() {
     let mapped = bar.doorbell(0x1004).unwrap();
     let by_message = bar.doorbell(0x10).unwrap();
     let buffer = device.dma().allocate(4096).unwrap();
+    assert_eq!(device.notice(), None);
     server.hang_up();
     let (result, took) = timed(|| bar.read_u32(0));
+    assert_eq!(device.notice(), Some(vfio::Notice::Disconnected));
     assert!(matches!(result, Err(Error::Disconnected { .. })), "{result:?}");
     assert!(took < LATE, "{took:?}");
     mapped.ring(1);

@@ -128,3 +128,22 @@ fn several_threads_use_one_device() {
         }
     });
 }
+
+#[test]
+fn a_device_is_closed_when_nothing_of_it_is_left() {
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    assert_eq!(device.notice(), None);
+    let doorbell = device.bar(0).unwrap().doorbell(0x1008).unwrap();
+    assert!(!device.clone().close(), "a clone is left");
+    assert!(!device.close(), "a doorbell is left");
+    drop(doorbell);
+    let server = TestServer::start(Behaviour::default());
+    let device = server.open();
+    let buffer = device.dma().allocate(4096).unwrap();
+    let memory = device.dma().map(Arc::new(SharedMemory::create(4096).unwrap())).unwrap();
+    drop(buffer);
+    assert!(!device.clone().close());
+    drop(memory);
+    assert!(device.close(), "nothing is left");
+}

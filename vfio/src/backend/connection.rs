@@ -5,6 +5,7 @@
 //! socket is shut down then, which ends the thread.
 
 use std::any::Any;
+use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -128,6 +129,11 @@ impl Connection {
     /// The socket's path.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// The client's socket, to see its end by, if it is known.
+    pub fn stream(&self) -> Option<&UnixStream> {
+        self.client.as_ref().map(ClientSocket::stream)
     }
 
     /// Whether nothing can be sent any more.

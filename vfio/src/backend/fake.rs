@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use memmap2::{MmapOptions, MmapRaw};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Backend, CONFIG_REGION, MappedArea, Region};
+use super::{Backend, CONFIG_REGION, MappedArea, Notices, Region};
 use crate::{Error, IovaRange, SharedMemory};
 
 /// Bytes of BAR 0; the page at 0x1000 is mapped.
@@ -23,6 +23,7 @@ pub(crate) struct FakeBackend {
     mapped: Mutex<BTreeMap<u64, u64>>,
     refuse_map: AtomicBool,
     refuse_unmap: AtomicBool,
+    notices: Notices,
 }
 
 impl Default for FakeBackend {
@@ -37,6 +38,7 @@ impl Default for FakeBackend {
             mapped: Mutex::default(),
             refuse_map: AtomicBool::default(),
             refuse_unmap: AtomicBool::default(),
+            notices: Notices::new().unwrap(),
         }
     }
 }
@@ -104,6 +106,10 @@ impl Backend for FakeBackend {
 
     fn reset(&self) -> Result<(), Error> {
         Ok(())
+    }
+
+    fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     fn numa_node(&self) -> Option<u32> {

@@ -12,8 +12,12 @@ mod connection;
 #[cfg(test)]
 pub(crate) mod fake;
 pub(crate) mod kernel;
+mod notices;
 mod socket;
 pub(crate) mod user;
+
+pub use notices::Notice;
+pub(crate) use notices::Notices;
 
 /// VFIO's number of the PCI configuration space among a device's regions (`VFIO_PCI_CONFIG_REGION_INDEX`).
 pub(crate) const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CONFIG_REGION_INDEX;
@@ -53,6 +57,8 @@ pub(crate) trait Backend: Send + Sync {
     fn disable_interrupts(&self) -> Result<(), Error>;
     /// Resets the device's function.
     fn reset(&self) -> Result<(), Error>;
+    /// What the device tells of its own end.
+    fn notices(&self) -> &Notices;
     /// The NUMA node the device is attached to.
     fn numa_node(&self) -> Option<u32>;
     /// The DMA addresses that may be used.

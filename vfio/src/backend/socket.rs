@@ -54,6 +54,11 @@ impl ClientSocket {
         Some(ClientSocket { name, stream })
     }
 
+    /// The socket; it is the client's own, so that nothing may be read from it.
+    pub fn stream(&self) -> &UnixStream {
+        &self.stream
+    }
+
     /// Ends the connection, and every wait for the other end.
     pub fn shut_down(&self) {
         // It fails if the other end was faster.

@@ -24,7 +24,7 @@ use vfio_bindings::bindings::vfio::{
 use vmm_sys_util::eventfd::EventFd;
 
 use super::connection::Connection;
-use super::{Backend, CONFIG_REGION, MappedArea, Region};
+use super::{Backend, CONFIG_REGION, MappedArea, Notices, Region};
 use crate::config_space::{self, CAPABILITY_MSIX};
 use crate::{Error, IovaRange};
 
@@ -37,6 +37,7 @@ const PAGE: u64 = 4096;
 
 pub(crate) struct UserBackend {
     connection: Connection,
+    notices: Notices,
     regions: Vec<Region>,
     vectors: u32,
 }
@@ -53,6 +54,11 @@ struct Described {
 impl UserBackend {
     pub fn open(socket: &Path, deadline: Duration) -> Result<UserBackend, Error> {
         let connection = Connection::open(socket, deadline)?;
+        let mut notices =
+            Notices::new().map_err(|error| Error::Connect { socket: socket.to_owned(), reason: error.to_string() })?;
+        if let Some(Err(error)) = connection.stream().map(|stream| notices.add_connection(stream)) {
+            log::debug!("the end of the connection to {} will not be noticed by itself: {error}", socket.display());
+        }
         let described = connection.call("describe regions", |client| {
             Ok((0..=CONFIG_REGION).filter_map(|index| client.region(index).map(describe)).collect::<Vec<_>>())
         })?;
@@ -65,7 +71,7 @@ impl UserBackend {
                 reason,
             })?;
         }
-        let mut backend = UserBackend { connection, regions, vectors: 0 };
+        let mut backend = UserBackend { connection, notices, regions, vectors: 0 };
         backend.vectors = backend.count_vectors()?;
         Ok(backend)
     }
@@ -197,6 +203,10 @@ impl Backend for UserBackend {
 
     fn reset(&self) -> Result<(), Error> {
         self.connection.call("reset the device", |client| client.reset())
+    }
+
+    fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     fn numa_node(&self) -> Option<u32> {

@@ -6,6 +6,7 @@
 //!   reset instead.
 //! - It does not tell which DMA addresses may be used: VFIO_IOMMU_GET_INFO and IOMMU_IOAS_IOVA_RANGES are asked.
 //! - It does not map regions.
+//! - It does not tell that a device is wanted back: `watch_for_end` has the kernel signal that.
 //! - Dropping its `VfioDevice` panics when the device was removed from the machine: the panic is caught.
 
 use std::fs::{File, OpenOptions};
@@ -19,7 +20,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use iommufd_bindings::{IOMMUFD_CMD_IOAS_IOVA_RANGES, IOMMUFD_TYPE, iommu_ioas_iova_ranges, iommu_iova_range};
 use iommufd_ioctls::IommuFd;
 use memmap2::MmapOptions;
-use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_TYPE, vfio_iommu_type1_info};
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_TYPE,
+    vfio_iommu_type1_info,
+};
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioIommufd, VfioOps};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_val};
@@ -27,7 +31,7 @@ use vmm_sys_util::ioctl_io_nr;
 
 use self::explain::{Subject, explain, on_open};
 use self::sysfs::Roots;
-use super::{Backend, CONFIG_REGION, MappedArea, Region};
+use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region};
 use crate::config_space::{self, CAPABILITY_MSIX};
 use crate::dma::page_size;
 use crate::{Error, IovaRange, PciAddress};
@@ -52,6 +56,7 @@ pub(crate) struct KernelBackend {
     iommu: Iommu,
     numa_node: Option<u32>,
     interrupts_enabled: Mutex<bool>,
+    notices: Notices,
 }
 
 /// What the IOMMU lets be mapped.
@@ -105,6 +110,8 @@ impl KernelBackend {
         let file = file.map_err(|source| kernel_error(&subject, "duplicating its descriptor", source))?;
         let offsets = (0..=CONFIG_REGION).map(|index| device.get().get_region_offset(index)).collect();
         let sizes = (0..=CONFIG_REGION).map(|index| device.get().get_region_size(index));
+        let notices = watch_for_end(device.get(), address)
+            .map_err(|source| kernel_error(&subject, "preparing to hear of its removal", source))?;
         let mut backend = KernelBackend {
             regions: sizes.map(|size| Region { size, areas: Vec::new() }).collect(),
             file,
@@ -115,6 +122,7 @@ impl KernelBackend {
             iommu,
             numa_node: found.numa_node,
             interrupts_enabled: Mutex::new(false),
+            notices,
         };
         backend.map_regions()?;
         log::info!(
@@ -167,6 +175,24 @@ impl KernelBackend {
         // Offsets within a region are checked by the caller, and the kernel's regions do not overflow.
         self.offsets[region as usize].wrapping_add(offset)
     }
+}
+
+/// Has the kernel signal when it wants the device back, and when it has an error that only a reset ends. Not every device and
+/// kernel has both.
+fn watch_for_end(device: &VfioDevice, address: PciAddress) -> io::Result<Notices> {
+    let mut notices = Notices::new()?;
+    for (index, notice) in [(VFIO_PCI_REQ_IRQ_INDEX, Notice::RemovalRequested), (VFIO_PCI_ERR_IRQ_INDEX, Notice::Error)]
+    {
+        if device.get_irq_info(index).is_none_or(|info| info.count == 0) {
+            continue;
+        }
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        match device.enable_irq(index, vec![&event]) {
+            Ok(()) => notices.add_event(notice, event)?,
+            Err(error) => log::debug!("{address}: the kernel will not tell when {notice}: {error}"),
+        }
+    }
+    Ok(notices)
 }
 
 type Opened = (OpenDevice, Arc<dyn VfioOps>, Iommu);
@@ -321,6 +347,10 @@ impl Backend for KernelBackend {
         };
         let device = self.subject.address.to_string();
         Err(Error::Kernel { attempt: "resetting the device", device, source, advice: advice.into() })
+    }
+
+    fn notices(&self) -> &Notices {
+        &self.notices
     }
 
     fn numa_node(&self) -> Option<u32> {
