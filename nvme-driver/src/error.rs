@@ -91,6 +91,15 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether nothing answers any more: the device was removed, has lost power, or its server has ended.
+    pub fn is_gone(&self) -> bool {
+        match self {
+            Error::Register { problem, .. } => problem == crate::controller::GONE,
+            Error::Device { source: vfio::Error::Disconnected { .. } | vfio::Error::Timeout { .. }, .. } => true,
+            _ => false,
+        }
+    }
+
     /// The status the controller answered with, when it did answer.
     pub fn status(&self) -> Option<Status> {
         match self {

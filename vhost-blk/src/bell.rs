@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::event::{EventfdFlags, eventfd};
 
-/// Readable from the first ring on, for ever.
+/// Readable from the first ring on, until it is silenced.
 #[derive(Debug)]
 pub struct Bell(OwnedFd);
 
@@ -12,6 +12,12 @@ impl Bell {
     /// A bell that has not rung.
     pub fn new() -> std::io::Result<Bell> {
         Ok(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
+    }
+
+    /// Silences it.
+    pub fn silence(&self) {
+        // The only error possible is that it has not rung.
+        let _ = rustix::io::read(&self.0, &mut [0; 8]);
     }
 
     /// Rings it.

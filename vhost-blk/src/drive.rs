@@ -1,44 +1,146 @@
-//! A controller that exports share, and the queue pairs made on it.
+//! A drive that exports share: the controller at an address while it is there, and the places of lanes on its queue pairs.
+//!
+//! When the controller fails, or has to go, the drive is *away* (`Drive::leave`): the controller is stopped, everything that
+//! waits for it is answered with an error, guest memory is unmapped from it and the device is closed, so that nothing of it
+//! is left in this process. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile, and answer with
+//! errors. The keeper then tries the address until the same drive is there again, and gives every place a queue pair on it
+//! (`back`). Lanes go on where they are.
+
+mod back;
+mod embedded;
+mod keeper;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use nvme_driver::{BouncePool, Controller, Error, Event, Namespace, Options, QueuePairOptions};
+use vfio::{Device, Notice};
 
 use crate::address::DeviceAddress;
+use crate::bell::Bell;
+use crate::guest_memory::Reach;
 use crate::lane::Lane;
-use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, WorkerPool};
+use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, Way, WorkerPool};
+use embedded::Embedded;
+pub use keeper::Keeper;
 
 /// One NVMe controller in use.
 pub struct Drive {
     name: String,
     address: DeviceAddress,
-    device: vfio::Device,
-    controller: Controller,
+    /// Where it is opened.
+    device_address: vfio::Address,
+    options: Options,
     pool: Arc<WorkerPool>,
-    pairs: Mutex<Vec<Pair>>,
-    /// Why the controller is out of operation.
-    failed: OnceLock<String>,
+    serial: String,
+    model: String,
+    /// The guests' memory.
+    memory: Reach,
+    /// Taken before anything else that locks.
+    state: Mutex<State>,
     told_sharing: AtomicBool,
     /// What was last wrong with the drive's reports, so that it is told once and not at every look.
     unreadable: Mutex<Option<String>>,
+    /// Wakes the keeper.
+    bell: Bell,
+    /// For the keeper: commands were not answered in time.
+    expired: Mutex<Option<String>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
 }
 
-/// A queue pair on a worker.
-struct Pair {
+struct State {
+    condition: Condition,
+    places: Vec<Place>,
+    /// Queue pairs the controller has granted.
+    granted: u16,
+    /// The namespaces in use, as they were when they were exported.
+    namespaces: Vec<Namespace>,
+}
+
+enum Condition {
+    Present(Present),
+    Away(Cause),
+    /// The program ends.
+    Over,
+}
+
+struct Present {
+    device: Device,
+    controller: Controller,
+    since: Instant,
+}
+
+impl Present {
+    /// Opens the controller at `address`.
+    fn open(address: &vfio::Address, options: &Options) -> Result<Present, NotOpened> {
+        let device = Device::open(address).map_err(NotOpened::Device)?;
+        let controller = Controller::open(&device, options).map_err(NotOpened::Controller)?;
+        Ok(Present { device, controller, since: Instant::now() })
+    }
+}
+
+/// What a drive could not be opened for.
+enum NotOpened {
+    /// There is nothing, or nothing that can be had.
+    Device(vfio::Error),
+    /// The controller does not work.
+    Controller(Error),
+}
+
+/// Why a drive goes away.
+#[derive(Clone, Debug)]
+pub enum Cause {
+    /// The controller does not work any more.
+    Failed(String),
+    /// It is not there any more.
+    Gone(String),
+    /// The kernel wants it back.
+    WantedBack,
+}
+
+impl From<&Error> for Cause {
+    fn from(error: &Error) -> Cause {
+        match error.is_gone() {
+            true => Cause::Gone(error.to_string()),
+            false => Cause::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<Notice> for Cause {
+    fn from(notice: Notice) -> Cause {
+        match notice {
+            Notice::RemovalRequested => Cause::WantedBack,
+            Notice::Disconnected => Cause::Gone(notice.to_string()),
+            _ => Cause::Failed(notice.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::Failed(why) | Cause::Gone(why) => f.write_str(why),
+            Cause::WantedBack => Notice::RemovalRequested.fmt(f),
+        }
+    }
+}
+
+/// A place for a queue pair on a worker.
+struct Place {
     id: PairId,
     worker: usize,
+    entries: u16,
     lanes: usize,
 }
 
 impl Drive {
     /// Opens the controller at `address`. The error is one line.
     pub fn open(address: &DeviceAddress, options: &Options, pool: Arc<WorkerPool>) -> Result<Drive, String> {
-        let (vfio_address, embedded) = match address {
+        let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
                 let embedded = Embedded::start(sim)?;
@@ -46,19 +148,30 @@ impl Drive {
             }
         };
         let name = address.to_string();
-        let device = vfio::Device::open(&vfio_address).map_err(|error| format!("cannot open {name}: {error}"))?;
-        let controller = Controller::open(&device, options)
-            .map_err(|error| format!("cannot bring up the controller {name}: {error}"))?;
+        let present = Present::open(&device_address, options).map_err(|error| match error {
+            NotOpened::Device(error) => format!("cannot open {name}: {error}"),
+            NotOpened::Controller(error) => format!("cannot bring up the controller {name}: {error}"),
+        })?;
+        let identity = present.controller.identity();
         Ok(Drive {
             name,
             address: address.clone(),
-            device,
-            controller,
+            device_address,
+            options: options.clone(),
             pool,
-            pairs: Mutex::new(Vec::new()),
-            failed: OnceLock::new(),
+            serial: identity.serial.clone(),
+            model: identity.model.clone(),
+            memory: Reach::new(present.device.dma().clone()),
+            state: Mutex::new(State {
+                granted: present.controller.max_queue_pairs(),
+                condition: Condition::Present(present),
+                places: Vec::new(),
+                namespaces: Vec::new(),
+            }),
             told_sharing: AtomicBool::new(false),
             unreadable: Mutex::new(None),
+            bell: Bell::new().map_err(|error| format!("cannot make an eventfd: {error}"))?,
+            expired: Mutex::new(None),
             _embedded: embedded,
         })
     }
@@ -68,22 +181,38 @@ impl Drive {
         &self.address
     }
 
-    /// The DMA address space that guest memory is mapped into.
-    pub fn dma(&self) -> &vfio::DmaSpace {
-        self.device.dma()
+    /// The guests' memory, for more of it. A controller that is gone is noticed here, so that a guest's memory does not have to
+    /// be refused.
+    pub fn memory(&self) -> &Reach {
+        self.look();
+        &self.memory
     }
 
     /// The drive's serial number, for GET_ID.
     pub fn serial(&self) -> &str {
-        &self.controller.identity().serial
+        &self.serial
     }
 
-    /// A namespace; without a number the only one there is. The error is one line.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The controller, if it is there. To be dropped soon: while it is held, the device cannot be given back.
+    fn controller(&self) -> Result<Controller, String> {
+        match &self.state().condition {
+            Condition::Present(present) => Ok(present.controller.clone()),
+            Condition::Away(cause) => Err(format!("{} is away: {cause}", self.name)),
+            Condition::Over => Err(format!("{} is not used any more", self.name)),
+        }
+    }
+
+    /// Exports a namespace; without a number the only one there is. The error is one line.
     pub fn namespace(&self, id: Option<u32>) -> Result<Namespace, String> {
+        let controller = self.controller()?;
         let id = match id {
             Some(id) => id,
             None => {
-                let all = self.controller.namespaces().map_err(|error| format!("{}: {error}", self.name))?;
+                let all = controller.namespaces().map_err(|error| format!("{}: {error}", self.name))?;
                 match all[..] {
                     [only] => only,
                     [] => return Err(format!("{} has no active namespace: create and attach one first", self.name)),
@@ -94,98 +223,136 @@ impl Drive {
                 }
             }
         };
-        self.controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))
-    }
-
-    fn pairs(&self) -> MutexGuard<'_, Vec<Pair>> {
-        self.pairs.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        let namespace = controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))?;
+        self.state().namespaces.push(namespace.clone());
+        Ok(namespace)
     }
 
     /// A place for one lane: on a queue pair of its own on `worker`, or, when the controller grants no more, on one that
-    /// it shares. `ring_size` is in entries.
+    /// it shares. `ring_size` is in entries. There is a place also while the drive is away.
     pub fn lease(self: &Arc<Self>, worker: usize, ring_size: u16) -> Result<Lease, String> {
-        let mut pairs = self.pairs();
-        if let Some(why) = self.failed.get() {
-            return Err(format!("{} is out of operation: {why}", self.name));
-        }
         // A request may need several commands; twice the ring keeps the guest the limit, not the queue.
         let entries = ring_size.saturating_mul(2).clamp(MIN_ENTRIES, MAX_ENTRIES);
-        let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
-        match self.controller.create_queue_pair(options) {
-            Ok(pair) => {
-                let bounce = BouncePool::new(self.dma(), BOUNCE_BYTES)
-                    .map_err(|error| format!("{}: cannot allocate bounce buffers: {error}", self.name))?;
-                let id = self.pool.add_queue_pair(worker, pair, bounce);
-                pairs.push(Pair { id, worker, lanes: 1 });
-                Ok(Lease { drive: self.clone(), pair: id })
-            }
-            Err(Error::NoQueuePairsLeft { .. }) => {
-                // The one with the fewest lanes, on the wanted worker if there is any.
-                let pair = pairs
-                    .iter_mut()
-                    .min_by_key(|pair| (pair.worker != worker, pair.lanes))
-                    .ok_or_else(|| format!("{} grants no queue pair at all", self.name))?;
-                pair.lanes += 1;
-                if !self.told_sharing.swap(true, Ordering::Relaxed) {
-                    log::warn!(
-                        "{}: all {} queue pairs are in use; further rings share one",
-                        self.name,
-                        self.controller.max_queue_pairs()
-                    );
+        let mut state = self.state();
+        let made = match &state.condition {
+            Condition::Present(present) => match self.make_way(present, entries) {
+                Ok(way) => Some(self.pool.add_queue_pair(worker, way)),
+                Err(NoWay::NoneLeft) => None,
+                Err(NoWay::Error(error)) => {
+                    let health = present.controller.health();
+                    drop(state);
+                    // It has just failed, and the ring is served as all others are.
+                    return match health {
+                        Err(why) => {
+                            self.leave(Cause::from(&why));
+                            self.lease(worker, ring_size)
+                        }
+                        Ok(()) => Err(error),
+                    };
                 }
-                Ok(Lease { drive: self.clone(), pair: pair.id })
-            }
-            Err(error) => Err(format!("{}: cannot create a queue pair: {error}", self.name)),
+            },
+            Condition::Away(_) if state.places.len() < usize::from(state.granted) => Some(self.pool.add_place(worker)),
+            Condition::Away(_) => None,
+            Condition::Over => return Err(format!("{} is not used any more", self.name)),
+        };
+        if let Some(id) = made {
+            state.places.push(Place { id, worker, entries, lanes: 1 });
+            return Ok(Lease { drive: self.clone(), place: id });
         }
+        let granted = state.granted;
+        // The one with the fewest lanes, on the wanted worker if there is any.
+        let place = state
+            .places
+            .iter_mut()
+            .min_by_key(|place| (place.worker != worker, place.lanes))
+            .ok_or_else(|| format!("{} grants no queue pair at all", self.name))?;
+        place.lanes += 1;
+        if !self.told_sharing.swap(true, Ordering::Relaxed) {
+            log::warn!("{}: all {granted} queue pairs are in use; further rings share one", self.name);
+        }
+        Ok(Lease { drive: self.clone(), place: place.id })
+    }
+
+    /// A queue pair on the controller, and what belongs to it.
+    fn make_way(&self, present: &Present, entries: u16) -> Result<Way, NoWay> {
+        let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
+        let pair = present.controller.create_queue_pair(options).map_err(|error| match error {
+            Error::NoQueuePairsLeft { .. } => NoWay::NoneLeft,
+            error => NoWay::Error(format!("{}: cannot create a queue pair: {error}", self.name)),
+        })?;
+        let pool = BouncePool::new(present.device.dma(), BOUNCE_BYTES)
+            .map_err(|error| NoWay::Error(format!("{}: cannot allocate bounce buffers: {error}", self.name)))?;
+        Ok(Way { pair, pool })
     }
 
     /// One lane fewer on a queue pair; the last one gives it back to the controller.
     fn release(&self, id: PairId) {
-        let mut pairs = self.pairs();
-        let Some(at) = pairs.iter().position(|pair| pair.id == id) else { return };
-        pairs[at].lanes -= 1;
-        if pairs[at].lanes > 0 {
+        let mut state = self.state();
+        let Some(at) = state.places.iter().position(|place| place.id == id) else { return };
+        state.places[at].lanes -= 1;
+        if state.places[at].lanes > 0 {
             return;
         }
-        pairs.swap_remove(at);
-        match self.pool.take_queue_pair(id) {
-            Some(pair) if self.failed.get().is_none() => {
-                if let Err(error) = self.controller.delete_queue_pair(pair) {
+        state.places.swap_remove(at);
+        match (self.pool.take_queue_pair(id), &state.condition) {
+            (Ok(Some(pair)), Condition::Present(present)) => {
+                if let Err(error) = present.controller.delete_queue_pair(pair) {
                     log::warn!("{}: cannot delete a queue pair: {error}", self.name);
                 }
             }
-            // A stopped controller has forgotten its queues.
-            Some(_) => {}
-            None => log::error!("{}: a queue pair is still in use where no lane should be left", self.name),
+            (Ok(_), _) => {}
+            (Err(error), _) => log::error!("{}: {error}", self.name),
         }
     }
 
     /// Whether a queue pair is one of this controller's.
     pub fn owns(&self, id: PairId) -> bool {
-        self.pairs().iter().any(|pair| pair.id == id)
+        self.state().places.iter().any(|place| place.id == id)
     }
 
-    /// Looks whether the controller still works, and takes it out of operation if not.
-    pub fn check(&self) {
-        if self.failed.get().is_some() {
-            return;
+    /// Commands were not answered in time. Abort is only advisory: the controller is stopped, by the keeper.
+    pub fn report_expired(&self, count: usize, at: Instant) {
+        // What was noticed before the controller came back has been dealt with.
+        if matches!(&self.state().condition, Condition::Present(present) if present.since < at) {
+            let mut expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner);
+            expired.get_or_insert(format!("{count} commands were not answered in time"));
+            self.bell.ring();
         }
-        match self.controller.health().and_then(|()| self.controller.poll_events()) {
+    }
+
+    /// Looks whether the controller is alive; if not, the drive goes away.
+    fn look(&self) {
+        let Ok(controller) = self.controller() else { return };
+        let health = controller.health();
+        drop(controller);
+        if let Err(error) = health {
+            self.leave(Cause::from(&error));
+        }
+    }
+
+    /// Looks whether the controller still works, and what it reports.
+    fn check(&self) {
+        let Ok(controller) = self.controller() else { return };
+        let events = controller.health().and_then(|()| controller.poll_events());
+        drop(controller);
+        match events {
             Ok(events) => {
-                self.unreadable.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+                self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take();
                 events.iter().for_each(|event| self.log_event(event));
             }
-            Err(error) => match self.controller.health() {
+            Err(error) => {
+                self.look();
                 // A log page that cannot be read is no reason to stop a drive that works.
-                Ok(()) => self.complain(error.to_string()),
-                Err(error) => self.fail(&error.to_string()),
-            },
+                if self.controller().is_ok() {
+                    self.complain(error.to_string());
+                }
+            }
         }
     }
 
     /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.
     fn complain(&self, why: String) {
-        let mut last = self.unreadable.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut last = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
         if last.as_ref() != Some(&why) {
             log::warn!("{}: cannot read what the drive reports; I/O goes on: {why}", self.name);
             *last = Some(why);
@@ -194,8 +361,8 @@ impl Drive {
 
     /// Makes every write to a namespace that was answered so far durable.
     pub fn flush(&self, namespace: u32) -> Result<(), String> {
-        let timeout = self.controller.options().io_timeout;
-        let mut blocking = self.controller.blocking(namespace, timeout).map_err(|error| error.to_string())?;
+        let timeout = self.options.io_timeout;
+        let mut blocking = self.controller()?.blocking(namespace, timeout).map_err(|error| error.to_string())?;
         blocking.flush().map_err(|error| error.to_string())
     }
 
@@ -222,36 +389,60 @@ impl Drive {
         }
     }
 
-    /// Takes the controller out of operation: it is stopped first, so that it touches no memory any more, and then
-    /// everything that waits for it is answered with an I/O error. Nothing happens the second time.
-    pub fn fail(&self, why: &str) {
-        // With this lock no pair appears that would be missed here.
-        let pairs = self.pairs();
-        if self.failed.set(why.to_owned()).is_err() {
+    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more, then everything that waits
+    /// for it is answered with an I/O error, and the device is closed. Nothing happens the second time.
+    pub fn leave(&self, cause: Cause) {
+        // With this lock no place appears that would be missed here.
+        let mut state = self.state();
+        if !matches!(state.condition, Condition::Present(_)) {
             return;
         }
-        log::error!(
-            "{}: the controller is out of operation: {why}; its disks answer with I/O errors until this program is restarted",
-            self.name
-        );
-        if let Err(error) = self.controller.disable() {
-            log::error!("{}: it cannot be stopped either: {error}", self.name);
+        let condition = std::mem::replace(&mut state.condition, Condition::Away(cause.clone()));
+        let Condition::Present(Present { device, controller, .. }) = condition else { return };
+        log::error!("{}: out of operation: {cause}; its disks answer with I/O errors until it is back", self.name);
+        if let Cause::WantedBack = cause
+            && let Err(error) = controller.shutdown()
+        {
+            log::warn!("{}: it goes without having saved its cache: {error}", self.name);
         }
-        for pair in pairs.iter() {
-            if let Err(error) = self.pool.fail_queue_pair(pair.id) {
-                log::error!("{}: {error}", self.name);
+        if let Err(error) = controller.disable() {
+            log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
+            self.memory.detach();
+        }
+        let mut ways = Vec::new();
+        for place in &state.places {
+            match self.pool.fail_queue_pair(place.id) {
+                Ok(way) => ways.extend(way),
+                Err(error) => log::error!("{}: {error}", self.name),
             }
         }
+        self.memory.detach();
+        // The controller's own memory goes last, when it has been told once more to leave it alone.
+        drop(ways);
+        drop(controller);
+        if !device.close() {
+            log::debug!("{}: it is closed when those who look at it just now are done", self.name);
+        }
+        self.bell.ring();
     }
 
-    /// Tells the controller that we are leaving, so that it saves what it holds.
+    /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
     pub fn shutdown(&self) {
-        if self.failed.get().is_none()
-            && let Err(error) = self.controller.shutdown()
+        let condition = std::mem::replace(&mut self.state().condition, Condition::Over);
+        if let Condition::Present(present) = condition
+            && let Err(error) = present.controller.shutdown()
         {
             log::warn!("{}: shutdown notification failed: {error}", self.name);
         }
     }
+}
+
+/// Why there is no queue pair.
+enum NoWay {
+    /// All are in use.
+    NoneLeft,
+    /// Something else, in one line.
+    Error(String),
 }
 
 impl fmt::Display for Drive {
@@ -274,24 +465,24 @@ const STOP_MARGIN: Duration = Duration::from_secs(10);
 /// A lane's place on a queue pair; given back when dropped.
 pub struct Lease {
     drive: Arc<Drive>,
-    pair: PairId,
+    place: PairId,
 }
 
 impl Lease {
     /// Puts a lane there.
     pub fn start(&self, lane: Lane) -> LaneHandle {
-        self.drive.pool.start_lane(self.pair, lane)
+        self.drive.pool.start_lane(self.place, lane)
     }
 
     /// Takes a lane from there when all its requests have ended; `None` if its worker died with it. A controller that does not let
     /// them end is taken out of operation.
     pub fn stop(&self, handle: LaneHandle) -> Option<StoppedLane> {
         // Every request under way has to end first, and the controller's own deadline is the longest there is.
-        let deadline = self.drive.controller.options().io_timeout + STOP_MARGIN;
+        let deadline = self.drive.options.io_timeout + STOP_MARGIN;
         match handle.stop(deadline) {
             Ok(stopped) => Some(stopped),
             Err(StopError::StillBusy(busy)) => {
-                self.drive.fail(&busy.to_string());
+                self.drive.leave(Cause::Failed(busy.to_string()));
                 // Nothing is left to wait for but the worker's turn.
                 busy.lane.wait(deadline).inspect_err(|error| log::error!("{error}")).ok()
             }
@@ -305,59 +496,6 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.drive.release(self.pair);
-    }
-}
-
-#[cfg(feature = "sim")]
-pub use embedded::Embedded;
-
-#[cfg(feature = "sim")]
-mod embedded {
-    use nvme_sim::{SimAddress, Simulator};
-    use tempfile::TempDir;
-
-    /// A controller in software inside this process, behind a socket of its own that nobody else can reach.
-    pub struct Embedded {
-        simulator: Simulator,
-        _directory: TempDir,
-    }
-
-    impl Embedded {
-        /// Starts it. The error is one line.
-        pub fn start(description: &str) -> Result<Embedded, String> {
-            let cannot = |error: nvme_sim::Error| format!("cannot start the embedded controller: {error}");
-            let address: SimAddress = description.parse().map_err(cannot)?;
-            let directory = tempfile::Builder::new()
-                .prefix("vhost-blk-")
-                .tempdir()
-                .map_err(|error| format!("cannot create a directory for the embedded controller's socket: {error}"))?;
-            let simulator = Simulator::start(address.config, &directory.path().join("nvme.sock")).map_err(cannot)?;
-            Ok(Embedded { simulator, _directory: directory })
-        }
-
-        /// Where to open it.
-        pub fn address(&self) -> vfio::Address {
-            vfio::Address::VfioUser(self.simulator.socket().to_owned())
-        }
-    }
-}
-
-#[cfg(not(feature = "sim"))]
-use absent::Embedded;
-
-#[cfg(not(feature = "sim"))]
-mod absent {
-    /// There is none in this build.
-    pub enum Embedded {}
-
-    impl Embedded {
-        pub fn start(_description: &str) -> Result<Embedded, String> {
-            Err("this program was built without its embedded controller (feature \"sim\"): use another device".into())
-        }
-
-        pub fn address(&self) -> vfio::Address {
-            match *self {}
-        }
+        self.drive.release(self.place);
     }
 }

@@ -4,19 +4,24 @@
 //! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. A region
 //! is unmapped, from the device first and from this process then, when the last table that names it is gone.
 //!
+//! Where the device sees a region is no part of the table: it changes when the device goes and comes back, see [`Reach`].
+//!
 //! A file is checked to be as long as its region when it arrives. A front-end that shortens it afterwards ends this process
 //! (SIGBUS): a guest cannot do that, and whoever runs the front-end is trusted that far.
 //!
 //! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
 
+mod reach;
 mod view;
 
+pub use reach::Reach;
 pub use view::{GuestSlice, GuestView, OutsideMemory};
 
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use vfio::{DmaMapping, DmaSpace};
 use vm_memory::{FileOffset, MmapRegion};
@@ -105,9 +110,10 @@ pub enum Error {
 /// A mapped region. Fields are dropped in their order: the device loses its access before the process does.
 struct Region {
     description: RegionDescription,
-    /// I/O virtual address of the first byte.
-    iova: u64,
-    _dma: Option<DmaMapping>,
+    /// I/O virtual address of the first byte; means nothing while there is no mapping.
+    iova: AtomicU64,
+    /// The device's access, while it is there.
+    dma: Mutex<Option<DmaMapping>>,
     mapping: MmapRegion,
     /// Where the region begins in `mapping`, which starts at a page of the file.
     offset_in_mapping: usize,
@@ -115,15 +121,49 @@ struct Region {
     file: (u64, u64),
 }
 
+/// A file mapped for a region: the mapping, where the region begins in it, and which file it is.
+type Mapped = (MmapRegion, usize, (u64, u64));
+
 impl Region {
+    fn new(description: RegionDescription, iova: u64, (mapping, offset_in_mapping, file): Mapped) -> Region {
+        Region { description, iova: iova.into(), dma: Mutex::default(), mapping, offset_in_mapping, file }
+    }
+
     /// Address of the first byte in this process.
     fn host(&self) -> *mut u8 {
         // In bounds: `map` has made the mapping `offset_in_mapping + bytes` long at least.
         self.mapping.as_ptr().wrapping_add(self.offset_in_mapping)
     }
 
+    /// Where the device sees the first byte.
+    ///
+    /// Relaxed: it changes only while no lane has a queue pair; how a lane gets one orders it behind the change.
+    fn iova(&self) -> u64 {
+        self.iova.load(Ordering::Relaxed)
+    }
+
+    /// Lets a device reach it, in place of the one before.
+    fn attach(&self, dma: &DmaSpace) -> Result<(), Error> {
+        let file = self.mapping.file_offset().expect("made from a file in Region::map").file();
+        // A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
+        let bytes = (self.description.bytes as usize).next_multiple_of(PAGE as usize);
+        // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
+        // maps whole pages. The DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing
+        // else unmaps either.
+        let mapped = unsafe { dma.map_raw(file, self.description.file_offset, self.host(), bytes) };
+        let mapped = mapped.map_err(|source| Error::Dma { region: self.description, source })?;
+        self.iova.store(mapped.iova(), Ordering::Relaxed);
+        *self.dma.lock().unwrap_or_else(PoisonError::into_inner) = Some(mapped);
+        Ok(())
+    }
+
+    /// Takes the device's access away.
+    fn detach(&self) {
+        self.dma.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+
     /// Maps the file into this process. The checks of `description` are done.
-    fn map(description: RegionDescription, file: File) -> Result<(MmapRegion, usize, (u64, u64)), Error> {
+    fn map(description: RegionDescription, file: File) -> Result<Mapped, Error> {
         let failed = |attempt, source| Error::File { region: description, attempt, source };
         let metadata = file.metadata().map_err(|e| failed("look at", e))?;
         if description.file_offset.checked_add(description.bytes).is_none_or(|end| end > metadata.len()) {
@@ -157,14 +197,14 @@ impl GuestMemory {
         Self::default()
     }
 
-    /// This table and one region more, mapped into this process and for the device.
+    /// This table and one region more, mapped into this process, and for the device if that is there.
     ///
     /// # Errors
     /// The region is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
     /// be mapped. This table stays as it is.
-    pub fn with_region(&self, dma: &DmaSpace, region: RegionDescription, file: File) -> Result<GuestMemory, Error> {
+    pub fn with_region(&self, reach: &Reach, region: RegionDescription, file: File) -> Result<GuestMemory, Error> {
         self.check(&region)?;
-        Ok(self.insert(Self::map_for_dma(dma, region, file)?))
+        Ok(self.insert(Self::map_for_dma(reach, region, file)?))
     }
 
     /// This table without a region. Addresses and length have to match; the file offset does not (vhost-user, REM_MEM_REG).
@@ -190,13 +230,13 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`with_region`](Self::with_region), for any of the regions.
-    pub fn replaced(&self, dma: &DmaSpace, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, Error> {
+    pub fn replaced(&self, reach: &Reach, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, Error> {
         let mut table = GuestMemory::new();
         for (description, file) in regions {
             table.check(&description)?;
             let region = match self.find_same(&description, &file) {
                 Some(region) => region,
-                None => Self::map_for_dma(dma, description, file)?,
+                None => Self::map_for_dma(reach, description, file)?,
             };
             table = table.insert(region);
         }
@@ -273,20 +313,10 @@ impl GuestMemory {
         GuestMemory { regions }
     }
 
-    fn map_for_dma(dma: &DmaSpace, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
-        let (mapping, offset_in_mapping, identity) = Region::map(description, file)?;
-        let mut region = Region { description, iova: 0, _dma: None, mapping, offset_in_mapping, file: identity };
-        let file = region.mapping.file_offset().expect("made from a file in Region::map").file();
-        // A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
-        let bytes = (description.bytes as usize).next_multiple_of(PAGE as usize);
-        // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
-        // maps whole pages. The DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing
-        // else unmaps either.
-        let mapped = unsafe { dma.map_raw(file, description.file_offset, region.host(), bytes) };
-        let mapped = mapped.map_err(|source| Error::Dma { region: description, source })?;
-        region.iova = mapped.iova();
-        region._dma = Some(mapped);
-        Ok(Arc::new(region))
+    fn map_for_dma(reach: &Reach, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
+        let region = Arc::new(Region::new(description, 0, Region::map(description, file)?));
+        reach.add(&region)?;
+        Ok(region)
     }
 
     /// A table whose regions no device can reach: `iova` is the guest address plus `iova_offset`.
@@ -298,9 +328,9 @@ impl GuestMemory {
         iova_offset: u64,
     ) -> Result<GuestMemory, Error> {
         self.check(&description)?;
-        let (mapping, offset_in_mapping, file) = Region::map(description, file)?;
+        let mapped = Region::map(description, file)?;
         let iova = description.guest_address + iova_offset;
-        Ok(self.insert(Arc::new(Region { description, iova, _dma: None, mapping, offset_in_mapping, file })))
+        Ok(self.insert(Arc::new(Region::new(description, iova, mapped))))
     }
 }
 

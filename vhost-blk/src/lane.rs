@@ -73,7 +73,7 @@ enum Mode {
     Running,
     /// Answers what is in flight, takes nothing.
     Stopping,
-    /// The drive is gone: takes requests and answers each with an error.
+    /// The drive is away: takes requests and answers each with an error.
     WithoutDrive,
     /// The guest broke its ring: touches it no more.
     Broken,
@@ -87,7 +87,7 @@ pub struct Lane {
     parser: Parser,
     slots: Slots,
     mode: Mode,
-    /// The controller was stopped: nothing can be given to the queue pair any more.
+    /// The controller was stopped and is not back yet: there is no queue pair.
     drive_lost: bool,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
@@ -365,7 +365,7 @@ impl Lane {
 
     /// Takes requests only to answer them with an error; returns how many.
     #[cold]
-    fn refuse(&mut self) -> usize {
+    pub(crate) fn refuse(&mut self) -> usize {
         if self.mode != Mode::WithoutDrive {
             return 0;
         }

@@ -1,15 +1,15 @@
-//! Everything one program serves: controllers, workers, exports, and the thread that watches over them.
+//! Everything one program serves: controllers, workers, exports, and the thread that listens to the workers.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nvme_driver::Options;
 
 use crate::bell::Bell;
 use crate::config::Settings;
 use crate::counters::Tally;
-use crate::drive::Drive;
+use crate::drive::{Drive, Keeper};
 use crate::export::{Export, Server};
 use crate::listener::Listener;
 use crate::worker::{WorkerEvent, WorkerPool};
@@ -19,6 +19,7 @@ pub struct Target {
     // In this order they are dropped: nothing that is used goes first.
     servers: Vec<Server>,
     watch: Option<Watch>,
+    keepers: Vec<Keeper>,
     drives: Vec<Arc<Drive>>,
     _pool: Arc<WorkerPool>,
     ended: Arc<Bell>,
@@ -27,8 +28,6 @@ pub struct Target {
 
 /// Time between two looks at what the workers tell.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
-/// Time between two looks at the controllers.
-const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 impl Target {
     /// Opens every controller once, binds every socket and starts to serve. The error is one line.
@@ -80,7 +79,8 @@ impl Target {
             }
         };
         let watch = Watch::start(drives.clone(), pool.clone(), report)?;
-        Ok(Target { servers, watch: Some(watch), drives, _pool: pool, ended, fatal })
+        let keepers = drives.iter().cloned().map(Keeper::start).collect::<Result<_, _>>()?;
+        Ok(Target { servers, watch: Some(watch), keepers, drives, _pool: pool, ended, fatal })
     }
 
     /// Readable when there is nothing more to serve: every export's front-end was inherited connected and is gone, or a
@@ -102,6 +102,7 @@ impl Target {
         self.servers.iter().for_each(Server::ask_to_stop);
         let exports = self.servers.drain(..).map(|server| server.export().clone()).collect();
         self.watch = None;
+        self.keepers.clear();
         self.drives.drain(..).for_each(|drive| drive.shutdown());
         exports
     }
@@ -125,7 +126,7 @@ impl Drop for Target {
     }
 }
 
-/// The thread that looks after controllers and workers.
+/// The thread that hears what workers tell.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -140,15 +141,13 @@ impl Watch {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let run = move || {
-            let mut next_check = Instant::now() + CHECK_INTERVAL;
             // Relaxed: the flag guards nothing but this loop.
             while !stopped.load(Ordering::Relaxed) {
                 for event in pool.events() {
                     match event {
-                        // Abort is only advisory: a controller that does not answer is stopped.
-                        WorkerEvent::Expired { pair, count } => {
+                        WorkerEvent::Expired { pair, count, at } => {
                             if let Some(drive) = drives.iter().find(|drive| drive.owns(pair)) {
-                                drive.fail(&format!("{count} commands were not answered in time"));
+                                drive.report_expired(count, at);
                             }
                         }
                         WorkerEvent::Broken { name, reason } => {
@@ -159,10 +158,6 @@ impl Watch {
                             fatal(format!("worker {worker} died: {message}"))
                         }
                     }
-                }
-                if Instant::now() >= next_check {
-                    drives.iter().for_each(|drive| drive.check());
-                    next_check = Instant::now() + CHECK_INTERVAL;
                 }
                 std::thread::park_timeout(WATCH_INTERVAL);
             }

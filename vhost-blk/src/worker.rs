@@ -8,7 +8,7 @@ mod group;
 mod mailbox;
 mod thread;
 
-pub use group::Group;
+pub use group::{Group, Way};
 
 use std::fs::File;
 use std::io;
@@ -19,18 +19,18 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, QueuePair};
+use nvme_driver::QueuePair;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneState};
-use mailbox::{Mail, Mailbox};
+use mailbox::{InUse, Mail, Mailbox};
 use thread::Worker;
 
 /// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
 const MAIL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A queue pair on a worker.
+/// A queue pair's place on a worker; it may be empty for a while.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PairId {
     worker: usize,
@@ -38,7 +38,7 @@ pub struct PairId {
 }
 
 impl PairId {
-    /// The worker the queue pair is on.
+    /// The worker it is on.
     pub fn worker(&self) -> usize {
         self.worker
     }
@@ -55,6 +55,8 @@ pub enum WorkerEvent {
         pair: PairId,
         /// How many have just expired.
         count: usize,
+        /// When that was noticed.
+        at: Instant,
     },
     /// A guest broke its virtqueue; the lane does nothing any more until the device is reset.
     Broken {
@@ -100,6 +102,9 @@ pub enum Error {
         /// Number of the worker.
         worker: usize,
     },
+    /// Lanes use the place of a queue pair.
+    #[error("a queue pair's place is still in use")]
+    InUse,
     /// The new memory table lacks a region of the present one, into which requests may point.
     #[error("the new memory table lacks a region that the running ring may use; stop the ring first")]
     NotSuperset,
@@ -223,10 +228,23 @@ impl WorkerPool {
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_queue_pair(&self, worker: usize, pair: QueuePair, pool: BouncePool) -> PairId {
+    pub fn add_queue_pair(&self, worker: usize, way: Way) -> PairId {
+        self.add(worker, Group::new(way.pair, way.pool))
+    }
+
+    /// Makes a place for a queue pair while the drive is away: its lanes answer everything with an error until
+    /// [`WorkerPool::restore_queue_pair`].
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_place(&self, worker: usize) -> PairId {
+        self.add(worker, Group::without_drive())
+    }
+
+    fn add(&self, worker: usize, group: Group) -> PairId {
         let thread = &self.threads[worker];
         let index = thread.pairs.fetch_add(1, Ordering::Relaxed);
-        thread.mailbox.send(Mail::AddPair { index, group: Group::new(pair, pool) });
+        thread.mailbox.send(Mail::AddPair { index, group });
         PairId { worker, index }
     }
 
@@ -246,22 +264,34 @@ impl WorkerPool {
         handle
     }
 
-    /// The queue pair, if no lane uses it.
-    pub fn take_queue_pair(&self, pair: PairId) -> Option<QueuePair> {
+    /// Removes a place that no lane uses, and returns the queue pair that is there.
+    ///
+    /// # Errors
+    /// A lane uses it, or the worker is gone.
+    pub fn take_queue_pair(&self, pair: PairId) -> Result<Option<QueuePair>, Error> {
         let (reply, answer) = mpsc::channel();
         self.threads[pair.worker].mailbox.send(Mail::TakePair { index: pair.index, reply });
-        answer.recv_timeout(MAIL_DEADLINE).ok().flatten()
+        match answer.recv_timeout(MAIL_DEADLINE) {
+            Ok(taken) => taken.map_err(|InUse| Error::InUse),
+            Err(_) => Err(Error::Gone { worker: pair.worker }),
+        }
     }
 
     /// The controller behind this queue pair has been stopped and touches no memory any more. Answers everything in flight
-    /// with an error, and from then on everything its lanes are asked; returns when what was in flight is answered.
+    /// with an error, and from then on everything its lanes are asked; returns when what was in flight is answered, and then
+    /// gives back what leads to the controller. The lanes stay.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, pair: PairId) -> Result<(), Error> {
+    pub fn fail_queue_pair(&self, pair: PairId) -> Result<Option<Way>, Error> {
         let (reply, answer) = mpsc::channel();
         self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Puts a queue pair into an empty place; its lanes go on with it.
+    pub fn restore_queue_pair(&self, pair: PairId, way: Way) {
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way });
     }
 
     /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.

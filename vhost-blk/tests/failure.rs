@@ -3,7 +3,7 @@
 mod common;
 
 use std::cell::{Ref, RefCell};
-use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -28,9 +28,7 @@ impl Bench {
             .is_test(true)
             .try_init();
         let folder = tempfile::tempdir().unwrap();
-        let namespace = NamespaceConfig { bytes: 64 * MIB, ..NamespaceConfig::default() };
-        let config = Config { namespaces: vec![namespace], ..Config::default() };
-        let simulator = Simulator::start(config, &folder.path().join("nvme")).unwrap();
+        let simulator = Simulator::start(Self::config(folder.path()), &folder.path().join("nvme")).unwrap();
         let export = |name: &str| ExportSettings {
             device: DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned())),
             listen: Listen::Path(folder.path().join(name)),
@@ -41,9 +39,26 @@ impl Bench {
             serial: None,
         };
         let settings = Settings { cpus: vec![], exports: vec![export("a"), export("b")] };
-        let options = Options { io_timeout: Duration::from_millis(300), ..Options::default() };
+        let options = Options {
+            io_timeout: Duration::from_millis(300),
+            // An attempt to get a controller back that does nothing takes this long.
+            admin_timeout: Duration::from_secs(1),
+            ..Options::default()
+        };
         let target = Target::start_with(&settings, &options).unwrap();
         Bench { target, simulator: RefCell::new(Some(simulator)), folder }
+    }
+
+    /// A controller whose blocks outlive it.
+    fn config(folder: &Path) -> Config {
+        let file = Some(folder.join("blocks"));
+        let namespace = NamespaceConfig { bytes: 64 * MIB, file, ..NamespaceConfig::default() };
+        Config { namespaces: vec![namespace], ..Config::default() }
+    }
+
+    /// Starts another controller where the first one was.
+    fn put_back(&self, config: Config) {
+        *self.simulator.borrow_mut() = Some(Simulator::start(config, &self.folder.path().join("nvme")).unwrap());
     }
 
     fn connect(&self, name: &str) -> Front {
@@ -61,10 +76,15 @@ impl Bench {
             .faults()
             .add(FaultRule { action, when: FaultMatch { limit: Some(1), ..FaultMatch::default() } });
     }
+
+    /// Waits until a ring's requests are answered with success.
+    fn works_again(&self, ring: &mut Ring) {
+        eventually("the drive is back", || ring.read_one(0) == 0);
+    }
 }
 
-/// Two guests at work; the controller fails in the way given.
-fn controller_fails(fail: impl Fn(&Bench)) {
+/// Two guests at work; the controller fails in the way given, and is mended, unless it recovers by itself.
+fn controller_fails(fail: impl Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
     let bench = Bench::new();
     let fronts = [bench.connect("a"), bench.connect("b")];
     let regions = [Region::new(0, MIB), Region::new(0, MIB)];
@@ -78,62 +98,144 @@ fn controller_fails(fail: impl Fn(&Bench)) {
             rings.push(ring);
         }
     }
+    rings[0].store(64, 0x5a);
     fail(&bench);
     rings.iter_mut().for_each(|ring| ring.submit(0, 0, (ring.data(), 4096)));
     let answers: Vec<u8> = rings.iter_mut().map(Ring::wait).collect();
     assert!(answers.contains(&IOERR), "{answers:?}");
-    // Once it is out of operation, every request is answered, and at once.
-    eventually("the controller is out of operation", || rings[0].read_one(0) == IOERR);
-    for ring in &mut rings {
-        assert_eq!(ring.read_one(0), IOERR);
-        assert_eq!(ring.write_one(0), IOERR);
-    }
-    // The front-ends can do everything but I/O: stop, reset, take memory away, leave, and come again.
-    for ring in &rings[..2] {
-        ring.stop(&fronts[0]);
-    }
-    fronts[1].accept(RESET_DEVICE, &[], &[]);
-    fronts[1].accept(REM_MEM_REG, &regions[1].single(), &[]);
-    drop(fronts);
-    let again = bench.connect("a");
-    assert_eq!(again.config(0, 8), (64 * MIB / 512).to_le_bytes());
-    // A guest is told that its disk does not work, instead of waiting for it: at its memory already when nobody is left to
-    // map that, else at its ring.
-    if again.acknowledged(ADD_MEM_REG, &regions[0].single(), &[regions[0].file.as_raw_fd()]) == 0 {
-        let ring = Ring::new(&regions[0], 0, 0x10000);
-        ring.enable(&again, true);
-        again.set_ring(SET_VRING_NUM, 0, 64);
-        again.accept(SET_VRING_ADDR, &ring.addresses(), &[]);
-        again.refuse(SET_VRING_KICK, &0u64.to_ne_bytes(), &[ring.kick.as_raw_fd()]);
+    if let Some(mend) = mend {
+        // While it is away every request is answered, and at once.
+        eventually("the controller is out of operation", || rings[0].read_one(0) == IOERR);
+        for ring in &mut rings {
+            assert_eq!(ring.read_one(0), IOERR);
+            assert_eq!(ring.write_one(0), IOERR);
+        }
+        // Front-ends can do everything but I/O: stop, reset, take memory away, leave, and come again.
+        for ring in &rings[..2] {
+            ring.stop(&fronts[0]);
+        }
+        let [first, second] = fronts;
+        second.accept(RESET_DEVICE, &[], &[]);
+        second.accept(REM_MEM_REG, &regions[1].single(), &[]);
+        drop((first, second));
+        let again = [bench.connect("a"), bench.connect("b")];
+        assert_eq!(again[0].config(0, 8), (64 * MIB / 512).to_le_bytes());
+        for ((front, region), rings) in again.iter().zip(&regions).zip(rings.chunks_mut(2)) {
+            region.add(front);
+            for (index, ring) in (0..).zip(rings) {
+                *ring = Ring::new(region, index, 0x10000 * (u64::from(index) + 1));
+                ring.start(front);
+                assert_eq!(ring.read_one(0), IOERR);
+            }
+        }
+        mend(&bench);
+        check_rings(&bench, &mut rings);
+        drop(again);
+    } else {
+        check_rings(&bench, &mut rings);
     }
     let start = Instant::now();
     bench.target.stop().unwrap();
     assert!(start.elapsed() < Duration::from_secs(10), "it stops without waiting for what will not come");
 }
 
+/// The drive comes back by itself: nobody but the drive was touched.
+fn check_rings(bench: &Bench, rings: &mut [Ring]) {
+    bench.works_again(&mut rings[0]);
+    assert!(rings[0].holds(64, 0x5a), "what was written before is there");
+    for (sector, ring) in (8..).step_by(8).zip(rings) {
+        ring.check_io(sector);
+        assert_eq!(ring.flush(), 0);
+    }
+}
+
 #[test]
 fn a_fatal_status() {
-    controller_fails(|bench| bench.fault(FaultAction::Fatal));
+    controller_fails(|bench| bench.fault(FaultAction::Fatal), None);
 }
 
 #[test]
 fn a_controller_that_stops() {
-    controller_fails(|bench| bench.fault(FaultAction::Stop));
+    let mend = |bench: &Bench| bench.simulator().faults().change(|plan| plan.stopped = false);
+    controller_fails(|bench| bench.fault(FaultAction::Stop), Some(&mend));
 }
 
 #[test]
 fn a_controller_pulled_out() {
-    controller_fails(|bench| bench.simulator().remove());
+    controller_fails(|bench| bench.simulator().remove(), Some(&|bench| bench.simulator().reinsert().unwrap()));
 }
 
 #[test]
 fn a_controller_whose_server_dies() {
-    controller_fails(|bench| drop(bench.simulator.take()));
+    let mend = |bench: &Bench| bench.put_back(Bench::config(bench.folder.path()));
+    controller_fails(|bench| drop(bench.simulator.take()), Some(&mend));
 }
 
 #[test]
 fn a_completion_that_never_comes() {
-    controller_fails(|bench| bench.fault(FaultAction::LoseCompletion));
+    controller_fails(|bench| bench.fault(FaultAction::LoseCompletion), None);
+}
+
+#[test]
+fn a_target_stops_while_its_drive_is_away() {
+    let bench = Bench::new();
+    let front = bench.connect("a");
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    drop(bench.simulator.take());
+    eventually("the controller is out of operation", || ring.read_one(0) == IOERR);
+    let start = Instant::now();
+    bench.target.stop().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(10), "it stops without waiting for what will not come");
+}
+
+#[test]
+fn another_drive_is_not_taken_for_the_one_that_left() {
+    let bench = Bench::new();
+    let front = bench.connect("a");
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    let second = Ring::new(&region, 1, 0x20000);
+    second.start(&front);
+    let config = || Bench::config(bench.folder.path());
+    let namespace = |change: &dyn Fn(&mut NamespaceConfig)| {
+        let mut config = config();
+        change(&mut config.namespaces[0]);
+        config
+    };
+    let other = bench.folder.path().join("other");
+    let impostors = [
+        Config { serial: "ANOTHER".into(), ..config() },
+        namespace(&|namespace| (namespace.bytes, namespace.file) = (128 * MIB, Some(other.clone()))),
+        // Fewer queue pairs than are in use.
+        Config { max_queue_pairs: 1, ..config() },
+    ];
+    for impostor in impostors {
+        let text = format!("{impostor:?}");
+        drop(bench.simulator.take());
+        eventually("the controller is out of operation", || ring.read_one(0) == IOERR);
+        bench.put_back(impostor);
+        // Changes nothing, but is counted.
+        let nothing = FaultAction::Delay(Duration::ZERO..=Duration::ZERO);
+        let admin = FaultMatch { admin: true, ..FaultMatch::default() };
+        bench.simulator().faults().add(FaultRule { action: nothing, when: admin });
+        eventually("it is looked at", || bench.simulator().faults().fired() > 0);
+        let until = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < until {
+            assert_eq!(ring.read_one(0), IOERR, "{text}");
+            std::thread::yield_now();
+        }
+    }
+    drop(bench.simulator.take());
+    bench.put_back(config());
+    bench.works_again(&mut ring);
+    ring.check_io(0);
+    bench.target.stop().unwrap();
 }
 
 #[test]

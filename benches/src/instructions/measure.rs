@@ -10,7 +10,7 @@ use nvme_driver::{BouncePool, Namespace, QueuePair, Segment, Work};
 use vfio::{Address, Device};
 use vhost_blk::counters::LaneCounters;
 use vhost_blk::disk::Disk;
-use vhost_blk::guest_memory::{GuestMemory, GuestView};
+use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach};
 use vhost_blk::lane::{Lane, LaneSetup};
 use vhost_blk::ring::{Chain, Head, Ring};
 use vhost_blk::worker::Group;
@@ -29,6 +29,7 @@ struct Drive {
     device: Device,
     controller: Controller,
     namespace: Namespace,
+    reach: Reach,
 }
 
 impl Drive {
@@ -38,7 +39,7 @@ impl Drive {
         let options = Options { shadow_doorbells: false, ..Default::default() };
         let controller = Controller::open(&device, &options).expect("the simulator comes up");
         let namespace = controller.namespace(1).expect("it has one namespace");
-        Drive { device, controller, namespace }
+        Drive { reach: Reach::new(device.dma().clone()), device, controller, namespace }
     }
 
     fn pair(&self) -> QueuePair {
@@ -62,7 +63,7 @@ pub fn measure(row: &Row, socket: &Path, simulator: u32) {
 /// that neither finds less or more to do from one run to the next.
 fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout) {
     let mut guest = Guest::new(layout);
-    let memory = GuestMemory::new().replaced(drive.device.dma(), guest.regions()).expect("plain memory");
+    let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let disk = Disk {
         namespace: drive.namespace.clone(),
@@ -91,7 +92,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout) {
         let submitted = if round < row.warm_up() { group.poll() } else { counted_poll(&mut group) };
         assert_eq!(submitted, usize::from(row.batch), "everything is submitted, nothing has completed");
         drop(paused);
-        wait_answered(group.pair(), row.batch);
+        wait_answered(group.pair().expect("the drive is there"), row.batch);
         let paused = Paused::new(simulator);
         let completed = if round < row.warm_up() { group.poll() } else { counted_poll(&mut group) };
         assert_eq!(completed, usize::from(row.batch), "everything has completed");
@@ -166,7 +167,7 @@ fn counted_reap(pair: &mut QueuePair) -> u64 {
 /// Our ring alone: chains popped and walked, given back, published.
 fn ring(row: &Row, drive: &Drive, layout: Layout) {
     let mut guest = Guest::new(layout);
-    let memory = GuestMemory::new().replaced(drive.device.dma(), guest.regions()).expect("plain memory");
+    let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
     let mut view = GuestView::new(memory);

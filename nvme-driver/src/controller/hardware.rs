@@ -223,7 +223,9 @@ impl Hardware {
     }
 }
 
-const GONE: &str = "all ones: the device does not answer; it was removed, has lost power, or its memory space is off";
+/// What is wrong with a register that reads as all ones.
+pub(crate) const GONE: &str =
+    "all ones: the device does not answer; it was removed, has lost power, or its memory space is off";
 
 #[cfg(test)]
 mod tests {

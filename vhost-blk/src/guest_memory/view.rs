@@ -101,6 +101,11 @@ impl GuestView {
         true
     }
 
+    /// Forgets where the device sees what: it has come back, and sees it elsewhere.
+    pub fn forget_device(&mut self) {
+        (self.control, self.data) = (NO_WINDOW, NO_WINDOW);
+    }
+
     /// Where the device sees `bytes` at `address`, if they are all in one region.
     #[inline(always)]
     fn device_address(&mut self, address: u64, bytes: u64) -> Option<u64> {
@@ -141,7 +146,7 @@ impl GuestView {
     fn look_up(&self, address: u64) -> Option<Window> {
         let region = self.memory.find(address)?;
         let (start, bytes) = (region.description.guest_address, region.description.bytes);
-        Some(Window { start, bytes, iova: region.iova, host: region.host() })
+        Some(Window { start, bytes, iova: region.iova(), host: region.host() })
     }
 
     /// Calls `add` with the pieces the device sees `bytes` at `address` as: one, or one for each region they touch.
@@ -160,7 +165,7 @@ impl GuestView {
     #[cold]
     fn segments_across(&mut self, address: u64, bytes: u32, add: &mut dyn FnMut(Segment)) -> Result<(), OutsideMemory> {
         self.pieces(address, bytes.into(), |region, offset, piece| {
-            add(Segment { iova: region.iova + offset, bytes: piece as u32 });
+            add(Segment { iova: region.iova() + offset, bytes: piece as u32 });
         })
     }
 

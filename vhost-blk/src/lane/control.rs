@@ -38,11 +38,20 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    /// The drive is gone for good, its queue pair drained: everything from here on is answered with an error.
+    /// The drive is gone, its queue pair drained: everything is answered with an error until it is back.
     pub(crate) fn lose_drive(&mut self) {
         self.drive_lost = true;
         if self.mode == Mode::Running {
             self.mode = Mode::WithoutDrive;
+        }
+    }
+
+    /// The drive is back, and sees the guest's memory at addresses of its own choice.
+    pub(crate) fn regain_drive(&mut self) {
+        self.drive_lost = false;
+        self.view.forget_device();
+        if self.mode == Mode::WithoutDrive {
+            self.mode = Mode::Running;
         }
     }
 

@@ -7,7 +7,7 @@ use std::sync::atomic::{Ordering, fence};
 use vfio::{DmaSpace, SharedMemory};
 
 use super::RingSetup;
-use crate::guest_memory::{GuestMemory, RegionDescription};
+use crate::guest_memory::{GuestMemory, Reach, RegionDescription};
 
 /// Where a test's front-end says that its memory is: this much above the guest's addresses.
 pub(crate) const USER_OFFSET: u64 = 0x7000_0000_0000;
@@ -36,7 +36,7 @@ impl Guest {
         let region = RegionDescription { guest_address, bytes, user_address, file_offset: 0 };
         let file = shared.file().try_clone().unwrap();
         self.memory = Arc::new(match dma {
-            Some(dma) => self.memory.with_region(dma, region, file).unwrap(),
+            Some(dma) => self.memory.with_region(&Reach::new(dma.clone()), region, file).unwrap(),
             None => self.memory.with_region_without_device(region, file, IOVA_OFFSET).unwrap(),
         });
         self.regions.push((region, shared));

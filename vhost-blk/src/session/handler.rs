@@ -174,7 +174,7 @@ impl Session {
     ) -> std::result::Result<(), String> {
         let regions = regions.iter().map(description).zip(files).collect();
         let memory =
-            self.memory.replaced(self.export.drive.dma(), regions).map_err(|error| format!("memory: {error}"))?;
+            self.memory.replaced(self.export.drive.memory(), regions).map_err(|error| format!("memory: {error}"))?;
         self.set_memory(memory)
     }
 
@@ -184,7 +184,7 @@ impl Session {
         }
         let memory = self
             .memory
-            .with_region(self.export.drive.dma(), description(region), file)
+            .with_region(self.export.drive.memory(), description(region), file)
             .map_err(|error| format!("memory: {error}"))?;
         self.set_memory(memory)
     }

@@ -9,12 +9,20 @@ use crate::lane::Lane;
 /// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot.
 const LANE_SHIFT: u32 = 32;
 
+/// The way to the drive.
+pub struct Way {
+    /// The queue pair.
+    pub pair: QueuePair,
+    /// For data the drive cannot reach where it lies.
+    pub pool: BouncePool,
+}
+
 /// A queue pair and the lanes that submit to it: usually one, more when the controller has fewer queue pairs than there are
 /// virtqueues.
+///
+/// Without a queue pair, while the drive is away, the lanes answer what they are asked with an error.
 pub struct Group {
-    pair: QueuePair,
-    /// For data the drive cannot reach where it lies.
-    pool: BouncePool,
+    way: Option<Way>,
     /// By index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
     /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
@@ -25,11 +33,19 @@ pub struct Group {
 impl Group {
     /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
     pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
-        Group { pair, pool, lanes: Vec::new(), first: 0 }
+        Group { way: Some(Way { pair, pool }), lanes: Vec::new(), first: 0 }
+    }
+
+    /// A place for a queue pair that is not there yet.
+    pub fn without_drive() -> Self {
+        Group { way: None, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
     pub fn add(&mut self, mut lane: Lane) -> usize {
+        if self.way.is_none() {
+            lane.lose_drive();
+        }
         lane.awake();
         let index = self.lanes.iter().position(Option::is_none).unwrap_or(self.lanes.len());
         match self.lanes.get_mut(index) {
@@ -46,7 +62,8 @@ impl Group {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Group { pair, pool, lanes, first } = self;
+        let Group { way, lanes, first } = self;
+        let Some(Way { pair, pool }) = way else { return refuse(lanes) };
         let mut moved = 0;
         let mut index = *first;
         for _ in 0..lanes.len() {
@@ -68,9 +85,9 @@ impl Group {
         moved
     }
 
-    /// The queue pair.
-    pub fn pair(&self) -> &QueuePair {
-        &self.pair
+    /// The queue pair, unless the drive is away.
+    pub fn pair(&self) -> Option<&QueuePair> {
+        self.way.as_ref().map(|way| &way.pair)
     }
 
     /// The lane with this index.
@@ -94,7 +111,8 @@ impl Group {
 
     /// Has any lane a request that is not answered?
     pub(crate) fn busy(&self) -> bool {
-        self.pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained())
+        self.pair().is_some_and(|pair| pair.outstanding() != 0)
+            || self.lanes.iter().flatten().any(|lane| !lane.drained())
     }
 
     /// Does any lane use the queue pair?
@@ -103,22 +121,24 @@ impl Group {
     }
 
     /// The queue pair alone.
-    pub(crate) fn into_pair(self) -> QueuePair {
-        self.pair
+    pub(crate) fn into_pair(self) -> Option<QueuePair> {
+        self.way.map(|way| way.pair)
     }
 
     /// Lets commands age; returns how many requests have just been out for too long.
     pub(crate) fn tick(&mut self, now: Instant) -> usize {
         let mut expired = 0;
-        self.pair.tick(now, |_| expired += 1);
+        let Some(way) = &mut self.way else { return 0 };
+        way.pair.tick(now, |_| expired += 1);
         expired
     }
 
     /// The controller is stopped and touches no memory any more: what is in flight is answered with an error, as is
-    /// everything that comes later.
-    pub(crate) fn lose_drive(&mut self) {
-        let Group { pair, pool, lanes, .. } = self;
-        pair.drain_after_reset(|token| {
+    /// everything that comes until [`Group::regain_drive`]. Returns what leads to the controller.
+    pub(crate) fn lose_drive(&mut self) -> Option<Way> {
+        let Group { way, lanes, .. } = self;
+        let mut way = way.take()?;
+        way.pair.drain_after_reset(|token| {
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
                 lane.complete(token, Status::ABORTED_BY_HOST);
             }
@@ -126,9 +146,28 @@ impl Group {
         for (index, lane) in lanes.iter_mut().enumerate() {
             let Some(lane) = lane else { continue };
             lane.lose_drive();
-            // Requests that are copied find out in their next turn.
-            lane.submit(pair, pool, (index as u64) << LANE_SHIFT);
+            // Ends what is copied, too: its pieces have just been answered.
+            lane.submit(&mut way.pair, &mut way.pool, (index as u64) << LANE_SHIFT);
             lane.publish();
         }
+        Some(way)
     }
+
+    /// The drive is back: the lanes go on with it.
+    pub(crate) fn regain_drive(&mut self, way: Way) {
+        self.way = Some(way);
+        self.lanes_mut().for_each(Lane::regain_drive);
+    }
+}
+
+/// A turn without a drive.
+#[cold]
+#[inline(never)]
+fn refuse(lanes: &mut [Option<Lane>]) -> usize {
+    let mut moved = 0;
+    for lane in lanes.iter_mut().flatten() {
+        moved += lane.refuse();
+        lane.publish();
+    }
+    moved
 }

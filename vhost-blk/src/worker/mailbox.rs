@@ -11,12 +11,15 @@ use std::time::Instant;
 use nvme_driver::QueuePair;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::Group;
+use super::group::{Group, Way};
 use crate::guest_memory::GuestMemory;
 use crate::lane::Lane;
 
 /// Names a lane on its worker; never used twice.
 pub(super) type LaneId = u64;
+
+/// A place that lanes use cannot be taken away.
+pub(super) struct InUse;
 
 pub(super) enum Mail {
     AddPair {
@@ -25,7 +28,8 @@ pub(super) enum Mail {
     },
     TakePair {
         index: usize,
-        reply: Sender<Option<QueuePair>>,
+        /// The queue pair, if there is one.
+        reply: Sender<Result<Option<QueuePair>, InUse>>,
     },
     Start {
         id: LaneId,
@@ -55,7 +59,11 @@ pub(super) enum Mail {
     },
     FailPair {
         index: usize,
-        reply: Sender<()>,
+        reply: Sender<Option<Way>>,
+    },
+    RestorePair {
+        index: usize,
+        way: Way,
     },
     End {
         deadline: Instant,

@@ -79,7 +79,7 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
     let data = pattern(1, 4096);
@@ -87,10 +87,10 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     assert_eq!(running.run(guest, 1, 8, &[readable(DATA, 4096)]), (OK, 1));
     assert_eq!(running.run(guest, 0, 8, &[writable(DATA + 8192, 4096)]), (OK, 4097));
     assert!(guest.read(DATA + 8192, 4096) == data);
-    assert!(pool.take_queue_pair(pair).is_none(), "a lane uses it");
+    assert!(matches!(pool.take_queue_pair(pair), Err(Error::InUse)));
     let stopped = running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert_eq!((stopped.base, stopped.broken), (2, false));
-    let pair = pool.take_queue_pair(pair).expect("nobody uses it");
+    let pair = pool.take_queue_pair(pair).expect("nobody uses it").expect("it is there");
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
     assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0 }), Err(Error::Gone { worker: 0 })));
@@ -103,7 +103,7 @@ fn a_lane_sleeps_when_nothing_happens_and_a_kick_wakes_it() {
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
         let (pair, bounce) = machine.pair(64);
-        let pair = pool.add_queue_pair(0, pair, bounce);
+        let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
         let disk = Arc::new(machine.disk());
         let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, packed, 16), &disk);
         for round in 1..=20 {
@@ -125,7 +125,7 @@ fn busy_lanes_need_no_kicks() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, true, 64), &disk);
     let mut done = 0;
@@ -155,7 +155,7 @@ fn memory_is_added_while_the_ring_runs() {
     let mut machine = Machine::new(config());
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
     let client = Client::new(&machine.guest, 0, false, 16);
     let mut running = Running::start(&pool, pair, &machine.guest, client, &disk);
@@ -184,7 +184,7 @@ fn stopping_waits_for_the_drive_and_the_ring_goes_on_from_its_base() {
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
         let (pair, bounce) = machine.pair(4);
-        let pair = pool.add_queue_pair(0, pair, bounce);
+        let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
         let disk = Arc::new(machine.disk());
         let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, packed, 16), &disk);
         let mut random = Random(5);
@@ -232,7 +232,7 @@ fn a_slow_drive_keeps_its_lane_until_it_has_answered() {
     });
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
@@ -252,7 +252,7 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
@@ -267,7 +267,7 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     until("the expiry", || {
         for event in pool.events() {
             match event {
-                WorkerEvent::Expired { pair: which, count } => {
+                WorkerEvent::Expired { pair: which, count, .. } => {
                     assert_eq!(which, pair);
                     told += count;
                 }
@@ -278,13 +278,51 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     });
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive may still write");
     machine.controller.reset().unwrap();
-    pool.fail_queue_pair(pair).unwrap();
+    let mut way = pool.fail_queue_pair(pair).unwrap().expect("it was there");
+    assert!(pool.fail_queue_pair(pair).unwrap().is_none(), "it has been taken");
     for _ in 0..3 {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     }
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
+    // The same controller is back, and the lane goes on without having been touched.
+    machine.controller.recreate_queue_pair(&mut way.pair).unwrap();
+    pool.restore_queue_pair(pair, way);
+    let data = pattern(5, 4096);
+    guest.write(DATA, &data);
+    until("the drive", || (running.run(guest, 1, 8, &[readable(DATA, 4096)]).0 == OK).then_some(()));
+    assert_eq!(running.run(guest, 0, 8, &[writable(DATA + 8192, 4096)]), (OK, 4097));
+    assert!(guest.read(DATA + 8192, 4096) == data);
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
-    assert!(pool.take_queue_pair(pair).is_some());
+    assert!(pool.take_queue_pair(pair).unwrap().is_some());
+}
+
+#[test]
+fn a_lane_may_start_before_its_drive_is_there() {
+    for packed in [false, true] {
+        let machine = Machine::new(config());
+        let guest = &machine.guest;
+        let pool = WorkerPool::start(&[]).unwrap();
+        let place = pool.add_place(0);
+        let disk = Arc::new(machine.disk());
+        let mut running = Running::start(&pool, place, guest, Client::new(guest, 0, packed, 16), &disk);
+        for _ in 0..3 {
+            assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
+            // It sleeps and is woken as with a drive.
+            until("sleep", || running.asleep(guest).then_some(()));
+        }
+        assert_eq!(
+            running.run(guest, 8, 0, &[writable(DATA, 20)]).0,
+            OK,
+            "the serial number is known without the drive"
+        );
+        let (pair, bounce) = machine.pair(64);
+        pool.restore_queue_pair(place, Way { pair, pool: bounce });
+        until("the drive", || (running.run(guest, 0, 0, &[writable(DATA, 4096)]).0 == OK).then_some(()));
+        running.handle.take().unwrap().stop(DEADLINE).unwrap();
+        assert!(pool.take_queue_pair(place).unwrap().is_some());
+        let empty = pool.add_place(0);
+        assert!(pool.take_queue_pair(empty).unwrap().is_none(), "nothing was put there");
+    }
 }
 
 #[test]
@@ -293,7 +331,7 @@ fn eventfds_can_be_replaced() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     let call = event();
     running.handle().set_call(Some(call.try_clone().unwrap()));
@@ -331,7 +369,7 @@ fn broken_rings_are_told() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
     guest.write_u16(running.client.driver.setup.driver + 2, 1000);
@@ -359,7 +397,7 @@ fn shutdown_answers_what_is_in_flight() {
     });
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, true, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
@@ -375,7 +413,7 @@ fn a_panic_is_not_silent() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, pair, bounce);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let running = Running::start(&pool, pair, guest, Client::new(guest, 0, true, 16), &Arc::new(machine.disk()));
     pool.threads[0].mailbox.send(Mail::Panic);
     match until("the event", || pool.events().pop()) {
@@ -409,7 +447,7 @@ fn many_lanes_on_two_workers() {
     let pairs: Vec<PairId> = (0..2)
         .map(|worker| {
             let (pair, bounce) = machine.pair(32);
-            pool.add_queue_pair(worker, pair, bounce)
+            pool.add_queue_pair(worker, Way { pair, pool: bounce })
         })
         .collect();
     const { assert!(4 * CLIENT_BYTES <= DATA) };

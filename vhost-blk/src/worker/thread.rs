@@ -13,7 +13,7 @@ use nvme_driver::QueuePair;
 use rustix::event::epoll;
 
 use super::group::Group;
-use super::mailbox::{LaneId, Mail, Mailbox};
+use super::mailbox::{InUse, LaneId, Mail, Mailbox};
 use super::{PairId, WorkerEvent};
 use crate::lane::Lane;
 
@@ -130,7 +130,7 @@ impl Worker {
             if expired != 0 {
                 let pair = PairId { worker: self.number, index };
                 // Nobody listens any more when the program ends.
-                let _ = self.events.send(WorkerEvent::Expired { pair, count: expired });
+                let _ = self.events.send(WorkerEvent::Expired { pair, count: expired, at: now });
             }
         }
     }
@@ -274,10 +274,12 @@ impl Worker {
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
                 Mail::FailPair { index, reply } => {
-                    if let Some(Some(group)) = self.groups.get_mut(index) {
-                        group.lose_drive();
+                    let _ = reply.send(self.group_mut(index).and_then(Group::lose_drive));
+                }
+                Mail::RestorePair { index, way } => {
+                    if let Some(group) = self.group_mut(index) {
+                        group.regain_drive(way);
                     }
-                    let _ = reply.send(());
                 }
                 #[cfg(test)]
                 Mail::Panic => panic!("asked to by a test"),
@@ -289,9 +291,16 @@ impl Worker {
         }
     }
 
-    fn take_pair(&mut self, index: usize) -> Option<QueuePair> {
-        let place = self.groups.get_mut(index)?;
-        place.take_if(|group| !group.has_lanes()).map(Group::into_pair)
+    fn group_mut(&mut self, index: usize) -> Option<&mut Group> {
+        self.groups.get_mut(index)?.as_mut()
+    }
+
+    fn take_pair(&mut self, index: usize) -> Result<Option<QueuePair>, InUse> {
+        let Some(place) = self.groups.get_mut(index) else { return Ok(None) };
+        if place.as_ref().is_some_and(Group::has_lanes) {
+            return Err(InUse);
+        }
+        Ok(place.take().and_then(Group::into_pair))
     }
 
     fn start(&mut self, id: LaneId, pair: usize, lane: Lane) {

@@ -395,6 +395,23 @@ impl<'a> Ring<'a> {
         self.request(T_IN, sector, (data, 4096))
     }
 
+    /// Writes a block made of one byte.
+    #[track_caller]
+    pub fn store(&mut self, sector: u64, byte: u8) {
+        self.memory.write_slice(&[byte; 4096], GuestAddress(self.data())).unwrap();
+        assert_eq!(self.write_one(sector), 0, "write");
+    }
+
+    /// Is this block made of this byte?
+    #[track_caller]
+    pub fn holds(&mut self, sector: u64, byte: u8) -> bool {
+        self.memory.write_slice(&[!byte; 4096], GuestAddress(self.data())).unwrap();
+        assert_eq!(self.read_one(sector), 0, "read");
+        let mut read = [0; 4096];
+        self.memory.read_slice(&mut read, GuestAddress(self.data())).unwrap();
+        read == [byte; 4096]
+    }
+
     /// How far the guest has got, which is where the ring has to stop.
     pub fn position(&self) -> u32 {
         self.next.into()

@@ -1,0 +1,178 @@
+//! The thread that looks after one drive: hears when it has to go, sees when it fails, and tries to get it back.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::back::NotBack;
+use super::{Cause, Condition, Drive};
+
+/// Time between two looks at a controller.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// Between two looks at an address where nothing is.
+const LOOK_PAUSE: Duration = Duration::from_secs(1);
+/// A controller that fails again and again is reset no more often than this.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// What works for this long has recovered.
+const RECOVERED: Duration = Duration::from_secs(10);
+/// How long the program's end waits for an attempt that is under way.
+const STOP_LIMIT: Duration = Duration::from_secs(2);
+
+/// A drive's thread; it ends when this is dropped.
+pub struct Keeper {
+    drive: Arc<Drive>,
+    stop: Arc<AtomicBool>,
+    ended: Receiver<()>,
+}
+
+impl Keeper {
+    /// Starts to look after a drive. The error is one line.
+    pub fn start(drive: Arc<Drive>) -> Result<Keeper, String> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (end, ended) = mpsc::channel();
+        let (kept, stopped) = (drive.clone(), stop.clone());
+        let run = move || {
+            run(&kept, &stopped);
+            // Before the other end hears of it: it may count on being the last to have the drive.
+            drop(kept);
+            drop(end);
+        };
+        std::thread::Builder::new()
+            .name("keeper".into())
+            .spawn(run)
+            .map_err(|error| format!("cannot start the keeper of {drive}: {error}"))?;
+        Ok(Keeper { drive, stop, ended })
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.drive.bell.ring();
+        if let Err(mpsc::RecvTimeoutError::Timeout) = self.ended.recv_timeout(STOP_LIMIT) {
+            // It ends when the controller has answered, or its deadline has passed; what it opened is closed then.
+            log::debug!("{}: an attempt to get it back is still under way", self.drive);
+        }
+    }
+}
+
+fn run(drive: &Drive, stop: &AtomicBool) {
+    let mut attempts = Attempts::default();
+    let mut next_check = Instant::now() + CHECK_INTERVAL;
+    // Relaxed: the flag guards nothing but this loop.
+    while !stop.load(Ordering::Relaxed) {
+        let until = attempts.next.unwrap_or(next_check);
+        wait(drive, until.saturating_duration_since(Instant::now()));
+        let cause = drive.trouble();
+        if let Some(cause) = cause {
+            drive.leave(cause);
+        }
+        let now = Instant::now();
+        if stop.load(Ordering::Relaxed) {
+            return;
+        }
+        let (since, cause) = match &drive.state().condition {
+            Condition::Present(present) => (present.since, None),
+            Condition::Away(cause) => (now, Some(cause.clone())),
+            Condition::Over => return,
+        };
+        match cause {
+            None => {
+                attempts.works(now.saturating_duration_since(since));
+                if now >= next_check {
+                    drive.check();
+                    next_check = Instant::now() + CHECK_INTERVAL;
+                }
+            }
+            Some(cause) => {
+                let due = *attempts.next.get_or_insert_with(|| now + attempts_pause(&cause, attempts.pause));
+                if now >= due {
+                    let result = drive.come_back();
+                    attempts.tried(drive, result);
+                }
+            }
+        }
+    }
+}
+
+/// What has gone says nothing about how it will do when it is back.
+fn attempts_pause(cause: &Cause, pause: Duration) -> Duration {
+    match cause {
+        Cause::Failed(_) => pause.max(FIRST_PAUSE),
+        Cause::Gone(_) | Cause::WantedBack => FIRST_PAUSE,
+    }
+}
+
+/// Waits until something is told about the drive, for `time` at most.
+fn wait(drive: &Drive, time: Duration) {
+    let device = match &drive.state().condition {
+        Condition::Present(present) => Some(present.device.clone()),
+        _ => None,
+    };
+    let mut sources = vec![PollFd::new(&drive.bell, PollFlags::IN)];
+    let notices = device.as_ref().map(|device| device.notices());
+    sources.extend(notices.iter().map(|notices| PollFd::new(notices, PollFlags::IN)));
+    let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
+    // An error (a signal) is a wake-up like any other.
+    let _ = poll(&mut sources, Some(&time));
+    drive.bell.silence();
+}
+
+impl Drive {
+    /// Why the drive has to go away, if it has to.
+    fn trouble(&self) -> Option<Cause> {
+        let expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let notice = match &self.state().condition {
+            Condition::Present(present) => present.device.notice(),
+            _ => None,
+        };
+        notice.map(Cause::from).or(expired.map(Cause::Failed))
+    }
+}
+
+/// When the next attempt is made, and what the last one said.
+#[derive(Default)]
+struct Attempts {
+    /// `None`: the drive is there.
+    next: Option<Instant>,
+    /// After a failure.
+    pause: Duration,
+    told: Option<String>,
+}
+
+impl Attempts {
+    /// The drive has been there for this long.
+    fn works(&mut self, time: Duration) {
+        (self.next, self.told) = (None, None);
+        if time >= RECOVERED {
+            self.pause = FIRST_PAUSE;
+        }
+    }
+
+    /// Chooses the time of the next attempt. Tells why this one failed if it is something new.
+    fn tried(&mut self, drive: &Drive, result: Result<(), NotBack>) {
+        let longer = (self.pause * 2).clamp(LOOK_PAUSE, LONGEST_PAUSE);
+        let (why, pause) = match result {
+            Ok(()) => {
+                self.pause = longer;
+                self.next = None;
+                return;
+            }
+            Err(NotBack::Nothing(why)) => (why, LOOK_PAUSE),
+            Err(NotBack::Unfit(why)) => {
+                self.pause = longer;
+                (why, longer)
+            }
+        };
+        if self.told.as_ref() != Some(&why) {
+            log::warn!("{drive}: not back yet, which is tried again and again: {why}");
+            self.told = Some(why);
+        }
+        self.next = Some(Instant::now() + pause);
+    }
+}
