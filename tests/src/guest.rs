@@ -115,7 +115,7 @@ impl Machine {
     /// Should the emulation itself abort, or the boot not end within its deadline, it is tried once more; this is
     /// written to `e2e-retries.log` in the build folder, which `tests/run.sh` shows.
     pub fn boot(&self, folder: &Path) -> Result<Guest, Error> {
-        match self.try_boot(folder) {
+        match self.try_boot(folder, true) {
             Err(error) if self.accelerator == Accelerator::Emulation && is_emulation_failure(&error) => {
                 let report = format!("{}: booted again after: {error}\n", test_name());
                 eprint!("{report}");
@@ -124,13 +124,18 @@ impl Machine {
                 written
                     .and_then(|mut file| file.write_all(report.as_bytes()))
                     .map_err(Error::doing("noting a retry"))?;
-                self.try_boot(folder)
+                self.try_boot(folder, true)
             }
             result => result,
         }
     }
 
-    fn try_boot(&self, folder: &Path) -> Result<Guest, Error> {
+    /// Like [`Machine::boot`], but a single try that prints nothing: to find out whether the machine boots at all.
+    pub fn boot_once(&self, folder: &Path) -> Result<Guest, Error> {
+        self.try_boot(folder, false)
+    }
+
+    fn try_boot(&self, folder: &Path, tell_failure: bool) -> Result<Guest, Error> {
         use std::os::unix::process::ExitStatusExt;
         let initramfs = folder.join("initramfs");
         self.initramfs.write(&initramfs)?;
@@ -147,7 +152,9 @@ impl Machine {
                 Err(Error::Ended { program, status, expected: " before the guest was up" })
             }
             Err(error) => {
-                eprintln!("{}", guest.report());
+                if tell_failure {
+                    eprintln!("{}", guest.report());
+                }
                 Err(error)
             }
             Ok(()) => Ok(guest),

@@ -27,7 +27,7 @@ pub use lab::{Lab, LabDrive};
 pub use layout::{Content, Exception, Layout};
 pub use process::Process;
 pub use qmp::Qmp;
-pub use target::{Peer, Target, vhost_blk_program};
+pub use target::{Peer, Target, are_listening, vhost_blk_program};
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

@@ -147,7 +147,7 @@ pub fn vhost_blk_program() -> Result<PathBuf, Error> {
 }
 
 /// Whether all of `sockets` are listened on, without connecting: a connection would be a front-end's.
-fn are_listening(sockets: &[PathBuf]) -> Result<bool, Error> {
+pub fn are_listening(sockets: &[PathBuf]) -> Result<bool, Error> {
     const ACCEPTS_CONNECTIONS: &str = "00010000";
     let table = std::fs::read_to_string("/proc/net/unix").map_err(Error::doing("reading /proc/net/unix"))?;
     // Number, references, protocol, flags, type, state, inode, path.
