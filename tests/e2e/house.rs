@@ -99,7 +99,7 @@ const ARROWS: [(&str, &[&str]); 8] = [
     ("nvme-sim", &[]),
     ("blk-perf", &["vfio", "nvme-driver", "nvme-sim"]),
     ("e2e", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
-    ("compare", &["nvme-sim", "blk-perf"]),
+    ("compare", &["nvme-sim", "blk-perf", "e2e"]),
     ("benches", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
 ];
 

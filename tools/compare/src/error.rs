@@ -47,6 +47,16 @@ pub enum Error {
         /// The last thing that the program wrote.
         reason: String,
     },
+    /// A guest cannot be made, or what it says is not what it should.
+    #[error("{what}: {source}{hint}")]
+    Guest {
+        /// Which.
+        what: String,
+        /// What went wrong.
+        source: e2e::Error,
+        /// What QEMU or the target wrote last, on a line of its own; may be empty.
+        hint: String,
+    },
     /// A disk would be overwritten.
     #[error("{}: {found}; the jobs write all over it: add --overwrite if what it holds may be lost", .path.display())]
     NotEmpty {

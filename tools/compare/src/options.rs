@@ -169,7 +169,7 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
 }
 
 /// Reads `2,4-7`.
-fn parse_cpus(text: &str) -> Result<CpuList, String> {
+pub(crate) fn parse_cpus(text: &str) -> Result<CpuList, String> {
     let wrong = || format!("{text:?} is not a list of CPUs; write it like 2,4-7");
     let mut cpus = Vec::new();
     for part in text.split(',') {

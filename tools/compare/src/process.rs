@@ -229,6 +229,11 @@ fn parse_stat(line: &str) -> Option<Stat> {
     Some(Stat { state: fields.first()?.chars().next()?, parent: fields.get(1)?.parse().ok()?, ticks })
 }
 
+/// The CPU time in a line of `/proc/ID/stat` or `/proc/ID/task/ID/stat`, in the system's clock ticks.
+pub(crate) fn ticks_of(line: &str) -> Option<u64> {
+    parse_stat(line).map(|stat| stat.ticks)
+}
+
 fn stats() -> Result<HashMap<u32, Stat>, Error> {
     let entries = fs::read_dir("/proc").map_err(Error::system("reading /proc"))?;
     let ids = entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
