@@ -141,6 +141,7 @@ pub struct LabDrive {
     block_size: u32,
     namespaces: Vec<(u64, u32)>,
     properties: String,
+    unreadable: Option<u64>,
     hotplug: bool,
 }
 
@@ -154,6 +155,7 @@ impl LabDrive {
             block_size: 512,
             namespaces: Vec::new(),
             properties: String::new(),
+            unreadable: None,
             hotplug: false,
         }
     }
@@ -184,6 +186,12 @@ impl LabDrive {
             self.properties.push(',');
         }
         self.properties.push_str(properties);
+        self
+    }
+
+    /// The only namespace cannot be read at this sector (of 512 bytes), ever.
+    pub fn unreadable(mut self, sector: u64) -> LabDrive {
+        self.unreadable = Some(sector);
         self
     }
 
@@ -229,14 +237,14 @@ impl LabDrive {
             device += &format!(",bus=pcie.0,{place}");
         }
         if self.namespaces.is_empty() {
-            add("-blockdev", image(folder, name, self.size_mib)?);
+            add("-blockdev", image(folder, name, self.size_mib, self.unreadable)?);
             let size = self.block_size;
             device += &format!(",drive=image-{name},logical_block_size={size},physical_block_size={size}");
         }
         add("-device", device);
         for (number, &(mib, size)) in (1..).zip(&self.namespaces) {
             let image_name = format!("{name}-{number}");
-            add("-blockdev", image(folder, &image_name, mib)?);
+            add("-blockdev", image(folder, &image_name, mib, None)?);
             let sizes = format!("logical_block_size={size},physical_block_size={size}");
             add("-device", format!("nvme-ns,bus={name},nsid={number},drive=image-{image_name},{sizes}"));
         }
@@ -245,11 +253,19 @@ impl LabDrive {
 }
 
 /// Makes an empty image, unless it is there, and returns QEMU's description of it.
-fn image(folder: &Path, name: &str, mib: u64) -> Result<String, Error> {
+fn image(folder: &Path, name: &str, mib: u64, unreadable: Option<u64>) -> Result<String, Error> {
     let path = folder.join(format!("{name}.img"));
     if !path.exists() {
         let sized = File::create(&path).and_then(|file| file.set_len(mib << 20));
         sized.map_err(Error::doing(format!("making {}", path.display())))?;
     }
-    Ok(format!("driver=raw,node-name=image-{name},discard=unmap,file.driver=file,file.filename={}", path.display()))
+    let path = path.display();
+    let file = match unreadable {
+        None => format!("file.driver=file,file.filename={path}"),
+        Some(sector) => format!(
+            "file.driver=blkdebug,file.image.driver=file,file.image.filename={path},\
+             file.inject-error.0.event=read_aio,file.inject-error.0.sector={sector}"
+        ),
+    };
+    Ok(format!("driver=raw,node-name=image-{name},discard=unmap,{file}"))
 }
