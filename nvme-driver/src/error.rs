@@ -85,6 +85,15 @@ pub enum Error {
         /// How many there are.
         granted: u16,
     },
+    /// Every interrupt vector for queue pairs is in use.
+    #[error(
+        "all {vectors} interrupt vectors for queue pairs are in use; take a queue pair without one and poll it, or delete one \
+         that has one"
+    )]
+    NoInterruptsLeft {
+        /// How many there are.
+        vectors: u16,
+    },
     /// An argument makes no sense.
     #[error("{0}")]
     Invalid(String),

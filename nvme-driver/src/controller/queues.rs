@@ -91,10 +91,17 @@ impl Queues {
         self.places.iter().flatten().map(|place| &place.memory).chain(&self.quarantine).for_each(DmaBuffer::abandon);
     }
 
-    fn take_vector(&mut self) -> Option<u16> {
-        let at = self.vectors.iter().position(|taken| !taken)?;
+    fn take_vector(&mut self) -> Result<u16, Error> {
+        if self.vectors.is_empty() {
+            return Err(Error::Unsupported(
+                "interrupts for queue pairs: the device has no vector for them, or it was opened without interrupts"
+                    .into(),
+            ));
+        }
+        let at = self.vectors.iter().position(|taken| !taken);
+        let at = at.ok_or(Error::NoInterruptsLeft { vectors: self.vectors.len() as u16 })?;
         self.vectors[at] = true;
-        Some(at as u16 + 1)
+        Ok(at as u16 + 1)
     }
 
     fn give_back(&mut self, id: u16) {
@@ -176,15 +183,7 @@ impl Controller {
             Some(at) => at as u16 + 1,
             None => self.reclaim(&mut queues)?,
         };
-        let vector = match options.interrupt {
-            true => Some(queues.take_vector().ok_or_else(|| {
-                Error::Unsupported(format!(
-                    "another interrupt vector ({} for queue pairs)",
-                    inner.vectors.len().saturating_sub(1)
-                ))
-            })?),
-            false => None,
-        };
+        let vector = options.interrupt.then(|| queues.take_vector()).transpose()?;
         let result = self.make_pair(&mut queues, id, entries, vector);
         // The vector stays taken with the place, which stays taken while the controller may know of the queues.
         if let Some(vector) = vector
