@@ -31,6 +31,8 @@ pub enum Wait {
 pub struct Lane {
     pub pair: QueuePair,
     epoll: Option<Epoll>,
+    /// There may be completions whose interrupt was cleared.
+    cleared: bool,
     /// Interrupts that were waited for.
     pub interrupts: u64,
 }
@@ -46,7 +48,7 @@ impl Lane {
             }
             None => None,
         };
-        Ok(Lane { pair, epoll, interrupts: 0 })
+        Ok(Lane { pair, epoll, cleared: false, interrupts: 0 })
     }
 
     /// Whether the interrupt's eventfd is signalled now, or becomes so within `limit`.
@@ -55,28 +57,33 @@ impl Lane {
         Ok(epoll.wait(limit.as_millis() as i32, &mut [EpollEvent::default()])? == 1)
     }
 
-    /// Waits until there is something to reap, and reaps it. An error if nothing comes.
+    /// Changes how completions are learned of.
+    pub fn learn_by(&mut self, completions: Completions) {
+        if self.pair.completions() != completions {
+            self.cleared = self.pair.set_completions(completions);
+        }
+    }
+
+    /// Waits until there is something to reap, and reaps it. An error if nothing comes. With interrupts nothing is looked
+    /// for before one has come.
     pub fn reap(&mut self, mut done: impl FnMut(nvme_driver::Completed)) -> Result<usize> {
         let start = Instant::now();
         loop {
+            if self.pair.completions() == Completions::Interrupt && !std::mem::take(&mut self.cleared) {
+                if !self.interrupted(DEADLINE)? {
+                    return Err(format!("no interrupt came within {DEADLINE:?}").into());
+                }
+                self.interrupts += 1;
+                self.pair.acknowledge_interrupt();
+            }
             let taken = self.pair.reap(&mut done);
             if taken > 0 {
                 return Ok(taken);
             }
-            match self.pair.completions() {
-                Completions::Interrupt => {
-                    if !self.pair.acknowledge_interrupt() {
-                        if !self.interrupted(DEADLINE)? {
-                            return Err(format!("no interrupt came within {DEADLINE:?}").into());
-                        }
-                        self.interrupts += 1;
-                    }
-                }
-                Completions::Polling if start.elapsed() > DEADLINE => {
-                    return Err(format!("nothing was completed within {DEADLINE:?}").into());
-                }
-                Completions::Polling => std::thread::yield_now(),
+            if start.elapsed() > DEADLINE {
+                return Err(format!("nothing was completed within {DEADLINE:?}").into());
             }
+            std::thread::yield_now();
         }
     }
 
@@ -237,15 +244,11 @@ pub fn run(
 }
 
 fn choose(lane: &mut Lane, wait: Wait, number: usize) {
-    let completions = match wait {
+    lane.learn_by(match wait {
         Wait::Polling => Completions::Polling,
         Wait::Switching if number % 2 == 1 => Completions::Polling,
         Wait::Interrupts | Wait::Switching => Completions::Interrupt,
-    };
-    if lane.pair.completions() != completions {
-        // What it returns is not needed: a reap comes first, always.
-        lane.pair.set_completions(completions);
-    }
+    });
 }
 
 /// Copies between `data` and the pieces of a buffer, in order.
