@@ -105,3 +105,14 @@ fn write_reports(comparison: &Comparison, json: Option<&Path>, html: Option<&Pat
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_options_of_both_ways_do_not_clash() {
+        Arguments::command().debug_assert();
+    }
+}

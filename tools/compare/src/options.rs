@@ -14,6 +14,30 @@ use crate::job::{Job, default_jobs, select};
 /// Disks of the jobs that load several at once: as many as in the field test.
 pub const DISKS: u32 = 7;
 
+/// How data-plane reaches its file or disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Aio {
+    /// io_uring.
+    #[default]
+    #[value(name = "io_uring")]
+    IoUring,
+    /// Linux AIO; only past the page cache.
+    Native,
+    /// A pool of threads: not what anybody runs who wants speed.
+    Threads,
+}
+
+impl Aio {
+    /// QEMU's word for it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Aio::IoUring => "io_uring",
+            Aio::Native => "native",
+            Aio::Threads => "threads",
+        }
+    }
+}
+
 /// Shared options as they stand on the command line.
 #[derive(Clone, Debug, clap::Args)]
 pub struct CommonOptions {
@@ -53,6 +77,9 @@ pub struct CommonOptions {
     /// What --device and --kernel-device hold may be destroyed
     #[arg(long)]
     pub overwrite: bool,
+    /// How data-plane reaches its file or disk [default: io_uring; with --guest, native where io_uring does not work]
+    #[arg(long, value_enum)]
+    pub aio: Option<Aio>,
     /// Our target [default: $VHOST_BLK, or vhost-blk beside this program]
     #[arg(long, value_name = "PATH")]
     pub vhost_blk: Option<PathBuf>,
@@ -83,6 +110,8 @@ pub struct Plan {
     pub kernel_device: Option<PathBuf>,
     /// Whether what these two hold may be destroyed.
     pub overwrite: bool,
+    /// How data-plane reaches its file or disk; `None`: to be chosen.
+    pub aio: Option<Aio>,
     /// Where our target is.
     pub vhost_blk: Option<PathBuf>,
     /// Becomes true when the user wants to stop.
@@ -117,6 +146,7 @@ impl Plan {
             device: options.device,
             kernel_device: options.kernel_device,
             overwrite: options.overwrite,
+            aio: options.aio,
             vhost_blk: options.vhost_blk,
             stop,
         })

@@ -33,6 +33,7 @@ use blk_perf::{ClientOptions, Report, Workload};
 
 use crate::comparison::{Accelerator, Comparison, Environment, FORMAT, Outcome, Sample, Side, SideInfo, Way};
 use crate::job::Job;
+use crate::options::Aio;
 use crate::process::{on_cpus, own_cpu_time};
 use crate::progress::Progress;
 use crate::{Error, Plan, environment};
@@ -50,37 +51,10 @@ const RETAKES: u32 = 2;
 /// CPUs are known to have been moved if a message between them takes this many times as long, or short, as before.
 const MOVED: f64 = 2.0;
 
-/// How data-plane reaches its file or disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Aio {
-    /// io_uring.
-    #[default]
-    #[value(name = "io_uring")]
-    IoUring,
-    /// Linux AIO.
-    Native,
-    /// A pool of threads.
-    Threads,
-}
-
-impl Aio {
-    /// QEMU's word for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Aio::IoUring => "io_uring",
-            Aio::Native => "native",
-            Aio::Threads => "threads",
-        }
-    }
-}
-
 /// Options of the way `--frontend` alone.
 #[derive(Clone, Debug, Default, clap::Args)]
 #[command(next_help_heading = "With --frontend")]
 pub struct FrontendOptions {
-    /// How data-plane reaches its file or disk
-    #[arg(long, value_enum, default_value_t)]
-    pub aio: Aio,
     /// Also measure data-plane on a device that stores nothing: its upper bound
     #[arg(long)]
     pub null: bool,
@@ -104,7 +78,8 @@ pub fn run(plan: &Plan, options: &FrontendOptions, progress: &Progress) -> Resul
     let in_memory = u64::from(plan.device.is_none()) + u64::from(plan.kernel_device.is_none());
     let memory = storage::memory_folder(plan.disk_bytes * u64::from(plan.most_disks()) * in_memory)?;
     let direct = plan.kernel_device.is_some() || storage::takes_direct(memory.path());
-    if options.aio == Aio::Native && !direct {
+    let aio = plan.aio.unwrap_or_default();
+    if aio == Aio::Native && !direct {
         let message =
             "this kernel's tmpfs cannot be opened past the page cache, which native needs; use --aio io_uring";
         return Err(Error::Options(message.into()));
@@ -113,7 +88,7 @@ pub fn run(plan: &Plan, options: &FrontendOptions, progress: &Progress) -> Resul
     let recipe = Recipe {
         plan,
         placement: &placement,
-        aio: options.aio,
+        aio,
         direct,
         vhost_blk: if sides.contains(&Side::VhostBlk) { plan.vhost_blk_program()? } else { PathBuf::new() },
         storage_daemon: match needs_daemon {

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::placement::{Placement, list};
-use super::{Aio, drive, storage};
+use super::{drive, storage};
 use crate::comparison::Side;
+use crate::options::Aio;
 use crate::process::{Process, find_program};
 use crate::{Error, Plan};
 

@@ -148,6 +148,7 @@ mod tests {
             kernel_device: Some(path.into()),
             overwrite,
             vhost_blk: None,
+            aio: None,
             stop: Arc::new(AtomicBool::new(false)),
         }
     }

@@ -18,7 +18,6 @@ use std::path::{Path, PathBuf};
 use e2e::Kernel;
 
 pub use accelerator::Wanted as WantedAccelerator;
-pub use qemu::Aio;
 
 use self::qemu::{Qemu, Queues};
 use self::rebind::Rebind;
@@ -49,9 +48,6 @@ pub struct GuestOptions {
     /// Memory of each guest, in MiB
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(512..))]
     pub memory: u32,
-    /// How data-plane does its I/O [default: io_uring if it works on the storage, else native]
-    #[arg(long, value_enum)]
-    pub aio: Option<Aio>,
     /// Host CPUs with a worker of our target each, or an IOThread of data-plane each [default: one of it, not pinned]
     #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
     pub worker_cpus: Option<CpuList>,

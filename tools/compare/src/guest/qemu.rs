@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::Error;
+use crate::options::Aio;
 use crate::process::find_program;
 
 /// For a QEMU that only says something and ends.
@@ -30,31 +31,6 @@ impl Queues {
     /// QEMU's properties of a disk on our target.
     pub fn properties(self) -> String {
         format!("num-queues={},queue-size={}", self.count, self.size)
-    }
-}
-
-/// How data-plane's IOThreads do their I/O.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Aio {
-    /// io_uring.
-    #[value(name = "io_uring")]
-    IoUring,
-    /// Linux AIO; only without the page cache.
-    #[value(name = "native")]
-    Native,
-    /// A pool of threads: not what anybody runs who wants speed.
-    #[value(name = "threads")]
-    Threads,
-}
-
-impl Aio {
-    /// QEMU's name.
-    pub fn name(self) -> &'static str {
-        match self {
-            Aio::IoUring => "io_uring",
-            Aio::Native => "native",
-            Aio::Threads => "threads",
-        }
     }
 }
 

@@ -86,7 +86,7 @@ impl Setup<'_> {
             return Ok(access);
         }
         let file = self.storage.data_plane_files().swap_remove(0);
-        let access = self.qemu.access(&file, self.options.aio)?;
+        let access = self.qemu.access(&file, self.plan.aio)?;
         self.access = Some(access);
         Ok(access)
     }

@@ -238,6 +238,7 @@ mod tests {
             kernel_device: kernel_device.map(PathBuf::from),
             overwrite: false,
             vhost_blk: None,
+            aio: None,
             stop: Arc::default(),
         }
     }

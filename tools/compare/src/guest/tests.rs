@@ -52,7 +52,7 @@ fn workers_stay_within_the_cpus_of_both_sides() {
 fn options_that_need_others() {
     assert!(options(&["--rebind"]).is_err_and(|error| error.contains("--device")));
     assert!(options(&["--modules", "/lib/modules/x"]).is_err_and(|error| error.contains("--kernel")));
-    assert_eq!(options(&["--aio", "io_uring"]).unwrap().1.aio, Some(Aio::IoUring));
+    assert_eq!(options(&["--aio", "native"]).unwrap().0.aio, Some(crate::options::Aio::Native));
     let (_, options) = options(&["--kernel", "/boot/a", "--modules", "/lib/modules/a"]).unwrap();
     let kernel = kernel(&options).unwrap();
     assert_eq!((kernel.image, kernel.modules), ("/boot/a".into(), Some("/lib/modules/a".into())));
