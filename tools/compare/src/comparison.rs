@@ -281,6 +281,46 @@ impl Comparison {
         }
     }
 
+    /// Joins a comparison that was made of other sides or other jobs, on the same machine.
+    ///
+    /// # Errors
+    /// When the two do not belong together: the reason.
+    pub fn join(mut self, other: Comparison) -> Result<Comparison, String> {
+        let (one, two) = (&self.environment, &other.environment);
+        if (self.format, self.way, one.accelerator) != (other.format, other.way, other.environment.accelerator) {
+            return Err("they were not made in the same way".into());
+        }
+        if (&one.cpu, one.cpus, &one.kernel) != (&two.cpu, two.cpus, &two.kernel) {
+            return Err("they were made on different machines or kernels".into());
+        }
+        if self.settings != other.settings {
+            return Err("their rounds, queues or disks are not the same".into());
+        }
+        for row in other.rows {
+            for results in row.results {
+                let taken = self.rows.iter().find(|mine| mine.job == row.job).and_then(|mine| mine.side(results.side));
+                if taken.is_some() {
+                    return Err(format!("both have {} on {}", row.job.name, results.side));
+                }
+                for outcome in results.rounds {
+                    self.add(&row.job, results.side, outcome);
+                }
+            }
+        }
+        for info in other.environment.sides {
+            if !self.environment.sides.contains(&info) {
+                self.environment.sides.push(info);
+            }
+        }
+        self.environment.sides.sort_by_key(|info| info.side);
+        for note in other.notes {
+            if !self.notes.contains(&note) {
+                self.notes.push(note);
+            }
+        }
+        Ok(self)
+    }
+
     /// True if there are results and no round of any job failed.
     pub fn is_success(&self) -> bool {
         let mut results = self.rows.iter().flat_map(|row| &row.results).peekable();

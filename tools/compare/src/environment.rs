@@ -1,9 +1,13 @@
 //! What the host says of itself.
 
 use std::fs;
+use std::io::{self, Read, Seek};
 use std::path::Path;
-use std::process::Command;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// How long a program may take to say its version.
+const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
 /// The processor's model name.
 pub fn cpu_model() -> String {
@@ -20,9 +24,28 @@ pub fn kernel() -> String {
 
 /// The first line of what `program --version` prints.
 pub fn version(program: &Path) -> String {
-    let output = Command::new(program).arg("--version").output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+    let text = version_text(program).unwrap_or_default();
     text.lines().next().map_or_else(|| "version unknown".to_owned(), |line| line.trim().to_owned())
+}
+
+/// What it prints, into a file: a pipe might be held open by what it has started.
+fn version_text(program: &Path) -> io::Result<String> {
+    let mut output = tempfile::tempfile()?;
+    let mut command = Command::new(program);
+    let mut child = command.arg("--version").stdin(Stdio::null()).stdout(output.try_clone()?).spawn()?;
+    let deadline = Instant::now() + VERSION_LIMIT;
+    while child.try_wait()?.is_none() {
+        if Instant::now() >= deadline {
+            child.kill()?;
+            child.wait()?;
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut text = Vec::new();
+    output.rewind()?;
+    output.read_to_end(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
 /// Now, in UTC: `2026-01-31 12:00`.

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use clap::Parser;
+use compare::comparison::FORMAT;
 use compare::frontend::drive::DriveOptions;
 use compare::frontend::{self, FrontendOptions};
 use compare::guest::{self, GuestOptions};
@@ -19,7 +20,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 /// Runs the same load on this project's target and on virtio-blk-data-plane, and reports both.
 #[derive(Parser, Debug)]
 #[command(version)]
-#[command(group = clap::ArgGroup::new("way").required(true).args(["frontend", "guest", "list_jobs", "serve_drive"]))]
+#[command(group = clap::ArgGroup::new("way").required(true).args(["frontend", "guest", "merge", "list_jobs", "serve_drive"]))]
 struct Arguments {
     /// A load generator as vhost-user front-end, without a guest: what the back ends do, on any machine
     #[arg(long)]
@@ -27,6 +28,9 @@ struct Arguments {
     /// fio in a guest: what an application gets; a matter of speed only where there is KVM
     #[arg(long)]
     guest: bool,
+    /// Report on what was written with --json before: one file, or several of different sides or jobs
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    merge: Vec<PathBuf>,
     /// Print the names of the jobs
     #[arg(long)]
     list_jobs: bool,
@@ -70,6 +74,11 @@ fn run(arguments: Arguments) -> Result<bool, Error> {
         }
         return Ok(true);
     }
+    if !arguments.merge.is_empty() {
+        let comparison = merge(&arguments.merge)?;
+        write_reports(&comparison, arguments.json.as_deref(), arguments.html.as_deref())?;
+        return Ok(comparison.is_success());
+    }
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
         // The first signal ends the comparison in order, a second one the program.
@@ -87,6 +96,28 @@ fn run(arguments: Arguments) -> Result<bool, Error> {
     let comparison = result?;
     write_reports(&comparison, arguments.json.as_deref(), arguments.html.as_deref())?;
     Ok(comparison.is_success())
+}
+
+fn merge(files: &[PathBuf]) -> Result<Comparison, Error> {
+    let mut merged: Option<Comparison> = None;
+    for path in files {
+        let text = std::fs::read_to_string(path).map_err(Error::system(format!("reading {}", path.display())))?;
+        let read: Comparison = serde_json::from_str(&text)
+            .map_err(|error| Error::Options(format!("{} is not a report of this program: {error}", path.display())))?;
+        if read.format != FORMAT {
+            return Err(Error::Options(format!("{}: format {}, not {FORMAT}", path.display(), read.format)));
+        }
+        merged = Some(match merged.take() {
+            None => read,
+            Some(merged) => {
+                let failed = |why| {
+                    Error::Options(format!("{} cannot be joined to the reports before it: {why}", path.display()))
+                };
+                merged.join(read).map_err(failed)?
+            }
+        });
+    }
+    Ok(merged.expect("there is at least one file"))
 }
 
 fn write_reports(comparison: &Comparison, json: Option<&Path>, html: Option<&Path>) -> Result<(), Error> {

@@ -189,7 +189,7 @@ impl Stand {
         self.resume()?;
         let status = self.target.stop()?;
         if !status.success() {
-            let reason = "after SIGTERM it was to end with success".to_owned();
+            let reason = "success was expected".to_owned();
             return Err(Error::Ended { program: self.side.to_string(), status, reason });
         }
         self.drive.map_or(Ok(()), |drive| drive.stop().map(drop))
