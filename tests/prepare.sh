@@ -113,13 +113,15 @@ install_programs() {
         say "installing ${missing[*]}"
         apt_get install --no-install-recommends "${missing[@]}" || fail "could not install ${missing[*]}"
     fi
-    if ! have qemu-system-x86_64; then
-        need_apt "missing: qemu-system-x86"
+    # QEMU's machine, and its storage daemon, beside which the target is measured.
+    for pair in qemu-system-x86_64:qemu-system-x86 qemu-storage-daemon:qemu-utils; do
+        have "${pair%%:*}" && continue
+        need_apt "missing: ${pair#*:}"
         ready_sources
-        say "installing qemu-system-x86"
-        apt_get install --no-install-recommends "${newer[@]}" qemu-system-x86 ||
-            apt_get install --no-install-recommends qemu-system-x86 || fail "could not install qemu-system-x86"
-    fi
+        say "installing ${pair#*:}"
+        apt_get install --no-install-recommends "${newer[@]}" "${pair#*:}" ||
+            apt_get install --no-install-recommends "${pair#*:}" || fail "could not install ${pair#*:}"
+    done
     have cargo || fail "cargo is missing: install Rust (the version is in Cargo.toml, rust-version)"
 }
 
