@@ -122,7 +122,22 @@ install_programs() {
         apt_get install --no-install-recommends "${newer[@]}" "${pair#*:}" ||
             apt_get install --no-install-recommends "${pair#*:}" || fail "could not install ${pair#*:}"
     done
-    have cargo || fail "cargo is missing: install Rust (the version is in Cargo.toml, rust-version)"
+    install_rust
+}
+
+# Where there is no Rust at all: the newest that Debian has for its own browsers, if that is new enough.
+install_rust() {
+    local packages=(rustc-web cargo-web rust-web-clippy rustfmt-web) wanted found
+    ! have cargo || return 0
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+    need_apt "missing: cargo (Rust $wanted)"
+    ready_sources
+    found=$(apt-cache policy rustc-web | awk '$1 == "Candidate:" { print $2 }')
+    if [ -z "$found" ] || dpkg --compare-versions "$found" lt "$wanted"; then
+        fail "cargo is missing, and Debian's packages have no Rust $wanted: install it (https://rustup.rs)"
+    fi
+    say "installing ${packages[*]}"
+    apt_get install --no-install-recommends "${packages[@]}" || fail "could not install ${packages[*]}"
 }
 
 # ---- kernels ----------------------------------------------------------------------------------------------------
