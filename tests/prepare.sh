@@ -143,15 +143,16 @@ install_rust() {
 # ---- kernels ----------------------------------------------------------------------------------------------------
 
 # What the lab's machines load, besides what these modules need. The whole of a kernel would be 400 MiB of modules.
-lab_modules=(virtio_pci virtio_blk 9p 9pnet_virtio overlay loop nvme ext4 vfio-pci vfio_iommu_type1 pci-stub
-    dm-mod raid1)
+lab_modules=(virtio_pci virtio_blk 9p 9pnet_virtio overlay loop nvme ext4 crc32c_generic vfio-pci vfio_iommu_type1
+    pci-stub dm-mod raid1)
 
 # kernel FOLDER PACKAGE [apt options]: the newest kernel that PACKAGE depends on, as target/guest/FOLDER/vmlinuz and
 # .../modules (with modules.dep, uncompressed). Checked against the sums made when it was unpacked.
 kernel() {
-    local folder=$guest/$1 flavour=$2 package work version
+    local folder=$guest/$1 flavour=$2 package work version wanted=
     shift 2
-    if (cd "$folder" 2>/dev/null && sha256sum --quiet --check sums >/dev/null 2>&1); then
+    if [ "$flavour" = linux-image-amd64 ]; then wanted=${lab_modules[*]}; fi
+    if [ "$wanted" = "$(cat "$folder/wanted" 2>/dev/null)" ] && (cd "$folder" 2>/dev/null && sha256sum --quiet --check sums >/dev/null 2>&1); then
         return 0
     fi
     need_apt "missing: a kernel for guests at $folder"
@@ -166,7 +167,7 @@ kernel() {
     (cd "$work" && apt_get download "$@" "$package") || fail "could not download $package"
     dpkg-deb -x "$work"/*.deb "$work/root"
     version=$(basename "$work"/root/lib/modules/*)
-    if [ "$flavour" = linux-image-amd64 ]; then keep_modules "$work/root" "$version" "${lab_modules[@]}"; fi
+    if [ -n "$wanted" ]; then keep_modules "$work/root" "$version" "${lab_modules[@]}"; fi
     find "$work/root/lib/modules" -name '*.ko.xz' -print0 | xargs -0 -r -n 64 -P 2 xz -d
     PATH=$PATH:/usr/sbin:/sbin depmod -b "$work/root" "$version"
     rm -rf "$folder"
@@ -174,6 +175,7 @@ kernel() {
     mv "$work/root/boot/vmlinuz-$version" "$folder/vmlinuz"
     mv "$work/root/lib/modules/$version" "$folder/modules"
     rm -rf "$work"
+    if [ -n "$wanted" ]; then printf '%s' "$wanted" >"$folder/wanted"; fi
     (cd "$folder" && find vmlinuz modules -type f -exec sha256sum {} + >sums.new && mv sums.new sums)
     say "unpacked $package to $folder"
 }
