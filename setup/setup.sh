@@ -10,7 +10,8 @@ usage: setup.sh COMMAND [options]
 
   status                    the NVMe drives of this machine, hugepages, and what undo would take back
   check                     what is ready and what is missing, line by line, with the command that mends it
-  bind BDF...               takes these drives from the kernel and gives them to vfio-pci
+  bind BDF[=SERIAL]...      takes these drives from the kernel and gives them to vfio-pci; only those with these serial
+                            numbers, where they are given
   unbind BDF...             gives these drives back to the driver they had before, or nvme
   hugepages SIZE [--node N] [--page 2M|1G]
                             makes sure that there are hugepages of SIZE (512M, 2G) in all, or on one NUMA node
@@ -50,6 +51,8 @@ ROOT=${SETUP_ROOT-}
 SYS=$ROOT/sys PROC=$ROOT/proc DEV=$ROOT/dev RUN=$ROOT/run ETC=$ROOT/etc
 DRY_RUN=0 JSON=0 FORCE=0 USER_NAME='' NODE='' PAGE=''
 COMMAND='' WORDS=()
+# The serial numbers that were given, by address.
+declare -A SERIALS=()
 
 wrong_usage() {
     printf 'setup.sh: %s\n\n' "$1" >&2
@@ -88,7 +91,11 @@ parse_addresses() {
     local word address known=' ' addresses=()
     ((${#WORDS[@]})) || wrong_usage "$COMMAND needs the address of a drive, such as 0000:01:00.0 ('setup.sh status' lists them)"
     for word in "${WORDS[@]}"; do
-        address=$(full_address "$word") || wrong_usage "'$word' is no PCI address: it looks like 0000:01:00.0 or 01:00.0"
+        address=$(full_address "${word%%=*}") || wrong_usage "'$word' is no PCI address: it looks like 0000:01:00.0 or 01:00.0"
+        if [[ $word == *=* ]]; then
+            [[ $COMMAND == bind && -n ${word#*=} ]] || wrong_usage "'$word': a serial number is for bind"
+            SERIALS[$address]=${word#*=}
+        fi
         [[ $known == *" $address "* ]] || addresses+=("$address")
         known+="$address "
     done
@@ -104,6 +111,11 @@ only_for() {
 
 main() {
     parse "$@"
+    # Every list below is read that way: an empty one must not come of a shell that cannot do it.
+    if [[ $({ cat < <(printf works); } 2>/dev/null) != works ]]; then
+        step refused setup.sh 'bash cannot read from a command here' 'ln -s /proc/self/fd /dev/fd'
+        finish 1
+    fi
     only_for --node "$NODE" hugepages
     only_for --page "$PAGE" hugepages
     only_for --force "${FORCE#0}" bind

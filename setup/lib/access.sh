@@ -63,6 +63,9 @@ give_file() {
     return 1
 }
 
+# What systemd makes of the service's files; nothing if there are none.
+service_setting() { systemctl show --property="$1" --value "$SERVICE" 2>/dev/null; }
+
 drop_in() { printf '%s' "$RUN/systemd/system/$SERVICE.d/50-setup-user.conf"; }
 
 # Lets the service run as the user, until the next boot.
@@ -70,6 +73,10 @@ write_drop_in() {
     local file text
     [[ -d $RUN/systemd/system ]] || return 0
     file=$(drop_in)
+    if [[ $(service_setting User) == "$USER_NAME" && $(service_setting LimitMEMLOCK) == infinity ]]; then
+        step unchanged "$SERVICE" "runs as $USER_NAME already"
+        return 0
+    fi
     printf -v text '# By setup.sh --user; gone after a reboot, or setup.sh undo.\n[Service]\nUser=%s\nLimitMEMLOCK=infinity\n' "$USER_NAME"
     if [[ -e $file && $(<"$file") == "${text%$'\n'}" ]]; then
         step unchanged "$SERVICE" "runs as $USER_NAME already"

@@ -25,6 +25,7 @@ examine() {
     fi
     examine_group "$address"
     driver=$(driver_of "$address")
+    if [[ $driver != vfio-pci ]]; then examine_serial "$address"; fi
     case $driver in
     vfio-pci) return ;;
     nvme)
@@ -41,6 +42,18 @@ examine() {
     esac
     if [[ ! -d $SYS/bus/pci/drivers/vfio-pci ]] && ! modprobe -n -q vfio-pci 2>/dev/null; then
         hard 'this kernel has no vfio-pci' 'install a kernel with CONFIG_VFIO_PCI (Debian: linux-image-amd64)'
+    fi
+}
+
+# Addresses change when cards are moved; serial numbers do not.
+examine_serial() {
+    local serial wanted=${SERIALS[$1]-}
+    [[ -n $wanted ]] || return
+    serial=$(serial_of "$1")
+    if [[ -z $serial ]]; then
+        hard "its serial number cannot be read, and $wanted is wanted" "setup.sh unbind $1 gives it to nvme, to look"
+    elif [[ $serial != "$wanted" ]]; then
+        hard "its serial number is $serial, and $wanted is wanted: this is another drive" 'setup.sh status shows where yours is'
     fi
 }
 

@@ -60,6 +60,13 @@ controllers_of() {
     for dir in "$(device_dir "$1")"/nvme/nvme*; do printf '%s\n' "$dir"; done
 }
 
+# The serial number of a drive that the kernel drives; nothing if it does not.
+serial_of() {
+    local controller
+    # It is padded with blanks, which `read` takes away.
+    while IFS= read -r controller; do first_line "$controller/serial"; done < <(controllers_of "$1")
+}
+
 # The sysfs folders of a drive's disks. With multipath, a namespace's disk belongs to the subsystem and the one below the
 # controller is hidden (it has no number); the names' digits say nothing then.
 disks_of() {

@@ -66,6 +66,8 @@ status_lines() {
     local address=$1 driver line sibling class
     driver=$(driver_of "$address")
     printf '%-14s %-10s %-6s %-5s %s\n' "$address" "${driver:--}" "$(group_of "$address" | grep . || echo -)" "$(node_of "$address" | grep . || echo -)" "$(model_of "$address")"
+    line=$(serial_of "$address")
+    [[ -z $line ]] || printf '    serial number: %s\n' "$line"
     while IFS= read -r line; do printf '    disk: %s\n' "$line"; done < <(namespaces_of "$address")
     while read -r sibling class driver; do
         printf '    same IOMMU group: %s, %s, driver %s\n' "$sibling" "$(describe_class "$class")" "$driver"
@@ -84,8 +86,8 @@ status_json() {
         list+=("{\"address\":$(json_string "$sibling"),\"class\":$(json_string "$class"),\"driver\":$(json_string "${driver#-}")}")
     done < <(siblings_of "$address")
     look_at "$address"
-    printf '{"address":%s,"model":%s,"driver":%s,"iommu_group":%s,"numa_node":%s,"namespaces":%s,"siblings":%s,"open_in":%s,"refused":%s,"refused_without_force":%s}' \
-        "$(json_string "$address")" "$(json_string "$(model_of "$address")")" "$(json_string "$text")" \
+    printf '{"address":%s,"model":%s,"serial":%s,"driver":%s,"iommu_group":%s,"numa_node":%s,"namespaces":%s,"siblings":%s,"open_in":%s,"refused":%s,"refused_without_force":%s}' \
+        "$(json_string "$address")" "$(json_string "$(model_of "$address")")" "$(json_string "$(serial_of "$address")")" "$(json_string "$text")" \
         "$(json_number "$(group_of "$address")")" "$(json_number "$(node_of "$address")")" "$(json_strings "${names[@]}")" \
         "$(json_array "${list[@]}")" "$(json_strings "${OPEN_IN[@]}")" "$(json_strings "${HARD[@]}")" "$(json_strings "${SOFT[@]}")"
 }

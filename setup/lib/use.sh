@@ -55,7 +55,7 @@ all_mounts() {
 find_mounts() {
     local number place name
     local -A places=() count=()
-    [[ -s $PROC/self/mountinfo ]] || USES+=("$PROC/self/mountinfo cannot be read, so nobody knows what is mounted")
+    [[ -n $(first_line "$PROC/self/mountinfo") ]] || USES+=("$PROC/self/mountinfo cannot be read, so nobody knows what is mounted")
     while read -r number place; do
         name=${numbers[$number]-}
         [[ -n $name ]] || continue
@@ -162,7 +162,8 @@ find_open_files() {
         [[ -n $name ]] && seen["${file%%/*} $name"]=1
     done < <(cd "$PROC" && cut -f1 <<<"$list" | xargs -r -d '\n' stat -L -c '%n|%F|%t:%T' 2>/dev/null)
     for name in "${!seen[@]}"; do
-        [[ ${name%% *} == "$HOLDER" ]] && continue
+        # Ours, or one that has ended meanwhile.
+        [[ ${name%% *} == "$HOLDER" || ! -e $PROC/${name%% *} ]] && continue
         USES+=("${name#* } is open in process $(process_name "${name%% *}")")
     done
 }

@@ -87,7 +87,7 @@ grep -v " ${2#"$SETUP_ROOT"} " "$SETUP_ROOT/proc/self/mountinfo" >"$SETUP_ROOT/.
 cat "$SETUP_ROOT/../mountinfo" >"$SETUP_ROOT/proc/self/mountinfo"
 "#;
 
-const OTHERS: &str = r#"echo "${0##*/} $*" >>"$SETUP_ROOT/../commands"
+const OTHERS: &str = r#"[ "$1" = show ] || echo "${0##*/} $*" >>"$SETUP_ROOT/../commands"
 "#;
 
 const MEMINFO: &str = "MemTotal:       8388608 kB\nMemFree:        6291456 kB\nMemAvailable:   6291456 kB\n";
@@ -238,6 +238,7 @@ impl Machine {
         self.function(address, "0x010802", Some("nvme"), group);
         let folder = format!("sys/devices/pci0000:00/{address}/nvme/{controller}");
         self.write(&format!("{folder}/state"), "live\n");
+        self.write(&format!("{folder}/serial"), &format!("{:20}\n", format!("S-{controller}")));
         self.write(&format!("{folder}/model"), "A \"good\" drive \\ one\n");
         self.number += 1;
         self.write(&format!("{folder}/dev"), &format!("240:{}\n", self.number));

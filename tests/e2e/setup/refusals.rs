@@ -156,6 +156,21 @@ fn drives_that_are_not_what_they_seem() {
     machine.is_refused("bind 0000:03:00.0", &["no NVMe drive but a storage controller"]);
 }
 
+/// Addresses change when cards are moved.
+#[test]
+fn another_drive_at_the_address() {
+    let mut machine = Machine::new();
+    machine.drive(FIRST, "nvme0", 7);
+    machine.is_refused("bind 0000:01:00.0=S-nvme9", &["its serial number is S-nvme0, and S-nvme9 is wanted"]);
+    machine.run("unbind 01:00.0=S-nvme0").says("a serial number is for bind");
+    machine.run("bind 01:00.0=").says("a serial number is for bind");
+    machine.run("bind 01:00.0=S-nvme0").succeeded();
+    assert_eq!(machine.driver_of(FIRST).as_deref(), Some("vfio-pci"));
+    let machine = Machine::new();
+    machine.function(FIRST, "0x010802", None, 7);
+    machine.is_refused("bind 0000:01:00.0=S-nvme0", &["its serial number cannot be read"]);
+}
+
 #[test]
 fn without_an_iommu() {
     let spoil = |machine: &mut Machine| {

@@ -22,7 +22,9 @@ fn status_tells_of_every_drive() {
     let before = machine.snapshot();
     let output =
         machine.run("status").succeeded().says("0000:01:00.0   nvme       7      1     A \"good\" drive \\ one");
-    let output = output.says("    disk: nvme0n1 (2 MiB)").says("same IOMMU group: 0000:00:01.0, PCI bridge");
+    let output = output
+        .says("    serial number: S-nvme0\n    disk: nvme0n1 (2 MiB)")
+        .says("same IOMMU group: 0000:00:01.0, PCI bridge");
     output.says("not to be bound: nvme1n1 is used as swap").says("hugepages of 2M on node 1: 0, 0 free");
     same(&before, &machine.snapshot());
     machine.run("bind 01:00.0").succeeded();
@@ -38,6 +40,7 @@ fn status_tells_of_every_drive() {
     assert_eq!(drives[0]["iommu_group"], 7);
     assert_eq!(drives[0]["open_in"], json!(["12 (a \"b\"\\\u{1}\tc)"]));
     assert_eq!(drives[1]["model"], "A \"good\" drive \\ one");
+    assert_eq!(drives[1]["serial"], "S-nvme1");
     assert_eq!(drives[1]["numa_node"], 1);
     assert_eq!(drives[1]["namespaces"], json!(["nvme1n1 (2 MiB)"]));
     assert_eq!(drives[1]["refused"], json!(["nvme1n1 is used as swap (swapoff /dev/nvme1n1)"]));
