@@ -60,6 +60,15 @@ impl Disk {
         report
     }
 
+    /// So that a success of [`Disk::verify`] means something.
+    fn is_not_verified_under_another_seed(&self, guest: &mut Guest) {
+        let program = env!("CARGO_BIN_EXE_lab-drive");
+        let seed = self.seed + 100;
+        let output = guest.try_run(&format!("{program} verify {} --seed {seed}", self.address), LONG).unwrap();
+        assert_eq!(output.status, 1, "{}", output.text);
+        assert!(output.text.contains(&format!("should hold {seed}, and holds")), "{}", output.text);
+    }
+
     fn exceptions(&self) -> String {
         self.except.iter().map(|exception| format!("--except {exception} ")).collect()
     }
@@ -124,10 +133,13 @@ const MDTS: [&str; 5] = ["0000:00:06.0", "0000:00:07.0", "0000:00:08.0", "0000:0
 const SEVERAL: &str = "0000:00:0b.0";
 const BROKEN: &str = "0000:00:0c.0";
 const UNREADABLE: u64 = 1234;
+/// What QEMU notes in its log for each flush of a namespace.
+const FLUSH: &str = "pci_nvme_flush_ns";
 
 fn lab(kernel: &Kernel) -> Lab {
     let mut lab = Lab::new(kernel)
         .hugepages(32)
+        .arguments(&["-trace", FLUSH])
         .drive(LabDrive::new("plain").size_mib(32))
         .drive(LabDrive::new("large").size_mib(16).logical_block_size(4096));
     for mdts in 1..=5 {
@@ -157,7 +169,11 @@ fn drives_hold_what_either_driver_has_written(kernel: &Kernel) {
     let mut one = Disk::new(SEVERAL, 1, "several-1", 4, 512);
     let mut two = Disk::new(SEVERAL, 2, "several-2", 8, 4096);
     plain.fill(guest, 1, "--wait switching");
+    let before = flushes(folder.path());
     plain.change(guest);
+    // A flush leaves nothing that could be read back.
+    assert!(flushes(folder.path()) > before, "no flush has reached the drive");
+    plain.is_not_verified_under_another_seed(guest);
     let report = plain.verify(guest, "--wait interrupts --no-shadow");
     assert!(report["interrupts"].as_u64().unwrap() > 0, "{report}");
     let report = large.fill(guest, 2, "--wait interrupts");
@@ -189,6 +205,11 @@ fn drives_hold_what_either_driver_has_written(kernel: &Kernel) {
 }
 
 on_each_kernel!(drives_hold_what_either_driver_has_written);
+
+/// Flushes that QEMU's controllers have done so far.
+fn flushes(folder: &Path) -> usize {
+    std::fs::read_to_string(folder.join("qemu.log")).unwrap().matches(FLUSH).count()
+}
 
 /// What each controller says of itself is what QEMU was told.
 fn identities(guest: &mut Guest) {
