@@ -35,7 +35,7 @@ fn mistakes_are_told_in_one_line(kernel: &Kernel) {
         .drive(LabDrive::new("good"))
         .drive(LabDrive::new("other"));
     let mut guest = lab.boot(folder.path()).unwrap();
-    let (shared, neighbour, good, other) = ("0000:00:04.0", "0000:00:04.1", "0000:00:05.0", "0000:00:06.0");
+    let (shared, good, other) = ("0000:00:04.0", "0000:00:05.0", "0000:00:06.0");
     let device = |address: &str| format!("--socket-path /run/user/disk.sock --device {address}");
     guest.run("mkdir /run/user && chown nobody /run/user", SHORT).unwrap();
 
@@ -50,16 +50,6 @@ fn mistakes_are_told_in_one_line(kernel: &Kernel) {
     bind(&mut guest, shared);
     let parts = ["the kernel drives other devices of its IOMMU group", "0000:00:04.1 (nvme)", "bind all devices"];
     refuses(&mut guest, "", &device(shared), &parts);
-    // Both bound, and both wanted by one program.
-    bind(&mut guest, neighbour);
-    let configuration = format!(
-        "cat >/run/both.toml <<'END'\n[[export]]\ndevice = \"{shared}\"\nsocket-path = \"/run/a.sock\"\n\
-         [[export]]\ndevice = \"{neighbour}\"\nsocket-path = \"/run/b.sock\"\nEND"
-    );
-    guest.run(&configuration, SHORT).unwrap();
-    let parts = [neighbour, "open already", "by this very one", "one can be used at a time"];
-    refuses(&mut guest, "", "--config /run/both.toml", &parts);
-
     // No permission; then one file of the two that are needed.
     bind(&mut guest, good);
     let give = format!("setup/setup.sh bind {good} --user NAME");

@@ -1,11 +1,12 @@
 //! The two ways to a device, behind one trait: [`user`] (a vfio-user socket) and [`kernel`] VFIO.
 
 use std::fs::File;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use memmap2::MmapRaw;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::dma::RangeAllocator;
 use crate::{Error, IovaRange};
 
 mod connection;
@@ -63,6 +64,10 @@ pub(crate) trait Backend: Send + Sync {
     fn numa_node(&self) -> Option<u32>;
     /// The DMA addresses that may be used.
     fn iova_ranges(&self) -> Vec<IovaRange>;
+    /// Which of them are free. Another device may have to share them; `new` makes them for the first one.
+    fn addresses(&self, new: &dyn Fn() -> RangeAllocator) -> Arc<Mutex<RangeAllocator>> {
+        Arc::new(Mutex::new(new()))
+    }
     /// What DMA addresses, lengths and memory have to be aligned to, bytes: a power of two, at least 4096.
     fn iova_alignment(&self) -> u64;
     /// Whether mapping memory for DMA also keeps it in memory.

@@ -15,7 +15,7 @@ mod plain;
 use buffer::Pool;
 pub use buffer::{DmaBuffer, DmaElement, DmaSlice};
 pub use iova::IovaRange;
-use iova::RangeAllocator;
+pub(crate) use iova::RangeAllocator;
 pub use memory::SharedMemory;
 pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
 pub use plain::PlainMemory;
@@ -37,7 +37,8 @@ struct Inner {
     backend: Arc<dyn Backend>,
     ranges: Vec<IovaRange>,
     alignment: u64,
-    addresses: Mutex<RangeAllocator>,
+    /// Shared with the devices that share an address space with this one.
+    addresses: Arc<Mutex<RangeAllocator>>,
     pool: Pool,
 }
 
@@ -51,7 +52,7 @@ impl DmaSpace {
             .map(|range| IovaRange { start: range.start.max(alignment), ..range })
             .filter(|range| range.start <= range.last)
             .collect();
-        let addresses = Mutex::new(RangeAllocator::new(&ranges));
+        let addresses = backend.addresses(&|| RangeAllocator::new(&ranges));
         DmaSpace { inner: Arc::new(Inner { device, backend, ranges, alignment, addresses, pool: Pool::default() }) }
     }
 

@@ -23,11 +23,11 @@ const ON_MODULES: &str = "load the modules: modprobe vfio-pci vfio_iommu_type1; 
 const ON_INTERRUPTS: &str =
     "if the kernel log speaks of interrupt remapping, switch that on in the firmware; see dmesg otherwise";
 
-/// What to do when a device, or its group, is open; `path` is the file that is.
+/// What to do when a device, or its group, is open in another program; `path` is the file that is.
 fn on_busy(path: &str) -> String {
     format!(
-        "it is open already, or another device of its IOMMU group is, by another program (fuser -v {path} shows which) or \
-         by this very one: stop that program; of the devices in one group, one can be used at a time"
+        "it is open already, or another device of its IOMMU group is, by another program (fuser -v {path} shows which): \
+         stop that program; the devices of one group can only be used by one"
     )
 }
 
@@ -163,7 +163,7 @@ mod tests {
         says(VfioError::OpenGroup(os(libc::EACCES), "7".into()), &["/dev/vfio/7", "setup.sh bind 0000:01:00.0 --user"]);
         says(VfioError::OpenGroup(os(libc::EBUSY), "7".into()), &["fuser -v /dev/vfio/7"]);
         says(VfioError::GroupViable, &["0000:01:00.1 (nvme)", "group 7", "vfio-pci"]);
-        says(VfioError::GroupSetContainer, &["group 7", "open already", "this very one"]);
+        says(VfioError::GroupSetContainer, &["group 7", "open already", "another program"]);
         says(VfioError::ContainerSetIOMMU(errno(libc::EPERM)), &["interrupt remapping"]);
         says(VfioError::GroupGetDeviceFD(errno(libc::ENODEV)), &["bind it again"]);
         says(VfioError::VfioDeviceBindIommufd(errno(libc::EBUSY)), &["open already"]);

@@ -24,20 +24,22 @@ use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_PCI_ERR_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_TYPE,
     vfio_iommu_type1_info,
 };
-use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioIommufd, VfioOps};
+use vfio_ioctls::{VfioContainer, VfioDevice, VfioError, VfioIommufd};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_val};
 use vmm_sys_util::ioctl_io_nr;
 
 use self::explain::{Subject, explain, on_open};
+use self::space::{OpenDevices, Space, Way};
 use self::sysfs::Roots;
 use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region};
 use crate::config_space::{self, CAPABILITY_MSIX};
-use crate::dma::page_size;
+use crate::dma::{RangeAllocator, page_size};
 use crate::{Error, IovaRange, PciAddress};
 
 mod explain;
 mod layout;
+mod space;
 mod sysfs;
 
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
@@ -49,14 +51,15 @@ pub(crate) struct KernelBackend {
     regions: Vec<Region>,
     file: File,
     device: OpenDevice,
-    dma: Arc<dyn VfioOps>,
+    space: Arc<Space>,
     subject: Subject,
     /// Where each region begins in the device's file, bytes.
     offsets: Vec<u64>,
-    iommu: Iommu,
     numa_node: Option<u32>,
     interrupts_enabled: Mutex<bool>,
     notices: Notices,
+    /// Last: says that the device is open.
+    _open: Arc<()>,
 }
 
 /// What the IOMMU lets be mapped.
@@ -91,18 +94,26 @@ impl KernelBackend {
         let group = found.ways.group;
         let file = found.ways.cdev.as_ref().map_or_else(String::new, |cdev| cdev.display().to_string());
         let mut subject = Subject { address, group, file, unviable: Vec::new() };
-        let (device, dma, iommu) = match &found.ways.cdev {
-            Some(cdev) => match open_iommufd(&subject, cdev) {
+        let mut open = OpenDevices::lock();
+        if open.has(address) {
+            return Err(Error::NotUsable {
+                device: address.to_string(),
+                reason: "it is open already, by this very program".into(),
+                advice: "use what was opened, or close all of it first".into(),
+            });
+        }
+        let (device, space) = match &found.ways.cdev {
+            Some(cdev) => match open_iommufd(&subject, cdev, open.space(found.group, true)) {
                 // The administrator may have given the user only one of the two ways.
                 Err(Error::Kernel { source, .. })
                     if source.kind() == io::ErrorKind::PermissionDenied && group.is_some() =>
                 {
                     log::debug!("{address}: {} may not be opened ({source}), trying its group", cdev.display());
-                    open_group(&roots, &mut subject, &found.path)
+                    open_group(&roots, &mut subject, &found.path, open.space(found.group, false))
                 }
                 opened => opened,
             },
-            None => open_group(&roots, &mut subject, &found.path),
+            None => open_group(&roots, &mut subject, &found.path, open.space(found.group, false)),
         }?;
         // SAFETY: `device` has this descriptor open, and lives until the call returns.
         let descriptor = unsafe { BorrowedFd::borrow_raw(device.get().as_raw_fd()) };
@@ -116,10 +127,10 @@ impl KernelBackend {
             regions: sizes.map(|size| Region { size, areas: Vec::new() }).collect(),
             file,
             device,
-            dma,
+            _open: open.add(address, found.group, &space),
+            space,
             subject,
             offsets,
-            iommu,
             numa_node: found.numa_node,
             interrupts_enabled: Mutex::new(false),
             notices,
@@ -127,13 +138,9 @@ impl KernelBackend {
         backend.map_regions()?;
         log::info!(
             "{address}: opened by {}",
-            if backend.uses_iommufd() { "iommufd".to_owned() } else { format!("IOMMU group {}", group.unwrap_or(0)) }
+            if backend.space.is_iommufd() { "iommufd".to_owned() } else { format!("IOMMU group {}", found.group) }
         );
         Ok(backend)
-    }
-
-    fn uses_iommufd(&self) -> bool {
-        self.dma.as_any().is::<VfioIommufd>()
     }
 
     fn map_regions(&mut self) -> Result<(), Error> {
@@ -195,9 +202,10 @@ fn watch_for_end(device: &VfioDevice, address: PciAddress) -> io::Result<Notices
     Ok(notices)
 }
 
-type Opened = (OpenDevice, Arc<dyn VfioOps>, Iommu);
+type Opened = (OpenDevice, Arc<Space>);
 
-fn open_iommufd(subject: &Subject, cdev: &Path) -> Result<Opened, Error> {
+/// `shared` is the address space of its group, if another device of that is open.
+fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> Result<Opened, Error> {
     let open = |attempt, path: &Path| {
         OpenOptions::new().read(true).write(true).open(path).map_err(|source| Error::Kernel {
             attempt,
@@ -207,28 +215,42 @@ fn open_iommufd(subject: &Subject, cdev: &Path) -> Result<Opened, Error> {
         })
     };
     let device = open("opening its character device", cdev)?;
-    let iommufd = Arc::new(IommuFd::new_from_fd(open("opening /dev/iommu", Path::new("/dev/iommu"))?));
-    let dma = VfioIommufd::new(iommufd, None, None);
-    let dma = Arc::new(dma.map_err(|error| explain(subject, "making an I/O address space", error))?);
+    let dma = match shared.as_ref().map(|space| &space.way) {
+        Some(Way::Iommufd(dma)) => dma.clone(),
+        _ => {
+            let iommufd = Arc::new(IommuFd::new_from_fd(open("opening /dev/iommu", Path::new("/dev/iommu"))?));
+            let dma = VfioIommufd::new(iommufd, None, None);
+            Arc::new(dma.map_err(|error| explain(subject, "making an I/O address space", error))?)
+        }
+    };
     let device = VfioDevice::new_from_fd(device, dma.clone(), true);
     let device = OpenDevice(Some(device.map_err(|error| explain(subject, "opening the device", error))?));
+    if let Some(space) = shared {
+        return Ok((device, space));
+    }
     // The ranges are those of the attached device, so they are asked for only now.
     let iommu = iommufd_ranges(&dma).map_err(|source| kernel_error(subject, "asking for its DMA addresses", source))?;
-    Ok((device, dma, iommu))
+    Ok((device, Space::new(Way::Iommufd(dma), iommu.ranges, iommu.page)))
 }
 
-fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path) -> Result<Opened, Error> {
+/// `shared` as above.
+fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path, shared: Option<Arc<Space>>) -> Result<Opened, Error> {
     if let Some(group) = subject.group {
         subject.file = format!("/dev/vfio/{group}");
         subject.unviable = sysfs::unviable(roots, group);
     }
-    let container = VfioContainer::new(None).map_err(|error| explain(subject, "opening a container", error))?;
-    let container = Arc::new(container);
+    let container = match shared.as_ref().map(|space| &space.way) {
+        Some(Way::Group(container)) => container.clone(),
+        _ => Arc::new(VfioContainer::new(None).map_err(|error| explain(subject, "opening a container", error))?),
+    };
     let device = VfioDevice::new(sysfs, container.clone(), true);
     let device = OpenDevice(Some(device.map_err(|error| explain(subject, "opening the device", error))?));
+    if let Some(space) = shared {
+        return Ok((device, space));
+    }
     let iommu =
         type1_ranges(&container).map_err(|source| kernel_error(subject, "asking for its DMA addresses", source))?;
-    Ok((device, container, iommu))
+    Ok((device, Space::new(Way::Group(container), iommu.ranges, iommu.page)))
 }
 
 fn kernel_error(subject: &Subject, attempt: &'static str, source: io::Error) -> Error {
@@ -358,12 +380,16 @@ impl Backend for KernelBackend {
     }
 
     fn iova_ranges(&self) -> Vec<IovaRange> {
-        self.iommu.ranges.clone()
+        self.space.ranges.clone()
     }
 
     fn iova_alignment(&self) -> u64 {
         // The kernel pins whole pages of its own, whatever the IOMMU could do.
-        self.iommu.page.max(page_size() as u64)
+        self.space.page.max(page_size() as u64)
+    }
+
+    fn addresses(&self, new: &dyn Fn() -> RangeAllocator) -> Arc<Mutex<RangeAllocator>> {
+        self.space.addresses.get_or_init(|| Arc::new(Mutex::new(new()))).clone()
     }
 
     fn pins_memory(&self) -> bool {
@@ -372,12 +398,12 @@ impl Backend for KernelBackend {
 
     unsafe fn dma_map(&self, iova: u64, _: &File, _: u64, host: *mut u8, bytes: usize) -> Result<(), Error> {
         // SAFETY: the caller keeps the memory mapped until it is unmapped, and it is seen only as atomics.
-        let result = unsafe { self.dma.vfio_dma_map(iova, bytes, host) };
+        let result = unsafe { self.space.dma().vfio_dma_map(iova, bytes, host) };
         result.map_err(|error| self.explain("mapping memory for DMA", error))
     }
 
     fn dma_unmap(&self, iova: u64, bytes: usize) -> Result<(), Error> {
-        let result = self.dma.vfio_dma_unmap(iova, bytes);
+        let result = self.space.dma().vfio_dma_unmap(iova, bytes);
         result.map_err(|error| self.explain("unmapping memory from DMA", error))
     }
 }

@@ -32,6 +32,8 @@ pub(super) struct Found {
     /// Its directory in sysfs.
     pub path: PathBuf,
     pub ways: Ways,
+    /// The number of its IOMMU group.
+    pub group: u32,
     pub numa_node: Option<u32>,
 }
 
@@ -87,7 +89,7 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
     let numa_node = fs::read_to_string(path.join("numa_node")).ok();
     // The kernel says -1 where it does not know.
     let numa_node = numa_node.and_then(|node| node.trim().parse().ok());
-    Ok(Found { path, ways, numa_node })
+    Ok(Found { path, ways, group, numa_node })
 }
 
 /// The devices of an IOMMU group that keep it from being used: those the kernel drives.
