@@ -1,10 +1,13 @@
 #!/bin/sh
-# Benchmarks. `benches/run.sh instructions [--json]` counts instructions per request; needs valgrind.
+# Benchmarks, described in benches/README.md.
+#
+#   benches/run.sh instructions [--json]   counts instructions per request; needs valgrind
+#   benches/run.sh compare [OPTION...]     this target beside data-plane, without a guest; needs qemu-storage-daemon
 set -eu
 cd "$(dirname "$0")/.."
 
 usage() {
-    echo "usage: benches/run.sh instructions [--json]" >&2
+    echo "usage: benches/run.sh instructions [--json] | compare [OPTION...]" >&2
     exit 2
 }
 
@@ -19,6 +22,10 @@ instructions)
     }
     cargo build --release --quiet --package benches --bin instructions
     exec "${CARGO_TARGET_DIR:-target}/release/instructions" "$@"
+    ;;
+compare)
+    cargo build --release --quiet --package vhost-blk --package compare
+    exec "${CARGO_TARGET_DIR:-target}/release/compare" --frontend --null "$@"
     ;;
 *) usage ;;
 esac

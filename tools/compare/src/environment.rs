@@ -22,6 +22,11 @@ pub fn kernel() -> String {
     format!("Linux {}", release.trim())
 }
 
+/// Programs that ran, or waited for a CPU, over the last minute (proc_loadavg(5)).
+pub fn load_average() -> Option<f64> {
+    fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
+}
+
 /// The first line of what `program --version` prints.
 pub fn version(program: &Path) -> String {
     let text = version_text(program).unwrap_or_default();
@@ -88,6 +93,7 @@ mod tests {
 
     #[test]
     fn the_host_says_something() {
+        assert!(load_average().is_some_and(|load| load >= 0.0));
         assert!(!cpu_model().is_empty());
         assert!(kernel().len() > "Linux ".len());
         assert_eq!(version(Path::new("/no/such/program")), "version unknown");
