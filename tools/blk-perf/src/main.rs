@@ -74,6 +74,10 @@ struct Arguments {
     /// Without --verify: share of reads. Below 100 it OVERWRITES THE DISK.
     #[arg(long, value_name = "PERCENT", default_value_t = 100, value_parser = clap::value_parser!(u8).range(0..=100))]
     read_percent: u8,
+    /// Requests that the device reports as failed are counted, and no failure of the run, unless they are among those of the
+    /// final read-back. For disks that are made to fail.
+    #[arg(long)]
+    allow_errors: bool,
     /// Print one JSON object instead of a table.
     #[arg(long)]
     json: bool,
@@ -130,6 +134,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     match run(&arguments) {
         Ok(report) if report.is_success() => ExitCode::SUCCESS,
+        Ok(report) if arguments.allow_errors && report.is_right_where_it_worked() => ExitCode::SUCCESS,
         Ok(report) => {
             for failure in &report.failures {
                 eprintln!("blk-perf: {failure}");

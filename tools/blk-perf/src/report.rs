@@ -126,6 +126,8 @@ pub struct Report {
     pub unsent: u64,
     /// Requests the device reported as failed, read-back included.
     pub io_errors: u64,
+    /// Those of them that the read-back met: what they should have read was not compared.
+    pub read_back_errors: u64,
     /// Blocks that did not hold what they should, read-back included.
     pub verify_errors: u64,
     /// Blocks compared by the final read-back.
@@ -178,6 +180,7 @@ impl Report {
             max_us: latency.max() as f64 / 1000.0,
             unsent: sum(|stats| stats.unsent),
             io_errors: 0,
+            read_back_errors: 0,
             verify_errors: 0,
             blocks_read_back: 0,
             client_kicks: sum(|stats| stats.kicks),
@@ -191,8 +194,14 @@ impl Report {
         report
     }
 
+    /// Adds the failures and wrong blocks of the read-back.
+    pub(crate) fn add_read_back(&mut self, stats: &[QueueStats]) {
+        self.read_back_errors += stats.iter().map(|stats| stats.errors).sum::<u64>();
+        self.add_failures(stats);
+    }
+
     /// Adds the failures and wrong blocks of `stats`, and nothing else of them.
-    pub(crate) fn add_failures(&mut self, stats: &[QueueStats]) {
+    fn add_failures(&mut self, stats: &[QueueStats]) {
         for stats in stats {
             self.io_errors += stats.errors;
             self.verify_errors += stats.wrong_blocks;
@@ -208,7 +217,13 @@ impl Report {
 
     /// True if something was done and all of it was right.
     pub fn is_success(&self) -> bool {
-        self.operations > 0 && self.io_errors == 0 && self.verify_errors == 0 && self.client_missed_calls == 0
+        self.is_right_where_it_worked() && self.io_errors == 0
+    }
+
+    /// The same for a disk that is expected to fail requests: nothing but requests that the device reported as failed was
+    /// wrong, and everything could be read back in the end.
+    pub fn is_right_where_it_worked(&self) -> bool {
+        self.operations > 0 && self.read_back_errors == 0 && self.verify_errors == 0 && self.client_missed_calls == 0
     }
 }
 

@@ -110,7 +110,7 @@ pub fn run_disks(
                 phase: Phase::ReadBack,
             };
             let phase = run.phase(rings, buffers, plans, &end, &mut progress)?;
-            report.add_failures(&phase.stats);
+            report.add_read_back(&phase.stats);
             Ok(report)
         }
     }

@@ -237,6 +237,7 @@ fn failed_requests_are_found() {
     let report = run(Manner::FailsReads, |_| {});
     assert!(!report.is_success());
     assert!(report.io_errors > 0 && report.verify_errors == 0, "{report:?}");
+    assert!(report.read_back_errors > 0 && !report.is_right_where_it_worked(), "the read-back cannot vouch for them");
 }
 
 /// Plain reads of 4 KiB.
