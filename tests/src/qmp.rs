@@ -10,6 +10,8 @@ use crate::Error;
 /// A connection to QEMU's monitor (the QEMU Machine Protocol).
 pub struct Qmp {
     stream: BufReader<UnixStream>,
+    /// Events that came while something else was awaited.
+    events: Vec<Value>,
 }
 
 impl Qmp {
@@ -20,13 +22,13 @@ impl Qmp {
         let stream = UnixStream::connect(socket).map_err(doing())?;
         stream.set_read_timeout(Some(Self::LIMIT)).map_err(doing())?;
         stream.set_write_timeout(Some(Self::LIMIT)).map_err(doing())?;
-        let mut qmp = Qmp { stream: BufReader::new(stream) };
+        let mut qmp = Qmp { stream: BufReader::new(stream), events: Vec::new() };
         qmp.receive("greet")?;
         qmp.execute("qmp_capabilities", json!({}))?;
         Ok(qmp)
     }
 
-    /// Runs one command of the monitor and returns its answer; events that come between are dropped.
+    /// Runs one command of the monitor and returns its answer; events that come between are kept for [`Qmp::event`].
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
         let text = json!({ "execute": command, "arguments": arguments }).to_string();
         let sent = self.stream.get_mut().write_all(text.as_bytes());
@@ -39,6 +41,19 @@ impl Qmp {
             if answer.get("error").is_some() {
                 return Err(Error::Monitor { command: text, answer: answer.to_string() });
             }
+            self.events.push(answer);
+        }
+    }
+
+    /// The next event of this name: one that has come already, or else one that comes within the limit of all answers,
+    /// counted anew with every event.
+    pub fn event(&mut self, name: &str) -> Result<Value, Error> {
+        loop {
+            if let Some(at) = self.events.iter().position(|event| event["event"] == name) {
+                return Ok(self.events.remove(at));
+            }
+            let event = self.receive(name)?;
+            self.events.push(event);
         }
     }
 

@@ -1,1 +1,149 @@
-//! Drives that go away while they are in use, and come back.
+//! Drives that go away while they are in use, and come back: the target and its front-ends stay as they are.
+
+use std::path::PathBuf;
+
+use e2e::{Guest, Kernel, Lab, LabDrive};
+use serde_json::json;
+
+use super::{LONG, SHORT, bind, folder, on_each_kernel};
+
+/// The drive behind a port, and the one that nothing happens to.
+const REMOVED: &str = "0000:01:00.0";
+const OTHER: &str = "0000:00:05.0";
+
+/// What the scripts have in common. `wait_for` waits for a condition; `told` for the n-th line of the target's log with a text.
+const FUNCTIONS: &str = r#"
+    set -eu
+    fail() { echo "$*"; cat /tmp/target.log /tmp/*.err; dmesg | tail -n 20; exit 1; }
+    wait_for() { for _ in $(seq 600); do ! "$@" || return 0; sleep 0.1; done; fail "waited for: $*"; }
+    count() { [ "$(grep -c "$2" /tmp/target.log)" -ge "$1" ]; }
+    told() { wait_for count "$1" "$2"; }
+    alive() { kill -0 "$(cat /tmp/target.pid)"; }
+    # The sum of a counter over all rings of the disk whose drive is removed, so far. Those of the other disk are logged last.
+    counter() {
+        before=$(grep -c '/b.sock\( ring 0\)\?: ' /tmp/target.log || true)
+        kill -USR1 "$(cat /tmp/target.pid)"
+        told $((before + 1)) '/b.sock\( ring 0\)\?: '
+        awk -v name="$1" '/a\.sock ring [0-9]+:/ {
+                for (at = 1; at <= NF; at++) {
+                    if ($at == "ring") ring = $(at + 1)
+                    if (index($at, name "=") == 1) last[ring] = substr($at, length(name) + 2)
+                }
+            }
+            END { for (ring in last) sum += last[ring]; print sum + 0 }' /tmp/target.log
+    }
+    grows() { [ "$(counter "$1")" -gt "$2" ]; }
+"#;
+
+fn program(variable: &str, name: &str) -> PathBuf {
+    std::env::var_os(variable).map_or_else(|| Lab::build().join("release").join(name), PathBuf::from)
+}
+
+fn script(guest: &mut Guest, text: &str) -> String {
+    let text = text
+        .replace("VHOST_BLK", &program("VHOST_BLK", "vhost-blk").display().to_string())
+        .replace("BLK_PERF", &program("BLK_PERF", "blk-perf").display().to_string());
+    guest.run(&format!("{FUNCTIONS}{text}"), LONG).unwrap()
+}
+
+fn a_drive_is_removed_under_load_and_put_back(kernel: &Kernel) {
+    let folder = folder();
+    let drive = LabDrive::new("moving").hotplug();
+    let lab = Lab::new(kernel).hugepages(16).drive(drive.clone()).drive(LabDrive::new("staying"));
+    let mut guest = lab.boot(folder.path()).unwrap();
+    bind(&mut guest, REMOVED);
+    bind(&mut guest, OTHER);
+    let start = r#"
+        cat >/tmp/target.toml <<END
+[[export]]
+device = "0000:01:00.0"
+socket-path = "/tmp/a.sock"
+[[export]]
+device = "0000:00:05.0"
+socket-path = "/tmp/b.sock"
+END
+        VHOST_BLK --config /tmp/target.toml >/tmp/target.log 2>&1 </dev/null &
+        echo $! >/tmp/target.pid
+        told 2 'is ready for a front-end'
+        # The rate leaves errors a chance to be few, and the model blocks it knows.
+        for disk in a b; do
+            errors=; [ $disk = b ] || errors=--allow-errors
+            BLK_PERF --socket /tmp/$disk.sock --queues 2 --depth 8 --rate 50 --verify --window 16M --seconds 900 \
+                $errors --json >/tmp/$disk.json 2>/tmp/$disk.err </dev/null &
+            echo $! >/tmp/$disk.pid
+        done
+        wait_for grows reads 50"#;
+    script(&mut guest, start);
+
+    // By QEMU, as by somebody who pulls it: it goes when the target has let go of it, and not before.
+    let mut monitor = guest.monitor().unwrap();
+    monitor.execute("device_del", json!({ "id": "moving" })).unwrap();
+    loop {
+        let event = monitor.event("DEVICE_DELETED").unwrap();
+        if event["data"]["device"] == "moving" {
+            break;
+        }
+    }
+    let away = r#"
+        told 1 '0000:01:00.0: out of operation: it is being removed'
+        [ ! -e /sys/bus/pci/devices/0000:01:00.0 ]
+        alive
+        # Errors, and nothing else, and no end of them.
+        errors=$(counter errors)
+        wait_for grows errors $((errors + 20))
+        reads=$(counter reads)
+        wait_for grows errors $((errors + 60))
+        [ "$(counter reads)" = "$reads" ] || fail 'a drive that is away has read something'
+        told 1 '0000:01:00.0: not back yet'"#;
+    script(&mut guest, away);
+
+    // In its place again, and given to the target again: nobody tells it.
+    monitor.execute("device_add", drive.device()).unwrap();
+    script(&mut guest, "wait_for [ -e /sys/bus/pci/devices/0000:01:00.0/driver ]");
+    bind(&mut guest, REMOVED);
+    let back = |number: u32| {
+        format!(
+            "told {number} '0000:01:00.0: the drive is back'
+            errors=$(counter errors) reads=$(counter reads)
+            wait_for grows reads $((reads + 50))
+            [ \"$(counter errors)\" = \"$errors\" ] || fail 'the drive is back, and there are errors'"
+        )
+    };
+    script(&mut guest, &back(1));
+
+    // By its driver's hand: this, too, waits for the target.
+    let unbound = r#"
+        echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind
+        told 2 '0000:01:00.0: out of operation: it is being removed'
+        errors=$(counter errors)
+        wait_for grows errors $((errors + 20))"#;
+    script(&mut guest, unbound);
+    bind(&mut guest, REMOVED);
+    script(&mut guest, &back(2));
+
+    // All that was written in between is there, the other disk has noticed nothing, and the target ends as ever.
+    let end = r#"
+        kill -INT "$(cat /tmp/a.pid)" "$(cat /tmp/b.pid)"
+        for disk in a b; do
+            wait_for [ -s /tmp/$disk.json ]
+            cat /tmp/$disk.json
+        done
+        BLK_PERF --socket /tmp/a.sock --queues 2 --verify --window 16M --operations 500 --json 2>&1
+        kill "$(cat /tmp/target.pid)"
+        gone() { ! alive 2>/dev/null; }
+        wait_for gone
+        ! grep -q panicked /tmp/target.log || fail 'the target has panicked'"#;
+    let output = script(&mut guest, end);
+    let reports = output.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let reports: Vec<_> = reports.filter(|report| report.is_object()).collect();
+    let [removed, other, after] = &reports[..] else { panic!("three reports are expected: {output}") };
+    for (report, name) in [(removed, "removed"), (other, "other"), (after, "after")] {
+        let number = |field: &str| report[field].as_u64().unwrap_or_else(|| panic!("{field} in {report:#}"));
+        assert_eq!((number("verify_errors"), number("read_back_errors")), (0, 0), "{name}: {report:#}");
+        assert_eq!(number("io_errors") > 0, name == "removed", "{name}: {report:#}");
+        assert!(number("blocks_read_back") > 100, "{name}: {report:#}");
+    }
+    guest.power_off(SHORT).unwrap();
+}
+
+on_each_kernel!(a_drive_is_removed_under_load_and_put_back);

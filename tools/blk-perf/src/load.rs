@@ -19,6 +19,10 @@ const CLOCK_EVERY: u64 = 64;
 const WAIT_MS: i32 = 50;
 /// How long a notification may come after the completions it tells of before it counts as missed.
 const LATE_CALL: Duration = Duration::from_secs(1);
+/// A client that sends at a fixed rate wakes this long before the next request is due,
+const EARLY: Duration = Duration::from_millis(1);
+/// and looks at its stop flag at least this often.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
 
 /// The queue type of this client: the context of a request is the number of its slot.
 pub(crate) type Ring = VirtioBlkQueue<'static, u32>;
@@ -353,13 +357,32 @@ pub(crate) fn drive<P: Plan>(
                 Some(waiter) => timed_out = !waiter.collect(queues, WAIT_MS)?,
                 None if options.spin => std::hint::spin_loop(),
                 // The target's threads may need this CPU.
-                None => std::thread::yield_now(),
+                None => match pause(queues, stopping) {
+                    Some(time) => std::thread::sleep(time),
+                    None => std::thread::yield_now(),
+                },
             }
         }
     }
     // What the target wrote although nobody waited for it counts as well.
     Waiter::new(queues)?.collect(queues, 0)?;
     Ok(polls)
+}
+
+/// How long nothing will happen, if that is long: nothing is out, and the next request is not due for a while.
+fn pause<P: Plan>(queues: &mut [QueueClient<'_, P>], stopping: bool) -> Option<Duration> {
+    if stopping || queues.iter().any(|queue| queue.outstanding() > 0) {
+        return None;
+    }
+    let now = Instant::now();
+    let waits =
+        queues.iter_mut().filter(|queue| queue.has_work()).map(|queue| queue.pace.as_mut().map(|pace| pace.due(now)));
+    let due = waits.collect::<Option<Vec<_>>>()?.into_iter().min()?;
+    // Awake a while before, so that it is not sent late; and no longer than it takes to notice a stop.
+    due.checked_duration_since(now)?
+        .checked_sub(EARLY)
+        .map(|time| time.min(LONGEST_PAUSE))
+        .filter(|time| !time.is_zero())
 }
 
 /// Waits for the completion eventfds of one thread's queues.
