@@ -1,6 +1,6 @@
 //! The figures of a report, before they are put into a form: which they are, how they relate, how they are written.
 
-use crate::comparison::{Comparison, Results, Row, Sample, Side, Spread};
+use crate::comparison::{Comparison, Results, Row, Sample, Side, Spread, Way};
 use crate::job::{Figure, Job};
 
 /// The side that everything is normalised to.
@@ -117,14 +117,14 @@ pub fn remarks(comparison: &Comparison) -> Vec<String> {
     let mut remarks = Vec::new();
     for row in &comparison.rows {
         for results in &row.results {
-            remarks.extend(remarks_on(&row.job, results));
+            remarks.extend(remarks_on(comparison.way, &row.job, results));
         }
     }
     remarks.extend(remark_on_distance(comparison));
     remarks
 }
 
-fn remarks_on(job: &Job, results: &Results) -> Vec<String> {
+fn remarks_on(way: Way, job: &Job, results: &Results) -> Vec<String> {
     let mut remarks = Vec::new();
     let of = format!("{}, {}", results.side, job.title());
     let failures = results.failures().count();
@@ -139,8 +139,12 @@ fn remarks_on(job: &Job, results: &Results) -> Vec<String> {
         && let Some(reached) = results.spread(|sample| sample.iops)
         && reached.min < KEPT * rate
     {
+        let since = match way {
+            Way::Frontend => "when requests were due",
+            Way::Guest => "when fio submitted a request, which was later than it was due",
+        };
         remarks.push(format!(
-            "{of}: the rate was not kept: {} to {} of {rate} requests per second. Latencies count from when requests were due.",
+            "{of}: the rate was not kept: {} to {} of {rate} requests per second. Latencies count from {since}.",
             digits(reached.min),
             digits(reached.max)
         ));
