@@ -152,21 +152,25 @@ bind_drive() {
     return 1
 }
 
-# vfio-pci, and the container of groups unless the kernel has iommufd.
+has_container() { [[ -d $SYS/module/vfio_iommu_type1 || -e $DEV/iommu ]]; }
+
+# vfio-pci, and the container of groups unless the kernel has iommufd. Each module brings others along, and unloading
+# one leaves some of them: those that are not there before are recorded all, in the order of their needs.
 load_modules() {
-    if [[ ! -d $SYS/module/vfio_iommu_type1 && ! -e $DEV/iommu ]]; then
-        # vfio-pci may bring it along, so it is noted before.
-        remember module vfio_iommu_type1 || return 1
-    fi
+    local name
+    if [[ -d $SYS/bus/pci/drivers/vfio-pci ]] && has_container; then return 0; fi
+    for name in iommufd irqbypass vfio vfio_virqfd vfio_iommu_type1 vfio_pci_core; do
+        [[ -d $SYS/module/$name ]] || remember module "$name" none || return 1
+    done
     if [[ ! -d $SYS/bus/pci/drivers/vfio-pci ]]; then
-        remember module vfio-pci || return 1
+        remember module vfio-pci none || return 1
         run_change module vfio-pci modprobe vfio-pci || return 1
         if ((!DRY_RUN)) && ! await 10 test -d "$SYS/bus/pci/drivers/vfio-pci"; then
             WHY='vfio-pci was loaded and did not appear'
             return 1
         fi
     fi
-    if [[ ! -d $SYS/module/vfio_iommu_type1 && ! -e $DEV/iommu ]]; then
+    if ! has_container; then
         run_change module vfio_iommu_type1 modprobe vfio_iommu_type1 ||
             step note vfio_iommu_type1 "$WHY; without it and without iommufd, no program can open the drive"
     fi
@@ -297,7 +301,7 @@ unbind_drive() {
     if recorded driver "$address" && [[ ${FIELDS[2]} != vfio-pci ]]; then
         known=1 target=${FIELDS[2]} back=${FIELDS[3]}
     fi
-    if [[ $driver == "$target" && $override == "$back" ]] || [[ $driver == nvme ]] && ((!known)); then
+    if [[ $driver == "$target" ]] && { ((!known)) || [[ $override == "$back" ]]; }; then
         step unchanged "$address" "is not with vfio-pci but with ${driver:-no driver}"
         ((!known)) || forget driver "$address"
         return 0

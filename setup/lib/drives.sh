@@ -14,11 +14,8 @@ full_address() {
 
 device_dir() { printf '%s' "$SYS/bus/pci/devices/$1"; }
 
-# The last part of what a link leads to; nothing if there is no such link.
-link_name() {
-    local target
-    target=$(readlink -- "$1") && printf '%s' "${target##*/}"
-}
+# The name of the folder that a link leads to; nothing if there is no such link. Without a program: this is asked often.
+link_name() { (cd -P -- "$1" 2>/dev/null && printf '%s' "${PWD##*/}"); }
 
 # The first line of a file; nothing if there is none.
 first_line() {
