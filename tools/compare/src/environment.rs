@@ -9,6 +9,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// How long a program may take to say its version.
 const VERSION_LIMIT: Duration = Duration::from_secs(20);
 
+/// A machine that has more to do than this, per CPU, is not fit for measuring.
+const BUSY: f64 = 0.75;
+
 /// The processor's model name.
 pub fn cpu_model() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -23,8 +26,20 @@ pub fn kernel() -> String {
 }
 
 /// Programs that ran, or waited for a CPU, over the last minute (proc_loadavg(5)).
-pub fn load_average() -> Option<f64> {
+fn load_average() -> Option<f64> {
     fs::read_to_string("/proc/loadavg").ok()?.split(' ').next()?.parse().ok()
+}
+
+/// A note for the report if the machine has other work now, before the comparison begins.
+pub fn busy_note() -> Option<String> {
+    let load = load_average()?;
+    let cpus = std::thread::available_parallelism().map_or(1.0, |cpus| usize::from(cpus) as f64);
+    (load > BUSY * cpus).then(|| {
+        format!(
+            "The machine was busy with other work when this began (load average {load:.1}): do not quote these figures, measure \
+             again when it is quiet."
+        )
+    })
 }
 
 /// The first line of what `program --version` prints.

@@ -50,8 +50,6 @@ const STALL: Duration = Duration::from_secs(10);
 const RETAKES: u32 = 2;
 /// CPUs are known to have been moved if a message between them takes this many times as long, or short, as before.
 const MOVED: f64 = 2.0;
-/// A machine that has more to do than this, per CPU, is not fit for measuring.
-const BUSY: f64 = 0.75;
 
 /// Options of the way `--frontend` alone.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -402,13 +400,7 @@ fn notes(recipe: &Recipe<'_>, sides: &[Side]) -> Vec<String> {
                 .to_owned(),
         );
     }
-    let load = environment::load_average().unwrap_or(0.0);
-    if load > BUSY * std::thread::available_parallelism().map_or(1.0, |cpus| usize::from(cpus) as f64) {
-        notes.push(format!(
-            "The machine was busy with other work when this began (load average {load:.1}): do not quote these figures, \
-             measure again when it is quiet."
-        ));
-    }
+    notes.extend(environment::busy_note());
     if sides.contains(&Side::DataPlaneNull) {
         notes.push(
             "\"data-plane, null\" stores nothing and copies nothing: what its block layer can do at most.".to_owned(),

@@ -105,6 +105,7 @@ fn prepare<'a>(
     jobs: &[Job],
     progress: &Progress,
 ) -> Result<Setup<'a>, Error> {
+    let busy = environment::busy_note();
     let cpus = check(plan, options)?;
     let target = plan.vhost_blk_program()?;
     let qemu = Qemu::find()?;
@@ -119,7 +120,7 @@ fn prepare<'a>(
     let storage = Storage::new(plan, disks, options.rebind)?;
     let queues = Queues::new(plan.queues, depth);
     let (access, guest_kernel) = (None, None);
-    Ok(Setup { plan, options, queues, cpus, qemu, access, kernel, accelerator, storage, target, guest_kernel })
+    Ok(Setup { plan, options, queues, cpus, qemu, access, kernel, accelerator, storage, target, busy, guest_kernel })
 }
 
 /// Checks the options against each other and the machine; returns the host's CPUs that both sides may use.

@@ -96,6 +96,7 @@ pub fn notes(setup: &Setup, left_out: &[String]) -> Result<Vec<String>, Error> {
                 .into(),
         );
     }
+    notes.extend(setup.busy.clone());
     if !left_out.is_empty() {
         notes.push(format!("Left out, because there is one drive: {}.", left_out.join(", ")));
     }

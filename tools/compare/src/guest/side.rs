@@ -19,6 +19,8 @@ use crate::{Error, Job, Plan, Sample, Side};
 
 /// Until the target listens.
 const TARGET_LIMIT: Duration = Duration::from_secs(30);
+/// A boot takes seconds; minutes where an emulated CPU emulates another one.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
 /// For what takes a guest a moment, even an emulated one on a busy host.
 const SHORT: Duration = Duration::from_secs(60);
 /// What a job may take beyond its own length: starting fio, and one request that takes long.
@@ -46,6 +48,8 @@ pub struct Setup<'a> {
     pub storage: Storage,
     /// Our target's program.
     pub target: PathBuf,
+    /// What the report says if the machine was busy at the start.
+    pub busy: Option<String>,
     /// The release of the guests' kernel; known once a guest has told.
     pub guest_kernel: Option<String>,
 }
@@ -76,6 +80,7 @@ impl Setup<'_> {
         let initramfs = Initramfs::small(&self.kernel).program("fio");
         Machine::new(&self.kernel, &initramfs)
             .accelerator(self.accelerator.for_machine())
+            .boot_limit(BOOT_LIMIT)
             .memory_mib(self.options.memory)
             .cpus(self.options.vcpus(self.plan))
     }
