@@ -55,7 +55,8 @@ impl Measure {
     pub fn value_with_drive(self, sample: &Sample) -> Option<f64> {
         let drive = sample.drive_cpu_seconds?;
         match self {
-            Measure::PerCore => sample.iops_per_core_with_drive(),
+            // Of the same rounds as without it.
+            Measure::PerCore => self.value(sample).and(sample.iops_per_core_with_drive()),
             Measure::Cores if sample.seconds > 0.0 => Some((sample.cpu_seconds + drive) / sample.seconds),
             _ => None,
         }
