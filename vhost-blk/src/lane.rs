@@ -4,8 +4,9 @@
 //! drive has answered. It belongs to one thread at a time and shares nothing it writes: no lock, no allocation and no system
 //! call on a request's way, one publication and at most one eventfd write per batch.
 //!
-//! Crash recovery will note each chain between [`Ring::pop`] and [`QueuePair::submit`], and again before
-//! [`Ring::push_used`]; the log of written pages for live migration belongs where a status is written.
+//! A ring with a log notes what it gives out and takes back. A lane whose ring was another process's before does first, in
+//! their order, the requests which that one has not answered. The log of written pages for live migration belongs where a
+//! status is written.
 
 mod bounced;
 mod control;
@@ -87,6 +88,8 @@ pub struct Lane {
     parser: Parser,
     slots: Slots,
     mode: Mode,
+    /// Requests that an earlier process has not answered are done first.
+    resuming: bool,
     /// The controller was stopped and is not back yet: there is no queue pair.
     drive_lost: bool,
     /// The chain of the request that is still in the parser because it found the queue pair full.
@@ -118,13 +121,15 @@ impl Lane {
         for event in [&kick, &call, &error].into_iter().flatten() {
             set_nonblocking(&name, event);
         }
-        Lane {
+        let resuming = ring.resumed();
+        let mut lane = Lane {
             ring,
             view: GuestView::new(memory),
             chain: Chain::new(),
             parser: Parser::new(),
             slots: Slots::new(size),
             mode: Mode::Running,
+            resuming,
             drive_lost: false,
             pending: None,
             bounced: Vec::new(),
@@ -139,7 +144,12 @@ impl Lane {
             state: Arc::default(),
             reason: None,
             name,
+        };
+        if resuming {
+            // The earlier process may have died between showing an answer and telling of it.
+            lane.notify();
         }
+        lane
     }
 
     /// For the log: the export and the queue's index.
@@ -175,8 +185,8 @@ impl Lane {
         if !self.bounced.is_empty() {
             self.advance_bounced(pair, pool, tag);
         }
-        if self.mode != Mode::Running {
-            return self.refuse();
+        if self.mode != Mode::Running || self.resuming {
+            return self.submit_specially(pair, tag);
         }
         if let Some(head) = self.pending.take()
             && !self.submit_parsed(pair, tag, head)
@@ -363,26 +373,65 @@ impl Lane {
         }
     }
 
+    /// What [`Lane::submit`] does where things are not as usual; returns how many chains were taken.
+    #[cold]
+    #[inline(never)]
+    fn submit_specially(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
+        match self.drive_lost || !self.serves_specially() {
+            true => self.refuse(),
+            false => self.take_all(|lane, head| lane.submit_parsed(pair, tag, head)),
+        }
+    }
+
     /// Takes requests only to answer them with an error; returns how many.
     #[cold]
     pub(crate) fn refuse(&mut self) -> usize {
-        if self.mode != Mode::WithoutDrive {
+        if !self.serves_specially() {
             return 0;
         }
-        if let Some(head) = self.pending.take() {
-            self.refuse_parsed(head);
+        self.take_all(|lane, head| {
+            lane.refuse_parsed(head);
+            true
+        })
+    }
+
+    /// Does the lane take requests although it does not simply run?
+    fn serves_specially(&self) -> bool {
+        match self.mode {
+            Mode::WithoutDrive => true,
+            // Also when it is to stop: what an earlier process has taken cannot be left in the ring.
+            Mode::Running | Mode::Stopping => self.resuming,
+            Mode::Broken => false,
+        }
+    }
+
+    /// Takes at most a batch of chains, of an earlier process as long as there are any, and has `give` take each request; it
+    /// returns false if it had to keep one for the next time.
+    fn take_all(&mut self, mut give: impl FnMut(&mut Lane, Head) -> bool) -> usize {
+        if let Some(head) = self.pending.take()
+            && !give(self, head)
+        {
+            return 0;
         }
         for taken in 0..BATCH {
-            match self.ring.pop(&mut self.view, &mut self.chain) {
+            let popped = match self.resuming {
+                true => self.ring.pop_unfinished(&mut self.view, &mut self.chain),
+                false => self.ring.pop(&mut self.view, &mut self.chain),
+            };
+            match popped {
                 Ok(Some(head)) => match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
-                    Parsed::Submit => self.refuse_parsed(head),
+                    Parsed::Submit if give(self, head) => {}
+                    Parsed::Submit => return taken + 1,
                     Parsed::Answer(code) => self.answer(head, code),
                     Parsed::NoStatus => {
                         self.break_down(&NoStatus(head.id));
                         return taken;
                     }
                 },
-                Ok(None) => return taken,
+                Ok(None) => {
+                    self.resuming = false;
+                    return taken;
+                }
                 Err(error) => {
                     self.break_down(&error);
                     return taken;
@@ -400,6 +449,7 @@ impl Lane {
         self.publish();
         self.counters.write(&self.tally);
         self.mode = Mode::Broken;
+        self.resuming = false;
         self.pending = None;
         // What the drive still has is waited for, and not answered.
         self.orphans.extend(self.slots.orphan_all());
@@ -429,7 +479,7 @@ impl Short<'_> {
     fn submit(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
         while *taken < BATCH && !self.slots.all_taken() {
             let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
-            let Some((triple, request, segment)) = plain else { return ring.is_empty() };
+            let Some((mut triple, request, segment)) = plain else { return ring.is_empty() };
             let segments = std::slice::from_ref(&segment);
             let work = match request.operation {
                 Operation::Read => Work::Read { lba: request.lba, segments },
@@ -439,7 +489,7 @@ impl Short<'_> {
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(self.slots.next())).is_err() {
                 return false;
             }
-            ring.accept(triple.head);
+            ring.accept(&mut triple.head);
             self.slots.take(Slot { status: request.status, head: triple.head, written: request.written });
             count(self.tally, &request);
             *taken += 1;

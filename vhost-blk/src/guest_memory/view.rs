@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use nvme_driver::Segment;
-use vfio::DmaElement;
+use vfio::{DmaElement, SharedMemory};
 use vm_memory::VolatileMemory;
 
 use super::{GuestMemory, Region};
@@ -293,15 +293,16 @@ impl Region {
     }
 }
 
-/// Atomics in guest memory, resolved and checked once: a part of a ring. Keeps its region mapped.
+/// Atomics in guest memory or in other memory of the front-end, resolved and checked once: a part of a ring, or of the log
+/// of one. Keeps its memory mapped.
 pub struct GuestSlice<T: DmaElement> {
     first: NonNull<T>,
     count: usize,
-    _region: Arc<Region>,
+    _owner: Arc<dyn Send + Sync>,
     _elements: PhantomData<T>,
 }
 
-// SAFETY: a pointer to atomics in memory that `_region`, which is Send and Sync, keeps mapped; access is atomic.
+// SAFETY: a pointer to atomics in memory that `_owner`, which is Send and Sync, keeps mapped; access is atomic.
 unsafe impl<T: DmaElement> Send for GuestSlice<T> {}
 
 impl<T: DmaElement> GuestSlice<T> {
@@ -316,7 +317,15 @@ impl<T: DmaElement> GuestSlice<T> {
             return None;
         }
         let first = NonNull::new(region.host().wrapping_add(offset as usize).cast::<T>())?;
-        first.is_aligned().then(|| GuestSlice { first, count, _region: region.clone(), _elements: PhantomData })
+        first.is_aligned().then(|| GuestSlice { first, count, _owner: region.clone(), _elements: PhantomData })
+    }
+
+    /// `count` elements at an offset, in bytes, in memory that is not the guest's.
+    ///
+    /// Returns `None` if they are not inside, or not aligned.
+    pub fn of_shared(memory: &Arc<SharedMemory>, offset: usize, count: usize) -> Option<GuestSlice<T>> {
+        let first = NonNull::from(memory.slice::<T>(offset, count)?).cast();
+        Some(GuestSlice { first, count, _owner: memory.clone(), _elements: PhantomData })
     }
 }
 
@@ -325,7 +334,7 @@ impl<T: DmaElement> Deref for GuestSlice<T> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        // SAFETY: `new` has checked bounds and alignment within a region that `_region` keeps mapped. `DmaElement` promises
+        // SAFETY: bounds and alignment were checked within memory that `_owner` keeps mapped. `DmaElement` promises
         // atomics, for which every bit pattern is valid and which others may change meanwhile.
         unsafe { std::slice::from_raw_parts(self.first.as_ptr(), self.count) }
     }

@@ -14,7 +14,9 @@ impl Lane {
 
     /// Takes no more requests; those with the drive are still answered.
     pub(crate) fn begin_stop(&mut self) {
-        if let Some(head) = self.pending.take() {
+        if !self.resuming
+            && let Some(head) = self.pending.take()
+        {
             // Nothing was popped after it: the ring's next user finds it where it was.
             self.ring.unpop(head);
         }
@@ -25,7 +27,7 @@ impl Lane {
 
     /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
     pub(crate) fn drained(&self) -> bool {
-        self.in_flight() == 0 && self.pending.is_none()
+        self.in_flight() == 0 && self.pending.is_none() && !self.resuming
     }
 
     /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
@@ -102,7 +104,7 @@ impl Lane {
     /// Asks the driver for notifications. True: there is work already, do not sleep.
     #[must_use]
     pub(crate) fn prepare_sleep(&mut self) -> bool {
-        matches!(self.mode, Mode::Running | Mode::WithoutDrive) && self.ring.enable_notifications()
+        self.resuming || matches!(self.mode, Mode::Running | Mode::WithoutDrive) && self.ring.enable_notifications()
     }
 
     /// Tells the driver that its ring is polled (again).

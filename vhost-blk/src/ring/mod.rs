@@ -4,9 +4,15 @@
 //! descriptor chain the driver made available, [`Ring::push_used`] gives one back, and [`Ring::publish`] makes all that were
 //! given back visible at once. Everything read from the ring is read once and kept.
 //!
+//! A ring may have a log ([`InflightQueue`]) that outlives this process. Then it begins where a dead process has left it:
+//! [`Ring::pop_unfinished`] gives the chains which that one had taken and not given back, in the order they came.
+//!
 //! A driver that breaks the rules of the ring itself gets a [`RingError`]: where the next chain begins is then unknown and
 //! the queue cannot go on. What is *in* a chain is not judged here, see [`crate::request`].
 
+mod inflight;
+#[cfg(test)]
+mod inflight_tests;
 mod packed;
 mod split;
 
@@ -15,6 +21,7 @@ pub(crate) mod model;
 #[cfg(test)]
 mod tests;
 
+pub use inflight::{InflightError, InflightMemory, InflightQueue};
 pub use packed::PackedRing;
 pub use split::SplitRing;
 
@@ -285,6 +292,8 @@ pub struct Head {
     pub id: u16,
     /// Packed: ring entries the chain takes. Split: 1, an entry of the available ring.
     pub entries: u16,
+    /// Packed: its entry in the log, if the ring has one.
+    log: u16,
 }
 
 /// The chain nearly every small request is: three descriptors, the first readable, the last writable, both of a length that
@@ -329,7 +338,7 @@ pub trait TripleRing {
     fn is_empty(&mut self) -> bool;
 
     /// Takes the chain that was peeked at last.
-    fn accept(&mut self, head: Head);
+    fn accept(&mut self, head: &mut Head);
 }
 
 /// Number of descriptors in an indirect table; refuses lengths that are not those of a table.
@@ -378,6 +387,29 @@ impl Ring {
             false => Ring::Split(SplitRing::new(memory, setup)?),
             true => Ring::Packed(PackedRing::new(memory, setup)?),
         })
+    }
+
+    /// Notes from now on what is taken and given back, and takes up what a process before this one has noted: the ring then
+    /// goes on where that one stopped, whatever [`RingSetup::base`] said. Nothing may have been popped yet.
+    ///
+    /// # Errors
+    /// The log's memory is too small, or was written for another ring.
+    pub fn set_log(&mut self, queue: &InflightQueue) -> Result<(), InflightError> {
+        either!(self, r => r.set_log(queue))
+    }
+
+    /// Did a process before this one use the ring? Its driver may wait for a notification that was never sent.
+    pub fn resumed(&self) -> bool {
+        either!(self, r => r.resumed())
+    }
+
+    /// Takes the oldest chain that a process before this one has taken and not given back, its buffers into `chain`;
+    /// `None`: there is none (any more). Before the first [`Ring::pop`].
+    ///
+    /// # Errors
+    /// The chain makes no sense (any more).
+    pub fn pop_unfinished(&mut self, view: &mut GuestView, chain: &mut Chain) -> Result<Option<Head>, RingError> {
+        either!(self, r => r.pop_unfinished(view, chain))
     }
 
     /// Descriptors in the ring.

@@ -8,9 +8,10 @@ use virtio_bindings::virtio_ring::{
     VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 
+use super::inflight::PackedLog;
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
+    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -101,6 +102,9 @@ pub struct PackedRing {
     published: Position,
     /// The second word of the used descriptor at `published`, which is written last of its batch.
     unpublished: Option<u64>,
+    log: Option<PackedLog>,
+    /// The ring was as new when it was set up.
+    new: bool,
 }
 
 impl TripleRing for PackedRing {
@@ -117,7 +121,8 @@ impl TripleRing for PackedRing {
     }
 
     #[inline(always)]
-    fn accept(&mut self, head: Head) {
+    fn accept(&mut self, head: &mut Head) {
+        head.log = self.note(head.entries);
         // No overflow, see `advanced`. Once a round the rest is needed.
         self.next_avail.index += head.entries;
         if self.next_avail.index >= self.size {
@@ -151,8 +156,8 @@ impl PackedRing {
         // Some front-ends send base 0 for a new ring and mean what a new ring begins with: both wrap counters 1 (2.8.1). A
         // ring that really stopped at index 0 with both counters 0 has been used: its descriptors are not all zero.
         // Relaxed: a front-end is done with a new ring's memory before it sends the messages that start the ring.
-        let is_new = || descriptors.iter().flatten().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
-        let (next_avail, next_used) = match setup.base == 0 && is_new() {
+        let new = descriptors.iter().flatten().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
+        let (next_avail, next_used) = match setup.base == 0 && new {
             true => (Position { index: 0, wrap: true }, Position { index: 0, wrap: true }),
             false => (next_avail, next_used),
         };
@@ -169,6 +174,73 @@ impl PackedRing {
             used: next_used.used(),
             published: next_used,
             unpublished: None,
+            log: None,
+            new,
+        })
+    }
+
+    pub(super) fn set_log(&mut self, queue: &InflightQueue) -> Result<(), InflightError> {
+        let here = (self.next_used.index, self.next_used.wrap);
+        let is_available = |(index, wrap): (u16, bool)| {
+            let flags = Position { index, wrap }.available();
+            (self.word(index, 1) ^ flags) & AVAIL_USED == 0
+        };
+        let (log, state) = PackedLog::open(queue, self.size, here, self.new, is_available)?;
+        if log.resumed {
+            let (index, wrap) = state.used;
+            let mut at = Position { index, wrap };
+            (self.next_used, self.used, self.published) = (at, at.used(), at);
+            // A process that died in the middle of a publication may have written all but the first of its used descriptors.
+            // The driver would take them for ours as soon as it sees the first.
+            for _ in 0..state.taken {
+                let entry = &self.descriptors[usize::from(at.index)][1];
+                let word = u64::from_le(entry.load(Ordering::Relaxed));
+                if (word ^ at.used()) & AVAIL_USED == 0 {
+                    entry.store((word & !AVAIL_USED | at.available()).to_le(), Ordering::Relaxed);
+                }
+                at = at.advanced(1, self.size);
+            }
+            self.go_to(at);
+        }
+        self.log = Some(log);
+        Ok(())
+    }
+
+    pub(super) fn resumed(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.resumed)
+    }
+
+    pub(super) fn pop_unfinished(
+        &mut self,
+        view: &mut GuestView,
+        chain: &mut Chain,
+    ) -> Result<Option<Head>, RingError> {
+        let Some(entry) = self.log.as_mut().and_then(|log| log.unfinished.pop()) else { return Ok(None) };
+        chain.clear();
+        let mut head = Head { id: 0, entries: 0, log: entry };
+        let log = self.log.as_ref().expect("it has just had an entry");
+        for descriptor in log.chain(entry).map(Descriptor::packed) {
+            (head.id, head.entries) = (descriptor.link, head.entries + 1);
+            match descriptor.flags & INDIRECT {
+                0 => chain.push(descriptor, entry)?,
+                _ => self.indirect(descriptor, entry, view, chain)?,
+            }
+        }
+        Ok(Some(head))
+    }
+
+    /// Notes that the next `entries` descriptors are taken.
+    #[inline(always)]
+    fn note(&mut self, entries: u16) -> u16 {
+        let Some(log) = &mut self.log else { return PackedLog::NONE };
+        let (descriptors, size) = (&self.descriptors, self.size);
+        let mut at = self.next_avail.index;
+        log.take(entries, |_| {
+            // Relaxed: they were read before; a driver that has changed them since harms itself only.
+            let words = &descriptors[usize::from(at)];
+            let words = [&words[0], &words[1]].map(|word| u64::from_le(word.load(Ordering::Relaxed)));
+            at = if at + 1 == size { 0 } else { at + 1 };
+            words
         })
     }
 
@@ -214,7 +286,7 @@ impl PackedRing {
                 return None;
             }
             return Some(Triple::new(
-                Head { id: (last[1] >> 32) as u16, entries: 3 },
+                Head { id: (last[1] >> 32) as u16, entries: 3, log: 0 },
                 [first, middle, last].map(Descriptor::packed),
             ));
         }
@@ -225,7 +297,8 @@ impl PackedRing {
             if !is(all[0], FIRST, 0) || all[1][1] & (CHAIN_BITS & !WRITE_BIT) != 0 || !is(all[2], LAST, WRITE) {
                 return None;
             }
-            return Some(Triple::new(Head { id: (word >> 32) as u16, entries: 1 }, all.map(Descriptor::packed)));
+            let head = Head { id: (word >> 32) as u16, entries: 1, log: 0 };
+            return Some(Triple::new(head, all.map(Descriptor::packed)));
         }
         None
     }
@@ -282,9 +355,10 @@ impl PackedRing {
             entries += 1;
             descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);
         }
+        let log = self.note(entries);
         self.go_to(at);
         // The id is that of the chain's last descriptor (2.8.6).
-        Ok(Some(Head { id: descriptor.link, entries }))
+        Ok(Some(Head { id: descriptor.link, entries, log }))
     }
 
     /// An indirect table (2.8.7): its descriptors are the chain, in order; of their flags only WRITE has a meaning.
@@ -311,6 +385,9 @@ impl PackedRing {
     }
 
     pub(super) fn unpop(&mut self, head: Head) {
+        if let Some(log) = &mut self.log {
+            log.untake(head.log);
+        }
         let Position { index, wrap } = self.next_avail;
         self.go_to(match index.checked_sub(head.entries) {
             Some(index) => Position { index, wrap },
@@ -328,6 +405,9 @@ impl PackedRing {
             // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
             Some(_) => self.descriptors[usize::from(self.next_used.index)][1].store(word.to_le(), Ordering::Relaxed),
         }
+        if let Some(log) = &mut self.log {
+            log.give_back(head.log);
+        }
         // No overflow, see `advanced`.
         self.next_used.index += head.entries;
         if self.next_used.index >= self.size {
@@ -344,9 +424,15 @@ impl PackedRing {
     pub(super) fn publish(&mut self) -> bool {
         let Some(word) = self.unpublished.take() else { return false };
         let first = std::mem::replace(&mut self.published, self.next_used);
+        if let Some(log) = &mut self.log {
+            log.publishing((self.next_used.index, self.next_used.wrap), (first.index, first.wrap));
+        }
         // Release: pairs with the driver's read barrier after it sees the flags (2.8.22). The driver takes used descriptors
         // in ring order, so the first one, written last, hides the others of the batch until now.
         self.descriptors[usize::from(first.index)][1].store(word.to_le(), Ordering::Release);
+        if let Some(log) = &mut self.log {
+            log.published((self.next_used.index, self.next_used.wrap));
+        }
         // SeqCst fence: the used descriptors are written before the driver's event area is read; pairs with the driver's
         // barrier between writing that area and looking at the ring once more (2.8.10, 2.8.14).
         fence(Ordering::SeqCst);

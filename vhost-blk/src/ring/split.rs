@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering, fence};
 
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_NOTIFY};
 
+use super::inflight::SplitLog;
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, MAX_QUEUE_SIZE, NEXT, Part, RingError, RingSetup,
-    TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_QUEUE_SIZE, NEXT, Part,
+    RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -40,6 +41,7 @@ pub struct SplitRing {
     next_used: u16,
     /// What used.idx says.
     published: u16,
+    log: Option<SplitLog>,
 }
 
 impl TripleRing for SplitRing {
@@ -57,8 +59,8 @@ impl TripleRing for SplitRing {
     }
 
     #[inline(always)]
-    fn accept(&mut self, head: Head) {
-        self.next_avail = self.next_avail.wrapping_add(head.entries);
+    fn accept(&mut self, head: &mut Head) {
+        self.take(head.id);
     }
 }
 
@@ -103,7 +105,44 @@ impl SplitRing {
             seen_avail: next_avail,
             next_used,
             published: next_used,
+            log: None,
         })
+    }
+
+    pub(super) fn set_log(&mut self, queue: &InflightQueue) -> Result<(), InflightError> {
+        // Relaxed: only compared, nothing is read through it.
+        let available = u16::from_le(self.avail[IDX].load(Ordering::Relaxed));
+        let log = SplitLog::open(queue, self.size, self.next_used, available)?;
+        if log.resumed {
+            // Everything taken was given back, or is unfinished: so many entries of the available ring are behind us.
+            self.next_avail = self.next_used.wrapping_add(log.unfinished.len() as u16);
+            self.seen_avail = self.next_avail;
+        }
+        self.log = Some(log);
+        Ok(())
+    }
+
+    pub(super) fn resumed(&self) -> bool {
+        self.log.as_ref().is_some_and(|log| log.resumed)
+    }
+
+    pub(super) fn pop_unfinished(
+        &mut self,
+        view: &mut GuestView,
+        chain: &mut Chain,
+    ) -> Result<Option<Head>, RingError> {
+        let Some(head) = self.log.as_mut().and_then(|log| log.unfinished.pop()) else { return Ok(None) };
+        self.walk(head, view, chain)?;
+        Ok(Some(Head { id: head, entries: 1, log: 0 }))
+    }
+
+    /// The chain at the next entry of the available ring, which begins with `head`, is ours now.
+    #[inline(always)]
+    fn take(&mut self, head: u16) {
+        if let Some(log) = &mut self.log {
+            log.take(head);
+        }
+        self.next_avail = self.next_avail.wrapping_add(1);
     }
 
     pub(super) fn size(&self) -> u16 {
@@ -153,7 +192,7 @@ impl SplitRing {
             return None;
         };
         let good = all[1].flags & !WRITE == NEXT && all[2].is(LAST, WRITE);
-        good.then(|| Triple::new(Head { id, entries: 1 }, all))
+        good.then(|| Triple::new(Head { id, entries: 1, log: 0 }, all))
     }
 
     /// The head the driver has put into the next entry of the available ring.
@@ -171,18 +210,25 @@ impl SplitRing {
             return Ok(None);
         }
         let head = self.offered();
+        self.walk(head, view, chain)?;
+        self.take(head);
+        Ok(Some(Head { id: head, entries: 1, log: 0 }))
+    }
+
+    /// Reads the chain that begins with a descriptor.
+    #[inline(always)]
+    fn walk(&self, head: u16, view: &mut GuestView, chain: &mut Chain) -> Result<(), RingError> {
         chain.clear();
         let mut index = head;
         let mut seen = 0;
         loop {
             let descriptor = self.descriptor(index)?;
             if descriptor.flags & INDIRECT != 0 {
-                self.indirect(descriptor, head, view, chain)?;
-                break;
+                return self.indirect(descriptor, head, view, chain);
             }
             chain.push(descriptor, head)?;
             if descriptor.flags & NEXT == 0 {
-                break;
+                return Ok(());
             }
             seen += 1;
             // A chain of `size` descriptors uses the whole table; one more has come back to one of them.
@@ -191,8 +237,6 @@ impl SplitRing {
             }
             index = descriptor.link;
         }
-        self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(Head { id: head, entries: 1 }))
     }
 
     /// An indirect table (2.7.5.3): the end of a chain, which may have had direct descriptors before it. The flag WRITE of
@@ -230,7 +274,10 @@ impl SplitRing {
     }
 
     pub(super) fn unpop(&mut self, head: Head) {
-        self.next_avail = self.next_avail.wrapping_sub(head.entries);
+        if let Some(log) = &mut self.log {
+            log.untake(head.id);
+        }
+        self.next_avail = self.next_avail.wrapping_sub(1);
     }
 
     #[inline(always)]
@@ -240,6 +287,9 @@ impl SplitRing {
             // Relaxed: ordered by the Release in `publish`.
             id.store(u32::from(head.id).to_le(), Ordering::Relaxed);
             length.store(written.to_le(), Ordering::Relaxed);
+        }
+        if let Some(log) = &mut self.log {
+            log.give_back(head.id);
         }
         self.next_used = self.next_used.wrapping_add(1);
     }
@@ -256,9 +306,15 @@ impl SplitRing {
         }
         let old = self.published;
         self.published = self.next_used;
+        if let Some(log) = &self.log {
+            log.publishing(old);
+        }
         // Release: pairs with the driver's read barrier after it sees used.idx (2.7.14); the elements, the status bytes
         // and the data are visible before.
         self.used_head[IDX].store(self.next_used.to_le(), Ordering::Release);
+        if let Some(log) = &self.log {
+            log.published(old, self.next_used);
+        }
         // SeqCst fence: used.idx is written before used_event or flags are read; pairs with the driver's barrier between
         // writing those and looking at used.idx once more (2.7.7.2, 2.7.10). Without it both could miss each other.
         fence(Ordering::SeqCst);

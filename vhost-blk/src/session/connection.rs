@@ -90,6 +90,8 @@ impl Header {
                 | GET_MAX_MEM_SLOTS
                 | ADD_MEM_REG
                 | REM_MEM_REG
+                | GET_INFLIGHT_FD
+                | SET_INFLIGHT_FD
         );
         (known && self.flags & !(VERSION_MASK | NEED_REPLY) == 0).then_some(request)
     }
@@ -128,6 +130,7 @@ impl Header {
                 | SET_VRING_ERR
                 | SET_BACKEND_REQ_FD
                 | ADD_MEM_REG
+                | SET_INFLIGHT_FD
                 // By mistake, but many do, and the specification allows for it.
                 | REM_MEM_REG)
         )

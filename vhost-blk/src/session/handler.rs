@@ -17,14 +17,16 @@ use super::{MEMORY_SLOTS, RING_FEATURES, Session};
 use crate::blk_config;
 use crate::guest_memory::RegionDescription;
 use crate::listener::is_eventfd;
+use crate::ring::InflightMemory;
 
-/// What we offer. In-flight tracking and dirty logging are not there yet, so they are not offered.
+/// What we offer. Dirty logging is not there yet, so it is not offered.
 pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
     .union(VhostUserProtocolFeatures::CONFIG)
     .union(VhostUserProtocolFeatures::REPLY_ACK)
     .union(VhostUserProtocolFeatures::BACKEND_REQ)
     .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(VhostUserProtocolFeatures::RESET_DEVICE);
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
 
 impl Device for Session {
     fn take_refusal(&mut self) -> Option<String> {
@@ -225,11 +227,42 @@ impl Session {
         flushed.map_err(|why| format!("the drive's cache cannot be flushed, so it stays in use: {why}")).and(started)
     }
 
+    /// Memory for the log of as many rings as the front-end uses. The front-end gives it back to us, and after us to the next
+    /// process, with SET_INFLIGHT_FD.
+    fn try_get_inflight(
+        &mut self,
+        asked: &VhostUserInflight,
+    ) -> std::result::Result<(VhostUserInflight, File), String> {
+        let rings = self.rings.len();
+        if usize::from(asked.num_queues) > rings {
+            return Err(format!("a log for {} rings was asked for; {rings} are offered", asked.num_queues));
+        }
+        let most = self.export.queue_size;
+        if asked.queue_size > most {
+            return Err(format!("a log for rings of {} entries was asked for; {most} are accepted", asked.queue_size));
+        }
+        let memory = InflightMemory::create(asked.num_queues, asked.queue_size).map_err(|error| error.to_string())?;
+        let file = memory.file().try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
+        Ok((VhostUserInflight { mmap_size: memory.bytes(), mmap_offset: 0, ..*asked }, file))
+    }
+
+    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: File) -> std::result::Result<(), String> {
+        if !self.running.is_empty() {
+            return Err("rings run; stop them before their log changes".into());
+        }
+        let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
+            .map_err(|error| error.to_string())?;
+        self.inflight = Some(memory);
+        self.rings.iter_mut().for_each(RingState::changed);
+        self.settle()
+    }
+
     /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only.
     fn try_reset(&mut self) -> std::result::Result<(), String> {
         self.pause_all();
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
+        self.inflight.iter().for_each(InflightMemory::clear);
         self.disk.writeback.store(self.export.namespace.volatile_write_cache, Ordering::Relaxed);
         Ok(())
     }
@@ -413,12 +446,14 @@ impl VhostUserBackendReqHandlerMut for Session {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered()
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let result = self.try_get_inflight(inflight);
+        self.answer(result)
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered()
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let result = self.try_set_inflight(inflight, file);
+        self.answer(result)
     }
 
     fn set_device_state_fd(

@@ -20,7 +20,7 @@ use crate::drive::Lease;
 use crate::export::Export;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneSetup};
-use crate::ring::{Ring, RingSetup};
+use crate::ring::{InflightMemory, Ring, RingSetup};
 use crate::worker::LaneHandle;
 use ring_state::{Addresses, RingState};
 
@@ -47,6 +47,8 @@ pub struct Session {
     rings: Vec<RingState>,
     /// By ring index.
     running: HashMap<usize, Running>,
+    /// Where rings note what is in flight (SET_INFLIGHT_FD).
+    inflight: Option<InflightMemory>,
     /// The channel to the front-end (SET_BACKEND_REQ_FD), kept open for the day a resize is told through it.
     back_channel: Option<Backend>,
     refusal: Option<String>,
@@ -67,6 +69,7 @@ impl Session {
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
+            inflight: None,
             back_channel: None,
             refusal: None,
             export,
@@ -140,7 +143,11 @@ impl Session {
             device,
             base: state.base,
         };
-        let ring = Ring::new(&self.memory, &setup).map_err(|error| format!("ring {index} cannot run: {error}"))?;
+        let cannot_run = |error: &dyn std::fmt::Display| format!("ring {index} cannot run: {error}");
+        let mut ring = Ring::new(&self.memory, &setup).map_err(|error| cannot_run(&error))?;
+        if let Some(queue) = self.inflight.as_ref().and_then(|inflight| inflight.queue(index)) {
+            ring.set_log(&queue).map_err(|error| cannot_run(&error))?;
+        }
         let duplicate = |what: &str, file: std::io::Result<_>| {
             file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
         };

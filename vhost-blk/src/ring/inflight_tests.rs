@@ -1,0 +1,366 @@
+//! Rings whose process dies, at any step, and whose successor goes on from the log.
+
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use super::model::{Driver, Guest, Random, readable, writable};
+use super::*;
+
+const RING: u64 = 0x1000;
+const DATA: u64 = 0x10_0000;
+
+thread_local! {
+    /// Steps to go until this thread's device dies; 0: it lives.
+    static STEPS: Cell<u32> = const { Cell::new(0) };
+}
+
+/// The panic of a device that dies.
+struct Killed;
+
+/// Called between any two stores to the log.
+pub(super) fn may_die_here() {
+    let steps = STEPS.get();
+    if steps != 0 {
+        STEPS.set(steps - 1);
+        if steps == 1 {
+            std::panic::resume_unwind(Box::new(Killed));
+        }
+    }
+}
+
+/// Lets the device die at this step of `work`, if it has so many. Returns whether it died.
+fn killed_at(step: u32, work: impl FnOnce()) -> bool {
+    STEPS.set(step);
+    let result = catch_unwind(AssertUnwindSafe(work));
+    STEPS.set(0);
+    match result {
+        Ok(()) => false,
+        Err(panic) if panic.is::<Killed>() => true,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+/// A device's process: what dies.
+struct Device {
+    ring: Ring,
+    view: GuestView,
+    chain: Chain,
+    /// What it has popped and not given back, with what each chain said.
+    held: Vec<(Head, String)>,
+    /// What it has popped last: only that can be put back.
+    last: Option<Head>,
+}
+
+impl Device {
+    fn new(guest: &Guest, setup: &RingSetup, log: &InflightMemory) -> Device {
+        let mut ring = Ring::new(&guest.memory, setup).unwrap();
+        ring.set_log(&log.queue(0).unwrap()).unwrap();
+        let mut device = Device {
+            ring,
+            view: GuestView::new(guest.memory.clone()),
+            chain: Chain::new(),
+            held: Vec::new(),
+            last: None,
+        };
+        while let Some(head) = device.ring.pop_unfinished(&mut device.view, &mut device.chain).unwrap() {
+            device.held.push((head, told(&device.chain)));
+        }
+        device
+    }
+
+    fn pop(&mut self) -> bool {
+        let Some(head) = self.ring.pop(&mut self.view, &mut self.chain).unwrap() else { return false };
+        self.held.push((head, told(&self.chain)));
+        self.last = Some(head);
+        true
+    }
+}
+
+/// What a chain says.
+fn told(chain: &Chain) -> String {
+    format!("{:x?} {:x?}", chain.readable(), chain.writable())
+}
+
+/// The driver's side, and what it knows of its chains.
+struct Front {
+    guest: Guest,
+    driver: Driver,
+    log: InflightMemory,
+    /// Chains in the order they were made available, which are not back yet: id and what they say.
+    waiting: Vec<(u16, String)>,
+    made: u64,
+}
+
+impl Front {
+    fn new(packed: bool, size: u16) -> Front {
+        let guest = Guest::new(&[(0, 0x40_0000)], None);
+        let driver = Driver::new(&guest, packed, size, RING, false);
+        Front { guest, driver, log: InflightMemory::create(1, size).unwrap(), waiting: Vec::new(), made: 0 }
+    }
+
+    fn device(&self) -> Device {
+        // What a front-end says after a crash may be long out of date: the log knows better.
+        Device::new(&self.guest, &self.driver.setup, &self.log)
+    }
+
+    fn add(&mut self, random: &mut Random) -> bool {
+        self.made += 1;
+        let at = DATA + self.made % 0x1000 * 0x40;
+        let pieces: Vec<_> = match random.below(3) {
+            0 => vec![writable(at, 16)],
+            1 => vec![readable(at, 16), writable(at + 16, 512 + self.made as u32 % 100)],
+            _ => vec![readable(at, 16), readable(at + 16, 8), writable(at + 24, 1)],
+        };
+        let table = random.one_in(2).then_some(0x20_0000 + self.made % 0x1000 * 0x40);
+        let Some(id) = self.driver.add(&self.guest, &pieces, table) else { return false };
+        let texts: Vec<String> = [false, true]
+            .map(|w| {
+                let of = |p: &&super::model::Piece| p.writable == w;
+                let side: Vec<Buffer> =
+                    pieces.iter().filter(of).map(|p| Buffer { address: p.address, bytes: p.bytes }).collect();
+                format!("{side:x?}")
+            })
+            .to_vec();
+        self.waiting.push((id, texts.join(" ")));
+        true
+    }
+
+    /// Takes what the device shows; panics in the model if that is anything not in flight.
+    fn collect(&mut self) {
+        while let Some((id, length)) = self.driver.used(&self.guest) {
+            let at = self.waiting.iter().position(|(waiting, _)| *waiting == id).expect("it is in flight");
+            let (_, text) = self.waiting.remove(at);
+            assert_eq!(length as usize, text.len(), "each chain is given back with its own length");
+        }
+    }
+}
+
+/// The next process has exactly what the driver still waits for, each as it was sent: first, in their order, those that were
+/// taken, then those that were not.
+fn check_successor(front: &mut Front) -> Device {
+    let mut device = front.device();
+    let resumed = device.held.len();
+    while device.pop() {}
+    let found: Vec<&String> = device.held.iter().map(|(_, text)| text).collect();
+    let expected: Vec<&String> = front.waiting.iter().map(|(_, text)| text).collect();
+    assert_eq!(found, expected, "{resumed} of them resumed");
+    device
+}
+
+fn any_step(packed: bool, seed: u64) -> HashMap<bool, u32> {
+    println!("packed {packed}, seed {seed}");
+    let mut random = Random(seed);
+    let mut deaths = HashMap::new();
+    // Packed rings need not be a power of two.
+    let mut front = Front::new(packed, if packed { 11 } else { 16 });
+    let mut device = front.device();
+    for _ in 0..4000 {
+        for _ in 0..random.below(8) {
+            front.add(&mut random);
+        }
+        let (pops, pushes, step) = (random.below(8), random.below(8), random.below(120) as u32);
+        let order: Vec<u64> = (0..pushes).map(|_| random.next()).collect();
+        let unpop = random.one_in(4);
+        let died = killed_at(step, || {
+            for _ in 0..pops {
+                device.pop();
+            }
+            // What found no room is put back, to be taken again.
+            let is_last = device.held.last().is_some_and(|(head, _)| Some(*head) == device.last);
+            if unpop && is_last {
+                let (head, _) = device.held.pop().unwrap();
+                device.last = None;
+                device.ring.unpop(head);
+            }
+            for pick in &order {
+                if device.held.is_empty() {
+                    break;
+                }
+                let (head, text) = device.held.remove((pick % device.held.len() as u64) as usize);
+                device.ring.push_used(head, text.len() as u32);
+            }
+            device.ring.publish();
+        });
+        *deaths.entry(died).or_default() += 1;
+        // What was published before the death counts, nothing else.
+        front.collect();
+        if died {
+            drop(device);
+            // The driver does not wait for a successor to use what is free again.
+            for _ in 0..random.below(12) {
+                front.add(&mut random);
+            }
+            device = check_successor(&mut front);
+        }
+    }
+    // Nothing is lost and nothing is stuck in the log.
+    while device.pop() {}
+    for (head, text) in std::mem::take(&mut device.held) {
+        device.ring.push_used(head, text.len() as u32);
+    }
+    device.ring.publish();
+    front.collect();
+    assert!(front.waiting.is_empty(), "{:?}", front.waiting);
+    drop(device);
+    assert_eq!(check_successor(&mut front).held.len(), 0);
+    assert!(front.made > u64::from(u16::MAX) / 16, "the packed ring has wrapped often");
+    deaths
+}
+
+#[test]
+fn a_split_ring_survives_death_at_any_step() {
+    let deaths = any_step(false, 0x5b11);
+    assert!(deaths[&true] > 300, "{deaths:?}");
+}
+
+#[test]
+fn a_packed_ring_survives_death_at_any_step() {
+    let deaths = any_step(true, 0xbac6);
+    assert!(deaths[&true] > 300, "{deaths:?}");
+}
+
+fn formats() -> [(bool, u16); 2] {
+    [(false, 8), (true, 8)]
+}
+
+#[test]
+fn request_zero_alone_in_flight_is_found() {
+    for (packed, size) in formats() {
+        let mut front = Front::new(packed, size);
+        assert!(front.add(&mut Random(1)));
+        let mut device = front.device();
+        assert!(device.pop());
+        drop(device);
+        let device = front.device();
+        assert_eq!(device.held.len(), 1, "packed {packed}");
+        assert!(device.ring.resumed());
+    }
+}
+
+#[test]
+fn an_empty_history_has_nothing_to_do_again() {
+    for (packed, size) in formats() {
+        let mut front = Front::new(packed, size);
+        let device = front.device();
+        assert!(!device.ring.resumed() && device.held.is_empty(), "a fresh log");
+        drop(device);
+        let mut device = front.device();
+        assert!(device.held.is_empty());
+        assert!(front.add(&mut Random(2)));
+        assert!(device.pop(), "it goes on from the beginning");
+    }
+}
+
+#[test]
+fn indexes_that_have_wrapped_are_resumed() {
+    for (packed, size) in formats() {
+        let mut front = Front::new(packed, size);
+        let mut random = Random(3);
+        let mut device = front.device();
+        for _ in 0..u32::from(u16::MAX) + 5 {
+            assert!(front.add(&mut random));
+            assert!(device.pop());
+            let (head, text) = device.held.pop().unwrap();
+            device.ring.push_used(head, text.len() as u32);
+            device.ring.publish();
+            front.collect();
+        }
+        assert!(front.add(&mut random) && front.add(&mut random));
+        assert!(device.pop());
+        drop(device);
+        assert_eq!(check_successor(&mut front).held.len(), 2, "packed {packed}");
+    }
+}
+
+#[test]
+fn a_device_that_was_reset_begins_anew() {
+    for (packed, size) in formats() {
+        let mut front = Front::new(packed, size);
+        assert!(front.add(&mut Random(4)) && front.add(&mut Random(5)));
+        let mut device = front.device();
+        assert!(device.pop());
+        drop(device);
+        front.log.clear();
+        front.driver = Driver::new(&front.guest, packed, size, RING, false);
+        let device = front.device();
+        assert!(device.held.is_empty() && !device.ring.resumed());
+    }
+}
+
+/// A guest that began anew while nobody was there to hear of its reset: its ring is not the one in the log.
+#[test]
+fn a_log_of_an_earlier_ring_is_not_believed() {
+    for (packed, size) in formats() {
+        let mut front = Front::new(packed, size);
+        let mut random = Random(6);
+        let mut device = front.device();
+        for _ in 0..3 {
+            assert!(front.add(&mut random) && device.pop());
+        }
+        drop(device);
+        front.driver = Driver::new(&front.guest, packed, size, RING, false);
+        front.waiting.clear();
+        assert!(front.device().held.is_empty(), "packed {packed}");
+    }
+}
+
+#[test]
+fn logs_that_do_not_fit_are_refused() {
+    for (packed, size) in formats() {
+        let front = Front::new(packed, size);
+        drop(front.device());
+        let open = |log: &InflightMemory, size| {
+            let setup = RingSetup { size, ..front.driver.setup };
+            // Used, so that it is not taken for a new ring.
+            front.guest.write(setup.descriptors, &[1]);
+            Ring::new(&front.guest.memory, &setup).unwrap().set_log(&log.queue(0).unwrap())
+        };
+        assert!(matches!(open(&front.log, size / 2), Err(InflightError::Foreign { .. })));
+        let small = InflightMemory::create(1, size / 4).unwrap();
+        assert!(matches!(open(&small, 32), Err(InflightError::TooSmall { .. })), "packed {packed}");
+        assert!(front.log.queue(1).is_none());
+    }
+}
+
+/// Whatever is in the memory, nothing but an error or an odd set of chains comes of it.
+#[test]
+fn garbage_in_the_log_does_no_harm() {
+    let seed = 0x9a7;
+    println!("seed {seed}");
+    let mut random = Random(seed);
+    for round in 0..3000 {
+        let mut front = Front::new(round % 2 == 0, 16);
+        let mut device = front.device();
+        for _ in 0..3 {
+            assert!(front.add(&mut random) && device.pop());
+        }
+        drop(device);
+        let file = front.log.file();
+        for _ in 0..1 + random.below(6) {
+            use std::os::unix::fs::FileExt;
+            file.write_all_at(&[random.next() as u8], random.below(front.log.bytes())).unwrap();
+        }
+        let mut ring = Ring::new(&front.guest.memory, &front.driver.setup).unwrap();
+        if ring.set_log(&front.log.queue(0).unwrap()).is_err() {
+            continue;
+        }
+        let (mut view, mut chain) = (GuestView::new(front.guest.memory.clone()), Chain::new());
+        let mut held = Vec::new();
+        for _ in 0..64 {
+            match ring.pop_unfinished(&mut view, &mut chain) {
+                Ok(Some(head)) => held.push(head),
+                Ok(None) => break,
+                Err(_) => {}
+            }
+        }
+        while let Ok(Some(head)) = ring.pop(&mut view, &mut chain) {
+            held.push(head);
+            if held.len() > 64 {
+                break;
+            }
+        }
+        held.into_iter().for_each(|head| ring.push_used(head, 0));
+        ring.publish();
+    }
+}
