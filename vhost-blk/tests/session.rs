@@ -28,8 +28,8 @@ fn a_disk_is_written_and_read() {
 fn what_is_offered() {
     let served = serve(1, |_, export| export.queues = 7);
     let front = served.connect();
-    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS; neither in-flight tracking nor a log.
-    assert_eq!(front.ask_u64(GET_PROTOCOL_FEATURES), 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 13 | 1 << 15);
+    // MQ, REPLY_ACK, BACKEND_REQ, CONFIG, INFLIGHT_SHMFD, RESET_DEVICE, CONFIGURE_MEM_SLOTS; no log of written pages.
+    assert_eq!(front.ask_u64(GET_PROTOCOL_FEATURES), 1 | 1 << 3 | 1 << 5 | 1 << 9 | 1 << 12 | 1 << 13 | 1 << 15);
     let features = front.ask_u64(GET_FEATURES);
     front.negotiate();
     // SEG_MAX, BLK_SIZE, TOPOLOGY, MQ, INDIRECT, EVENT_IDX, protocol features, VERSION_1, PACKED.
@@ -454,4 +454,79 @@ fn stopping_the_target_finishes_requests() {
     assert!(matches!(ring.poll(), Some(0) | None));
     front.wait_for_end();
     assert!(!folder.path().join("0").exists(), "the socket is removed");
+}
+
+/// A ring goes on from what is in the log, whatever base the front-end believes in, and does first what the log says was
+/// taken: here as a process would have left it that was killed after it had taken a request.
+#[test]
+fn a_ring_goes_on_from_its_log() {
+    use std::os::unix::fs::FileExt;
+    let served = one();
+    let region = Region::new(0, MIB);
+    let mut ring = Ring::new(&region, 2, 0x10000);
+    let told = inflight(0, 3, ring.size);
+    let (told, log) = {
+        let front = served.connect();
+        front.negotiate();
+        let (told, file) = front.ask_file(GET_INFLIGHT_FD, &told);
+        assert!(number(&told[..8]) <= file.metadata().unwrap().len());
+        (told, file)
+    };
+    let start = |ring: &Ring| {
+        let front = served.connect();
+        front.negotiate();
+        front.accept(SET_INFLIGHT_FD, &told, &[log.as_raw_fd()]);
+        region.add(&front);
+        ring.start(&front);
+        front
+    };
+    let front = start(&ring);
+    ring.check_io(0);
+    front.refuse(SET_INFLIGHT_FD, &told, &[log.as_raw_fd()]);
+    drop(front);
+    let reads = served.target.totals().reads;
+    // Put on the ring while nobody serves it, and taken by nobody but the log.
+    let data = (ring.data(), 4096);
+    ring.submit(0, 0, data);
+    let of_ring = 2 * number(&told[..8]) / 3;
+    let mut state = [0; 8];
+    log.read_exact_at(&mut state, of_ring + 8).unwrap();
+    assert_eq!(state, [1, 0, 64, 0, 0, 0, 2, 0], "version, size, last head, used index");
+    log.write_all_at(&[1], of_ring + 16).unwrap();
+    // The base that a front-end tells after a crash may be any.
+    let base = std::mem::replace(&mut ring.next, 7);
+    let front = start(&ring);
+    ring.next = base;
+    assert_eq!(ring.wait(), 0, "it is done");
+    assert_eq!(served.target.totals().reads, reads + 1, "once");
+    ring.check_io(8);
+    assert_eq!(front.vring_base(2), ring.position());
+    // A device that is reset forgets.
+    front.accept(RESET_DEVICE, &[], &[]);
+    log.read_exact_at(&mut state, of_ring + 8).unwrap();
+    assert_eq!(state, [0; 8]);
+}
+
+#[test]
+fn logs_that_cannot_be_used_are_refused() {
+    let served = one();
+    let front = served.connect();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    let file = &region.file;
+    for bad in [inflight(MIB + 4096, 1, 64), inflight(0, 1, 64), inflight(u64::MAX, 1, 64)] {
+        front.refuse(SET_INFLIGHT_FD, &bad, &[file.as_raw_fd()]);
+    }
+    // Too small for the ring: told when the ring starts, and I/O is not begun.
+    front.accept(SET_INFLIGHT_FD, &inflight(64, 1, 64), &[file.as_raw_fd()]);
+    region.add(&front);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    ring.enable(&front, true);
+    front.set_ring(SET_VRING_NUM, 0, ring.size.into());
+    front.accept(SET_VRING_ADDR, &ring.addresses(), &[]);
+    ring.submit(4, 0, (0, 0));
+    front.refuse(SET_VRING_KICK, &0u64.to_ne_bytes(), &[ring.kick.as_raw_fd()]);
+    assert_eq!(ring.poll(), None);
+    // More rings than are offered: the reply cannot say no.
+    assert_eq!(front.ask(GET_INFLIGHT_FD, &inflight(0, 5, 64)), None);
 }

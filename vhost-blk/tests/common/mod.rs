@@ -35,6 +35,7 @@ pub const SEND_RARP: u32 = 19;
 pub const GET_CONFIG: u32 = 24;
 pub const SET_CONFIG: u32 = 25;
 pub const GET_INFLIGHT_FD: u32 = 31;
+pub const SET_INFLIGHT_FD: u32 = 32;
 pub const RESET_DEVICE: u32 = 34;
 pub const GET_MAX_MEM_SLOTS: u32 = 36;
 pub const ADD_MEM_REG: u32 = 37;
@@ -97,6 +98,16 @@ impl Front {
     pub fn ask(&self, request: u32, body: &[u8]) -> Option<Vec<u8>> {
         self.send(request, 0, body, &[]);
         self.reply(request)
+    }
+
+    /// A request whose reply brings a file.
+    pub fn ask_file(&self, request: u32, body: &[u8]) -> (Vec<u8>, File) {
+        self.send(request, 0, body, &[]);
+        let mut message = vec![0; 12 + body.len()];
+        let (bytes, file) = self.stream.recv_with_fd(&mut message).unwrap();
+        assert_eq!(bytes, message.len());
+        assert_eq!(message[..4], request.to_ne_bytes());
+        (message.split_off(12), file.expect("a descriptor comes with the reply"))
     }
 
     pub fn ask_u64(&self, request: u32) -> u64 {
@@ -170,6 +181,11 @@ pub fn state(index: u32, value: u32) -> [u8; 8] {
     body
 }
 
+/// `VhostUserInflight`.
+pub fn inflight(bytes: u64, queues: u16, size: u16) -> Vec<u8> {
+    [&bytes.to_ne_bytes()[..], &[0; 8], &queues.to_ne_bytes(), &size.to_ne_bytes(), &[0; 4]].concat()
+}
+
 pub fn config(offset: u32, data: &[u8]) -> Vec<u8> {
     let words = [offset, data.len() as u32, 0];
     words.iter().flat_map(|word| word.to_ne_bytes()).chain(data.iter().copied()).collect()
@@ -222,7 +238,7 @@ pub struct Ring<'a> {
     pub call: EventFd,
     memory: &'a GuestMemoryMmap,
     guest: u64,
-    next: u16,
+    pub next: u16,
     seen: u16,
 }
 
