@@ -12,7 +12,7 @@ use vhost_blk::counters::LaneCounters;
 use vhost_blk::disk::Disk;
 use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach};
 use vhost_blk::lane::{Lane, LaneSetup};
-use vhost_blk::ring::{Chain, Head, Ring};
+use vhost_blk::ring::{Chain, Head, InflightMemory, Ring};
 use vhost_blk::worker::Group;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -52,7 +52,8 @@ impl Drive {
 pub fn measure(row: &Row, socket: &Path, simulator: u32) {
     let drive = Drive::open(socket);
     match row.what {
-        What::Lane(layout) => lane(row, &drive, simulator, layout),
+        What::Lane(layout) => lane(row, &drive, simulator, layout, false),
+        What::LoggedLane(layout) => lane(row, &drive, simulator, layout, true),
         What::Driver => driver(row, &drive, simulator),
         What::Ring(layout) => ring(row, &drive, layout),
         What::VirtioQueue(layout) => virtio_queue(row, layout),
@@ -61,7 +62,7 @@ pub fn measure(row: &Row, socket: &Path, simulator: u32) {
 
 /// The whole path: ring to queue pair in one call, queue pair to ring in another. The controller is stopped during both, so
 /// that neither finds less or more to do from one run to the next.
-fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout) {
+fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) {
     let mut guest = Guest::new(layout);
     let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
@@ -72,9 +73,14 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout) {
         features: 0,
         writeback: AtomicBool::new(true),
     };
+    let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
+    if logged {
+        let log = InflightMemory::create(1, ring.size()).expect("some memory");
+        ring.set_log(&log.queue(0).expect("the first")).expect("large enough");
+    }
     let lane = Lane::new(LaneSetup {
         name: "measured".into(),
-        ring: Ring::new(&memory, &guest.ring()).expect("a valid ring"),
+        ring,
         memory: memory.clone(),
         disk: Arc::new(disk),
         kick: None,

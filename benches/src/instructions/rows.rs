@@ -7,6 +7,8 @@ use crate::guest::Layout;
 pub enum What {
     /// From avail ring to used ring, driver included.
     Lane(Layout),
+    /// The same on a ring whose requests in flight are noted for the next process.
+    LoggedLane(Layout),
     /// The driver alone: submit, ring, reap.
     Driver,
     /// Our ring alone: pop, walk, give back, publish.
@@ -61,6 +63,18 @@ pub const ROWS: &[Row] = &[
     Row { name: "lane, packed ring, batch 32", what: What::Lane(PACKED), batch: 32 },
     Row { name: "lane, packed ring, batch 1", what: What::Lane(PACKED), batch: 1 },
     Row { name: "lane, packed ring with indirect descriptors, batch 32", what: What::Lane(PACKED_INDIRECT), batch: 32 },
+    Row { name: "lane, split ring, in-flight log, batch 32", what: What::LoggedLane(SPLIT), batch: 32 },
+    Row {
+        name: "lane, split ring with indirect descriptors, in-flight log, batch 32",
+        what: What::LoggedLane(SPLIT_INDIRECT),
+        batch: 32,
+    },
+    Row { name: "lane, packed ring, in-flight log, batch 32", what: What::LoggedLane(PACKED), batch: 32 },
+    Row {
+        name: "lane, packed ring with indirect descriptors, in-flight log, batch 32",
+        what: What::LoggedLane(PACKED_INDIRECT),
+        batch: 32,
+    },
     Row { name: "driver alone, batch 32", what: What::Driver, batch: 32 },
     Row { name: "driver alone, batch 1", what: What::Driver, batch: 1 },
     Row { name: "ring alone, split, batch 32", what: What::Ring(SPLIT), batch: 32 },
