@@ -4,12 +4,12 @@
 //! and [`PackedLog`] follow the specification's steps for the two formats.
 //!
 //! There is one writer. A process that is killed stops between two instructions, and what it stored before is there for its
-//! successor; so the stores only have to be issued in order, which [`in_order`] says to the compiler. Fields are in the byte
-//! order of all machines this runs on, little-endian.
+//! successor; so stores only have to be issued in order. [`store_after`] is for those that must not come before what was
+//! stored earlier; others may change places among themselves. Fields are little-endian, as all machines this runs on.
 
 use std::fs::File;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use vfio::SharedMemory;
 
@@ -133,14 +133,6 @@ impl InflightQueue {
     }
 }
 
-/// What was stored before is in memory before what is stored after, should this process be killed in between.
-#[inline(always)]
-fn in_order() {
-    #[cfg(test)]
-    super::inflight_tests::may_die_here();
-    compiler_fence(Ordering::SeqCst);
-}
-
 #[inline(always)]
 fn load(word: &AtomicU64) -> u64 {
     u64::from_le(word.load(Ordering::Relaxed))
@@ -151,6 +143,15 @@ fn store(word: &AtomicU64, value: u64) {
     #[cfg(test)]
     super::inflight_tests::may_die_here();
     word.store(value.to_le(), Ordering::Relaxed);
+}
+
+/// Stores what only counts when everything stored before is there.
+#[inline(always)]
+fn store_after(word: &AtomicU64, value: u64) {
+    #[cfg(test)]
+    super::inflight_tests::may_die_here();
+    // Release: stays behind all earlier stores. It pairs with the successor's reading, which begins after this process's end.
+    word.store(value.to_le(), Ordering::Release);
 }
 
 /// The 16 bits at `place` (0 to 3) of a word.
@@ -212,7 +213,6 @@ impl SplitLog {
         }
         (self.counter, self.last, self.resumed) = (0, 0, false);
         self.unfinished.clear();
-        in_order();
         self.save(used);
     }
 
@@ -230,7 +230,6 @@ impl SplitLog {
             store(&entry[0], old & !0xff);
             head = field(old, 3);
         }
-        in_order();
         self.save(used);
         let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| load(&entry[0]) & 0xff == IN_FLIGHT);
         let found: Vec<(u64, u16)> = taken.map(|(head, entry)| (load(&entry[1]), head)).collect();
@@ -245,7 +244,7 @@ impl SplitLog {
     /// Stores last_batch_head and used_idx.
     #[inline(always)]
     fn save(&self, used: u16) {
-        store(&self.header[Self::STATE], word([VERSION, self.size, self.last, used]));
+        store_after(&self.header[Self::STATE], word([VERSION, self.size, self.last, used]));
     }
 
     /// "When receiving available buffers": a chain was taken.
@@ -254,8 +253,7 @@ impl SplitLog {
         if let Some(entry) = self.entries.get(usize::from(head)) {
             store(&entry[1], self.counter);
             self.counter = self.counter.wrapping_add(1);
-            in_order();
-            store(&entry[0], IN_FLIGHT);
+            store_after(&entry[0], IN_FLIGHT);
         }
     }
 
@@ -275,25 +273,25 @@ impl SplitLog {
         }
     }
 
-    /// The batch is complete: `published` is what the used index still says.
+    /// The batch is complete: `published` is what the used index still says. The store of the new index has to stay behind.
     #[inline(always)]
     pub fn publishing(&self, published: u16) {
         // last_batch_head; once is enough, for nobody looks at it while the used index is the old one.
         self.save(published);
-        in_order();
+        #[cfg(test)]
+        super::inflight_tests::may_die_here();
     }
 
-    /// The used index went from `old` to `new`: what was given back is in flight no more.
+    /// The used index went from `old` to `new`, and a fence is between that and this: what was given back is in flight no
+    /// more.
     #[inline(always)]
     pub fn published(&self, old: u16, new: u16) {
-        in_order();
         let mut head = self.last;
         for _ in 0..new.wrapping_sub(old) {
             let Some(entry) = self.entries.get(usize::from(head)) else { break };
             head = field(load(&entry[0]), 3);
             store(&entry[0], u64::from(head) << 48);
         }
-        in_order();
         self.save(new);
     }
 }
@@ -367,7 +365,6 @@ impl PackedLog {
         (self.counter, self.free, self.resumed) = (0, 0, false);
         self.unfinished.clear();
         self.save_used(used, used);
-        in_order();
         self.save_free(0);
     }
 
@@ -394,9 +391,7 @@ impl PackedLog {
             store(&entry[0], old & !0xff);
             next = field(old, 1).into();
         }
-        in_order();
         self.save_used(used, used);
-        in_order();
         self.save_free(free);
         let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| load(&entry[0]) & 0xff == IN_FLIGHT);
         let found: Vec<(u64, u16)> = taken.map(|(head, entry)| (load(&entry[1]), head)).collect();
@@ -411,13 +406,13 @@ impl PackedLog {
     #[inline(always)]
     fn save_used(&self, new: Used, old: Used) {
         let wraps = u16::from(new.1) | u16::from(old.1) << 8;
-        store(&self.header[Self::USED], word([new.0, old.0, wraps, 0]));
+        store_after(&self.header[Self::USED], word([new.0, old.0, wraps, 0]));
     }
 
     /// Stores free_head and its old value.
     #[inline(always)]
     fn save_free(&self, old: u16) {
-        store(&self.header[Self::STATE], word([VERSION, self.size, self.free, old]));
+        store_after(&self.header[Self::STATE], word([VERSION, self.size, self.free, old]));
     }
 
     /// "When receiving available buffers": a chain of `count` descriptors was taken, of which `descriptor` gives both words.
@@ -425,37 +420,37 @@ impl PackedLog {
     #[inline(always)]
     pub fn take(&mut self, count: u16, mut descriptor: impl FnMut(u16) -> [u64; 2]) -> u16 {
         let head = self.free;
-        let (mut last, mut next) = (head, head);
-        let mut second = head;
-        for number in 0..count {
+        let Some(first) = self.entries.get(usize::from(head)) else { return Self::NONE };
+        let second = field(load(&first[0]), 1);
+        let (mut last, mut next) = (head, second);
+        Self::copy(first, descriptor(0));
+        for number in 1..count {
             let Some(entry) = self.entries.get(usize::from(next)) else { return Self::NONE };
-            let [address, rest] = descriptor(number);
-            // In the ring: length, id, flags; in the log: id, flags, length.
-            store(&entry[2], rest.rotate_left(32));
-            store(&entry[3], address);
+            Self::copy(entry, descriptor(number));
             last = next;
             next = field(load(&entry[0]), 1);
-            if number == 0 {
-                second = next;
-            }
         }
-        let Some(entry) = self.entries.get(usize::from(head)) else { return Self::NONE };
-        store(&entry[1], self.counter);
+        store(&first[1], self.counter);
         self.counter = self.counter.wrapping_add(1);
-        store(&entry[0], word([IN_FLIGHT as u16, second, last, count]));
+        store(&first[0], word([IN_FLIGHT as u16, second, last, count]));
         self.free = next;
-        in_order();
         // The chain is in the log from here on.
         self.save_free(next);
         head
     }
 
+    /// In the ring: length, id, flags. In the log: id, flags, length.
+    #[inline(always)]
+    fn copy(entry: &[AtomicU64; PACKED_ENTRY], [address, rest]: [u64; 2]) {
+        store(&entry[2], rest.rotate_left(32));
+        store(&entry[3], address);
+    }
+
     /// A chain that was taken last is put back.
     pub fn untake(&mut self, head: u16) {
         if self.link(head) {
-            in_order();
             self.save_free(self.free);
-            in_order();
+            // In either order: what is in the list of free entries is not in flight.
             self.clear(head);
         }
     }
@@ -503,7 +498,7 @@ impl PackedLog {
         }
     }
 
-    /// Steps 3 to 6: the batch ends at `new`, the guest still sees it at `old`.
+    /// Steps 3 to 6: the batch ends at `new`, the guest still sees it at `old`. The store that shows it has to stay behind.
     #[inline(always)]
     pub fn publishing(&mut self, new: Used, old: Used) {
         let before = self.free;
@@ -511,22 +506,19 @@ impl PackedLog {
             self.link(self.batch[number]);
         }
         self.save_free(before);
-        in_order();
         self.save_used(new, old);
-        in_order();
+        #[cfg(test)]
+        super::inflight_tests::may_die_here();
     }
 
-    /// The guest sees the batch, which ends at `new`.
+    /// The guest sees the batch, which ends at `new`, and a fence is between that and this.
     #[inline(always)]
     pub fn published(&mut self, new: Used) {
-        in_order();
         for &head in &self.batch {
             self.clear(head);
         }
         self.batch.clear();
-        in_order();
         self.save_free(self.free);
-        in_order();
         // Until here the old position says that the batch is to be committed.
         self.save_used(new, new);
     }

@@ -18,7 +18,7 @@ thread_local! {
 /// The panic of a device that dies.
 struct Killed;
 
-/// Called between any two stores to the log.
+/// Called between any two stores to the log, and before the guest is shown a batch.
 pub(super) fn may_die_here() {
     let steps = STEPS.get();
     if steps != 0 {

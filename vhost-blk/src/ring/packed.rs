@@ -430,12 +430,12 @@ impl PackedRing {
         // Release: pairs with the driver's read barrier after it sees the flags (2.8.22). The driver takes used descriptors
         // in ring order, so the first one, written last, hides the others of the batch until now.
         self.descriptors[usize::from(first.index)][1].store(word.to_le(), Ordering::Release);
-        if let Some(log) = &mut self.log {
-            log.published((self.next_used.index, self.next_used.wrap));
-        }
         // SeqCst fence: the used descriptors are written before the driver's event area is read; pairs with the driver's
         // barrier between writing that area and looking at the ring once more (2.8.10, 2.8.14).
         fence(Ordering::SeqCst);
+        if let Some(log) = &mut self.log {
+            log.published((self.next_used.index, self.next_used.wrap));
+        }
         let flags = u16::from_le(self.driver_event[1].load(Ordering::Relaxed)) & EVENT_FLAGS;
         match flags {
             DISABLE => false,

@@ -312,12 +312,12 @@ impl SplitRing {
         // Release: pairs with the driver's read barrier after it sees used.idx (2.7.14); the elements, the status bytes
         // and the data are visible before.
         self.used_head[IDX].store(self.next_used.to_le(), Ordering::Release);
-        if let Some(log) = &self.log {
-            log.published(old, self.next_used);
-        }
         // SeqCst fence: used.idx is written before used_event or flags are read; pairs with the driver's barrier between
         // writing those and looking at used.idx once more (2.7.7.2, 2.7.10). Without it both could miss each other.
         fence(Ordering::SeqCst);
+        if let Some(log) = &self.log {
+            log.published(old, self.next_used);
+        }
         match self.avail_event {
             Some(_) => {
                 let event = self.avail[AVAIL_RING + usize::from(self.size)].load(Ordering::Relaxed);
