@@ -4,6 +4,7 @@ mod features;
 mod files;
 mod lifecycle;
 mod memory;
+mod restart;
 
 use std::collections::BTreeMap;
 use std::path::Path;
