@@ -1,7 +1,9 @@
 //! Controllers that are not as kind as the embedded one: they stand in this process, on a vfio-user socket.
 
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
+use blk_perf::Workload;
 use e2e::Target;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultPlan, FaultRule, NamespaceConfig, Simulator, Status};
 
@@ -96,4 +98,64 @@ fn more_queues_than_the_controller_has() {
     run_clean(&options(target.socket(), 6, false), &verified(10_000));
     assert!(target.log().contains("share"), "the log says that queues share a queue pair");
     target.stop().expect("the target ends cleanly");
+}
+
+/// Waits for a condition that somebody else brings about.
+fn wait_for(what: &str, mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !reached() {
+        assert!(Instant::now() < deadline, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// What the present controller has done.
+fn requests(simulator: &Option<Simulator>) -> u64 {
+    simulator.as_ref().map_or(0, |simulator| simulator.counters().commands.load(Ordering::Relaxed))
+}
+
+#[test]
+fn a_drive_leaves_under_load_and_comes_back() {
+    let _alone = alone();
+    for packed in [false, true] {
+        let folder = folder();
+        let file = folder.path().join("blocks.img");
+        let config = || Config {
+            namespaces: vec![NamespaceConfig {
+                bytes: MIB << 20,
+                file: Some(file.clone()),
+                ..NamespaceConfig::default()
+            }],
+            ..Config::default()
+        };
+        let nvme = folder.path().join("nvme.sock");
+        let device = format!("vfio-user:{}", nvme.display());
+        let socket = folder.path().join("disk.sock");
+        let arguments = ["--device", &device, "--socket-path", socket.to_str().expect("a test's path is UTF-8")];
+        let start = || Simulator::start(config(), &nvme).expect("a controller can be started");
+        let mut simulator = Some(start());
+        let target = Target::vhost_blk(folder.path(), &arguments, vec![socket.clone()]).expect("it serves a disk");
+        let stop = AtomicBool::new(false);
+        // The rate leaves the model blocks that no failed write has touched.
+        let workload = Workload::verified(seed()).at_rate(1000);
+        let options = options(&socket, 2, packed);
+        std::thread::scope(|scope| {
+            let client = scope.spawn(|| blk_perf::run(&options, &workload, &stop, |_| {}));
+            for round in 1..=2 {
+                wait_for("requests", || requests(&simulator) > 200);
+                simulator = None;
+                wait_for("its absence", || target.log().matches("out of operation").count() == round);
+                wait_for("an attempt", || target.log().matches("not back yet").count() == round);
+                simulator = Some(start());
+                wait_for("its return", || target.log().matches("the drive is back").count() == round);
+            }
+            wait_for("requests", || requests(&simulator) > 200);
+            stop.store(true, Ordering::Relaxed);
+            let report = client.join().expect("the client does not panic").expect("the run goes on");
+            assert!(report.io_errors > 0 && report.is_right_where_it_worked(), "{report:#?}");
+            assert!(report.blocks_read_back > 1000, "{report:#?}");
+        });
+        run_clean(&self::options(&socket, 2, packed), &verified(2_000));
+        target.stop().expect("the target ends cleanly");
+    }
 }
