@@ -143,7 +143,7 @@ fn a_drive_leaves_under_load_and_comes_back() {
             let client = scope.spawn(|| blk_perf::run(&options, &workload, &stop, |_| {}));
             for round in 1..=2 {
                 wait_for("requests", || requests(&simulator) > 200);
-                simulator = None;
+                drop(simulator.take());
                 wait_for("its absence", || target.log().matches("out of operation").count() == round);
                 wait_for("an attempt", || target.log().matches("not back yet").count() == round);
                 simulator = Some(start());
