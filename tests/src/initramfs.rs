@@ -309,6 +309,8 @@ if [ -e /modules-of-host ]; then
     mount --bind "/lower$(cat /modules-of-host)" "$folder"
 fi
 for folder in proc sys dev; do mount --move /$folder /root/$folder; done
+ln -s /proc/self/fd /root/dev/fd
+for name in 0:stdin 1:stdout 2:stderr; do ln -s fd/${name%:*} /root/dev/${name#*:}; done
 mkdir -p /root/dev/pts /root/dev/shm /root/dev/hugepages
 mount -t devpts devpts /root/dev/pts
 mount -t tmpfs -o mode=1777 shm /root/dev/shm
