@@ -93,7 +93,11 @@ fn a_machine_has_drives_an_iommu_and_the_hosts_files(kernel: &Kernel) {
         for device in $PWD/0000:00:04.0 $PWD/0000:00:05.0 $PWD/0000:01:00.0; do
             for _ in $(seq 100); do [ "$(cat $device/nvme/nvme*/state)" = live ] && break; sleep 0.1; done
         done
-        block() { for _ in $(seq 100); do ls -d $1/nvme/nvme*/nvme*n$2 2>/dev/null && break; sleep 0.1; done; }
+        # By the number of the namespace: the name says in which order they were found.
+        block() { for _ in $(seq 100); do
+            for disk in $1/nvme/nvme*/nvme*n*; do [ "$(cat $disk/nsid 2>/dev/null)" != $2 ] || { echo $disk; return; }; done
+            sleep 0.1
+        done; }
         first=$(block 0000:00:04.0 1) second=$(block 0000:00:05.0 2) third=$(block 0000:01:00.0 1)
         cat $first/{size,queue/logical_block_size} $second/{size,queue/logical_block_size} $third/size
         cat 0000:00:0{4,5}.0/nvme/nvme*/serial 0000:01:00.0/nvme/nvme*/serial
