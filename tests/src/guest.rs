@@ -27,6 +27,7 @@ pub struct Machine {
     initramfs: Initramfs,
     accelerator: Accelerator,
     memory_mib: u32,
+    hugepages: bool,
     hotplug: &'static str,
     cpus: u32,
     append: String,
@@ -43,6 +44,7 @@ impl Machine {
             initramfs: initramfs.clone(),
             accelerator: Accelerator::default(),
             memory_mib: 512,
+            hugepages: false,
             hotplug: "",
             cpus: 2,
             append: String::new(),
@@ -67,6 +69,12 @@ impl Machine {
     /// The memory in MiB.
     pub fn memory_mib(mut self, mib: u32) -> Machine {
         self.memory_mib = mib;
+        self
+    }
+
+    /// Takes the memory from the hugepages at `/dev/hugepages`.
+    pub fn on_hugepages(mut self) -> Machine {
+        self.hugepages = true;
         self
     }
 
@@ -137,10 +145,8 @@ impl Machine {
 
     fn try_boot(&self, folder: &Path, tell_failure: bool) -> Result<Guest, Error> {
         use std::os::unix::process::ExitStatusExt;
-        let initramfs = folder.join("initramfs");
-        self.initramfs.write(&initramfs)?;
-        let files = GuestFiles { console: folder.join("console.log"), monitor: folder.join("monitor.sock") };
-        let arguments = self.qemu_arguments(&initramfs, &files);
+        let arguments = self.prepare(folder)?;
+        let files = GuestFiles::in_folder(folder);
         let program = find_program(Path::new("qemu-system-x86_64"))?;
         let mut process = Process::start("QEMU", &program, arguments, &[], &folder.join("qemu.log"), true)?;
         let (commands, output) = process.take_pipes();
@@ -161,6 +167,14 @@ impl Machine {
         }
     }
 
+    /// Writes what the machine boots to `folder`, and returns the arguments for a QEMU that others start, such as one inside
+    /// another machine. The scripts go over its standard input and output.
+    pub fn prepare(&self, folder: &Path) -> Result<Vec<String>, Error> {
+        let initramfs = folder.join("initramfs");
+        self.initramfs.write(&initramfs)?;
+        Ok(self.qemu_arguments(&initramfs, &GuestFiles::in_folder(folder)))
+    }
+
     fn qemu_arguments(&self, initramfs: &Path, files: &GuestFiles) -> Vec<String> {
         let memory = self.memory_mib;
         let words = "-nodefaults -no-user-config -display none -machine q35,memory-backend=mem -action reboot=shutdown \
@@ -172,9 +186,11 @@ impl Machine {
         };
         let mut arguments =
             accelerator.into_iter().chain(words.split_whitespace()).map(str::to_owned).collect::<Vec<_>>();
+        let backend =
+            if self.hugepages { "memory-backend-file,mem-path=/dev/hugepages" } else { "memory-backend-memfd" };
         let pairs = [
             ("-m", format!("{memory}M{}", self.hotplug)),
-            ("-object", format!("memory-backend-memfd,id=mem,size={memory}M,share=on")),
+            ("-object", format!("{backend},id=mem,size={memory}M,share=on")),
             ("-smp", self.cpus.to_string()),
             ("-chardev", format!("file,id=console,path={}", files.console.display())),
             ("-chardev", format!("socket,id=monitor,server=on,wait=off,path={}", files.monitor.display())),
@@ -208,6 +224,12 @@ fn test_name() -> String {
 struct GuestFiles {
     console: PathBuf,
     monitor: PathBuf,
+}
+
+impl GuestFiles {
+    fn in_folder(folder: &Path) -> GuestFiles {
+        GuestFiles { console: folder.join("console.log"), monitor: folder.join("monitor.sock") }
+    }
 }
 
 /// A virtual machine that is up and takes scripts.
