@@ -95,7 +95,8 @@ fn put_to_use(guest: &mut Guest) -> bool {
 }
 
 fn the_script_refuses_what_is_in_use(guest: &mut Guest) {
-    // No udev has made this link, without which bash would see empty lists.
+    // Without this link, which is udev's to make, bash would see empty lists.
+    guest.run("rm /dev/fd", SHORT).unwrap();
     let text = setup_as(guest, "", &format!("bind {PLAIN}"), 1);
     says(&text, &["refused", "ln -s /proc/self/fd /dev/fd"]);
     guest.run("ln -s /proc/self/fd /dev/fd", SHORT).unwrap();
