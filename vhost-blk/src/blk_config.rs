@@ -213,31 +213,12 @@ mod tests {
 
     fn namespace(block_shift: u8) -> Namespace {
         Namespace {
-            id: 1,
-            blocks: 1 << 20,
-            block_shift,
-            boundary_blocks: 0,
             physical_block_bytes: 4096,
             write_alignment_bytes: 4096,
             optimal_io_bytes: 128 << 10,
             discard_granularity_bytes: 4096,
             discard_alignment_bytes: 4096,
-            max_discard_ranges: 256,
-            max_discard_range_blocks: u32::MAX,
-            max_discard_blocks: u64::MAX,
-            max_write_zeroes_blocks: 65536,
-            max_verify_blocks: 65536,
-            volatile_write_cache: true,
-            discard: true,
-            write_zeroes: true,
-            write_zeroes_deallocates: true,
-            discard_reads_zeroes: true,
-            compare: true,
-            verify: true,
-            read_only: false,
-            eui64: None,
-            nguid: None,
-            uuid: None,
+            ..crate::disk::tests::namespace(block_shift, 1 << 20)
         }
     }
 

@@ -166,6 +166,12 @@ fn word(fields: [u16; 4]) -> u64 {
     u64::from(fields[0]) | u64::from(fields[1]) << 16 | u64::from(fields[2]) << 32 | u64::from(fields[3]) << 48
 }
 
+/// Counter and number of each entry that is in flight. In both formats the first word says that, and the second is the counter.
+fn in_flight<const WORDS: usize>(entries: &[[AtomicU64; WORDS]]) -> Vec<(u64, u16)> {
+    let taken = (0..).zip(entries).filter(|(_, entry)| load(&entry[0]) & 0xff == IN_FLIGHT);
+    taken.map(|(number, entry)| (load(&entry[1]), number)).collect()
+}
+
 /// What is to be done again, the oldest last.
 fn by_age(mut found: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
     found.sort_unstable_by(|a, b| b.cmp(a));
@@ -231,8 +237,7 @@ impl SplitLog {
             head = field(old, 3);
         }
         self.save(used);
-        let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| load(&entry[0]) & 0xff == IN_FLIGHT);
-        let found: Vec<(u64, u16)> = taken.map(|(head, entry)| (load(&entry[1]), head)).collect();
+        let found = in_flight(&self.entries);
         if found.len() > usize::from(available.wrapping_sub(used)) {
             return false;
         }
@@ -393,8 +398,7 @@ impl PackedLog {
         }
         self.save_used(used, used);
         self.save_free(free);
-        let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| load(&entry[0]) & 0xff == IN_FLIGHT);
-        let found: Vec<(u64, u16)> = taken.map(|(head, entry)| (load(&entry[1]), head)).collect();
+        let found = in_flight(&self.entries);
         let descriptors: u32 = found.iter().map(|&(_, head)| u32::from(self.entries_of(head))).sum();
         let taken = u16::try_from(descriptors).ok().filter(|taken| *taken <= self.size)?;
         (self.unfinished, self.counter) = by_age(found);
