@@ -36,8 +36,11 @@ pub const F_VERSION_1: u64 = 1 << 32;
 pub const F_RING_PACKED: u64 = 1 << 34;
 
 /// Data segments in one request: Windows sends up to 515. More than a ring has entries is possible through an indirect
-/// table only; Linux, Windows and the firmwares use one whenever it is offered, and it is.
+/// table only, and it is offered; a front-end that takes that offer away has to give its rings [`LONGEST_CHAIN`] entries, for
+/// Linux believes `seg_max` and waits for ever for entries that the ring does not have.
 pub const SEG_MAX: u32 = 1022;
+/// Descriptors of a request with that many segments: header and status besides.
+pub const LONGEST_CHAIN: u32 = SEG_MAX + 2;
 /// Ranges in one discard or write-zeroes request (5.2.6.2 of virtio allows as many as the configuration space says); the
 /// limit of one Dataset Management command (NVM Command Set 1.0, section 3.2.3), so that a request stays one command.
 pub const MAX_RANGES: u32 = 256;
@@ -94,7 +97,7 @@ pub struct BlockConfig {
 }
 
 // What is offered has to be what a lane takes: header, data and status in one chain, and all ranges of a request.
-const _: () = assert!(SEG_MAX as usize + 2 <= crate::ring::MAX_CHAIN);
+const _: () = assert!(LONGEST_CHAIN as usize <= crate::ring::MAX_CHAIN);
 const _: () = assert!(MAX_RANGES as usize <= crate::request::MAX_RANGES);
 
 const _: () = assert!(size_of::<BlockConfig>() == 60);

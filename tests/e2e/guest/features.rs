@@ -147,8 +147,9 @@ fn several_exports_with_different_rings() {
     let properties = [
         "num-queues=1,queue-size=16",
         "num-queues=2,queue-size=1024,packed=on,event_idx=off",
-        "num-queues=2,event_idx=off,indirect_desc=off",
-        "num-queues=2,packed=on,indirect_desc=off",
+        // Without indirect descriptors a ring has to hold the longest request.
+        "num-queues=2,queue-size=1024,event_idx=off,indirect_desc=off",
+        "num-queues=2,queue-size=1024,packed=on,indirect_desc=off",
     ];
     let mut config = String::new();
     let mut sockets = Vec::new();

@@ -167,6 +167,16 @@ impl Session {
         };
         let handle = lease.start(lane);
         log::debug!("{}: ring {index} runs: {setup:?}", self.export.name);
+        if !setup.indirect && u32::from(setup.size) < blk_config::LONGEST_CHAIN {
+            // Firmware does this, too, and never sends a long request: no warning.
+            log::info!(
+                "{}: ring {index} has {} entries and no indirect descriptors; a guest that sends long requests needs \
+                 indirect_desc=on or queue-size={}",
+                self.export.name,
+                setup.size,
+                blk_config::LONGEST_CHAIN
+            );
+        }
         self.rings[index].told_waiting = false;
         self.running.insert(index, Running { handle, lease, addresses });
         Ok(())
