@@ -8,6 +8,7 @@
 
 mod back;
 mod embedded;
+mod events;
 mod keeper;
 
 use std::fmt;
@@ -15,7 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, Controller, Error, Event, Namespace, Options, QueuePairOptions};
+use nvme_driver::{BouncePool, Controller, Error, Namespace, Options, QueuePairOptions};
 use vfio::{Device, Notice};
 
 use crate::address::DeviceAddress;
@@ -330,63 +331,11 @@ impl Drive {
         }
     }
 
-    /// Looks whether the controller still works, and what it reports.
-    fn check(&self) {
-        let Ok(controller) = self.controller() else { return };
-        let events = controller.health().and_then(|()| controller.poll_events());
-        drop(controller);
-        match events {
-            Ok(events) => {
-                self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take();
-                events.iter().for_each(|event| self.log_event(event));
-            }
-            Err(error) => {
-                self.look();
-                // A log page that cannot be read is no reason to stop a drive that works.
-                if self.controller().is_ok() {
-                    self.complain(error.to_string());
-                }
-            }
-        }
-    }
-
-    /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.
-    fn complain(&self, why: String) {
-        let mut last = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
-        if last.as_ref() != Some(&why) {
-            log::warn!("{}: cannot read what the drive reports; I/O goes on: {why}", self.name);
-            *last = Some(why);
-        }
-    }
-
     /// Makes every write to a namespace that was answered so far durable.
     pub fn flush(&self, namespace: u32) -> Result<(), String> {
         let timeout = self.options.io_timeout;
         let mut blocking = self.controller()?.blocking(namespace, timeout).map_err(|error| error.to_string())?;
         blocking.flush().map_err(|error| error.to_string())
-    }
-
-    /// Logs what the drive tells without being asked.
-    fn log_event(&self, event: &Event) {
-        let name = &self.name;
-        match event {
-            Event::Error { information, entries } => {
-                log::warn!(
-                    "{name}: the drive reports error event {information}; its newest log entry: {:?}",
-                    entries.first()
-                );
-            }
-            Event::Health { information, health } => {
-                log::warn!("{name}: the drive reports health event {information}: {health:?}");
-            }
-            Event::NamespacesChanged(changed) => {
-                log::warn!(
-                    "{name}: namespaces have changed ({changed:?}); exports go on with what they were until a restart"
-                );
-            }
-            Event::FirmwareActivation => log::warn!("{name}: new firmware is being activated; requests may wait"),
-            other => log::info!("{name}: the drive reports {other:?}"),
-        }
     }
 
     /// Takes the drive away: the controller is stopped first, so that it touches no memory any more, then everything that waits
