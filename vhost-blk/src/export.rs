@@ -178,9 +178,10 @@ impl Drop for Server {
 
 /// Accepts front-ends until told to stop.
 fn accept(export: &Arc<Export>, listener: Listener, stop: &Stop) {
+    // Dropped in this order: the file, then the socket, on which nobody else can take the file for a stale one.
     let (socket, _bound) = match listener {
         Listener::Connected(stream) => return serve(export, stream, stop),
-        Listener::Listening(socket, bound) => (socket, bound),
+        Listener::Listening(bound, socket) => (socket, bound),
     };
     log::info!("{}: {} is ready for a front-end", export.name, describe(export));
     loop {
