@@ -15,6 +15,7 @@ pub mod demo;
 pub mod drive;
 pub mod export;
 pub mod listener;
+pub mod service_manager;
 pub mod session;
 pub mod target;
 

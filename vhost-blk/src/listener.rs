@@ -12,7 +12,8 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use crate::config::Listen;
+use crate::config::{ExportSettings, Listen};
+use crate::service_manager::Handed;
 
 /// Where an export's front-ends come from. A socket file that we made is removed on drop.
 #[derive(Debug)]
@@ -30,6 +31,37 @@ impl Listener {
             Listen::Path(path) => bind(path),
             Listen::Fd(number) => inherited(*number),
         }
+    }
+}
+
+/// The sockets of exports, in their order: those that the service manager hands over, and ours. The error is one line; it is one
+/// if something is handed over that no export wants.
+pub fn open_all(exports: &[ExportSettings], mut handed: Vec<Handed>) -> Result<Vec<Listener>, String> {
+    let mut listeners = Vec::new();
+    for export in exports {
+        let is_wanted = |handed: &Handed| match &export.listen {
+            Listen::Path(path) => handed.is_at(path),
+            Listen::Fd(number) => handed.number == *number,
+        };
+        listeners.push(match handed.iter().position(is_wanted) {
+            Some(at) => {
+                let Handed { path, listener, .. } = handed.swap_remove(at);
+                let cannot = |error| format!("cannot use the service manager's socket {}: {error}", path.display());
+                listener.set_nonblocking(true).map_err(cannot)?;
+                log::info!("{}: the service manager hands its socket over", export.listen);
+                // Its file is not ours to remove.
+                Listener::Listening(None, listener)
+            }
+            None => Listener::open(&export.listen)?,
+        });
+    }
+    match handed.first() {
+        None => Ok(listeners),
+        Some(Handed { name, path, .. }) => Err(format!(
+            "the service manager hands over the socket {} ({name}), and no export is left that has it as socket-path; \
+             change its ListenStream= or the export",
+            path.display()
+        )),
     }
 }
 

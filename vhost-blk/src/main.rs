@@ -7,10 +7,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use nvme_driver::Options;
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use vhost_blk::cli::{self, Cli, Command, Stop};
 use vhost_blk::config::Settings;
+use vhost_blk::service_manager;
 use vhost_blk::target::Target;
 
 /// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
@@ -59,7 +61,12 @@ fn serve(settings: &Settings) -> Result<(), String> {
         signals.push(signal(number).map_err(cannot)?);
     }
     raise_descriptor_limit();
-    let target = Target::start(settings)?;
+    // Before there are other threads.
+    let handed = service_manager::sockets()?;
+    let target = Target::start_on(settings, &Options::default(), handed)?;
+    let count = settings.exports.len();
+    let status = format!("STATUS=ready for front-ends on {count} socket{}", if count == 1 { "" } else { "s" });
+    service_manager::notify(&["READY=1", &status]);
     loop {
         let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN), PollFd::new(&counters, PollFlags::IN)];
         sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));
@@ -76,6 +83,7 @@ fn serve(settings: &Settings) -> Result<(), String> {
             break;
         }
     }
+    service_manager::notify(&["STOPPING=1", "STATUS=finishing the requests under way"]);
     log::info!("stopping: requests under way are finished first");
     target.stop()
 }

@@ -11,7 +11,8 @@ use crate::config::Settings;
 use crate::counters::Tally;
 use crate::drive::{Drive, Keeper};
 use crate::export::{Export, Server};
-use crate::listener::Listener;
+use crate::listener;
+use crate::service_manager::Handed;
 use crate::worker::{WorkerEvent, WorkerPool};
 
 /// A running target. Dropping it stops serving: rings are drained, controllers shut down, sockets removed.
@@ -37,11 +38,13 @@ impl Target {
 
     /// The same, with the controllers opened in another way: other deadlines, say.
     pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
+        Target::start_on(settings, options, Vec::new())
+    }
+
+    /// The same, with sockets that the service manager hands over.
+    pub fn start_on(settings: &Settings, options: &Options, handed: Vec<Handed>) -> Result<Target, String> {
         // The cheap and likely errors first: sockets before drives.
-        let mut listeners = Vec::new();
-        for export in &settings.exports {
-            listeners.push(Listener::open(&export.listen)?);
-        }
+        let listeners = listener::open_all(&settings.exports, handed)?;
         let pool = WorkerPool::start(&settings.cpus).map_err(|error| format!("cannot start the workers: {error}"))?;
         let pool = Arc::new(pool);
         let mut drives: Vec<Arc<Drive>> = Vec::new();

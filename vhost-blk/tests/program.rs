@@ -4,7 +4,7 @@ mod common;
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -36,12 +36,16 @@ struct Program {
 
 impl Program {
     fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
+        Program::spawn(command(args), inherit.as_slice())
+    }
+
+    fn spawn(mut command: Command, inherit: &[&dyn AsFd]) -> Program {
         let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(fd) = inherit {
+        for fd in inherit {
             rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).unwrap();
         }
-        let mut child = command(args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        if let Some(fd) = inherit {
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        for fd in inherit {
             rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::CLOEXEC).unwrap();
         }
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -304,4 +308,116 @@ fn sharing_is_told_once_and_wrong_messages_once() {
     program.wait_for("ring 79: reads=1");
     assert_eq!(program.lines_with("queue pairs are in use; further rings share one"), 1);
     assert_eq!(program.lines_with("SEND_RARP refused: it is not offered"), 1);
+}
+
+/// The ear of a service manager.
+struct Ear(UnixDatagram);
+
+impl Ear {
+    fn at(path: &Path) -> Ear {
+        let socket = UnixDatagram::bind(path).unwrap();
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        Ear(socket)
+    }
+
+    #[track_caller]
+    fn hears(&self) -> String {
+        let mut bytes = [0; 512];
+        let length = self.0.recv(&mut bytes).expect("the service manager hears nothing");
+        String::from_utf8(bytes[..length].to_vec()).unwrap()
+    }
+}
+
+/// The program as a service manager starts it: what it hands over begins at descriptor 3, and its number is the program's own.
+fn activated(args: &[&str], sockets: &[&UnixListener], names: &str) -> Command {
+    let mut command = Command::new("bash");
+    // First out of the way, lest one be overwritten before it is in place.
+    let numbers = sockets.iter().map(|socket| socket.as_raw_fd());
+    let away: String = numbers.clone().zip(6..).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
+    let placed: String = (6..).zip(3..).take(sockets.len()).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
+    let script = format!("{away}{placed}LISTEN_PID=$$ exec \"$0\" \"$@\"");
+    command.args(["-c", &script, env!("CARGO_BIN_EXE_vhost-blk")]).args(args).stdin(Stdio::null());
+    command.env_remove("RUST_LOG").env("LISTEN_FDS", sockets.len().to_string()).env("LISTEN_FDNAMES", names);
+    command
+}
+
+#[test]
+fn the_service_manager_hears_when_all_disks_are_ready_and_when_it_stops() {
+    let (folder, _) = folder();
+    let path = |name: &str| folder.path().join(name);
+    let ear = Ear::at(&path("notify"));
+    let export = |device: &str, name: &str| {
+        format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"{}\"\n", path(name).display())
+    };
+    let start = |second: &str| {
+        std::fs::write(path("c.toml"), [export("sim:64M", "a"), export(second, "b")].concat()).unwrap();
+        let mut command = command(&["--config", path("c.toml").to_str().unwrap()]);
+        command.env("NOTIFY_SOCKET", path("notify"));
+        Program::spawn(command, &[])
+    };
+    // One disk cannot be served: it is not ready, and says no such thing.
+    assert_eq!(start("vfio-user:/nowhere/n").wait().code(), Some(1));
+    let mut program = start("sim:32M");
+    assert_eq!(ear.hears(), "READY=1\nSTATUS=ready for front-ends on 2 sockets");
+    ["a", "b"].iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+    program.signal(Signal::TERM);
+    assert_eq!(ear.hears(), "STOPPING=1\nSTATUS=finishing the requests under way");
+    assert_eq!(program.wait().code(), Some(0));
+}
+
+#[test]
+fn sockets_of_the_service_manager_are_used_and_outlive_the_program() {
+    let (folder, _) = folder();
+    let path = |name: &str| folder.path().join(name);
+    let export = |name: &str| format!("[[export]]\ndevice = \"sim:64M\"\nsocket-path = \"{}\"\n", path(name).display());
+    std::fs::write(path("c.toml"), [export("a"), export("b"), export("c")].concat()).unwrap();
+    let sockets = ["c", "a"].map(|name| UnixListener::bind(path(name)).unwrap());
+    // Front-ends may come before the program does.
+    let early = Front::connect(&path("a"));
+    for _ in 0..2 {
+        let config = path("c.toml");
+        let command = activated(&["--config", config.to_str().unwrap()], &[&sockets[0], &sockets[1]], "third:first");
+        let mut program = Program::spawn(command, &[&sockets[0], &sockets[1]]);
+        eventually("three exports", || program.lines_with("is ready for a front-end") == 3);
+        assert_eq!(program.lines_with("the service manager hands its socket over"), 2);
+        ["b", "c"].iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+        program.signal(Signal::TERM);
+        assert_eq!(program.wait().code(), Some(0));
+        assert!(path("a").exists() && path("c").exists(), "they are not ours to remove");
+        assert!(!path("b").exists());
+    }
+    drop(early);
+}
+
+#[test]
+fn a_socket_of_the_service_manager_that_no_export_wants_is_an_error() {
+    let (folder, socket) = folder();
+    let other = folder.path().join("other");
+    let listener = UnixListener::bind(&other).unwrap();
+    let args = ["--device", "sim:64M", "--socket-path", socket.to_str().unwrap()];
+    let mut program = Program::spawn(activated(&args, &[&listener], "disk9"), &[&listener]);
+    assert_eq!(program.wait().code(), Some(1));
+    program.wait_for(&format!(
+        "vhost-blk: the service manager hands over the socket {} (disk9), and no export",
+        other.display()
+    ));
+    assert!(!socket.exists() && other.exists());
+
+    // Meant for another process: nothing of it is used.
+    let mut command = activated(&args, &[&listener], "disk9");
+    command.env("LISTEN_FDS", "many");
+    let mut program = Program::spawn(command, &[&listener]);
+    assert_eq!(program.wait().code(), Some(1));
+    program.wait_for("vhost-blk: LISTEN_FDS=many is no number of sockets");
+    let mut command = command_for_another(&args);
+    command.env("LISTEN_FDS", "1");
+    let program = Program::spawn(command, &[&listener]);
+    program.wait_for("is ready for a front-end");
+    check_disk(&Front::connect(&socket));
+}
+
+fn command_for_another(args: &[&str]) -> Command {
+    let mut command = command(args);
+    command.env("LISTEN_PID", "1");
+    command
 }
