@@ -7,7 +7,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use nvme_driver::Options;
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use vhost_blk::cli::{self, Cli, Command, Stop};
@@ -63,7 +62,7 @@ fn serve(settings: &Settings) -> Result<(), String> {
     raise_descriptor_limit();
     // Before there are other threads.
     let handed = service_manager::sockets()?;
-    let target = Target::start_on(settings, &Options::default(), handed)?;
+    let target = Target::start_on(settings, handed)?;
     let count = settings.exports.len();
     let status = format!("STATUS=ready for front-ends on {count} socket{}", if count == 1 { "" } else { "s" });
     service_manager::notify(&["READY=1", &status]);

@@ -33,16 +33,20 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 impl Target {
     /// Opens every controller once, binds every socket and starts to serve. The error is one line.
     pub fn start(settings: &Settings) -> Result<Target, String> {
-        Target::start_with(settings, &Options::default())
+        Target::start_on(settings, Vec::new())
+    }
+
+    /// The same, with sockets that the service manager hands over.
+    pub fn start_on(settings: &Settings, handed: Vec<Handed>) -> Result<Target, String> {
+        Target::run(settings, &Options::default(), handed)
     }
 
     /// The same, with the controllers opened in another way: other deadlines, say.
     pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
-        Target::start_on(settings, options, Vec::new())
+        Target::run(settings, options, Vec::new())
     }
 
-    /// The same, with sockets that the service manager hands over.
-    pub fn start_on(settings: &Settings, options: &Options, handed: Vec<Handed>) -> Result<Target, String> {
+    fn run(settings: &Settings, options: &Options, handed: Vec<Handed>) -> Result<Target, String> {
         // The cheap and likely errors first: sockets before drives.
         let listeners = listener::open_all(&settings.exports, handed)?;
         let pool = WorkerPool::start(&settings.cpus).map_err(|error| format!("cannot start the workers: {error}"))?;
