@@ -1,7 +1,11 @@
 //! An NVMe controller in software, served on a vfio-user socket until it is told to stop.
 
+mod control;
+
+use std::io::{stdin, stdout};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::Parser;
@@ -77,6 +81,10 @@ struct Arguments {
     /// Never become ready
     #[arg(long)]
     never_ready: bool,
+    /// Take commands from standard input, one per line, and answer each with a line: fault RULE, faults [RULE ...], fired,
+    /// stop, go, remove, reinsert, power-cut
+    #[arg(long)]
+    control: bool,
 }
 
 /// `--max-transfer`; a type of its own, because clap takes an `Option` for an optional argument.
@@ -121,8 +129,10 @@ impl Arguments {
 
 fn main() -> ExitCode {
     env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).init();
-    let (config, socket) = Arguments::parse().config();
-    match run(config, socket) {
+    let arguments = Arguments::parse();
+    let control = arguments.control;
+    let (config, socket) = arguments.config();
+    match run(config, socket, control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("nvme-sim: {error}");
@@ -131,12 +141,22 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(config: Config, socket: PathBuf) -> Result<(), Box<dyn std::error::Error>> {
+fn run(config: Config, socket: PathBuf, control: bool) -> Result<(), Box<dyn std::error::Error>> {
     // Before the socket is there: a signal that comes early must remove it too.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let simulator = Simulator::start(config, &socket)?;
+    let simulator = Arc::new(Mutex::new(Some(Simulator::start(config, &socket)?)));
+    if control {
+        let simulator = simulator.clone();
+        // It ends with the input, or with the program.
+        std::thread::Builder::new().name("control".into()).spawn(move || {
+            if let Err(error) = control::serve(&simulator, stdin().lock(), stdout().lock()) {
+                log::warn!("no more commands: {error}");
+            }
+        })?;
+    }
     let signal = signals.forever().next();
     log::info!("signal {}: stopping", signal.unwrap_or_default());
-    simulator.stop();
+    // After a command that is being answered.
+    drop(simulator.lock().unwrap_or_else(PoisonError::into_inner).take());
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -85,6 +86,43 @@ fn faults_by_argument() {
     assert_eq!(host.read_blocks(1, 0, 9, 512), Ok(vec![0; 512]));
     assert_eq!(host.identify(1, 0).unwrap()[77], 0, "no MDTS");
     running.terminate();
+}
+
+#[test]
+fn faults_by_command() {
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("nvme.sock");
+    let mut command = program(&socket);
+    command.arg("--control").stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut running = Running(command.spawn().unwrap());
+    await_some("the socket", || UnixStream::connect(&socket).ok());
+    let mut input = running.0.stdin.take().unwrap();
+    let mut answers = BufReader::new(running.0.stdout.take().unwrap()).lines();
+    let mut tell = |line: &str| {
+        writeln!(input, "{line}").unwrap();
+        answers.next().unwrap().unwrap()
+    };
+    let mut host = Host::bring_up(&socket);
+    host.create_pair(1, 16, None);
+    assert_eq!(tell("fault fail=2:0x81,opcode=read,limit=1"), "ok");
+    assert_eq!(host.read_blocks(1, 0, 9, 512), Err(0x281));
+    assert_eq!(host.read_blocks(1, 0, 9, 512), Ok(vec![0; 512]));
+    assert_eq!(tell("fired"), "ok 1");
+    assert_eq!(tell("faults fail=2:0x82,lba=9 fail=2:0x83,lba=10"), "ok");
+    assert_eq!(host.read_blocks(1, 10, 9, 512), Err(0x283));
+    assert_eq!(tell("faults"), "ok");
+    assert_eq!(host.read_blocks(1, 10, 9, 512), Ok(vec![0; 512]));
+    for wrong in ["explode", "fault explode", "", "faults lose, explode"] {
+        let answer = tell(wrong);
+        assert!(answer.starts_with("error: "), "{wrong:?}: {answer}");
+    }
+    assert_eq!(tell("remove"), "ok");
+    assert_eq!(host.status(), u32::MAX);
+    assert_eq!(tell("reinsert"), "ok");
+    assert_eq!(host.status(), 0);
+    // With the control's input still open.
+    running.terminate();
+    assert!(!socket.exists());
 }
 
 #[test]

@@ -1,0 +1,51 @@
+//! The torture test, short: see `tests/torture.sh`, which runs it for as long as one likes.
+
+use std::fs::File;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use serde_json::Value;
+
+/// How long a run may take, on a machine that does much else.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn torture(faults: u64, fault: &str, ring: &str) {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    // A run that failed while it held the lock says nothing about the next one.
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let folder = tempfile::tempdir().unwrap();
+    let (output, errors) = (folder.path().join("output"), folder.path().join("errors"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_torture"));
+    command.args(["--json", "--kills", &faults.to_string(), "--fault", fault, "--ring", ring]);
+    if let Ok(seed) = std::env::var("E2E_SEED") {
+        command.args(["--seed", &seed]);
+    }
+    command.stdout(File::create(&output).unwrap()).stderr(File::create(&errors).unwrap()).stdin(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    let ended = e2e::poll(LIMIT, "the torture to end", || Ok(child.try_wait().unwrap()));
+    if ended.is_err() {
+        child.kill().and_then(|()| child.wait()).unwrap();
+    }
+    let said = std::fs::read_to_string(&errors).unwrap();
+    let report = std::fs::read_to_string(&output).unwrap();
+    // The seed is in what it said.
+    println!("{said}{report}");
+    assert!(ended.unwrap().success(), "{said}{report}");
+    let report: Value = serde_json::from_str(&report).unwrap();
+    let number = |name: &str| report[name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"));
+    assert_eq!([number("errors"), number("lost"), number("duplicates")], [0; 3]);
+    assert_eq!(number("kills"), faults);
+    // A queue that is nearly empty proves little.
+    assert!(number("in_flight_at_faults") > 10 * faults && number("requests") > 100 * faults, "{report}");
+}
+
+#[test]
+fn kills_split() {
+    torture(60, "kill", "split");
+}
+
+#[test]
+fn kills_packed() {
+    torture(60, "kill", "packed");
+}

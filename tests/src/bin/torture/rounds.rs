@@ -1,0 +1,303 @@
+//! A run: one fault after the other while the client works, then everything is compared.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::client::{Client, Wrong};
+use crate::random::Random;
+use crate::stand::{Drive, Target};
+use crate::{Failure, Fault, Options, Programs, RingFormat};
+
+/// The disk's size.
+const MIB: u64 = 32;
+/// The longest between two faults.
+const LOAD: Duration = Duration::from_millis(60);
+/// The longest that a drive is away.
+const AWAY: Duration = Duration::from_millis(300);
+/// The target's limit for a command: lost completions are noticed so late.
+const IO_TIMEOUT: &str = "0.5";
+/// How long a request may stay without an answer before it counts as lost, and a back-end without a word.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// How long an orderly answer may still come after the last one.
+const AFTERWARDS: Duration = Duration::from_millis(50);
+/// More that is wrong than this is not worth a longer run.
+const ENOUGH: u64 = 1000;
+
+/// What came of a run.
+pub struct Report {
+    pub kills: u32,
+    pub wrong: Wrong,
+    pub pauses: Vec<Duration>,
+    pub requests: u64,
+    /// Requests in flight when something happened, all times together.
+    pub resumed: u64,
+}
+
+/// A folder that is removed, unless something went wrong.
+struct Folder {
+    path: PathBuf,
+    keep: bool,
+}
+
+impl Folder {
+    fn new() -> Result<Folder, Failure> {
+        let path = std::env::temp_dir().join(format!("torture-{}", std::process::id()));
+        std::fs::create_dir(&path).map_err(|error| Failure::Stand(format!("making {}: {error}", path.display())))?;
+        Ok(Folder { path, keep: true })
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        match self.keep {
+            true => eprintln!("torture: the logs of target and drive are in {}", self.path.display()),
+            // What is left of it harms nobody.
+            false => _ = std::fs::remove_dir_all(&self.path),
+        }
+    }
+}
+
+pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, Failure> {
+    let mut folder = Folder::new()?;
+    let mut random = Random::new(seed ^ 0x746f_7274);
+    let drive = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
+    let socket = folder.path.join("disk.sock");
+    let device = format!("vfio-user:{}", drive.socket().display());
+    let mut arguments =
+        ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec();
+    if options.fault == Fault::Lost {
+        arguments.extend(["--io-timeout", IO_TIMEOUT].map(String::from));
+    }
+    let target = Target::start(&programs.target, &folder.path, arguments)?;
+    let client = Client::new(random.next(), options.ring == RingFormat::Packed, options.rings)?;
+    let report = Report { kills: 0, wrong: Wrong::default(), pauses: Vec::new(), requests: 0, resumed: 0 };
+    let mut run = Run { options, drive, target, client, random, socket, report, broken: false };
+    run.rounds()?;
+    run.end();
+    let mut report = run.report;
+    report.wrong = run.client.wrong;
+    report.requests = run.client.requests;
+    folder.keep = report.wrong.total() > 0;
+    Ok(report)
+}
+
+/// A drive on which commands overtake each other.
+fn drive_arguments(options: &Options, seed: u64, folder: &Path) -> Vec<String> {
+    let lba = if seed.is_multiple_of(3) { "4096" } else { "512" };
+    let size = format!("{MIB}M");
+    let mut arguments =
+        vec!["--size", &size, "--lba", lba, "--reorder"].into_iter().map(String::from).collect::<Vec<_>>();
+    arguments.extend(["--seed".into(), seed.to_string()]);
+    arguments.extend(UNEVEN.iter().flat_map(|rule| ["--fault".into(), (*rule).into()]));
+    match options.fault {
+        // A drive that is pulled out loses what is in its cache, and nobody can do anything about that.
+        Fault::Removal => arguments.extend(["--file".into(), folder.join("blocks").display().to_string()]),
+        _ => arguments.push("--write-cache".into()),
+    }
+    arguments
+}
+
+/// Half of the commands take their time, some of them long.
+const UNEVEN: [&str; 2] = ["delay=0us..2ms,p=0.5", "delay=2ms..15ms,p=0.05"];
+
+struct Run<'a> {
+    options: &'a Options,
+    drive: Drive,
+    target: Target,
+    client: Client,
+    random: Random,
+    socket: PathBuf,
+    report: Report,
+    /// There is no point in going on.
+    broken: bool,
+}
+
+impl Run<'_> {
+    fn rounds(&mut self) -> Result<(), Failure> {
+        self.answers(1);
+        if !self.client.tracks_inflight() {
+            self.client.wrong.error("the target does not offer INFLIGHT_SHMFD");
+        }
+        while self.report.kills < self.options.kills && !self.broken {
+            match self.options.fault {
+                Fault::Kill => self.kill()?,
+                fault => self.fail_drive(fault)?,
+            }
+        }
+        Ok(())
+    }
+
+    /// Kills the target at a random moment, in part of all cases once more before it has answered anything.
+    fn kill(&mut self) -> Result<(), Failure> {
+        self.target.kill_after(self.random.time(LOAD));
+        let killed = self.await_kill();
+        self.restart()?;
+        while self.random.one_in(4) && self.report.kills < self.options.kills {
+            // While it starts, while it is told what to do, while it does again what was in flight.
+            self.target.kill_after(self.random.time(LOAD));
+            self.await_kill();
+            self.restart()?;
+        }
+        self.answers(1);
+        // The answers to what is done again are there; the pause ended with the first of them.
+        self.report.pauses.push(killed.elapsed());
+        Ok(())
+    }
+
+    /// Has the drive fail at a random moment. The pause is the longest that any request had to wait.
+    fn fail_drive(&mut self, fault: Fault) -> Result<(), Failure> {
+        let delay = self.random.time(LOAD);
+        self.work_for(delay);
+        let resets = self.drive.times_ready();
+        self.report.kills += 1;
+        self.report.resumed += self.client.in_flight() as u64;
+        self.client.longest = Duration::ZERO;
+        let mut settled = self.client.requests;
+        match fault {
+            Fault::Removal => self.remove()?,
+            _ => {
+                let skip = self.random.below(50);
+                let rule = match fault {
+                    Fault::Lost => format!("lose,p=0.2,skip={skip},limit={}", self.random.between(1..=8)),
+                    _ => format!("fatal,skip={skip},limit=1"),
+                };
+                self.drive.tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
+                // It will have hit a command by then.
+                settled += 200;
+            }
+        }
+        self.until(|client| {
+            client.requests >= settled && client.oldest().is_none_or(|oldest| oldest.number >= settled)
+        });
+        self.report.pauses.push(self.client.longest);
+        if !self.broken && self.drive.times_ready() == resets {
+            self.client.wrong.error("the drive has not been brought up again: was there a fault at all?");
+        }
+        Ok(())
+    }
+
+    /// Pulls the drive out, and puts it back some time later: half of the time its registers are gone, half of the time
+    /// everything.
+    fn remove(&mut self) -> Result<(), Failure> {
+        let away = self.random.time(AWAY);
+        if self.random.one_in(2) {
+            self.drive.tell("remove")?;
+            self.work_for(away);
+            self.drive.tell("reinsert").map(drop)
+        } else {
+            self.drive.kill()?;
+            self.work_for(away);
+            self.drive.restart()
+        }
+    }
+
+    fn work_for(&mut self, time: Duration) {
+        let end = Instant::now() + time;
+        while Instant::now() < end {
+            self.work();
+        }
+    }
+
+    fn restart(&mut self) -> Result<(), Failure> {
+        self.target.await_end()?;
+        self.client.disconnect();
+        // What it had answered before is no sign of the next one.
+        self.client.turn();
+        self.report.kills += 1;
+        self.report.resumed += self.client.in_flight() as u64;
+        self.target.restart()
+    }
+
+    /// Works until the target is killed.
+    fn await_kill(&mut self) -> Instant {
+        loop {
+            if let Some(at) = self.target.killed() {
+                return at;
+            }
+            self.work();
+        }
+    }
+
+    /// Works until there were so many more answers.
+    fn answers(&mut self, count: u64) {
+        let wanted = self.client.answered + count;
+        self.until(|client| client.answered >= wanted);
+    }
+
+    /// Works until `done`, as long as that makes sense.
+    fn until(&mut self, done: impl Fn(&Client) -> bool) {
+        let (mut since, mut answered) = (Instant::now(), self.client.answered);
+        while !self.broken && !done(&self.client) {
+            self.work();
+            if self.client.answered != answered {
+                (since, answered) = (Instant::now(), self.client.answered);
+            }
+            if since.elapsed() > PATIENCE {
+                let state = if self.client.is_connected() { "" } else { ", and there is no connection to a target" };
+                self.client.wrong.error(&format!("nothing goes on for {PATIENCE:?}{state}"));
+                self.client.give_up();
+                self.broken = true;
+            }
+            self.broken |= self.client.wrong.total() > ENOUGH;
+        }
+    }
+
+    /// A bit of work: connects if there is no connection, looks after the rings, sleeps if there is nothing to do.
+    fn work(&mut self) {
+        if !self.client.is_connected() {
+            match self.client.connect(&self.socket) {
+                Ok(_) => {}
+                // It was killed in the middle of it.
+                Err(_) if self.target.killed().is_some() => {}
+                Err(error) => self.may_be_killed(&error.to_string()),
+            }
+        } else if self.client.is_abandoned() {
+            self.client.disconnect();
+            self.may_be_killed("the target has closed the connection");
+        }
+        if self.client.turn() == 0 {
+            self.client.nap();
+        }
+    }
+
+    /// What has happened is an error, unless the target was killed.
+    fn may_be_killed(&mut self, what: &str) {
+        // The process is dead a moment before it is known to have been killed.
+        let deadline = Instant::now() + Duration::from_millis(200);
+        while Instant::now() < deadline {
+            if self.target.killed().is_some() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let text = self.target.ended().map_or_else(|| what.to_owned(), |end| format!("{what}: {end}"));
+        self.client.wrong.error(&text);
+        self.broken = true;
+    }
+
+    /// Everything is answered, the whole disk is compared, and the target ends as it should.
+    fn end(&mut self) {
+        self.client.drain();
+        self.until(Client::is_done);
+        if !self.broken {
+            self.client.read_back();
+            self.until(Client::is_done);
+        }
+        if !self.broken {
+            let until = Instant::now() + AFTERWARDS;
+            while Instant::now() < until {
+                self.work();
+            }
+        }
+        self.client.disconnect();
+        if self.broken {
+            return;
+        }
+        if let Err(why) = self.target.stop() {
+            self.client.wrong.error(&why);
+        }
+        if self.target.log().contains("panicked at") {
+            self.client.wrong.error("a thread of the target has panicked: see its log");
+        }
+    }
+}

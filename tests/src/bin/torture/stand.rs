@@ -1,0 +1,215 @@
+//! The processes: the drive, which stays, and the target, which does not.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Lines, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::Failure;
+
+/// How long a process may take to say something.
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn failed(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Failure {
+    let doing = doing.into();
+    move |error| Failure::Stand(format!("{doing}: {error}"))
+}
+
+/// A command that the kernel kills when this program ends, and whose messages are added to `log`.
+fn command(program: &Path, log: &Path) -> Result<Command, Failure> {
+    let file =
+        File::options().create(true).append(true).open(log).map_err(failed(format!("opening {}", log.display())))?;
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command.stderr(file).stdin(Stdio::null()).stdout(Stdio::null());
+    Ok(command)
+}
+
+/// The drive: `nvme-sim`, which takes faults while it runs.
+pub struct Drive {
+    program: PathBuf,
+    arguments: Vec<String>,
+    socket: PathBuf,
+    log: PathBuf,
+    running: Running,
+}
+
+struct Running {
+    child: Child,
+    input: ChildStdin,
+    answers: Lines<BufReader<ChildStdout>>,
+}
+
+impl Drive {
+    pub fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Drive, Failure> {
+        let (socket, log) = (folder.join("nvme.sock"), folder.join("drive.log"));
+        let running = Self::run(program, &arguments, &socket, &log)?;
+        Ok(Drive { program: program.into(), arguments, socket, log, running })
+    }
+
+    fn run(program: &Path, arguments: &[String], socket: &Path, log: &Path) -> Result<Running, Failure> {
+        let mut command = command(program, log)?;
+        command.arg("--socket").arg(socket).arg("--control").args(arguments).env("RUST_LOG", "nvme_sim=info");
+        let mut child =
+            command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(failed("starting the drive"))?;
+        let input = child.stdin.take().expect("it was made with a pipe");
+        let answers = BufReader::new(child.stdout.take().expect("it was made with a pipe")).lines();
+        let mut running = Running { child, input, answers };
+        // It answers once it listens.
+        running.tell("fired")?;
+        Ok(running)
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Gives it a command of its control and returns the answer.
+    pub fn tell(&mut self, line: &str) -> Result<String, Failure> {
+        self.running.tell(line)
+    }
+
+    /// How often a host has brought it up so far.
+    pub fn times_ready(&self) -> usize {
+        let log =
+            std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
+        log.lines().filter(|line| line.ends_with("] ready")).count()
+    }
+
+    /// The drive loses its power and its host's connection with it.
+    pub fn kill(&mut self) -> Result<(), Failure> {
+        self.running
+            .child
+            .kill()
+            .and_then(|()| self.running.child.wait())
+            .map(drop)
+            .map_err(failed("killing the drive"))
+    }
+
+    /// It is there again, with what was written to it.
+    pub fn restart(&mut self) -> Result<(), Failure> {
+        self.running = Self::run(&self.program, &self.arguments, &self.socket, &self.log)?;
+        Ok(())
+    }
+}
+
+impl Running {
+    fn tell(&mut self, line: &str) -> Result<String, Failure> {
+        writeln!(self.input, "{line}").map_err(failed("talking to the drive"))?;
+        match self.answers.next() {
+            Some(Ok(answer)) if answer.starts_with("ok") => Ok(answer[2..].trim().into()),
+            Some(Ok(answer)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {answer}"))),
+            Some(Err(error)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {error}"))),
+            None => Err(Failure::Stand(format!("the drive ended when it was told \"{line}\""))),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail only when it has already ended.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The target.
+pub struct Target {
+    program: PathBuf,
+    arguments: Vec<String>,
+    log: PathBuf,
+    child: Arc<Mutex<Child>>,
+    /// When the present one was killed.
+    killed: Arc<Mutex<Option<Instant>>>,
+}
+
+impl Target {
+    pub fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Target, Failure> {
+        let log = folder.join("target.log");
+        let child = Self::run(program, &arguments, &log)?;
+        Ok(Target {
+            program: program.into(),
+            arguments,
+            log,
+            child: Arc::new(Mutex::new(child)),
+            killed: Arc::default(),
+        })
+    }
+
+    fn run(program: &Path, arguments: &[String], log: &Path) -> Result<Child, Failure> {
+        command(program, log)?.args(arguments).spawn().map_err(failed("starting the target"))
+    }
+
+    /// Kills it in a while, whatever this program is doing then.
+    pub fn kill_after(&self, delay: Duration) {
+        let (child, killed) = (self.child.clone(), self.killed.clone());
+        std::thread::spawn(move || {
+            std::thread::sleep(delay);
+            let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            // It fails when the process has ended by itself, which is noticed otherwise.
+            if child.kill().is_ok() {
+                *killed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+            }
+        });
+    }
+
+    /// When it was killed, if it was.
+    pub fn killed(&self) -> Option<Instant> {
+        *self.killed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until it is gone, after it was killed.
+    pub fn await_end(&self) -> Result<(), Failure> {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        child.wait().map(drop).map_err(failed("waiting for the target"))
+    }
+
+    /// Starts it again.
+    pub fn restart(&mut self) -> Result<(), Failure> {
+        self.child = Arc::new(Mutex::new(Self::run(&self.program, &self.arguments, &self.log)?));
+        self.killed = Arc::default();
+        Ok(())
+    }
+
+    /// Why it has ended, if it did so by itself.
+    pub fn ended(&self) -> Option<String> {
+        // Killed first, looked at afterwards: the other way round a kill in between would be taken for an end.
+        let status = self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()?;
+        self.killed().is_none().then(|| format!("the target has ended by itself: {status}"))
+    }
+
+    /// Asks it to end, and says what was wrong with that.
+    pub fn stop(&self) -> Result<(), String> {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        let sent = Command::new("sh").args(["-c", "kill \"$0\"", &child.id().to_string()]).status();
+        if !sent.is_ok_and(|status| status.success()) {
+            return Err("the target cannot be told to end".into());
+        }
+        let deadline = Instant::now() + LIMIT;
+        loop {
+            match child.try_wait() {
+                Ok(Some(status)) if status.success() => return Ok(()),
+                Ok(Some(status)) => return Err(format!("the target ended with {status}")),
+                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
+                Ok(None) => return Err(format!("the target does not end within {LIMIT:?}")),
+                Err(error) => return Err(format!("waiting for the target's end: {error}")),
+            }
+        }
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
+        // Both fail only when it has already ended.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+}
