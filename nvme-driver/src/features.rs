@@ -12,6 +12,7 @@ pub mod id {
     pub const INTERRUPT_COALESCING: u8 = 0x08;
     pub const INTERRUPT_VECTOR: u8 = 0x09;
     pub const ASYNC_EVENTS: u8 = 0x0b;
+    pub const HOST_BEHAVIOR: u8 = 0x16;
 }
 
 /// Which value of a feature Get Features returns (SEL; NVMe Base 2.0, 5.15).

@@ -41,7 +41,9 @@ pub(crate) struct RawController {
     _rtd3r: U32,
     rtd3e: U32,
     oaes: U32,
-    _ctratt: [u8; 160],
+    _ctratt: [u8; 32],
+    retry_delays: [U16; 3],
+    _rest_to_oacs: [u8; 122],
     oacs: U16,
     acl: u8,
     aerl: u8,
@@ -74,6 +76,8 @@ const _: () = {
     assert!(size_of::<RawController>() == BYTES);
     assert!(offset_of!(RawController, serial) == 4);
     assert!(offset_of!(RawController, model) == 24);
+    assert!(offset_of!(RawController, retry_delays) == 128);
+    assert!(offset_of!(RawController, oacs) == 256);
     assert!(offset_of!(RawController, firmware) == 64);
     assert!(offset_of!(RawController, mdts) == 77);
     assert!(offset_of!(RawController, controller_id) == 78);
@@ -287,6 +291,9 @@ pub struct ControllerIdentity {
     pub critical_temperature: Option<u16>,
     /// How long a shutdown usually takes (RTD3E); `None`: not said.
     pub shutdown_time: Option<Duration>,
+    /// How long to wait before a command is tried again, for each value of the status field's retry delay from 1 on (CRDT1 to
+    /// CRDT3).
+    pub retry_delays: [Duration; 3],
     /// Blocks written as a unit even over a power failure (AWUPF): 1 to 65536.
     pub atomic_write_blocks: u32,
 }
@@ -342,6 +349,8 @@ impl ControllerIdentity {
             error_log_entries: u16::from(raw.elpe) + 1,
             warning_temperature: Some(raw.warning_temperature.get()).filter(|&kelvins| kelvins != 0),
             critical_temperature: Some(raw.critical_temperature.get()).filter(|&kelvins| kelvins != 0),
+            // In units of 100 ms.
+            retry_delays: raw.retry_delays.map(|time| Duration::from_millis(100) * u32::from(time.get())),
             shutdown_time: Some(Duration::from_micros(raw.rtd3e.get().into())).filter(|time| !time.is_zero()),
             atomic_write_blocks: u32::from(raw.awupf.get()) + 1,
         })

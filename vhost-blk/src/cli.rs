@@ -1,11 +1,12 @@
 //! The command line.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Parser;
 
 use crate::address::DeviceAddress;
-use crate::config::{self, CpuList, ExportSettings, Listen, Serial, Settings};
+use crate::config::{self, CpuList, ExportSettings, Listen, Patience, Serial, Settings};
 
 /// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
 #[derive(Debug, Parser)]
@@ -55,6 +56,12 @@ pub struct ServeArgs {
     /// CPUs with a polled worker each, such as 2,4-7 [default: one worker, not pinned]
     #[arg(long, value_name = "LIST", conflicts_with = "config")]
     pub cpus: Option<CpuList>,
+    /// Time for one command; then the controller is reset and what it has not finished is issued again [default: 30]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "config", value_parser = seconds(config::io_timeout))]
+    pub io_timeout: Option<Duration>,
+    /// How long requests wait for a drive that fails or disappears, before they fail [default: 30]
+    #[arg(long, value_name = "SECONDS", conflicts_with = "config", value_parser = seconds(config::hold))]
+    pub hold: Option<Duration>,
     /// Refuse every command that changes data
     #[arg(long, conflicts_with = "config")]
     pub read_only: bool,
@@ -80,6 +87,13 @@ fn number<T: Clone + Send + Sync + 'static>(
         Ok(number) => Ok(number),
         Err(_) => Err("not a whole number".into()),
     };
+    parse.try_map(check)
+}
+
+/// A parser for a time with a rule of its own.
+fn seconds(check: fn(f64) -> Result<Duration, String>) -> impl clap::builder::TypedValueParser<Value = Duration> {
+    use clap::builder::TypedValueParser;
+    let parse: Parsed<f64> = |text| text.parse().map_err(|_| "not a number of seconds".into());
     parse.try_map(check)
 }
 
@@ -110,7 +124,8 @@ impl ServeArgs {
             read_only: self.read_only,
             serial: self.serial,
         };
-        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, exports: vec![export] })
+        let patience = Patience::with(self.io_timeout, self.hold);
+        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, exports: vec![export] })
     }
 }
 
@@ -171,6 +186,7 @@ mod tests {
     fn serving_is_the_default() {
         let expected = Settings {
             cpus: vec![],
+            patience: Patience::default(),
             exports: vec![ExportSettings {
                 device: "sim:1G".parse().unwrap(),
                 listen: Listen::Path("/a".into()),
@@ -188,10 +204,15 @@ mod tests {
     #[test]
     fn every_option_arrives() {
         let settings = settings(
-            "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --cpus 1-2 --read-only --serial S",
+            "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --cpus 1-2 --read-only --serial S \
+             --io-timeout 0.25 --hold 7",
         )
         .unwrap();
         assert_eq!(settings.cpus, [1, 2]);
+        assert_eq!(
+            settings.patience,
+            Patience { io_timeout: Duration::from_millis(250), hold: Duration::from_secs(7) }
+        );
         assert_eq!(
             settings.exports,
             [ExportSettings {
@@ -235,6 +256,13 @@ mod tests {
                 "--namespace 0",
                 format!("invalid value '0' for '--namespace <N>': namespace 0: use 1 to 4294967294 {more}"),
             ),
+            (
+                "--io-timeout 0",
+                format!(
+                    "invalid value '0' for '--io-timeout <SECONDS>': 0 seconds for a command: use 0.01 to 86400 {more}"
+                ),
+            ),
+            ("--hold x", format!("invalid value 'x' for '--hold <SECONDS>': not a number of seconds {more}")),
             ("--colour", format!("unexpected argument '--colour' found {more}")),
             ("--device", format!("a value is required for '--device <ADDRESS>' but none was supplied {more}")),
             (

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use serde::Deserialize;
 
@@ -24,8 +25,33 @@ pub const SERIAL_BYTES: usize = 20;
 pub struct Settings {
     /// CPUs with one polled worker each; empty: one worker that is not pinned.
     pub cpus: Vec<usize>,
+    /// How drives that do not answer are dealt with.
+    pub patience: Patience,
     /// At least one; no two with the same socket.
     pub exports: Vec<ExportSettings>,
+}
+
+/// How long a drive may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For one command; then the controller is reset and its unfinished commands are issued again.
+    pub io_timeout: Duration,
+    /// For a drive that fails or disappears to be back. Requests wait so long, then they fail.
+    pub hold: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { io_timeout: Duration::from_secs(30), hold: Duration::from_secs(30) }
+    }
+}
+
+impl Patience {
+    /// The default, but for what is given.
+    pub fn with(io_timeout: Option<Duration>, hold: Option<Duration>) -> Patience {
+        let default = Patience::default();
+        Patience { io_timeout: io_timeout.unwrap_or(default.io_timeout), hold: hold.unwrap_or(default.hold) }
+    }
 }
 
 /// One disk on one vhost-user socket.
@@ -170,10 +196,28 @@ pub fn namespace(id: u64) -> Result<u32, String> {
         .ok_or_else(|| format!("namespace {id}: use 1 to {}", u32::MAX - 1))
 }
 
+/// Checks the time for a command, in seconds.
+pub fn io_timeout(seconds: f64) -> Result<Duration, String> {
+    duration(seconds, 0.01).ok_or_else(|| format!("{seconds} seconds for a command: use 0.01 to {MOST_SECONDS}"))
+}
+
+/// Checks how long requests wait for a drive, in seconds.
+pub fn hold(seconds: f64) -> Result<Duration, String> {
+    duration(seconds, 0.0).ok_or_else(|| format!("{seconds} seconds to wait for a drive: use 0 to {MOST_SECONDS}"))
+}
+
+const MOST_SECONDS: f64 = 86400.0;
+
+fn duration(seconds: f64, least: f64) -> Option<Duration> {
+    (least..=MOST_SECONDS).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+}
+
 #[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
 struct FileContents {
     cpus: Option<CpuList>,
+    io_timeout: Option<Checked<IoTimeoutRule>>,
+    hold: Option<Checked<HoldRule>>,
     #[serde(default)]
     export: Vec<FileExport>,
 }
@@ -195,29 +239,34 @@ struct FileExport {
 struct Checked<R: Rule>(R::Value);
 
 trait Rule {
+    /// As it stands in the file.
+    type Number: for<'de> Deserialize<'de>;
     type Value;
-    fn check(number: u64) -> Result<Self::Value, String>;
+    fn check(number: Self::Number) -> Result<Self::Value, String>;
 }
 
 macro_rules! rule {
-    ($name:ident, $value:ty, $check:path) => {
+    ($name:ident, $number:ty, $value:ty, $check:path) => {
         struct $name;
         impl Rule for $name {
+            type Number = $number;
             type Value = $value;
-            fn check(number: u64) -> Result<$value, String> {
+            fn check(number: $number) -> Result<$value, String> {
                 $check(number)
             }
         }
     };
 }
 
-rule!(NamespaceRule, u32, namespace);
-rule!(QueuesRule, u16, queues);
-rule!(QueueSizeRule, u16, queue_size);
+rule!(NamespaceRule, u64, u32, namespace);
+rule!(QueuesRule, u64, u16, queues);
+rule!(QueueSizeRule, u64, u16, queue_size);
+rule!(IoTimeoutRule, f64, Duration, io_timeout);
+rule!(HoldRule, f64, Duration, hold);
 
 impl<'de, R: Rule> Deserialize<'de> for Checked<R> {
     fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        R::check(u64::deserialize(deserializer)?).map(Checked).map_err(serde::de::Error::custom)
+        R::check(R::Number::deserialize(deserializer)?).map(Checked).map_err(serde::de::Error::custom)
     }
 }
 
@@ -262,7 +311,8 @@ fn parse(text: &str, name: &str) -> Result<Settings, String> {
             return Err(format!("{name}: two exports use the socket {}: give each its own", export.listen));
         }
     }
-    Ok(Settings { cpus: contents.cpus.unwrap_or_default().0, exports })
+    let patience = Patience::with(contents.io_timeout.map(|checked| checked.0), contents.hold.map(|checked| checked.0));
+    Ok(Settings { cpus: contents.cpus.unwrap_or_default().0, patience, exports })
 }
 
 #[cfg(test)]
@@ -280,6 +330,8 @@ mod tests {
         let settings = parse(
             r#"
             cpus = "2,4-5"
+            io-timeout = 2.5
+            hold = 0
             [[export]]
             device = "0000:01:00.0"
             socket-path = "/run/a.sock"
@@ -296,6 +348,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(settings.cpus, [2, 4, 5]);
+        assert_eq!(settings.patience, Patience { io_timeout: Duration::from_millis(2500), hold: Duration::ZERO });
         assert_eq!(
             settings.exports[0],
             ExportSettings {
@@ -336,6 +389,7 @@ mod tests {
             .collect();
         let settings = parse(&all, "example").unwrap();
         assert_eq!((settings.cpus.len(), settings.exports.len()), (2, 2));
+        assert_eq!(settings.patience, Patience::default(), "what the example shows is the default");
         assert_eq!(settings.exports[0].queues, DEFAULT_QUEUES, "what the example shows is the default");
         assert_eq!(settings.exports[0].queue_size, DEFAULT_QUEUE_SIZE);
     }
@@ -346,7 +400,12 @@ mod tests {
             error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueus = 4\n"),
             "c.toml, line 4: unknown field `queus`, expected one of `device`, `socket-path`, `namespace`, `queues`, `queue-size`, `read-only`, `serial`"
         );
-        assert_eq!(error("cpu = \"1\"\n"), "c.toml, line 1: unknown field `cpu`, expected `cpus` or `export`");
+        assert_eq!(
+            error("cpu = \"1\"\n"),
+            "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `export`"
+        );
+        assert_eq!(error("hold = -1\n"), "c.toml, line 1: -1 seconds to wait for a drive: use 0 to 86400");
+        assert_eq!(error("io-timeout = nan\n"), "c.toml, line 1: NaN seconds for a command: use 0.01 to 86400");
         assert_eq!(error("\n[[export]]\ndevice = \"sim:1G\"\n"), "c.toml, line 2: missing field `socket-path`");
         assert_eq!(
             error("[[export]]\nsocket-path = \"/a\"\ndevice = \"nvme\"\n"),

@@ -71,6 +71,8 @@ counters! {
     kicks,
     /// Notifications sent to the driver: writes to the call eventfd.
     calls,
+    /// Times a request was given to the drive again: after a status that allows it, or after the drive was away.
+    again,
     /// Publications of the used ring.
     batches,
     /// Times the queue pair had no room for a request.

@@ -1,10 +1,13 @@
 //! A drive that exports share: the controller at an address while it is there, and the places of lanes on its queue pairs.
 //!
-//! When the controller fails, or has to go, the drive is *away* (`Drive::leave`): the controller is stopped, everything that
-//! waits for it is answered with an error, guest memory is unmapped from it and the device is closed, so that nothing of it
-//! is left in this process. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile, and answer with
-//! errors. The keeper then tries the address until the same drive is there again, and gives every place a queue pair on it
-//! (`back`). Lanes go on where they are.
+//! When the controller fails, or has to go, the drive is *away* (`Drive::leave`): the controller is stopped, guest memory is
+//! unmapped from it and the device is closed, so that nothing of it is left in this process: an answer that comes late touches
+//! nothing. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile. The keeper then tries the address
+//! until the same drive is there again, and gives every place a queue pair on it (`back`): lanes go on where they are, with
+//! what was not answered first.
+//!
+//! Guests see a pause, unless it gets too long (`Drive::give_up`): then everything is answered with an error until the drive is
+//! back.
 
 mod back;
 mod embedded;
@@ -23,7 +26,7 @@ use crate::address::DeviceAddress;
 use crate::bell::Bell;
 use crate::guest_memory::Reach;
 use crate::lane::Lane;
-use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, Way, WorkerPool};
+use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way, WorkerPool};
 use embedded::Embedded;
 pub use keeper::Keeper;
 
@@ -34,6 +37,8 @@ pub struct Drive {
     /// Where it is opened.
     device_address: vfio::Address,
     options: Options,
+    /// How long requests wait for the drive when it is away.
+    hold: Duration,
     pool: Arc<WorkerPool>,
     serial: String,
     model: String,
@@ -63,9 +68,16 @@ struct State {
 
 enum Condition {
     Present(Present),
-    Away(Cause),
+    Away(Away),
     /// The program ends.
     Over,
+}
+
+struct Away {
+    cause: Cause,
+    since: Instant,
+    /// Nobody waits for it any more.
+    given_up: bool,
 }
 
 struct Present {
@@ -140,7 +152,14 @@ struct Place {
 
 impl Drive {
     /// Opens the controller at `address`. The error is one line.
-    pub fn open(address: &DeviceAddress, options: &Options, pool: Arc<WorkerPool>) -> Result<Drive, String> {
+    ///
+    /// `hold`: how long requests wait for it when it fails or disappears.
+    pub fn open(
+        address: &DeviceAddress,
+        options: &Options,
+        hold: Duration,
+        pool: Arc<WorkerPool>,
+    ) -> Result<Drive, String> {
         let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
@@ -159,6 +178,7 @@ impl Drive {
             address: address.clone(),
             device_address,
             options: options.clone(),
+            hold,
             pool,
             serial: identity.serial.clone(),
             model: identity.model.clone(),
@@ -202,7 +222,7 @@ impl Drive {
     fn controller(&self) -> Result<Controller, String> {
         match &self.state().condition {
             Condition::Present(present) => Ok(present.controller.clone()),
-            Condition::Away(cause) => Err(format!("{} is away: {cause}", self.name)),
+            Condition::Away(Away { cause, .. }) => Err(format!("{} is away: {cause}", self.name)),
             Condition::Over => Err(format!("{} is not used any more", self.name)),
         }
     }
@@ -252,7 +272,9 @@ impl Drive {
                     };
                 }
             },
-            Condition::Away(_) if state.places.len() < usize::from(state.granted) => Some(self.pool.add_place(worker)),
+            Condition::Away(away) if state.places.len() < usize::from(state.granted) => {
+                Some(self.pool.add_place(worker, away.given_up))
+            }
             Condition::Away(_) => None,
             Condition::Over => return Err(format!("{} is not used any more", self.name)),
         };
@@ -338,17 +360,18 @@ impl Drive {
         blocking.flush().map_err(|error| error.to_string())
     }
 
-    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more, then everything that waits
-    /// for it is answered with an I/O error, and the device is closed. Nothing happens the second time.
+    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more; what it has not answered
+    /// waits for it to be back; the device is closed. Nothing happens the second time.
     pub fn leave(&self, cause: Cause) {
         // With this lock no place appears that would be missed here.
         let mut state = self.state();
         if !matches!(state.condition, Condition::Present(_)) {
             return;
         }
-        let condition = std::mem::replace(&mut state.condition, Condition::Away(cause.clone()));
+        let away = Away { cause: cause.clone(), since: Instant::now(), given_up: false };
+        let condition = std::mem::replace(&mut state.condition, Condition::Away(away));
         let Condition::Present(Present { device, controller, .. }) = condition else { return };
-        log::error!("{}: out of operation: {cause}; its disks answer with I/O errors until it is back", self.name);
+        log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
         if let Cause::WantedBack = cause
             && let Err(error) = controller.shutdown()
         {
@@ -358,21 +381,49 @@ impl Drive {
             log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
             self.memory.detach();
         }
-        let mut ways = Vec::new();
+        let failed = matches!(cause, Cause::Failed(_));
+        let mut lost = Vec::new();
         for place in &state.places {
-            match self.pool.fail_queue_pair(place.id) {
-                Ok(way) => ways.extend(way),
+            match self.pool.fail_queue_pair(place.id, failed) {
+                Ok(place) => lost.extend(place),
                 Err(error) => log::error!("{}: {error}", self.name),
             }
         }
         self.memory.detach();
+        let worn = lost.iter().any(|place| place.worn);
         // The controller's own memory goes last, when it has been told once more to leave it alone.
-        drop(ways);
+        drop(lost);
         drop(controller);
         if !device.close() {
             log::debug!("{}: it is closed when those who look at it just now are done", self.name);
         }
+        if worn {
+            self.give_up(&mut state, "requests were not answered by several resets");
+        } else if self.hold.is_zero() {
+            self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
+        }
         self.bell.ring();
+    }
+
+    /// When requests have waited long enough for the drive; `None` if none wait.
+    fn patience_ends(&self) -> Option<Instant> {
+        match &self.state().condition {
+            Condition::Away(Away { since, given_up: false, .. }) => Some(*since + self.hold),
+            _ => None,
+        }
+    }
+
+    /// Requests have waited for the drive long enough.
+    fn lose_patience(&self) {
+        self.give_up(&mut self.state(), &format!("it was not back within {:?}", self.hold));
+    }
+
+    /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
+    fn give_up(&self, state: &mut State, why: &str) {
+        let Condition::Away(away @ Away { given_up: false, .. }) = &mut state.condition else { return };
+        away.given_up = true;
+        log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
+        state.places.iter().for_each(|place| self.pool.give_up(place.id));
     }
 
     /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
@@ -423,17 +474,32 @@ impl Lease {
         self.drive.pool.start_lane(self.place, lane)
     }
 
-    /// Takes a lane from there when all its requests have ended; `None` if its worker died with it. A controller that does not let
-    /// them end is taken out of operation.
-    pub fn stop(&self, handle: LaneHandle) -> Option<StoppedLane> {
-        // Every request under way has to end first, and the controller's own deadline is the longest there is.
-        let deadline = self.drive.options.io_timeout + STOP_MARGIN;
-        match handle.stop(deadline) {
+    /// Asks for a lane back, see [`Lease::finish_stop`]. `forsaken`: the front-end is gone, and nobody needs answers that the
+    /// drive has not given; should it be away, it is not waited for.
+    pub fn begin_stop(&self, handle: LaneHandle, forsaken: bool) -> StoppingLane {
+        let lane = handle.begin_stop();
+        if forsaken {
+            lane.abandon(false);
+        }
+        lane
+    }
+
+    /// How long [`Lease::finish_stop`] may take in the usual case.
+    pub fn stop_deadline(&self) -> Instant {
+        // Every request under way has to end first, and the drive may have to be waited for.
+        Instant::now() + self.drive.options.io_timeout.max(self.drive.hold) + STOP_MARGIN
+    }
+
+    /// Takes a lane when all its requests have ended; `None` if its worker died with it. A controller that does not let them end
+    /// until `deadline` is reset, and they end with an error.
+    pub fn finish_stop(&self, lane: StoppingLane, deadline: Instant) -> Option<StoppedLane> {
+        match lane.wait(deadline.saturating_duration_since(Instant::now())) {
             Ok(stopped) => Some(stopped),
             Err(StopError::StillBusy(busy)) => {
+                busy.lane.abandon(true);
                 self.drive.leave(Cause::Failed(busy.to_string()));
                 // Nothing is left to wait for but the worker's turn.
-                busy.lane.wait(deadline).inspect_err(|error| log::error!("{error}")).ok()
+                busy.lane.wait(STOP_MARGIN).inspect_err(|error| log::error!("{error}")).ok()
             }
             Err(error) => {
                 log::error!("{error}");

@@ -8,6 +8,7 @@
 //! their order, the requests which that one has not answered. The log of written pages for live migration belongs where a
 //! status is written.
 
+mod again;
 mod bounced;
 mod control;
 mod slots;
@@ -17,8 +18,9 @@ use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use nvme_driver::{BouncePool, QueuePair, Status, SubmitError, Work};
+use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
+use again::{Again, Kept, work};
 use bounced::Bounced;
 use slots::{Slot, Slots};
 
@@ -74,10 +76,19 @@ enum Mode {
     Running,
     /// Answers what is in flight, takes nothing.
     Stopping,
-    /// The drive is away: takes requests and answers each with an error.
-    WithoutDrive,
     /// The guest broke its ring: touches it no more.
     Broken,
+}
+
+/// Where the drive is. Without it there is no queue pair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Drive {
+    /// There.
+    Present,
+    /// Away, and soon back perhaps: what it had waits, and nothing more is taken.
+    Held,
+    /// Away, and nobody waits for it any more: everything is answered with an error.
+    Lost,
 }
 
 /// A virtqueue being served.
@@ -90,8 +101,10 @@ pub struct Lane {
     mode: Mode,
     /// Requests that an earlier process has not answered are done first.
     resuming: bool,
-    /// The controller was stopped and is not back yet: there is no queue pair.
-    drive_lost: bool,
+    drive: Drive,
+    /// Whoever stops the lane waits no longer than the drive is there; true: requests are still to be answered then.
+    abandoned: Option<bool>,
+    again: Again,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
     /// Requests whose data is copied; nearly always empty.
@@ -130,7 +143,9 @@ impl Lane {
             slots: Slots::new(size),
             mode: Mode::Running,
             resuming,
-            drive_lost: false,
+            drive: Drive::Present,
+            abandoned: None,
+            again: Again::default(),
             pending: None,
             bounced: Vec::new(),
             orphans: Vec::new(),
@@ -184,6 +199,10 @@ impl Lane {
     pub(crate) fn submit(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> usize {
         if !self.bounced.is_empty() {
             self.advance_bounced(pair, pool, tag);
+        }
+        // Before anything new.
+        if !self.again.is_empty() && !self.issue_again(pair, tag) {
+            return 0;
         }
         if self.mode != Mode::Running || self.resuming {
             return self.submit_specially(pair, tag);
@@ -241,20 +260,13 @@ impl Lane {
             return false;
         }
         let Parser { request, segments, ranges, .. } = &self.parser;
-        let request = *request;
-        let (lba, fua) = (request.lba, self.disk.force_unit_access());
-        let work = match request.operation {
-            Operation::Read => Work::Read { lba, segments },
-            Operation::Write => Work::Write { lba, segments, fua },
-            Operation::Flush => Work::Flush,
-            Operation::Discard => Work::Discard { ranges },
-            Operation::WriteZeroes => Work::WriteZeroes { ranges, deallocate: false, fua },
-            Operation::WriteZeroesUnmap => Work::WriteZeroes { ranges, deallocate: true, fua },
-        };
+        let work = work(request, segments, ranges, self.disk.force_unit_access());
         match pair.submit(&self.disk.namespace, work, tag | u64::from(self.slots.next())) {
             Ok(()) => {
-                self.slots.take(Slot { status: request.status, head, written: request.written });
-                count(&mut self.tally, &request);
+                let Request { status, written, .. } = *request;
+                let slot = self.slots.take(Slot { status, head, written, kept: Kept::default() });
+                self.again.keep(slot, request, &self.chain, ranges);
+                count(&mut self.tally, request);
                 true
             }
             Err(error) => self.not_submitted(error, head),
@@ -313,15 +325,14 @@ impl Lane {
     #[inline(always)]
     pub(crate) fn complete(&mut self, token: u64, status: Status) {
         let number = token as u16;
+        if !status.is_success() {
+            return self.complete_badly(number, status);
+        }
         // Also after the guest broke its ring: see `break_down`.
-        let Some(Slot { status: address, head, written }) = self.slots.answer(number) else {
+        let Some(Slot { status: address, head, written, .. }) = self.slots.answer(number) else {
             return self.complete_specially(number, status);
         };
-        if status.is_success() {
-            self.give_back(head, request::OK, address, written);
-        } else {
-            self.complete_badly(status, head, address, written);
-        }
+        self.give_back(head, request::OK, address, written);
     }
 
     /// A piece of a bounced request, or a request of a guest that has broken its ring since.
@@ -334,13 +345,6 @@ impl Lane {
             self.orphans.swap_remove(orphan);
             self.slots.free(number);
         }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn complete_badly(&mut self, status: Status, head: Head, address: u64, written: u32) {
-        self.warn(&format_args!("the drive answered: {status}"));
-        self.give_back(head, request::IOERR, address, written);
     }
 
     /// Logs a failed request, each doubling of their number: neither a failing drive nor a guest can fill the log.
@@ -377,16 +381,17 @@ impl Lane {
     #[cold]
     #[inline(never)]
     fn submit_specially(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
-        match self.drive_lost || !self.serves_specially() {
-            true => self.refuse(),
-            false => self.take_all(|lane, head| lane.submit_parsed(pair, tag, head)),
+        if !self.resuming {
+            return 0;
         }
+        self.take_all(|lane, head| lane.submit_parsed(pair, tag, head))
     }
 
-    /// Takes requests only to answer them with an error; returns how many.
+    /// A turn without a drive: if nobody waits for it any more, takes requests only to answer them with an error. Returns how
+    /// many.
     #[cold]
     pub(crate) fn refuse(&mut self) -> usize {
-        if !self.serves_specially() {
+        if self.drive != Drive::Lost || !self.takes_requests() {
             return 0;
         }
         self.take_all(|lane, head| {
@@ -395,12 +400,12 @@ impl Lane {
         })
     }
 
-    /// Does the lane take requests although it does not simply run?
-    fn serves_specially(&self) -> bool {
+    /// Does the lane take requests, if only to refuse them?
+    fn takes_requests(&self) -> bool {
         match self.mode {
-            Mode::WithoutDrive => true,
-            // Also when it is to stop: what an earlier process has taken cannot be left in the ring.
-            Mode::Running | Mode::Stopping => self.resuming,
+            Mode::Running => true,
+            // What an earlier process has taken cannot be left in the ring.
+            Mode::Stopping => self.resuming,
             Mode::Broken => false,
         }
     }
@@ -451,6 +456,7 @@ impl Lane {
         self.mode = Mode::Broken;
         self.resuming = false;
         self.pending = None;
+        self.forget_waiting();
         // What the drive still has is waited for, and not answered.
         self.orphans.extend(self.slots.orphan_all());
         self.reason = Some(why.to_string());
@@ -481,16 +487,16 @@ impl Short<'_> {
             let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
             let Some((mut triple, request, segment)) = plain else { return ring.is_empty() };
             let segments = std::slice::from_ref(&segment);
-            let work = match request.operation {
-                Operation::Read => Work::Read { lba: request.lba, segments },
-                _ => Work::Write { lba: request.lba, segments, fua: self.disk.force_unit_access() },
-            };
+            let write = request.operation == Operation::Write;
+            let work = work(&request, segments, &[], write && self.disk.force_unit_access());
             // Refused, blocks the disk does not have among the reasons: the long way finds out why.
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(self.slots.next())).is_err() {
                 return false;
             }
             ring.accept(&mut triple.head);
-            self.slots.take(Slot { status: request.status, head: triple.head, written: request.written });
+            let Request { lba, bytes, status, written, .. } = request;
+            let kept = Kept { lba, data: triple.middle.address, bytes, write, ..Kept::default() };
+            self.slots.take(Slot { status, head: triple.head, written, kept });
             count(self.tally, &request);
             *taken += 1;
         }

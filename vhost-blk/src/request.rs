@@ -309,24 +309,19 @@ impl Parser {
 }
 
 /// Where the data of a read or write lies in guest memory; `chain` is the one it was parsed from.
-pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> Vec<Buffer> {
-    let read = operation == Operation::Read;
-    let mut buffers = if read { chain.writable().to_vec() } else { chain.readable().to_vec() };
-    if read {
-        // The status byte is the last one.
-        if let Some(last) = buffers.last_mut() {
-            last.bytes -= 1;
-        }
-    } else {
-        let mut header = HEADER_BYTES;
-        for buffer in &mut buffers {
-            let piece = header.min(buffer.bytes);
-            header -= piece;
-            *buffer = Buffer { address: buffer.address + u64::from(piece), bytes: buffer.bytes - piece };
-        }
-    }
-    buffers.retain(|buffer| buffer.bytes != 0);
-    buffers
+pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> impl Iterator<Item = Buffer> {
+    // Before the data of a write is the header, after that of a read the status byte.
+    let (buffers, mut before, after) = match operation {
+        Operation::Read => (chain.writable(), 0, 1),
+        _ => (chain.readable(), HEADER_BYTES, 0),
+    };
+    let last = buffers.len().saturating_sub(1);
+    buffers.iter().enumerate().filter_map(move |(index, buffer)| {
+        let skip = before.min(buffer.bytes);
+        before -= skip;
+        let bytes = buffer.bytes - skip - if index == last { after } else { 0 };
+        (bytes != 0).then_some(Buffer { address: buffer.address + u64::from(skip), bytes })
+    })
 }
 
 /// A request's header as two words, what is left of the buffer it ends in, and the buffers after that.

@@ -38,10 +38,12 @@ impl Target {
 
     /// The same, with sockets that the service manager hands over.
     pub fn start_on(settings: &Settings, handed: Vec<Handed>) -> Result<Target, String> {
-        Target::run(settings, &Options::default(), handed)
+        let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
+        Target::run(settings, &options, handed)
     }
 
-    /// The same, with the controllers opened in another way: other deadlines, say.
+    /// The same, with the controllers opened in another way: other deadlines, say. What `options` says about the time for a
+    /// command counts.
     pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
         Target::run(settings, options, Vec::new())
     }
@@ -57,7 +59,7 @@ impl Target {
             let drive = match drives.iter().find(|drive| *drive.address() == export.device) {
                 Some(drive) => drive.clone(),
                 None => {
-                    let drive = Arc::new(Drive::open(&export.device, options, pool.clone())?);
+                    let drive = Arc::new(Drive::open(&export.device, options, settings.patience.hold, pool.clone())?);
                     drives.push(drive.clone());
                     drive
                 }

@@ -8,7 +8,7 @@ mod group;
 mod mailbox;
 mod thread;
 
-pub use group::{Group, Way};
+pub use group::{Group, Lost, Way};
 
 use std::fs::File;
 use std::io;
@@ -232,13 +232,13 @@ impl WorkerPool {
         self.add(worker, Group::new(way.pair, way.pool))
     }
 
-    /// Makes a place for a queue pair while the drive is away: its lanes answer everything with an error until
-    /// [`WorkerPool::restore_queue_pair`].
+    /// Makes a place for a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with an
+    /// error until [`WorkerPool::restore_queue_pair`].
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_place(&self, worker: usize) -> PairId {
-        self.add(worker, Group::without_drive())
+    pub fn add_place(&self, worker: usize, given_up: bool) -> PairId {
+        self.add(worker, Group::without_drive(given_up))
     }
 
     fn add(&self, worker: usize, group: Group) -> PairId {
@@ -277,16 +277,21 @@ impl WorkerPool {
         }
     }
 
-    /// The controller behind this queue pair has been stopped and touches no memory any more. Answers everything in flight
-    /// with an error, and from then on everything its lanes are asked; returns when what was in flight is answered, and then
-    /// gives back what leads to the controller. The lanes stay.
+    /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
+    /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::give_up`], and they take nothing more. Gives back what
+    /// leads to the controller. `failed`: the controller is to blame for what is not answered.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, pair: PairId) -> Result<Option<Way>, Error> {
+    pub fn fail_queue_pair(&self, pair: PairId, failed: bool) -> Result<Option<Lost>, Error> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
+        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, failed, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Has everything that waits in an empty place answered with an error, and from then on everything its lanes are asked.
+    pub fn give_up(&self, pair: PairId) {
+        self.threads[pair.worker].mailbox.send(Mail::GiveUp { index: pair.index });
     }
 
     /// Puts a queue pair into an empty place; its lanes go on with it.
@@ -350,9 +355,14 @@ impl LaneHandle {
     /// # Errors
     /// [`StopError::StillBusy`]: not within `deadline`.
     pub fn stop(self, deadline: Duration) -> Result<StoppedLane, StopError> {
+        self.begin_stop().wait(deadline)
+    }
+
+    /// Asks for the lane back: it takes no more requests, and comes when those in flight are answered.
+    pub fn begin_stop(self) -> StoppingLane {
         let (reply, lane) = mpsc::channel();
         self.mailbox.send(Mail::Stop { id: self.id, reply });
-        StoppingLane { name: self.name, lane }.wait(deadline)
+        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox }
     }
 
     /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
@@ -397,8 +407,10 @@ impl LaneHandle {
 
 /// A lane that takes no more requests and has to come back from its worker.
 pub struct StoppingLane {
+    id: u64,
     name: String,
     lane: Receiver<Lane>,
+    mailbox: Arc<Mailbox>,
 }
 
 impl std::fmt::Debug for StoppingLane {
@@ -408,6 +420,12 @@ impl std::fmt::Debug for StoppingLane {
 }
 
 impl StoppingLane {
+    /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
+    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight.
+    pub fn abandon(&self, answer: bool) {
+        self.mailbox.send(Mail::Abandon { id: self.id, answer });
+    }
+
     /// Waits for the requests in flight.
     ///
     /// # Errors

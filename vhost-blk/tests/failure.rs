@@ -1,4 +1,5 @@
-//! Controllers that fail under running guests: what waits is answered with an error, nothing hangs, the socket stays.
+//! Controllers that fail under running guests: requests wait until they are back, or fail if they may not wait; nothing hangs,
+//! the socket stays.
 
 mod common;
 
@@ -10,7 +11,7 @@ use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
 use vhost_blk::address::DeviceAddress;
-use vhost_blk::config::{ExportSettings, Listen, Settings};
+use vhost_blk::config::{ExportSettings, Listen, Patience, Settings};
 use vhost_blk::target::Target;
 
 const MIB: u64 = 1 << 20;
@@ -23,12 +24,24 @@ struct Bench {
 }
 
 impl Bench {
+    /// Requests wait for the drive: longer than any test runs.
     fn new() -> Bench {
+        Bench::with(Duration::from_secs(600), |_| ())
+    }
+
+    /// Nobody waits for a drive that is away.
+    fn impatient() -> Bench {
+        Bench::with(Duration::ZERO, |_| ())
+    }
+
+    fn with(hold: Duration, change: impl Fn(&mut Config)) -> Bench {
         let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
             .is_test(true)
             .try_init();
         let folder = tempfile::tempdir().unwrap();
-        let simulator = Simulator::start(Self::config(folder.path()), &folder.path().join("nvme")).unwrap();
+        let mut config = Self::config(folder.path());
+        change(&mut config);
+        let simulator = Simulator::start(config, &folder.path().join("nvme")).unwrap();
         let export = |name: &str| ExportSettings {
             device: DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned())),
             listen: Listen::Path(folder.path().join(name)),
@@ -38,7 +51,11 @@ impl Bench {
             read_only: false,
             serial: None,
         };
-        let settings = Settings { cpus: vec![], exports: vec![export("a"), export("b")] };
+        let settings = Settings {
+            cpus: vec![],
+            patience: Patience::with(None, Some(hold)),
+            exports: vec![export("a"), export("b")],
+        };
         let options = Options {
             io_timeout: Duration::from_millis(300),
             // An attempt to get a controller back that does nothing takes this long.
@@ -83,9 +100,58 @@ impl Bench {
     }
 }
 
-/// Two guests at work; the controller fails in the way given, and is mended, unless it recovers by itself.
+/// Two guests at work; the controller fails in the way given, and is mended, unless it recovers by itself. Once with patience,
+/// once without.
 fn controller_fails(fail: impl Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
+    requests_wait(&fail, mend);
+    requests_fail(&fail, mend);
+}
+
+/// The guests notice a pause, and nothing else.
+fn requests_wait(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
     let bench = Bench::new();
+    let fronts = [bench.connect("a"), bench.connect("b")];
+    let regions = [Region::new(0, MIB), Region::new(0, MIB)];
+    // As in `requests_fail`: what comes back finds the guests' memory elsewhere.
+    let early = Region::new(16 * MIB, 4 * MIB);
+    early.add(&fronts[0]);
+    let mut rings = Vec::new();
+    for (front, region) in fronts.iter().zip(&regions) {
+        region.add(front);
+        for index in 0..2 {
+            let mut ring = Ring::new(region, index, 0x10000 * (u64::from(index) + 1));
+            ring.start(front);
+            ring.check_io(8);
+            rings.push(ring);
+        }
+    }
+    fronts[0].accept(REM_MEM_REG, &early.single(), &[]);
+    for round in 0..3u8 {
+        rings[0].store(64, round);
+        fail(&bench);
+        rings.iter_mut().for_each(|ring| ring.submit(0, 0, (ring.data(), 4096)));
+        if let Some(mend) = mend {
+            // Longer than a command may take.
+            let until = Instant::now() + Duration::from_millis(600);
+            while Instant::now() < until {
+                rings.iter_mut().for_each(|ring| assert_eq!(ring.poll(), None, "answered without a drive"));
+            }
+            mend(&bench);
+        }
+        rings.iter_mut().for_each(|ring| assert_eq!(ring.wait(), 0));
+        assert!(rings[0].holds(64, round), "what was written before is there");
+        for (sector, ring) in (8..).step_by(8).zip(&mut rings) {
+            ring.check_io(sector);
+            assert_eq!(ring.flush(), 0);
+        }
+    }
+    assert!(bench.target.totals().again > 0, "nothing had to wait");
+    assert_eq!(bench.target.totals().errors, 0);
+    bench.target.stop().unwrap();
+}
+
+fn requests_fail(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
+    let bench = Bench::impatient();
     let fronts = [bench.connect("a"), bench.connect("b")];
     let regions = [Region::new(0, MIB), Region::new(0, MIB)];
     let mut rings = Vec::new();
@@ -183,7 +249,7 @@ fn a_completion_that_never_comes() {
 
 #[test]
 fn a_target_stops_while_its_drive_is_away() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let front = bench.connect("a");
     let region = Region::new(0, MIB);
     region.add(&front);
@@ -198,7 +264,7 @@ fn a_target_stops_while_its_drive_is_away() {
 
 #[test]
 fn another_drive_is_not_taken_for_the_one_that_left() {
-    let bench = Bench::new();
+    let bench = Bench::impatient();
     let front = bench.connect("a");
     let region = Region::new(0, MIB);
     region.add(&front);
@@ -243,18 +309,116 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
     bench.target.stop().unwrap();
 }
 
+/// The first front-end, and a ring that works.
+fn one_ring<'a>(bench: &Bench, region: &'a Region) -> (Front, Ring<'a>) {
+    let front = bench.connect("a");
+    region.add(&front);
+    let mut ring = Ring::new(region, 0, 0x10000);
+    ring.start(&front);
+    ring.check_io(0);
+    (front, ring)
+}
+
+const INTERNAL_ERROR: nvme_sim::Status = nvme_sim::Status::new(0, 6);
+
 #[test]
 fn one_command_that_fails_concerns_nobody_else() {
     let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    bench.fault(FaultAction::Fail(INTERNAL_ERROR.not_to_be_retried()));
+    assert_eq!(ring.read_one(0), IOERR);
+    ring.check_io(0);
+    let totals = bench.target.totals();
+    assert_eq!((totals.errors, totals.again), (1, 0), "what may not be tried again is not");
+}
+
+#[test]
+fn a_command_that_may_be_tried_again_is() {
+    let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    let thrice = FaultMatch { limit: Some(3), ..FaultMatch::default() };
+    bench.simulator().faults().add(FaultRule { action: FaultAction::Fail(INTERNAL_ERROR), when: thrice });
+    ring.check_io(8);
+    let totals = bench.target.totals();
+    assert_eq!((totals.errors, totals.again), (0, 3));
+    // Not for ever.
+    bench
+        .simulator()
+        .faults()
+        .add(FaultRule { action: FaultAction::Fail(INTERNAL_ERROR), when: FaultMatch::default() });
+    assert_eq!(ring.read_one(0), IOERR);
+    let totals = bench.target.totals();
+    assert_eq!((totals.errors, totals.again), (1, 3 + 5));
+}
+
+#[test]
+fn a_retry_waits_as_long_as_the_drive_wants() {
+    let bench = Bench::with(Duration::ZERO, |config| config.retry_delays = [0, 2, 0]);
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    for (delay, least) in [(1, Duration::ZERO), (2, Duration::from_millis(200))] {
+        bench.fault(FaultAction::Fail(INTERNAL_ERROR.with_retry_delay(delay)));
+        let start = Instant::now();
+        assert_eq!(ring.read_one(0), 0);
+        assert!(start.elapsed() >= least, "tried again after {:?}", start.elapsed());
+    }
+    assert_eq!(bench.target.totals().again, 2);
+}
+
+#[test]
+fn patience_ends() {
+    let bench = Bench::with(Duration::from_millis(400), |_| ());
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    let start = Instant::now();
+    bench.simulator().remove();
+    assert_eq!(ring.read_one(0), IOERR);
+    let waited = start.elapsed();
+    assert!((Duration::from_millis(400)..Duration::from_secs(5)).contains(&waited), "{waited:?}");
+    // From now on nobody waits until it is back.
+    let start = Instant::now();
+    assert_eq!(ring.read_one(0), IOERR);
+    assert!(start.elapsed() < Duration::from_millis(400));
+    bench.simulator().reinsert().unwrap();
+    bench.works_again(&mut ring);
+}
+
+#[test]
+fn a_request_that_no_reset_helps_fails_and_the_disk_lives() {
+    let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    // Whoever reads this block waits for ever.
+    let poisoned = FaultMatch { blocks: Some(800..=807), ..FaultMatch::default() };
+    bench.simulator().faults().add(FaultRule { action: FaultAction::LoseCompletion, when: poisoned });
+    assert_eq!(ring.read_one(800), IOERR);
+    bench.works_again(&mut ring);
+    ring.check_io(8);
+    // Five times with the drive: once, and again after each failure but the last.
+    assert_eq!(bench.target.totals().again, 4);
+}
+
+#[test]
+fn a_front_end_that_leaves_does_not_wait_for_the_drive() {
+    let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    let (front, mut ring) = one_ring(&bench, &region);
+    bench.simulator().remove();
+    ring.submit(0, 0, (ring.data(), 4096));
+    let start = Instant::now();
+    drop(front);
     let front = bench.connect("a");
+    assert_eq!(front.config(0, 8), (64 * MIB / 512).to_le_bytes());
+    assert!(start.elapsed() < Duration::from_secs(5), "it took {:?}", start.elapsed());
+    assert_eq!(ring.poll(), None, "nobody has answered");
+    bench.simulator().reinsert().unwrap();
     let region = Region::new(0, MIB);
     region.add(&front);
     let mut ring = Ring::new(&region, 0, 0x10000);
     ring.start(&front);
-    bench.fault(FaultAction::Fail(nvme_sim::Status::new(0, 6)));
-    assert_eq!(ring.read_one(0), IOERR);
-    ring.check_io(0);
-    assert_eq!(bench.target.totals().errors, 1);
+    bench.works_again(&mut ring);
 }
 
 #[test]

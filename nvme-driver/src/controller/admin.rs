@@ -69,6 +69,7 @@ impl Admin {
             max_transfer: MAX_DATA as u32,
             sgl: None,
             timeout: Duration::from_secs(60),
+            retry_delays: Default::default(),
             interrupt: None,
             shadow: None,
         };
@@ -188,6 +189,23 @@ impl Admin {
         let mut data = vec![0; bytes];
         self.data.read(0, &mut data).expect("the buffer has room for the largest answer");
         Ok(data)
+    }
+
+    /// Like `execute`, for a command that has the controller read `data` (at most [`MAX_DATA`] bytes).
+    pub fn execute_out(
+        &mut self,
+        hardware: &Hardware,
+        command: Command,
+        data: &[u8],
+        timeout: Duration,
+        name: impl FnOnce() -> String,
+    ) -> Result<u32, Error> {
+        debug_assert!(!data.is_empty() && data.len() <= MAX_DATA);
+        if self.stopped.is_none() {
+            self.data.write(0, data).expect("the buffer has room for the longest data");
+        }
+        let command = self.with_data(command, data.len());
+        self.execute(hardware, command, timeout, name)
     }
 
     /// The data pointer for the first `bytes` of the data buffer: PRP1 alone, with PRP2, or with a list

@@ -14,7 +14,7 @@ use vfio::{Device, EventFd};
 use zerocopy::FromBytes;
 
 use crate::command::admin as opcode;
-use crate::features::{EventConfiguration, Feature, NumberOfQueues};
+use crate::features::{self, EventConfiguration, Feature, NumberOfQueues};
 use crate::identify::{self, CommandLimits, ControllerIdentity, RawController, RawNvmController, cns};
 use crate::registers::Version;
 use crate::{Command, Error};
@@ -237,7 +237,8 @@ impl Controller {
         if let Some(shadow) = &inner.shadow {
             shadow.announce(&inner.hardware, admin, inner.options.admin_timeout)?;
         }
-        ask_for_events(&inner.hardware, admin, &inner.options, &inner.identity)
+        ask_for_events(&inner.hardware, admin, &inner.options, &inner.identity)?;
+        ask_for_retry_delays(&inner.hardware, admin, &inner.options, &inner.identity)
     }
 
     /// Shuts the controller down: its volatile write cache is on its media afterwards. Only [`Controller::reset`] brings it back.
@@ -324,6 +325,7 @@ impl Unfinished<'_> {
             }
         }
         ask_for_events(hardware, admin, options, &identity)?;
+        ask_for_retry_delays(hardware, admin, options, &identity)?;
         Ok((identity, limits, granted, vectors))
     }
 
@@ -373,6 +375,35 @@ fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options
     let raw =
         RawController::ref_from_bytes(&data).map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
     ControllerIdentity::parse(raw, hardware.capabilities.page_size_min(), hardware.version)
+}
+
+/// Bytes of the Host Behavior Support data structure (NVMe Base 2.0, 5.27.1.18).
+const HOST_BEHAVIOR_BYTES: usize = 512;
+
+/// Has the controller say how long to wait before a failed command is tried again: only hosts that have told so in Host Behavior
+/// Support (NVMe Base 2.0, 5.27.1.18: ACRE) get a retry delay in a status.
+fn ask_for_retry_delays(
+    hardware: &Hardware,
+    admin: &mut Admin,
+    options: &Options,
+    identity: &ControllerIdentity,
+) -> Result<(), Error> {
+    if identity.retry_delays.iter().all(Duration::is_zero) {
+        return Ok(());
+    }
+    let mut behavior = [0; HOST_BEHAVIOR_BYTES];
+    behavior[0] = 1;
+    let command = Command::new(opcode::SET_FEATURES, 0).with_cdw10(features::id::HOST_BEHAVIOR.into());
+    let name = || "Set Features (Host Behavior Support)".to_owned();
+    match admin.execute_out(hardware, command, &behavior, options.admin_timeout, name) {
+        Ok(_) => Ok(()),
+        // Then there are no delays.
+        Err(error @ Error::Command { .. }) => {
+            log::debug!("{}: no delays before commands are tried again: {error}", hardware.name);
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
 }
 
 /// The limits of commands without data transfer, from controllers new enough to know of them.

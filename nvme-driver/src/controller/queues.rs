@@ -207,6 +207,7 @@ impl Controller {
             max_transfer: inner.identity.max_transfer.unwrap_or(u32::MAX),
             sgl: inner.identity.sgl,
             timeout: inner.options.io_timeout,
+            retry_delays: inner.identity.retry_delays,
             interrupt,
             shadow: inner.shadow.as_ref().map(|shadow| shadow.doorbells(id)),
         };

@@ -70,6 +70,8 @@ pub(crate) struct QueueSettings {
     pub sgl: Option<SglAlignment>,
     /// Commands older than this are told by `tick`.
     pub timeout: Duration,
+    /// For `retry_delay`.
+    pub retry_delays: [Duration; 3],
     /// Non-blocking eventfd of the completion queue's interrupt vector.
     pub interrupt: Option<EventFd>,
     pub shadow: Option<ShadowDoorbells>,
@@ -99,6 +101,7 @@ pub struct QueuePair {
     stale: Stale,
     clock: Clock,
     completions: Completions,
+    retry_delays: [Duration; 3],
     interrupt: Option<EventFd>,
     submission_iova: u64,
     completion_iova: u64,
@@ -164,6 +167,7 @@ impl QueuePair {
             stale: Stale::default(),
             clock: Clock { start: Instant::now(), now: 1, timeout, next_look: 0 },
             completions: Completions::Polling,
+            retry_delays: settings.retry_delays,
             interrupt: settings.interrupt,
             submission_iova: memory.iova(),
             completion_iova: memory.iova() + completion_at as u64,
@@ -297,6 +301,13 @@ impl QueuePair {
     /// How many completions are there to reap. Walks the queue: for tests and measurements.
     pub fn answered(&self) -> usize {
         self.completion.answered()
+    }
+
+    /// How long the controller wants a host to wait before it tries a command again, by the status' retry delay
+    /// ([`Status::retry_delay`]); no longer than a command may take.
+    pub fn retry_delay(&self, delay: u8) -> Duration {
+        let wanted = usize::from(delay).checked_sub(1).and_then(|index| self.retry_delays.get(index));
+        wanted.copied().unwrap_or_default().min(Duration::from_millis(self.clock.timeout.into()))
     }
 
     /// How completions are learned of.

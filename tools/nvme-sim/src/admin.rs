@@ -58,6 +58,20 @@ fn give(controller: &mut Controller, command: &Command, data: &[u8]) -> Result<(
     Ok(())
 }
 
+/// Takes data from the host.
+pub(crate) fn take(controller: &mut Controller, command: &Command, data: &mut [u8]) -> Result<(), Status> {
+    controller.pointers.walk(&controller.view, command, data.len() as u64, Direction::FromHost)?;
+    let mut at = 0;
+    for piece in &controller.pointers.pieces {
+        let end = at + piece.bytes as usize;
+        if let Some(iova) = piece.iova {
+            controller.view.read(iova, &mut data[at..end]).map_err(transfer_error)?;
+        }
+        at = end;
+    }
+    Ok(())
+}
+
 /// Identifier, base address and size of a queue to be made; the checks that both kinds share.
 fn new_queue(controller: &Controller, command: &Command, exists: bool) -> Result<(u16, u64, u32), Status> {
     let (id, size) = (command.dword(10) as u16, (command.dword(10) >> 16) + 1);

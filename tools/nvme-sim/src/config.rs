@@ -36,6 +36,9 @@ pub struct Config {
     pub ready_timeout: Duration,
     /// Serial number, at most 20 printable ASCII characters.
     pub serial: String,
+    /// Command retry delays 1 to 3 (CRDT1 to CRDT3), in units of 100 ms. Statuses with a retry delay have it only for a host that
+    /// asks for it (Host Behavior Support, ACRE).
+    pub retry_delays: [u16; 3],
     /// Faults from the start.
     pub faults: FaultPlan,
 }
@@ -71,6 +74,7 @@ impl Default for Config {
             metadata_formats: false,
             ready_timeout: Duration::from_secs(2),
             serial: "SIM0001".into(),
+            retry_delays: [0; 3],
             faults: FaultPlan::default(),
         }
     }

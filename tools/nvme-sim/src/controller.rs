@@ -285,6 +285,7 @@ impl Controller {
         let mut completion = match decision.fail {
             Some(status) => {
                 log::debug!("fault: {} fails with {status:?}", self.describe(sq, command));
+                let status = if self.features.retry_delays() { status } else { status.with_retry_delay(0) };
                 // To the host it is an error like any other: counted, and in the error log.
                 self.completion(sq, command, Err(status))
             }

@@ -15,6 +15,9 @@ const INTERRUPT_COALESCING: u8 = 0x08;
 const INTERRUPT_VECTOR: u8 = 0x09;
 const WRITE_ATOMICITY: u8 = 0x0a;
 const ASYNC_EVENTS: u8 = 0x0b;
+const HOST_BEHAVIOR: u8 = 0x16;
+/// Bytes of its data structure (5.27.1.18).
+const HOST_BEHAVIOR_BYTES: usize = 512;
 
 /// The temperature the controller always has, in kelvins.
 pub(crate) const TEMPERATURE: u32 = 300;
@@ -38,6 +41,8 @@ pub(crate) struct Features {
     /// I/O queue pairs granted.
     queues: u16,
     has_write_cache: bool,
+    /// Advanced Command Retry Enable, in Host Behavior Support.
+    retry_delays: bool,
 }
 
 impl Features {
@@ -52,11 +57,17 @@ impl Features {
             vectors: vec![0; usize::from(config.max_queue_pairs) + 1],
             queues: config.max_queue_pairs,
             has_write_cache: config.volatile_write_cache,
+            retry_delays: false,
         }
     }
 
     pub fn write_cache(&self) -> bool {
         self.values[usize::from(VOLATILE_WRITE_CACHE)] & 1 != 0
+    }
+
+    /// Does the host want retry delays in statuses?
+    pub fn retry_delays(&self) -> bool {
+        self.retry_delays
     }
 
     /// The highest I/O queue identifier the host may use.
@@ -147,7 +158,15 @@ pub(crate) fn set(controller: &mut Controller, command: &Command) -> Result<u32,
     if command.dword(10) >> 31 != 0 {
         return Err(Status::NOT_SAVEABLE);
     }
-    let result = if id == NUMBER_OF_QUEUES {
+    let result = if id == HOST_BEHAVIOR && controller.shared.config.retry_delays != [0; 3] {
+        let mut behavior = [0; HOST_BEHAVIOR_BYTES];
+        crate::admin::take(controller, command, &mut behavior)?;
+        if behavior[0] > 1 {
+            return Err(Status::INVALID_FIELD);
+        }
+        controller.features.retry_delays = behavior[0] == 1;
+        0
+    } else if id == NUMBER_OF_QUEUES {
         // Once, before any I/O queue is made (5.27.1.5).
         if controller.sqs.iter().skip(1).any(Option::is_some) || controller.cqs.iter().skip(1).any(Option::is_some) {
             return Err(Status::COMMAND_SEQUENCE);

@@ -96,6 +96,9 @@ fn controller_page(controller: &Controller) -> Page {
     page.put(80, &VERSION.to_le_bytes());
     page.put(92, &(1_u32 << 8).to_le_bytes()); // OAES: namespace attribute notices
     page.put(111, &[1]); // CNTRLTYPE: I/O controller
+    for (at, delay) in (128..).step_by(2).zip(config.retry_delays) {
+        page.put(at, &delay.to_le_bytes()); // CRDT1 to CRDT3
+    }
     let doorbell_buffer = u16::from(config.shadow_doorbells) << 8;
     page.put(256, &(1 << 1 | doorbell_buffer).to_le_bytes()); // OACS: Format NVM, Doorbell Buffer Config
     page.put(258, &[3, EVENT_REQUESTS as u8 - 1]); // ACL, AERL

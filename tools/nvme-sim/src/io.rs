@@ -148,16 +148,8 @@ fn dataset_management(controller: &mut Controller, command: &Command) -> Result<
     let count = (command.dword(10) & 0xff) as usize + 1;
     let deallocate = command.dword(11) & 4 != 0;
     let len = count * 16;
-    controller.pointers.walk(&controller.view, command, len as u64, Direction::FromHost)?;
     let mut raw = [0; 256 * 16];
-    let mut at = 0;
-    for piece in &controller.pointers.pieces {
-        let end = at + piece.bytes as usize;
-        if let Some(iova) = piece.iova {
-            controller.view.read(iova, &mut raw[at..end]).map_err(transfer_error)?;
-        }
-        at = end;
-    }
+    crate::admin::take(controller, command, &mut raw[..len])?;
     let namespace = namespace(&mut controller.namespaces, command)?;
     if deallocate && namespace.read_only {
         return Err(Status::WRITE_PROTECTED);

@@ -2,10 +2,12 @@
 
 use std::fmt;
 
-/// Status field of a completion: code in bits 7:0, code type in 10:8, More in 13, Do Not Retry in 14.
+/// Status field of a completion: code in bits 7:0, code type in 10:8, Command Retry Delay in 12:11, More in 13, Do Not Retry in
+/// 14.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Status(u16);
 
+const RETRY_DELAY: u16 = 3 << 11;
 const DO_NOT_RETRY: u16 = 1 << 14;
 const GENERIC: u8 = 0;
 const SPECIFIC: u8 = 1;
@@ -44,6 +46,16 @@ impl Status {
     /// A status of code type `code_type` (0–7) and code `code`, which the host may retry.
     pub const fn new(code_type: u8, code: u8) -> Status {
         Status((code_type as u16 & 7) << 8 | code as u16)
+    }
+
+    /// The same, and the host may not retry.
+    pub const fn not_to_be_retried(self) -> Status {
+        Status(self.0 | DO_NOT_RETRY)
+    }
+
+    /// The same, and the host is to wait for retry delay 1 to 3 of the controller first; 0: for none.
+    pub const fn with_retry_delay(self, delay: u8) -> Status {
+        Status(self.0 & !RETRY_DELAY | (delay as u16 & 3) << 11)
     }
 
     /// A status that repeats however often the command is retried.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::back::NotBack;
-use super::{Cause, Condition, Drive};
+use super::{Away, Cause, Condition, Drive};
 
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
@@ -67,6 +67,7 @@ fn run(drive: &Drive, stop: &AtomicBool) {
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
         let until = attempts.next.unwrap_or(next_check);
+        let until = drive.patience_ends().map_or(until, |end| until.min(end));
         wait(drive, until.saturating_duration_since(Instant::now()));
         let cause = drive.trouble();
         if let Some(cause) = cause {
@@ -78,7 +79,7 @@ fn run(drive: &Drive, stop: &AtomicBool) {
         }
         let (since, cause) = match &drive.state().condition {
             Condition::Present(present) => (present.since, None),
-            Condition::Away(cause) => (now, Some(cause.clone())),
+            Condition::Away(Away { cause, .. }) => (now, Some(cause.clone())),
             Condition::Over => return,
         };
         match cause {
@@ -90,6 +91,9 @@ fn run(drive: &Drive, stop: &AtomicBool) {
                 }
             }
             Some(cause) => {
+                if drive.patience_ends().is_some_and(|end| now >= end) {
+                    drive.lose_patience();
+                }
                 let due = *attempts.next.get_or_insert_with(|| now + attempts_pause(&cause, attempts.pause));
                 if now >= due {
                     let result = drive.come_back();

@@ -4,6 +4,7 @@
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
+use super::again::Kept;
 use super::{Lane, Mode, Slot, count};
 use crate::guest_memory::{GuestView, OutsideMemory};
 use crate::request::{self, Operation, Request};
@@ -34,10 +35,36 @@ impl Lane {
     /// Takes on a request that the queue pair refused with NeedsBounce.
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
-        let slot = self.slots.take(Slot { status: request.status, head, written: 0 });
+        let slot = self.slots.take(Slot { status: request.status, head, written: 0, kept: Kept::default() });
+        let buffers = request::data_buffers(&self.chain, request.operation).collect();
+        self.bounce_in(slot, head, request, buffers);
+    }
+
+    /// The same for one that has a slot, whose `written` is 0.
+    pub(super) fn bounce_in(&mut self, slot: u16, head: Head, request: Request, buffers: Vec<Buffer>) {
         self.tally.copies += 1;
-        let buffers = request::data_buffers(&self.chain, request.operation);
         self.bounced.push(Bounced { slot, head, request, buffers, done: 0, piece: None, answer: None });
+    }
+
+    /// The drive is away: the pieces it had are done again when it is back.
+    pub(super) fn hold_bounced(&mut self, pool: &mut BouncePool) {
+        for bounced in &mut self.bounced {
+            bounced.piece.take().into_iter().for_each(|(bounce, _)| pool.give_back(bounce));
+            bounced.answer = None;
+        }
+        if self.mode == Mode::Broken {
+            self.fail_bounced();
+        }
+    }
+
+    /// Ends every bounced request with an error; the drive has no piece of any.
+    pub(super) fn fail_bounced(&mut self) {
+        for Bounced { slot, head, request, .. } in std::mem::take(&mut self.bounced) {
+            self.slots.free(slot);
+            if self.mode != Mode::Broken {
+                self.give_back(head, request::IOERR, request.status, request.written);
+            }
+        }
     }
 
     /// The drive has answered the piece of the bounced request with this slot.
@@ -54,8 +81,8 @@ impl Lane {
         let mut index = 0;
         while let Some(bounced) = self.bounced.get_mut(index) {
             let waits = bounced.piece.is_some() && bounced.answer.is_none();
-            // Nothing more for a drive that is gone, and nothing more from a guest that broke its ring.
-            let finished = if !waits && (self.drive_lost || self.mode == Mode::Broken) {
+            // Nothing more from a guest that broke its ring.
+            let finished = if !waits && self.mode == Mode::Broken {
                 bounced.piece.take().into_iter().for_each(|(bounce, _)| pool.give_back(bounce));
                 Some(Err("its lane has ended".to_owned()))
             } else {
@@ -84,6 +111,11 @@ impl Lane {
 }
 
 impl Bounced {
+    /// Its slot.
+    pub(super) fn slot(&self) -> u16 {
+        self.slot
+    }
+
     /// Does it have this slot?
     pub(super) fn is(&self, slot: u16) -> bool {
         self.slot == slot

@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use super::{Lane, Mode, set_nonblocking};
+use nvme_driver::BouncePool;
+
+use super::{Drive, Lane, Mode, set_nonblocking};
 use crate::guest_memory::GuestMemory;
 
 impl Lane {
@@ -40,21 +42,45 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    /// The drive is gone, its queue pair drained: everything is answered with an error until it is back.
-    pub(crate) fn lose_drive(&mut self) {
-        self.drive_lost = true;
-        if self.mode == Mode::Running {
-            self.mode = Mode::WithoutDrive;
+    /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back. True: one
+    /// has waited too often.
+    pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) -> bool {
+        self.drive = Drive::Held;
+        if let Some(pool) = pool {
+            self.hold_bounced(pool);
+        }
+        self.end_if_abandoned();
+        self.again.worn
+    }
+
+    /// The lane's requests are waited for no longer than the drive is there. `answer`: then they fail; else they are let go.
+    pub(crate) fn abandon(&mut self, answer: bool) {
+        self.abandoned = Some(answer);
+        if self.drive == Drive::Held {
+            self.end_if_abandoned();
+            self.publish();
+        }
+    }
+
+    fn end_if_abandoned(&mut self) {
+        match self.abandoned {
+            Some(true) => self.give_up(),
+            Some(false) => self.let_go(),
+            None => {}
         }
     }
 
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
     pub(crate) fn regain_drive(&mut self) {
-        self.drive_lost = false;
+        self.drive = Drive::Present;
+        self.again.worn = false;
         self.view.forget_device();
-        if self.mode == Mode::WithoutDrive {
-            self.mode = Mode::Running;
-        }
+        self.find_pending();
+    }
+
+    /// Does it take what the driver makes available?
+    fn runs(&self) -> bool {
+        self.mode == Mode::Running && self.drive != Drive::Held
     }
 
     /// Uses a table with more regions from now on; false if it lacks one of the present ones.
@@ -93,7 +119,7 @@ impl Lane {
 
     /// Has to be polled even when nothing is in flight: nobody would wake it.
     pub(crate) fn needs_polling(&self) -> bool {
-        self.kick.is_none() && matches!(self.mode, Mode::Running | Mode::WithoutDrive)
+        self.kick.is_none() && self.runs()
     }
 
     /// The kick eventfd ended a sleep.
@@ -104,12 +130,12 @@ impl Lane {
     /// Asks the driver for notifications. True: there is work already, do not sleep.
     #[must_use]
     pub(crate) fn prepare_sleep(&mut self) -> bool {
-        self.resuming || matches!(self.mode, Mode::Running | Mode::WithoutDrive) && self.ring.enable_notifications()
+        self.drive != Drive::Held && self.resuming || self.runs() && self.ring.enable_notifications()
     }
 
     /// Tells the driver that its ring is polled (again).
     pub(crate) fn awake(&mut self) {
-        if matches!(self.mode, Mode::Running | Mode::WithoutDrive) {
+        if self.mode == Mode::Running {
             self.ring.disable_notifications();
         }
     }

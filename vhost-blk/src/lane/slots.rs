@@ -1,5 +1,6 @@
 //! What a lane keeps of each request the drive works on.
 
+use super::again::Kept;
 use crate::ring::Head;
 
 /// What is needed to answer a request.
@@ -11,6 +12,8 @@ pub(super) struct Slot {
     pub head: Head,
     /// Length for the used element, see [`crate::request::Request::written`]; at least 1. 0: the slot is free, or its request is among the bounced ones or the orphans.
     pub written: u32,
+    /// What to ask the drive again, should it not answer.
+    pub kept: Kept,
 }
 
 /// No slot: the end of the list of free ones.
@@ -86,6 +89,11 @@ impl Slots {
             self.free = number;
             self.taken -= 1;
         }
+    }
+
+    /// The request in a slot that [`Slots::answer`] would answer.
+    pub fn get_mut(&mut self, number: u16) -> Option<&mut Slot> {
+        self.slots.get_mut(usize::from(number)).filter(|slot| slot.written != 0)
     }
 
     /// Sets `written` to 0 where it is not; gives these slots' numbers.

@@ -224,8 +224,7 @@ fn any_layout_means_the_same() {
         assert_eq!(parsed, Seen::Submit(Request { operation, lba: sector, bytes, status, written }), "round {round}");
         assert_eq!(bench.parser.segments, data, "round {round}: {pieces:?}");
         let copied = data_buffers(&bench.chain, operation);
-        let copied: Vec<Segment> =
-            copied.iter().map(|b| Segment { iova: b.address + IOVA_OFFSET, bytes: b.bytes }).collect();
+        let copied: Vec<Segment> = copied.map(|b| Segment { iova: b.address + IOVA_OFFSET, bytes: b.bytes }).collect();
         assert_eq!(copied, data, "round {round}: what would be copied is what would be moved");
     }
 }

@@ -11,6 +11,7 @@ mod ring_state;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use vhost::vhost_user::Backend;
 
@@ -184,19 +185,32 @@ impl Session {
 
     /// Stops a ring if it runs, and keeps where it stopped. Its place stays with the caller.
     fn pause(&mut self, index: usize) -> Option<Lease> {
-        let Running { handle, lease, .. } = self.running.remove(&index)?;
-        if let Some(stopped) = lease.stop(handle) {
-            self.rings[index].base = stopped.base;
-            self.rings[index].broken |= stopped.broken;
-        }
-        Some(lease)
+        self.pause_these(&[index], false).pop().map(|(_, lease)| lease)
     }
 
     /// Stops every ring; what comes back is where each ran.
     fn pause_all(&mut self) -> Vec<(usize, Lease)> {
         let mut running: Vec<usize> = self.running.keys().copied().collect();
         running.sort_unstable();
-        running.into_iter().filter_map(|index| Some((index, self.pause(index)?))).collect()
+        self.pause_these(&running, false)
+    }
+
+    /// Stops rings: all at once, so that a drive that does not answer is waited for once.
+    fn pause_these(&mut self, rings: &[usize], forsaken: bool) -> Vec<(usize, Lease)> {
+        let running = rings.iter().filter_map(|index| Some((*index, self.running.remove(index)?)));
+        let stopping: Vec<_> = running
+            .map(|(index, Running { handle, lease, .. })| (index, lease.begin_stop(handle, forsaken), lease))
+            .collect();
+        let deadline = stopping.first().map_or_else(Instant::now, |(_, _, lease)| lease.stop_deadline());
+        let mut paused = Vec::new();
+        for (index, lane, lease) in stopping {
+            if let Some(stopped) = lease.finish_stop(lane, deadline) {
+                self.rings[index].base = stopped.base;
+                self.rings[index].broken |= stopped.broken;
+            }
+            paused.push((index, lease));
+        }
+        paused
     }
 
     /// Puts a new memory table in force. Rings go on where the new table holds all of the old one, and are stopped and
@@ -233,7 +247,8 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.pause_all();
+        let running: Vec<usize> = self.running.keys().copied().collect();
+        self.pause_these(&running, true);
     }
 }
 

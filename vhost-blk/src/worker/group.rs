@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use nvme_driver::{BouncePool, QueuePair, Status};
+use nvme_driver::{BouncePool, QueuePair};
 
 use crate::lane::Lane;
 
@@ -20,9 +20,11 @@ pub struct Way {
 /// A queue pair and the lanes that submit to it: usually one, more when the controller has fewer queue pairs than there are
 /// virtqueues.
 ///
-/// Without a queue pair, while the drive is away, the lanes answer what they are asked with an error.
+/// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
 pub struct Group {
     way: Option<Way>,
+    /// Nobody waits for the drive.
+    given_up: bool,
     /// By index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
     /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
@@ -33,18 +35,21 @@ pub struct Group {
 impl Group {
     /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
     pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
-        Group { way: Some(Way { pair, pool }), lanes: Vec::new(), first: 0 }
+        Group { way: Some(Way { pair, pool }), given_up: false, lanes: Vec::new(), first: 0 }
     }
 
     /// A place for a queue pair that is not there yet.
-    pub fn without_drive() -> Self {
-        Group { way: None, lanes: Vec::new(), first: 0 }
+    pub fn without_drive(given_up: bool) -> Self {
+        Group { way: None, given_up, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
     pub fn add(&mut self, mut lane: Lane) -> usize {
         if self.way.is_none() {
-            lane.lose_drive();
+            lane.lose_drive(None);
+        }
+        if self.given_up {
+            lane.give_up();
         }
         lane.awake();
         let index = self.lanes.iter().position(Option::is_none).unwrap_or(self.lanes.len());
@@ -62,7 +67,7 @@ impl Group {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Group { way, lanes, first } = self;
+        let Group { way, lanes, first, .. } = self;
         let Some(Way { pair, pool }) = way else { return refuse(lanes) };
         let mut moved = 0;
         let mut index = *first;
@@ -109,10 +114,11 @@ impl Group {
         Some(lane)
     }
 
-    /// Has any lane a request that is not answered?
+    /// Has any lane a request that is on its way to be answered?
     pub(crate) fn busy(&self) -> bool {
-        self.pair().is_some_and(|pair| pair.outstanding() != 0)
-            || self.lanes.iter().flatten().any(|lane| !lane.drained())
+        // Without a drive there is nothing to look for.
+        self.pair()
+            .is_some_and(|pair| pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained()))
     }
 
     /// Does any lane use the queue pair?
@@ -133,31 +139,51 @@ impl Group {
         expired
     }
 
-    /// The controller is stopped and touches no memory any more: what is in flight is answered with an error, as is
-    /// everything that comes until [`Group::regain_drive`]. Returns what leads to the controller.
-    pub(crate) fn lose_drive(&mut self) -> Option<Way> {
+    /// The controller is stopped and touches no memory any more: what is in flight waits for [`Group::regain_drive`], as does
+    /// everything that comes. `failed`: the controller is to blame. Returns what leads to the controller.
+    pub(crate) fn lose_drive(&mut self, failed: bool) -> Option<Lost> {
         let Group { way, lanes, .. } = self;
         let mut way = way.take()?;
         way.pair.drain_after_reset(|token| {
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
-                lane.complete(token, Status::ABORTED_BY_HOST);
+                lane.unanswered(token, failed);
             }
         });
-        for (index, lane) in lanes.iter_mut().enumerate() {
-            let Some(lane) = lane else { continue };
-            lane.lose_drive();
-            // Ends what is copied, too: its pieces have just been answered.
-            lane.submit(&mut way.pair, &mut way.pool, (index as u64) << LANE_SHIFT);
+        let mut worn = false;
+        for lane in lanes.iter_mut().flatten() {
+            worn |= lane.lose_drive(Some(&mut way.pool));
             lane.publish();
         }
-        Some(way)
+        Some(Lost { way, worn })
+    }
+
+    /// Nobody waits for the drive any longer: what waits is answered with an error, as is everything that comes until
+    /// [`Group::regain_drive`].
+    pub(crate) fn give_up(&mut self) {
+        if self.way.is_some() {
+            return;
+        }
+        self.given_up = true;
+        for lane in self.lanes_mut() {
+            lane.give_up();
+            lane.publish();
+        }
     }
 
     /// The drive is back: the lanes go on with it.
     pub(crate) fn regain_drive(&mut self, way: Way) {
         self.way = Some(way);
+        self.given_up = false;
         self.lanes_mut().for_each(Lane::regain_drive);
     }
+}
+
+/// What a place had, when the controller was stopped.
+pub struct Lost {
+    /// The queue pair.
+    pub way: Way,
+    /// A request was with the controller in too many of its failures.
+    pub worn: bool,
 }
 
 /// A turn without a drive.

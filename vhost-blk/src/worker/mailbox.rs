@@ -11,7 +11,7 @@ use std::time::Instant;
 use nvme_driver::QueuePair;
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::group::{Group, Way};
+use super::group::{Group, Lost, Way};
 use crate::guest_memory::GuestMemory;
 use crate::lane::Lane;
 
@@ -59,7 +59,15 @@ pub(super) enum Mail {
     },
     FailPair {
         index: usize,
-        reply: Sender<Option<Way>>,
+        failed: bool,
+        reply: Sender<Option<Lost>>,
+    },
+    GiveUp {
+        index: usize,
+    },
+    Abandon {
+        id: LaneId,
+        answer: bool,
     },
     RestorePair {
         index: usize,

@@ -93,7 +93,7 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let pair = pool.take_queue_pair(pair).expect("nobody uses it").expect("it is there");
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
-    assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0 }), Err(Error::Gone { worker: 0 })));
+    assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0 }, true), Err(Error::Gone { worker: 0 })));
 }
 
 #[test]
@@ -246,9 +246,9 @@ fn a_slow_drive_keeps_its_lane_until_it_has_answered() {
 }
 
 #[test]
-fn a_dead_drive_is_told_and_then_answered_for() {
+fn a_dead_drive_is_told_and_waited_for() {
     let options = Options { io_timeout: Duration::from_millis(200), ..Options::default() };
-    let machine = Machine::with_options(config(), &options);
+    let machine = Machine::with_options(Config { volatile_write_cache: true, ..config() }, &options);
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
@@ -260,9 +260,12 @@ fn a_dead_drive_is_told_and_then_answered_for() {
         action: FaultAction::LoseCompletion,
         when: FaultMatch { limit: Some(3), ..FaultMatch::default() },
     });
-    for k in 0..3 {
-        running.send(guest, 0, 8 * k, &[writable(DATA, 4096)]).unwrap();
-    }
+    // A plain request, one in two pieces, one without data, as each is kept in another way.
+    let data = pattern(5, 8192);
+    guest.write(DATA, &data);
+    running.send(guest, 1, 8, &[readable(DATA, 4096)]).unwrap();
+    running.send(guest, 1, 16, &[readable(DATA + 4096, 512), readable(DATA + 4608, 3584)]).unwrap();
+    running.send(guest, 4, 0, &[]).unwrap();
     let mut told = 0;
     until("the expiry", || {
         for event in pool.events() {
@@ -278,20 +281,32 @@ fn a_dead_drive_is_told_and_then_answered_for() {
     });
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive may still write");
     machine.controller.reset().unwrap();
-    let mut way = pool.fail_queue_pair(pair).unwrap().expect("it was there");
-    assert!(pool.fail_queue_pair(pair).unwrap().is_none(), "it has been taken");
-    for _ in 0..3 {
-        assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
+    let mut lost = pool.fail_queue_pair(pair, true).unwrap().expect("it was there");
+    assert!(pool.fail_queue_pair(pair, true).unwrap().is_none(), "it has been taken");
+    // What the guest has said stays said: its buffers' content and place count, not what its ring says now.
+    running.send(guest, 0, 8, &[writable(DATA + 8192, 8192)]).unwrap();
+    assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive is away");
+    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.way);
+    for _ in 0..4 {
+        assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
     }
+    // The last one may have been read before the writes were done: nothing orders them.
+    assert_eq!(running.run(guest, 0, 8, &[writable(DATA + 8192, 8192)]), (OK, 8193));
+    assert!(guest.read(DATA + 8192, 8192) == data);
+    assert_eq!(running.client.counters.read().again, 3);
+
+    // Away once more, and this time for too long.
+    machine.controller.reset().unwrap();
+    let mut lost = pool.fail_queue_pair(pair, true).unwrap().expect("it was there");
+    running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
+    pool.give_up(pair);
+    assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     // The same controller is back, and the lane goes on without having been touched.
-    machine.controller.recreate_queue_pair(&mut way.pair).unwrap();
-    pool.restore_queue_pair(pair, way);
-    let data = pattern(5, 4096);
-    guest.write(DATA, &data);
-    until("the drive", || (running.run(guest, 1, 8, &[readable(DATA, 4096)]).0 == OK).then_some(()));
-    assert_eq!(running.run(guest, 0, 8, &[writable(DATA + 8192, 4096)]), (OK, 4097));
-    assert!(guest.read(DATA + 8192, 4096) == data);
+    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.way);
+    until("the drive", || (running.run(guest, 0, 8, &[writable(DATA, 4096)]).0 == OK).then_some(()));
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert!(pool.take_queue_pair(pair).unwrap().is_some());
 }
@@ -302,7 +317,7 @@ fn a_lane_may_start_before_its_drive_is_there() {
         let machine = Machine::new(config());
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
-        let place = pool.add_place(0);
+        let place = pool.add_place(0, true);
         let disk = Arc::new(machine.disk());
         let mut running = Running::start(&pool, place, guest, Client::new(guest, 0, packed, 16), &disk);
         for _ in 0..3 {
@@ -320,7 +335,7 @@ fn a_lane_may_start_before_its_drive_is_there() {
         until("the drive", || (running.run(guest, 0, 0, &[writable(DATA, 4096)]).0 == OK).then_some(()));
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
         assert!(pool.take_queue_pair(place).unwrap().is_some());
-        let empty = pool.add_place(0);
+        let empty = pool.add_place(0, false);
         assert!(pool.take_queue_pair(empty).unwrap().is_none(), "nothing was put there");
     }
 }

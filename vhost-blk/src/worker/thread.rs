@@ -273,9 +273,11 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
-                Mail::FailPair { index, reply } => {
-                    let _ = reply.send(self.group_mut(index).and_then(Group::lose_drive));
+                Mail::FailPair { index, failed, reply } => {
+                    let _ = reply.send(self.group_mut(index).and_then(|group| group.lose_drive(failed)));
                 }
+                Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(Group::give_up),
+                Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
                 Mail::RestorePair { index, way } => {
                     if let Some(group) = self.group_mut(index) {
                         group.regain_drive(way);

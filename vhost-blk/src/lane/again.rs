@@ -1,0 +1,283 @@
+//! Requests that are given to the drive once more: it said that they may be tried again, or it went away before it answered.
+//!
+//! What they ask is kept with their slots, as it was found in the guest's memory the first time, and not read there again.
+//! Only where the drive sees the data is looked up anew: a drive that has come back may see it elsewhere.
+
+use std::time::Instant;
+
+use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
+
+use super::{Drive, Lane, bounced};
+use crate::guest_memory::GuestView;
+use crate::request::{self, Operation, Request};
+use crate::ring::{Buffer, Chain};
+
+/// How often a request is tried again because the drive's answer allows it (Do Not Retry is clear).
+const MOST_RETRIES: u8 = 5;
+/// How many failures of its controller a request may be a part of: it may well be their reason.
+const MOST_FAILURES: u8 = 5;
+
+/// What a slot keeps of a request, besides what its answer takes.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Kept {
+    /// First logical block.
+    pub lba: u64,
+    /// Guest address of the data.
+    pub data: u64,
+    /// Bytes of the data, which is in one place; 0: the request is kept as a [`Long`] one.
+    pub bytes: u32,
+    /// A write, else a read.
+    pub write: bool,
+    /// Tried again so often.
+    pub retries: u8,
+    /// It was with the drive when that failed, so often.
+    pub failures: u8,
+}
+
+/// A request that is not a read or write of data in one place.
+#[derive(Default)]
+struct Long {
+    request: Option<Request>,
+    buffers: Vec<Buffer>,
+    ranges: Vec<LbaRange>,
+}
+
+/// A slot whose request is to be given to the drive.
+struct Waiting {
+    slot: u16,
+    /// Which of the controller's retry delays to keep (NVMe Base 2.0, figure 94, CRD); 0: none.
+    delay: u8,
+    /// When it is over.
+    due: Option<Instant>,
+}
+
+/// Requests to be given to the drive once more.
+#[derive(Default)]
+pub(super) struct Again {
+    waiting: Vec<Waiting>,
+    /// By slot, as far as there were any.
+    longs: Vec<Long>,
+    segments: Vec<Segment>,
+    /// A request was with the drive in too many failures.
+    pub worn: bool,
+}
+
+impl Again {
+    /// Nothing waits.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Keeps a request from a parser for its slot. Storage grows to what the guest's requests need, once.
+    pub fn keep(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
+        let index = usize::from(slot);
+        if self.longs.len() <= index {
+            self.longs.resize_with(index + 1, Long::default);
+        }
+        let long = &mut self.longs[index];
+        long.request = Some(*request);
+        long.buffers.clear();
+        long.ranges.clear();
+        match request.operation {
+            Operation::Read | Operation::Write => {
+                long.buffers.extend(request::data_buffers(chain, request.operation));
+            }
+            Operation::Flush => {}
+            Operation::Discard | Operation::WriteZeroes | Operation::WriteZeroesUnmap => {
+                long.ranges.extend_from_slice(ranges);
+            }
+        }
+    }
+}
+
+/// What became of an attempt.
+enum Attempt {
+    /// It is with the drive, or answered.
+    Made,
+    /// Not yet.
+    Later,
+    /// The queue pair has no room.
+    Full,
+}
+
+impl Lane {
+    /// Gives the drive what waits for that; false if there was no room for all of it.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
+        let mut full = false;
+        let mut waiting = std::mem::take(&mut self.again.waiting);
+        waiting.retain_mut(|entry| {
+            full || match self.try_again(pair, tag, entry) {
+                Attempt::Made => false,
+                Attempt::Later => true,
+                Attempt::Full => {
+                    full = true;
+                    true
+                }
+            }
+        });
+        self.again.waiting = waiting;
+        !full
+    }
+
+    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, entry: &mut Waiting) -> Attempt {
+        if entry.delay != 0 {
+            let now = Instant::now();
+            if now < *entry.due.get_or_insert_with(|| now + pair.retry_delay(entry.delay)) {
+                return Attempt::Later;
+            }
+            entry.delay = 0;
+        }
+        let number = entry.slot;
+        let Some((request, head)) = self.kept_request(number) else { return Attempt::Made };
+        let Lane { again: Again { longs, segments, .. }, slots, view, disk, .. } = self;
+        let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
+        let long = longs.get(usize::from(number));
+        let one = [Buffer { address: kept.data, bytes: kept.bytes }];
+        let buffers = if kept.bytes != 0 { &one } else { long.map_or(&[][..], |long| &long.buffers) };
+        let ranges = long.map_or(&[][..], |long| &long.ranges);
+        let submitted = match find(view, buffers.iter().copied(), segments) {
+            Some(()) => {
+                let work = work(&request, segments, ranges, disk.force_unit_access());
+                pair.submit(&disk.namespace, work, tag | u64::from(number))
+            }
+            None => Err(SubmitError::Invalid("guest memory is gone")),
+        };
+        match submitted {
+            Ok(()) => {
+                self.tally.again += 1;
+                Attempt::Made
+            }
+            Err(SubmitError::Full) => Attempt::Full,
+            Err(SubmitError::NeedsBounce) if self.bounced.len() >= bounced::MOST => Attempt::Later,
+            Err(SubmitError::NeedsBounce) => {
+                let buffers = buffers.to_vec();
+                // Its slot goes on as a bounced request's.
+                if let Some(slot) = self.slots.get_mut(number) {
+                    slot.written = 0;
+                }
+                self.bounce_in(number, head, request, buffers);
+                Attempt::Made
+            }
+            Err(error) => {
+                self.warn(&format_args!("the drive cannot be given a request again: {error}"));
+                self.fail_slot(number);
+                Attempt::Made
+            }
+        }
+    }
+
+    /// The request in a slot that waits for an answer, and its chain.
+    fn kept_request(&mut self, number: u16) -> Option<(Request, crate::ring::Head)> {
+        let slot = *self.slots.get_mut(number)?;
+        let kept = slot.kept;
+        if kept.bytes == 0 {
+            let long = self.again.longs.get(usize::from(number)).and_then(|long| long.request)?;
+            return Some((long, slot.head));
+        }
+        let operation = if kept.write { Operation::Write } else { Operation::Read };
+        let Kept { lba, bytes, .. } = kept;
+        Some((Request { operation, lba, bytes, status: slot.status, written: slot.written }, slot.head))
+    }
+
+    /// Answers the request in a slot with an error.
+    fn fail_slot(&mut self, number: u16) {
+        if let Some(slot) = self.slots.answer(number) {
+            self.give_back(slot.head, request::IOERR, slot.status, slot.written);
+        }
+    }
+
+    /// The drive has answered with an error.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn complete_badly(&mut self, number: u16, status: Status) {
+        let Some(slot) = self.slots.get_mut(number) else { return self.complete_specially(number, status) };
+        if !status.do_not_retry() && slot.kept.retries < MOST_RETRIES {
+            slot.kept.retries += 1;
+            self.again.waiting.push(Waiting { slot: number, delay: status.retry_delay(), due: None });
+            // Each doubling of their number, as in `warn`.
+            let tries = self.tally.again + 1;
+            if tries.is_power_of_two() {
+                log::warn!("{}: the drive answered: {status}; tried again ({tries} so far)", self.name);
+            }
+            return;
+        }
+        self.warn(&format_args!("the drive answered: {status}"));
+        self.fail_slot(number);
+    }
+
+    /// The controller was stopped before it answered the request with this token. `failed`: it is to blame, not whoever took
+    /// it away.
+    pub(crate) fn unanswered(&mut self, token: u64, failed: bool) {
+        let number = token as u16;
+        if let Some(slot) = self.slots.get_mut(number) {
+            slot.kept.failures = slot.kept.failures.saturating_add(failed.into());
+            self.again.worn |= slot.kept.failures >= MOST_FAILURES;
+            self.again.waiting.push(Waiting { slot: number, delay: 0, due: None });
+        } else if !self.bounced.iter().any(|bounced| bounced.is(number)) {
+            self.complete_specially(number, Status::ABORTED_BY_HOST);
+        }
+    }
+
+    /// Answers all that waits for the drive with an error, and from now on everything, until it is back.
+    pub(crate) fn give_up(&mut self) {
+        if self.drive == Drive::Present {
+            return;
+        }
+        self.drive = Drive::Lost;
+        for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
+            self.fail_slot(slot);
+        }
+        self.fail_bounced();
+    }
+
+    /// Lets go of all that waits for the drive, without an answer: in the ring, and in its log, it is as before.
+    pub(super) fn let_go(&mut self) {
+        self.forget_waiting();
+        for bounced in std::mem::take(&mut self.bounced) {
+            self.slots.free(bounced.slot());
+        }
+        self.resuming = false;
+        self.pending = None;
+    }
+
+    /// What waits is not asked again.
+    pub(super) fn forget_waiting(&mut self) {
+        for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
+            // Given back to nobody: the ring is not touched any more.
+            self.slots.answer(slot);
+        }
+    }
+
+    /// Finds anew where the drive sees the data of the request in the parser.
+    pub(super) fn find_pending(&mut self) {
+        let operation = self.parser.request.operation;
+        if let (Some(_), Operation::Read | Operation::Write) = (&self.pending, operation) {
+            let buffers = request::data_buffers(&self.chain, operation);
+            // It was in guest memory when it was parsed, and no table loses a region meanwhile.
+            let _ = find(&mut self.view, buffers, &mut self.parser.segments);
+        }
+    }
+}
+
+/// Where the device sees the buffers; `None` if it does not.
+fn find(view: &mut GuestView, mut buffers: impl Iterator<Item = Buffer>, segments: &mut Vec<Segment>) -> Option<()> {
+    segments.clear();
+    buffers.try_for_each(|buffer| view.segments(buffer.address, buffer.bytes, |segment| segments.push(segment)).ok())
+}
+
+/// What the drive is asked for a request.
+#[inline(always)]
+pub(super) fn work<'a>(request: &Request, segments: &'a [Segment], ranges: &'a [LbaRange], fua: bool) -> Work<'a> {
+    let lba = request.lba;
+    match request.operation {
+        Operation::Read => Work::Read { lba, segments },
+        Operation::Write => Work::Write { lba, segments, fua },
+        Operation::Flush => Work::Flush,
+        Operation::Discard => Work::Discard { ranges },
+        Operation::WriteZeroes => Work::WriteZeroes { ranges, deallocate: false, fua },
+        Operation::WriteZeroesUnmap => Work::WriteZeroes { ranges, deallocate: true, fua },
+    }
+}
