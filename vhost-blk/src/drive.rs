@@ -13,13 +13,14 @@ mod back;
 mod embedded;
 mod events;
 mod keeper;
+mod namespaces;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, Controller, Error, Namespace, Options, QueuePairOptions};
+use nvme_driver::{BouncePool, Controller, Error, Options, QueuePairOptions};
 use vfio::{Device, Notice};
 
 use crate::address::DeviceAddress;
@@ -28,7 +29,9 @@ use crate::guest_memory::Reach;
 use crate::lane::Lane;
 use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way, WorkerPool};
 use embedded::Embedded;
+use events::Reports;
 pub use keeper::Keeper;
+pub use namespaces::{ExportedNamespace, Known};
 
 /// One NVMe controller in use.
 pub struct Drive {
@@ -47,8 +50,7 @@ pub struct Drive {
     /// Taken before anything else that locks.
     state: Mutex<State>,
     told_sharing: AtomicBool,
-    /// What was last wrong with the drive's reports, so that it is told once and not at every look.
-    unreadable: Mutex<Option<String>>,
+    reports: Mutex<Reports>,
     /// Wakes the keeper.
     bell: Bell,
     /// For the keeper: commands were not answered in time.
@@ -62,8 +64,8 @@ struct State {
     places: Vec<Place>,
     /// Queue pairs the controller has granted.
     granted: u16,
-    /// The namespaces in use, as they were when they were exported.
-    namespaces: Vec<Namespace>,
+    /// The namespaces in use.
+    namespaces: Vec<Arc<ExportedNamespace>>,
 }
 
 enum Condition {
@@ -190,7 +192,7 @@ impl Drive {
                 namespaces: Vec::new(),
             }),
             told_sharing: AtomicBool::new(false),
-            unreadable: Mutex::new(None),
+            reports: Mutex::default(),
             bell: Bell::new().map_err(|error| format!("cannot make an eventfd: {error}"))?,
             expired: Mutex::new(None),
             _embedded: embedded,
@@ -228,7 +230,7 @@ impl Drive {
     }
 
     /// Exports a namespace; without a number the only one there is. The error is one line.
-    pub fn namespace(&self, id: Option<u32>) -> Result<Namespace, String> {
+    pub fn namespace(&self, id: Option<u32>) -> Result<Arc<ExportedNamespace>, String> {
         let controller = self.controller()?;
         let id = match id {
             Some(id) => id,
@@ -245,8 +247,10 @@ impl Drive {
             }
         };
         let namespace = controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))?;
-        self.state().namespaces.push(namespace.clone());
-        Ok(namespace)
+        let exported = ExportedNamespace::new(namespace).map_err(|error| format!("cannot make an eventfd: {error}"))?;
+        let exported = Arc::new(exported);
+        self.state().namespaces.push(exported.clone());
+        Ok(exported)
     }
 
     /// A place for one lane: on a queue pair of its own on `worker`, or, when the controller grants no more, on one that

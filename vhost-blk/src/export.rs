@@ -5,14 +5,13 @@ use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use nvme_driver::Namespace;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::bell::Bell;
 use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
-use crate::drive::Drive;
+use crate::drive::{Drive, ExportedNamespace};
 use crate::listener::Listener;
 use crate::session::Session;
 use crate::session::connection::{self, End};
@@ -24,8 +23,8 @@ pub struct Export {
     /// The controller.
     pub drive: Arc<Drive>,
     /// The namespace served.
-    pub namespace: Namespace,
-    /// The export or the namespace refuses writes.
+    pub namespace: Arc<ExportedNamespace>,
+    /// The export, or the namespace when it was exported, refuses writes.
     pub read_only: bool,
     /// The answer to GET_ID.
     pub serial: [u8; 20],
@@ -52,12 +51,13 @@ impl Export {
                 bytes
             }
         };
-        let read_only = settings.read_only || namespace.read_only;
+        let known = namespace.known().namespace;
+        let read_only = settings.read_only || known.read_only;
         let mut counters = Vec::new();
         counters.resize_with(settings.queues.into(), Arc::default);
         Ok(Export {
             name: settings.listen.to_string(),
-            features: blk_config::features(&namespace, read_only),
+            features: blk_config::features(&known, read_only),
             drive,
             namespace,
             read_only,
@@ -217,7 +217,7 @@ fn serve(export: &Arc<Export>, stream: UnixStream, stop: &Stop) {
     }
     log::info!("{}: a front-end connected", export.name);
     let session = Arc::new(Mutex::new(Session::new(export.clone())));
-    let end = connection::serve(stream, session, &stop.bell, &export.name);
+    let end = connection::serve(stream, session, &stop.bell, export.namespace.changed(), &export.name);
     stop.set_stream(None);
     match end {
         End::Closed => log::info!("{}: the front-end disconnected", export.name),
@@ -227,12 +227,13 @@ fn serve(export: &Arc<Export>, stream: UnixStream, stop: &Stop) {
 }
 
 fn describe(export: &Export) -> String {
+    let namespace = export.namespace.known().namespace;
     format!(
         "namespace {} of {}, {} blocks of {} bytes{}",
-        export.namespace.id,
+        namespace.id,
         export.drive,
-        export.namespace.blocks,
-        export.namespace.block_bytes(),
+        namespace.blocks,
+        namespace.block_bytes(),
         if export.read_only { ", read-only" } else { "" }
     )
 }

@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::QueuePair;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
+use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneState};
 use mailbox::{InUse, Mail, Mailbox};
@@ -377,6 +378,17 @@ impl LaneHandle {
             Ok(false) => Err(Error::NotSuperset),
             Err(_) => Err(Error::Gone { worker: self.worker }),
         }
+    }
+
+    /// Has the lane serve the disk as it is now: another size, say. In force on return, for requests that the drive has not got
+    /// yet.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn set_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
+        let (reply, answer) = mpsc::channel();
+        self.mailbox.send(Mail::SetDisk { id: self.id, disk, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: self.worker })
     }
 
     /// Replaces the eventfd that notifies the driver. The new one is written once, lest a notification be lost between the two.

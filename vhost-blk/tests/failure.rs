@@ -282,7 +282,7 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
     let other = bench.folder.path().join("other");
     let impostors = [
         Config { serial: "ANOTHER".into(), ..config() },
-        namespace(&|namespace| (namespace.bytes, namespace.file) = (128 * MIB, Some(other.clone()))),
+        namespace(&|namespace| (namespace.block_bytes, namespace.file) = (4096, Some(other.clone()))),
         // Fewer queue pairs than are in use.
         Config { max_queue_pairs: 1, ..config() },
     ];

@@ -1,104 +1,23 @@
 //! The program as its users meet it: what it prints, how it ends, signals, inherited sockets.
 
 mod common;
+#[path = "common/program.rs"]
+mod program;
 
-use std::io::{BufRead, BufReader};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::process::{Command, Output, Stdio};
+use std::sync::PoisonError;
 
 use common::*;
-use rustix::process::{Pid, Signal, kill_process};
-
-/// One child is started at a time: a descriptor that one is to inherit must not reach another.
-static SPAWN: Mutex<()> = Mutex::new(());
-
-fn command(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
-    command.args(args).env_remove("RUST_LOG").env("RUST_BACKTRACE", "1").stdin(Stdio::null());
-    command
-}
+use program::*;
+use rustix::process::Signal;
 
 /// Runs it to its end.
 fn run(args: &[&str]) -> Output {
     let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
     command(args).output().unwrap()
-}
-
-/// A program that serves. Killed when dropped.
-struct Program {
-    child: Child,
-    log: Arc<Mutex<Vec<String>>>,
-}
-
-impl Program {
-    fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
-        Program::spawn(command(args), inherit.as_slice())
-    }
-
-    fn spawn(mut command: Command, inherit: &[&dyn AsFd]) -> Program {
-        let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
-        for fd in inherit {
-            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).unwrap();
-        }
-        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-        for fd in inherit {
-            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::CLOEXEC).unwrap();
-        }
-        let log = Arc::new(Mutex::new(Vec::new()));
-        let (lines, stderr) = (log.clone(), child.stderr.take().unwrap());
-        std::thread::spawn(move || {
-            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
-                eprintln!("program: {line}");
-                lines.lock().unwrap().push(line);
-            }
-        });
-        Program { child, log }
-    }
-
-    /// One that serves a small disk on `socket`, and is ready.
-    fn serve(socket: &Path, more: &[&str]) -> Program {
-        let socket_text = socket.to_str().unwrap();
-        let args = [&["--device", "sim:64M", "--socket-path", socket_text], more].concat();
-        let program = Program::start(&args, None);
-        program.wait_for("is ready for a front-end");
-        program
-    }
-
-    fn lines_with(&self, text: &str) -> usize {
-        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
-    }
-
-    #[track_caller]
-    fn wait_for(&self, text: &str) {
-        eventually(text, || self.lines_with(text) > 0);
-    }
-
-    fn signal(&self, signal: Signal) {
-        kill_process(Pid::from_child(&self.child), signal).unwrap();
-    }
-
-    #[track_caller]
-    fn wait(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + DEADLINE;
-        loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status;
-            }
-            assert!(Instant::now() < deadline, "the program does not end");
-            std::thread::sleep(std::time::Duration::from_millis(5));
-        }
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn folder() -> (tempfile::TempDir, PathBuf) {

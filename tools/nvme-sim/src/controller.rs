@@ -89,7 +89,7 @@ pub(crate) struct Controller {
     /// Completions whose queue was full.
     late: VecDeque<Completion>,
     batch: Vec<Completion>,
-    faults: FaultState,
+    pub faults: FaultState,
     signals: Signals,
     state: State,
     /// A reset that the `never_reset` fault holds back.
@@ -135,7 +135,13 @@ impl Controller {
     pub fn run(mut self) {
         let mut idle = Idle::new();
         while !self.shared.stop.load(Ordering::Relaxed) {
+            let warned = self.faults.plan.critical_warning;
             let changed = self.faults.refresh(&self.shared.faults);
+            let appeared = self.faults.plan.critical_warning & !warned;
+            if appeared != 0 {
+                self.events.critical_warnings(appeared);
+                self.deliver_events();
+            }
             let mut worked = changed;
             if self.shared.take_attention() || changed {
                 self.attend();

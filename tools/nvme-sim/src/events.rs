@@ -19,6 +19,11 @@ const TYPE_ERROR: u8 = 0;
 const TYPE_HEALTH: u8 = 1;
 const TYPE_NOTICE: u8 = 2;
 
+/// Bits of Critical Warning (5.16.1.3) and of the feature that asks for their events (5.27.1.8), by the event they cause.
+const SPARE_WARNING: u32 = 1 << 0;
+const TEMPERATURE_WARNING: u32 = 1 << 1;
+const RELIABILITY_WARNINGS: u32 = 0xfc;
+
 /// An event that the host has not been told of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Event {
@@ -101,7 +106,9 @@ impl Events {
     pub fn next_delivery(&mut self, features: &Features) -> Option<(u16, u32)> {
         // Events the host does not want are dropped as they come.
         let wanted = |event: &Event| match (event.kind, event.info) {
-            (TYPE_HEALTH, 1) => features.events() & 1 << 1 != 0,
+            (TYPE_HEALTH, 1) => features.events() & TEMPERATURE_WARNING != 0,
+            (TYPE_HEALTH, 2) => features.events() & SPARE_WARNING != 0,
+            (TYPE_HEALTH, _) => features.events() & RELIABILITY_WARNINGS != 0,
             (TYPE_NOTICE, 0) => features.events() & 1 << 8 != 0,
             _ => true,
         };
@@ -150,6 +157,16 @@ impl Events {
 
     pub fn temperature(&mut self) {
         self.add(TYPE_HEALTH, 1, LOG_HEALTH);
+    }
+
+    /// Bits of Critical Warning that have appeared.
+    pub fn critical_warnings(&mut self, bits: u8) {
+        let bits = u32::from(bits);
+        for (info, about) in [(0, RELIABILITY_WARNINGS), (1, TEMPERATURE_WARNING), (2, SPARE_WARNING)] {
+            if bits & about != 0 {
+                self.add(TYPE_HEALTH, info, LOG_HEALTH);
+            }
+        }
     }
 
     /// A doorbell of a queue that does not exist was rung.

@@ -31,6 +31,8 @@ pub struct FaultPlan {
     pub fatal: bool,
     /// Completions that are posted together are shuffled.
     pub reorder: bool,
+    /// Bits of Critical Warning in the health log (NVMe Base 2.0, 5.16.1.3); the host is told of those that appear.
+    pub critical_warning: u8,
 }
 
 /// A fault of single commands: what, and when.

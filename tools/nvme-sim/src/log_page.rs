@@ -83,7 +83,7 @@ fn health(controller: &Controller) -> Vec<u8> {
     // Thousands of 512 bytes, rounded up.
     let units = |bytes: u128| bytes.div_ceil(512_000).to_le_bytes();
     let mut page = Page::new(512);
-    page.put(0, &[u8::from(controller.features.temperature_warning()) << 1]);
+    page.put(0, &[u8::from(controller.features.temperature_warning()) << 1 | controller.faults.plan.critical_warning]);
     page.put(1, &(TEMPERATURE as u16).to_le_bytes());
     page.put(3, &[100, 10, 0]); // available spare, its threshold, percentage used
     page.put(32, &units(count(&counters.bytes_read)));

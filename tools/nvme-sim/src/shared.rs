@@ -37,6 +37,7 @@ pub(crate) enum Request {
     AddNamespace(NamespaceConfig),
     RemoveNamespace(u32),
     Resize(u32, u64),
+    Protect(u32, bool),
 }
 
 type Answer = Result<u64, Error>;

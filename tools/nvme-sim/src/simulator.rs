@@ -134,6 +134,14 @@ impl Simulator {
         self.shared.ask(Request::Resize(id, bytes)).map(drop)
     }
 
+    /// Write-protects a namespace, or no longer, and tells the host.
+    ///
+    /// # Errors
+    /// There is no such namespace.
+    pub fn protect(&self, id: u32, read_only: bool) -> Result<(), Error> {
+        self.shared.ask(Request::Protect(id, read_only)).map(drop)
+    }
+
     /// Stops the controller and removes its socket, as dropping does.
     ///
     /// A front-end that is still connected finds the registers reading all ones from then on; its connection is served until

@@ -1,7 +1,10 @@
 //! How a drive comes back: it is opened again, compared with what was there, and every place gets a queue pair on it.
 
-use nvme_driver::{Controller, Namespace};
+use std::sync::Arc;
 
+use nvme_driver::Controller;
+
+use super::namespaces::{Difference, ExportedNamespace, Found, difference};
 use super::{Condition, Drive, NoWay, NotOpened, Present};
 
 /// Why a drive is not back.
@@ -22,7 +25,7 @@ impl Drive {
             NotOpened::Controller(error) => NotBack::Unfit(error.to_string()),
         })?;
         let expected = self.state().namespaces.clone();
-        self.compare(&present.controller, &expected).map_err(NotBack::Unfit)?;
+        let found = self.compare(&present.controller, &expected).map_err(NotBack::Unfit)?;
         let mut state = self.state();
         if !matches!(state.condition, Condition::Away(_)) {
             return Ok(());
@@ -41,6 +44,9 @@ impl Drive {
                 }));
             }
         };
+        for (namespace, found) in expected.iter().zip(found) {
+            namespace.learn(&self.name, found);
+        }
         for (place, way) in state.places.iter().zip(ways) {
             self.pool.restore_queue_pair(place.id, way);
         }
@@ -51,8 +57,9 @@ impl Drive {
         Ok(())
     }
 
-    /// Is it the drive whose namespaces are exported? The error says what is different.
-    fn compare(&self, controller: &Controller, expected: &[Namespace]) -> Result<(), String> {
+    /// Is it the drive whose namespaces are exported? Says what became of them; one may be missing, or have another size: the drive
+    /// refuses by itself what does not fit. The error says what is different.
+    fn compare(&self, controller: &Controller, expected: &[Arc<ExportedNamespace>]) -> Result<Vec<Found>, String> {
         let identity = controller.identity();
         if (&identity.serial, &identity.model) != (&self.serial, &self.model) {
             return Err(format!(
@@ -60,54 +67,19 @@ impl Drive {
                 identity.model, identity.serial, self.model, self.serial
             ));
         }
-        for before in expected {
-            let now = controller.namespace(before.id).map_err(|error| error.to_string())?;
-            if let Some(what) = difference(before, &now) {
-                return Err(format!("namespace {} {what}", before.id));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What makes a namespace another one than guests know. They were told its size, its block size and what it can do; what is
-/// left is how the drive wants to be used, on which requests under way depend.
-fn difference(before: &Namespace, now: &Namespace) -> Option<String> {
-    let names = |namespace: &Namespace| (namespace.uuid, namespace.nguid, namespace.eui64);
-    if names(before) != names(now) {
-        return Some("is another one, by its unique identifiers".into());
-    }
-    if before.block_shift != now.block_shift {
-        let (now, before) = (now.block_bytes(), before.block_bytes());
-        return Some(format!("has blocks of {now} bytes, they had {before}"));
-    }
-    if before.blocks != now.blocks {
-        return Some(format!("has {} blocks, it had {}", now.blocks, before.blocks));
-    }
-    (before != now).then(|| format!("has other limits or features: {now:?}, they were {before:?}"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_namespace_is_the_same_only_if_nothing_guests_count_on_has_changed() {
-        let before = crate::request::tests::disk(9, 1000).namespace;
-        assert_eq!(difference(&before, &before.clone()), None);
-        for (now, says) in [
-            (Namespace { nguid: Some([7; 16]), ..before.clone() }, "unique identifiers"),
-            (Namespace { eui64: Some([7; 8]), ..before.clone() }, "unique identifiers"),
-            (Namespace { uuid: Some([7; 16]), ..before.clone() }, "unique identifiers"),
-            (Namespace { block_shift: 12, ..before.clone() }, "blocks of 4096 bytes, they had 512"),
-            (Namespace { blocks: 999, ..before.clone() }, "999 blocks, it had 1000"),
-            // Nobody would flush it.
-            (Namespace { volatile_write_cache: !before.volatile_write_cache, ..before.clone() }, "features"),
-            (Namespace { read_only: !before.read_only, ..before.clone() }, "features"),
-            (Namespace { max_write_zeroes_blocks: 1, ..before.clone() }, "limits"),
-        ] {
-            let text = difference(&before, &now).unwrap_or_default();
-            assert!(text.contains(says), "{text:?} does not say {says:?}");
-        }
+        let look = |exported: &Arc<ExportedNamespace>| {
+            let found = Found::look(controller, exported.id).map_err(|error| error.to_string())?;
+            // Lanes would send what they hold to it before anybody could tell them.
+            let another = match &found {
+                Found::Gone => None,
+                Found::Unusable(why) => Some(why.clone()),
+                Found::There(now) => match difference(&exported.known().namespace, now) {
+                    Difference::Another(why) => Some(why),
+                    Difference::None | Difference::Resized => None,
+                },
+            };
+            another.map_or(Ok(found), |why| Err(format!("namespace {} {why}", exported.id)))
+        };
+        expected.iter().map(look).collect()
     }
 }

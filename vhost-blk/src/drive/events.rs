@@ -1,22 +1,37 @@
-//! What a drive reports without being asked.
+//! What a drive reports: unasked, and when it is asked how it is.
 
 use std::sync::PoisonError;
+use std::time::{Duration, Instant};
 
-use nvme_driver::Event;
+use nvme_driver::log_page::Health;
+use nvme_driver::{Controller, Error, Event};
 
 use super::Drive;
+
+/// Between two questions after the namespaces and the health, which a drive should tell by itself.
+const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// The same while something is wrong: that it is well again no drive tells.
+const LOOK_INTERVAL_IN_TROUBLE: Duration = Duration::from_secs(1);
+
+/// What was told of a drive, so that it is told once.
+#[derive(Default)]
+pub(super) struct Reports {
+    /// What was last wrong with the drive's reports.
+    unreadable: Option<String>,
+    /// Critical warnings, as the drive numbers them.
+    warnings: u8,
+    /// When to ask again; `None`: it was never asked.
+    next_look: Option<Instant>,
+}
 
 impl Drive {
     /// Looks whether the controller still works, and what it reports.
     pub(super) fn check(&self) {
         let Ok(controller) = self.controller() else { return };
-        let events = controller.health().and_then(|()| controller.poll_events());
+        let result = self.look_at_reports(&controller);
         drop(controller);
-        match events {
-            Ok(events) => {
-                self.unreadable.lock().unwrap_or_else(PoisonError::into_inner).take();
-                events.iter().for_each(|event| self.log_event(event));
-            }
+        match result {
+            Ok(()) => self.reports().unreadable = None,
             Err(error) => {
                 self.look();
                 // A log page that cannot be read is no reason to stop a drive that works.
@@ -27,12 +42,49 @@ impl Drive {
         }
     }
 
+    fn reports(&self) -> std::sync::MutexGuard<'_, Reports> {
+        self.reports.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn look_at_reports(&self, controller: &Controller) -> Result<(), Error> {
+        controller.health()?;
+        let events = controller.poll_events()?;
+        events.iter().for_each(|event| self.log_event(event));
+        let now = Instant::now();
+        let told = events.iter().any(|event| matches!(event, Event::NamespacesChanged(_) | Event::Health { .. }));
+        if !told && self.reports().next_look.is_some_and(|next| now < next) {
+            return Ok(());
+        }
+        // One who refuses the first question may still answer the second.
+        self.reports().next_look = Some(now + LOOK_INTERVAL_IN_TROUBLE);
+        let complete = self.look_at_namespaces(controller);
+        let health = controller.health_log()?;
+        self.tell_warnings(&health);
+        if complete? && health.critical_warning == 0 {
+            self.reports().next_look = Some(now + LOOK_INTERVAL);
+        }
+        Ok(())
+    }
+
     /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.
     fn complain(&self, why: String) {
-        let mut last = self.unreadable.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = &mut self.reports().unreadable;
         if last.as_ref() != Some(&why) {
             log::warn!("{}: cannot read what the drive reports; I/O goes on: {why}", self.name);
             *last = Some(why);
+        }
+    }
+
+    /// Logs critical warnings that have appeared or gone since the last time.
+    fn tell_warnings(&self, health: &Health) {
+        let now = health.critical_warning;
+        let before = std::mem::replace(&mut self.reports().warnings, now);
+        for bit in 0..8 {
+            match (before & 1 << bit != 0, now & 1 << bit != 0) {
+                (false, true) => log::error!("{}: the drive warns: {}", self.name, warning(bit, health)),
+                (true, false) => log::warn!("{}: the drive no longer warns of {}", self.name, subject(bit)),
+                _ => {}
+            }
         }
     }
 
@@ -46,16 +98,71 @@ impl Drive {
                     entries.first()
                 );
             }
+            // What it says is looked at, and told if it is news.
             Event::Health { information, health } => {
-                log::warn!("{name}: the drive reports health event {information}: {health:?}");
+                log::debug!("{name}: the drive reports health event {information}: {health:?}");
             }
-            Event::NamespacesChanged(changed) => {
-                log::warn!(
-                    "{name}: namespaces have changed ({changed:?}); exports go on with what they were until a restart"
-                );
-            }
+            Event::NamespacesChanged(changed) => log::info!("{name}: namespaces have changed: {changed:?}"),
             Event::FirmwareActivation => log::warn!("{name}: new firmware is being activated; requests may wait"),
             other => log::info!("{name}: the drive reports {other:?}"),
         }
+    }
+}
+
+/// What a bit of Critical Warning (NVMe Base 2.0, 5.16.1.3) is about.
+fn subject(bit: u8) -> String {
+    match bit {
+        0 => "too little spare".into(),
+        1 => "its temperature".into(),
+        2 => "degraded reliability".into(),
+        3 => "media that cannot be written".into(),
+        4 => "its volatile memory's backup".into(),
+        5 => "its persistent memory region".into(),
+        _ => format!("something unknown (bit {bit})"),
+    }
+}
+
+/// What a bit of Critical Warning means, and what to do.
+fn warning(bit: u8, health: &Health) -> String {
+    let celsius = i32::from(health.temperature_kelvins) - 273;
+    match bit {
+        0 => format!(
+            "its spare has fallen to {} %, below the {} % it should have; replace it soon",
+            health.spare_percent, health.spare_threshold_percent
+        ),
+        1 => format!("its temperature, {celsius} °C, is beyond its limits; look after cooling"),
+        2 => format!(
+            "it has become unreliable, with {} media errors so far; back up what it holds and replace it",
+            health.media_errors
+        ),
+        3 => "its media cannot be written any more: writes fail, reads go on; copy what it holds and replace it".into(),
+        4 => {
+            "the backup of its volatile memory has failed: what is in its cache may be lost with the power; replace it"
+                .into()
+        }
+        5 => "its persistent memory region cannot be trusted; it is not used here, so nothing has to be done".into(),
+        _ => format!("of something unknown (critical warning bit {bit}); see its manual"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_warning_says_what_to_do() {
+        let mut page = [0; Health::BYTES];
+        page[1..6].copy_from_slice(&[0x57, 0x01, 3, 10, 99]);
+        let health = Health::parse(&page).unwrap();
+        assert!(warning(0, &health).contains("3 %, below the 10 %"), "{}", warning(0, &health));
+        assert!(warning(1, &health).contains("70 °C"), "{}", warning(1, &health));
+        for (bit, advice) in
+            (0..).zip(["replace", "cooling", "back up", "copy", "replace", "nothing", "manual", "manual"])
+        {
+            let text = warning(bit, &health);
+            assert!(text.contains(advice) && !text.contains('\n'), "bit {bit}: {text}");
+        }
+        let subjects: std::collections::HashSet<_> = (0..8).map(subject).collect();
+        assert_eq!(subjects.len(), 8);
     }
 }

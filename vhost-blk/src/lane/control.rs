@@ -6,6 +6,7 @@ use std::sync::Arc;
 use nvme_driver::BouncePool;
 
 use super::{Drive, Lane, Mode, set_nonblocking};
+use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 
 impl Lane {
@@ -87,6 +88,13 @@ impl Lane {
     #[must_use]
     pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> bool {
         self.view.extend(memory)
+    }
+
+    /// The disk as it is now. A request that waits for the queue pair was checked against the former one: the queue pair checks it
+    /// against this one again.
+    pub(crate) fn set_disk(&mut self, disk: Arc<Disk>) {
+        self.geometry = disk.geometry();
+        self.disk = disk;
     }
 
     /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one

@@ -7,21 +7,27 @@
 use std::collections::HashSet;
 use std::io::{IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvFlags, ReturnFlags, recvmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
+
+use crate::bell::Bell;
 
 /// What the loop needs of the device besides the handling of messages.
 pub trait Device: VhostUserBackendReqHandlerMut {
     /// Why the last message was refused; `None` when no method has refused one since the last call.
     fn take_refusal(&mut self) -> Option<String>;
+    /// The descriptor that comes with the next SET_BACKEND_REQ_FD, if there is one.
+    fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>);
+    /// What is known of the namespace may have changed.
+    fn look_at_namespace(&mut self);
     /// Whether REPLY_ACK is negotiated.
     fn reply_ack(&self) -> bool;
 }
@@ -144,8 +150,8 @@ impl Header {
     }
 }
 
-/// Serves one front-end until it goes away or `stop` becomes readable.
-pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: impl AsFd, name: &str) -> End {
+/// Serves one front-end until it goes away or `stop` becomes readable. `changed` rings when the namespace is to be looked at.
+pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: &Bell, changed: &Bell, name: &str) -> End {
     let own = match stream.try_clone() {
         Ok(own) => own,
         Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
@@ -153,12 +159,24 @@ pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: impl As
     let handler = BackendReqHandler::from_stream(stream, device.clone());
     let mut connection = Connection { stream: own, handler, device, name, complained: HashSet::new() };
     loop {
-        let mut sources = [PollFd::new(&stop, PollFlags::IN), PollFd::new(&connection.stream, PollFlags::IN)];
+        let mut sources = [stop.as_fd(), connection.stream.as_fd(), changed.as_fd()]
+            .map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
         match poll(&mut sources, None) {
-            Ok(_) if !sources[0].revents().is_empty() => return End::Stopped,
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(error) => return End::Broken(format!("cannot wait for messages: {error}")),
+        }
+        let [stopped, message, news] = sources.map(|source| !source.revents().is_empty());
+        if stopped {
+            return End::Stopped;
+        }
+        if news {
+            // First: what changes from here on rings again.
+            changed.silence();
+            connection.device().look_at_namespace();
+        }
+        if !message {
+            continue;
         }
         if let Err(end) = connection.message() {
             return end;
@@ -192,6 +210,10 @@ impl<D: Device> Connection<'_, D> {
         if !header.may_have_descriptors() && self.has_descriptors(header) {
             self.skip(header)?;
             return self.refuse(header, "no descriptor belongs to it", true);
+        }
+        if request == FrontendReq::SET_BACKEND_REQ_FD {
+            let channel = self.descriptor(header);
+            self.device().offer_back_channel(channel);
         }
         let Err(error) = self.handler.handle_request() else { return Ok(()) };
         match error {
@@ -255,6 +277,19 @@ impl<D: Device> Connection<'_, D> {
         recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags).is_ok_and(|message| {
             let some = control.drain().next().is_some() || message.flags.contains(ReturnFlags::CTRUNC);
             some && message.bytes <= length
+        })
+    }
+
+    /// A duplicate of the descriptor that comes with the message of which this is the header, which stays in the stream.
+    fn descriptor(&self, header: Header) -> Option<OwnedFd> {
+        let mut bytes = vec![0; HEADER_BYTES + header.size as usize];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        recvmsg(&self.stream, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags).ok()?;
+        control.drain().find_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+            _ => None,
         })
     }
 

@@ -1,6 +1,7 @@
 //! The messages of the vhost-user protocol, each as a change to the session.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::Ordering;
 
 use vhost::VhostUserMemoryRegionBase;
@@ -31,6 +32,14 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
 impl Device for Session {
     fn take_refusal(&mut self) -> Option<String> {
         self.refusal.take()
+    }
+
+    fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>) {
+        self.back_channel.offer(descriptor);
+    }
+
+    fn look_at_namespace(&mut self) {
+        self.take_news();
     }
 
     fn reply_ack(&self) -> bool {
@@ -263,7 +272,7 @@ impl Session {
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
         self.inflight.iter().for_each(InflightMemory::clear);
-        self.disk.writeback.store(self.export.namespace.volatile_write_cache, Ordering::Relaxed);
+        self.disk.writeback.store(self.known.namespace.volatile_write_cache, Ordering::Relaxed);
         Ok(())
     }
 }
@@ -415,8 +424,9 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.answer(result)
     }
 
-    fn set_backend_req_fd(&mut self, backend: Backend) {
-        self.back_channel = Some(backend);
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // The crate has found it in order; what can be sent on it is ours to say.
+        self.back_channel.accept();
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {

@@ -6,6 +6,7 @@
 
 pub mod connection;
 mod handler;
+mod resize;
 mod ring_state;
 
 use std::collections::HashMap;
@@ -13,16 +14,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use vhost::vhost_user::Backend;
-
 use crate::blk_config::{self, BlockConfig};
 use crate::disk::Disk;
-use crate::drive::Lease;
+use crate::drive::{Known, Lease};
 use crate::export::Export;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneSetup};
 use crate::ring::{InflightMemory, Ring, RingSetup};
 use crate::worker::LaneHandle;
+use resize::BackChannel;
 use ring_state::{Addresses, RingState};
 
 /// Memory regions a front-end may add one by one. QEMU uses at most 512 slots and keeps a few for itself.
@@ -41,6 +41,8 @@ pub struct Session {
     export: Arc<Export>,
     memory: Arc<GuestMemory>,
     disk: Arc<Disk>,
+    /// The namespace, as lanes and front-end were told.
+    known: Known,
     /// SET_FEATURES; 0 before.
     features: u64,
     /// SET_PROTOCOL_FEATURES; 0 before.
@@ -50,8 +52,8 @@ pub struct Session {
     running: HashMap<usize, Running>,
     /// Where rings note what is in flight (SET_INFLIGHT_FD).
     inflight: Option<InflightMemory>,
-    /// The channel to the front-end (SET_BACKEND_REQ_FD), kept open for the day a resize is told through it.
-    back_channel: Option<Backend>,
+    /// The channel to the front-end (SET_BACKEND_REQ_FD).
+    back_channel: BackChannel,
     refusal: Option<String>,
 }
 
@@ -62,16 +64,18 @@ impl Session {
     /// A session that has not heard anything yet.
     pub fn new(export: Arc<Export>) -> Session {
         // Without a cache in the drive every write is written through; the driver may ask for the same.
-        let writeback = export.namespace.volatile_write_cache;
+        let known = export.namespace.known();
+        let writeback = known.namespace.volatile_write_cache;
         Session {
-            disk: Arc::new(disk(&export, 0, writeback)),
+            disk: Arc::new(disk(&export, &known, 0, writeback)),
             memory: Arc::new(GuestMemory::new()),
             features: 0,
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
             inflight: None,
-            back_channel: None,
+            back_channel: BackChannel::default(),
+            known,
             refusal: None,
             export,
         }
@@ -85,13 +89,13 @@ impl Session {
     /// The configuration space as the driver sees it now.
     fn config(&self) -> BlockConfig {
         let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        blk_config::config(&self.export.namespace, self.export.features, self.export.queues, writeback)
+        blk_config::config(&self.known.namespace, self.export.features, self.export.queues, writeback)
     }
 
     /// A new disk for new features; running lanes keep theirs.
     fn negotiate(&mut self, features: u64) {
         let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        self.disk = Arc::new(disk(&self.export, features, writeback));
+        self.disk = Arc::new(disk(&self.export, &self.known, features, writeback));
         self.features = features;
     }
 
@@ -252,10 +256,10 @@ impl Drop for Session {
     }
 }
 
-fn disk(export: &Export, features: u64, writeback: bool) -> Disk {
+fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk {
     Disk {
-        namespace: export.namespace.clone(),
-        read_only: export.read_only,
+        namespace: known.usable(),
+        read_only: export.read_only || known.namespace.read_only,
         serial: export.serial,
         features,
         writeback: AtomicBool::new(writeback),

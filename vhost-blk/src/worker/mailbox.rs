@@ -12,6 +12,7 @@ use nvme_driver::QueuePair;
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::group::{Group, Lost, Way};
+use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 use crate::lane::Lane;
 
@@ -44,6 +45,11 @@ pub(super) enum Mail {
         id: LaneId,
         memory: Arc<GuestMemory>,
         reply: Sender<bool>,
+    },
+    SetDisk {
+        id: LaneId,
+        disk: Arc<Disk>,
+        reply: Sender<()>,
     },
     SetCall {
         id: LaneId,

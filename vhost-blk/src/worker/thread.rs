@@ -262,6 +262,12 @@ impl Worker {
                         let _ = reply.send(lane.set_memory(memory));
                     }
                 }
+                Mail::SetDisk { id, disk, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.set_disk(disk);
+                        let _ = reply.send(());
+                    }
+                }
                 Mail::SetCall { id, call } => {
                     if let Some(lane) = self.lane_mut(id) {
                         lane.set_call(call);

@@ -187,6 +187,11 @@ impl Controller {
                 namespace.ok_or_else(|| invalid(format!("there is no namespace {id}")))?.resize(bytes)?;
                 self.namespace_changed(id);
             }
+            Request::Protect(id, read_only) => {
+                let namespace = self.namespaces.get_mut((id as usize).wrapping_sub(1)).and_then(Option::as_mut);
+                namespace.ok_or_else(|| invalid(format!("there is no namespace {id}")))?.read_only = read_only;
+                self.namespace_changed(id);
+            }
         }
         Ok(0)
     }

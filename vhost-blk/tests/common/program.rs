@@ -1,0 +1,99 @@
+//! The program as a child of a test, and what it logs.
+#![allow(dead_code)] // each test program uses a part of it
+
+use std::io::{BufRead, BufReader};
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::common::{DEADLINE, eventually};
+
+/// One child is started at a time: a descriptor that one is to inherit must not reach another.
+pub static SPAWN: Mutex<()> = Mutex::new(());
+
+pub fn command(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
+    command.args(args).env_remove("RUST_LOG").env("RUST_BACKTRACE", "1").stdin(Stdio::null());
+    command
+}
+
+/// A program that serves. Killed when dropped.
+pub struct Program {
+    pub child: Child,
+    log: Arc<Mutex<Vec<String>>>,
+}
+
+impl Program {
+    pub fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
+        Program::spawn(command(args), inherit.as_slice())
+    }
+
+    pub fn spawn(mut command: Command, inherit: &[&dyn AsFd]) -> Program {
+        let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
+        for fd in inherit {
+            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).unwrap();
+        }
+        let mut child = command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+        for fd in inherit {
+            rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::CLOEXEC).unwrap();
+        }
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (lines, stderr) = (log.clone(), child.stderr.take().unwrap());
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                eprintln!("program: {line}");
+                lines.lock().unwrap().push(line);
+            }
+        });
+        Program { child, log }
+    }
+
+    /// One that serves a small disk on `socket`, and is ready.
+    pub fn serve(socket: &Path, more: &[&str]) -> Program {
+        Program::serve_device("sim:64M", socket, more)
+    }
+
+    /// One that serves a drive on `socket`, and is ready.
+    pub fn serve_device(device: &str, socket: &Path, more: &[&str]) -> Program {
+        let args = [&["--device", device, "--socket-path", socket.to_str().unwrap()], more].concat();
+        let program = Program::start(&args, None);
+        program.wait_for("is ready for a front-end");
+        program
+    }
+
+    pub fn lines_with(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+    }
+
+    #[track_caller]
+    pub fn wait_for(&self, text: &str) {
+        eventually(text, || self.lines_with(text) > 0);
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    #[track_caller]
+    pub fn wait(&mut self) -> ExitStatus {
+        let deadline = Instant::now() + DEADLINE;
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(Instant::now() < deadline, "the program does not end");
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
