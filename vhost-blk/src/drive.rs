@@ -264,7 +264,7 @@ impl Drive {
                 Ok(way) => Some(self.pool.add_queue_pair(worker, way)),
                 Err(NoWay::NoneLeft) => None,
                 Err(NoWay::Error(error)) => {
-                    let health = present.controller.health();
+                    let health = present.controller.in_operation();
                     drop(state);
                     // It has just failed, and the ring is served as all others are.
                     return match health {

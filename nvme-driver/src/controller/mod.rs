@@ -157,6 +157,13 @@ impl Controller {
         self.inner.hardware.check()
     }
 
+    /// The same, and an error also when an admin command was not answered: nothing can be asked any more until a reset. Waits for
+    /// an admin command that is under way.
+    pub fn in_operation(&self) -> Result<(), Error> {
+        self.health()?;
+        lock(&self.inner.admin).check(&self.inner.hardware)
+    }
+
     /// What CSTS reads, for a message.
     pub(crate) fn csts(&self) -> u32 {
         self.inner.hardware.csts_or_ones()

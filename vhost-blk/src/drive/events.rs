@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::log_page::Health;
 use nvme_driver::{Controller, Error, Event};
 
-use super::Drive;
+use super::{Cause, Drive};
 
 /// Between two questions after the namespaces and the health, which a drive should tell by itself.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -29,16 +29,13 @@ impl Drive {
     pub(super) fn check(&self) {
         let Ok(controller) = self.controller() else { return };
         let result = self.look_at_reports(&controller);
+        let works = controller.in_operation();
         drop(controller);
-        match result {
-            Ok(()) => self.reports().unreadable = None,
-            Err(error) => {
-                self.look();
-                // A log page that cannot be read is no reason to stop a drive that works.
-                if self.controller().is_ok() {
-                    self.complain(error.to_string());
-                }
-            }
+        match (result, works) {
+            (_, Err(error)) => self.leave(Cause::from(&error)),
+            // A log page that cannot be read is no reason to stop a drive that works.
+            (Err(error), Ok(())) => self.complain(error.to_string()),
+            (Ok(()), Ok(())) => self.reports().unreadable = None,
         }
     }
 

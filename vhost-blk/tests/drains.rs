@@ -1,0 +1,218 @@
+//! Everything that has to wait for requests under way, with a drive that never answers them: it ends within the time that was set,
+//! and the target serves whoever comes next.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::*;
+use nvme_driver::Options;
+use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
+use vhost_blk::address::DeviceAddress;
+use vhost_blk::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::target::Target;
+
+const MIB: u64 = 1 << 20;
+const IOERR: u8 = 1;
+const RINGS: u32 = 4;
+
+/// How long a command may take.
+const IO_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long requests wait for a drive that failed.
+const HOLD: Duration = Duration::from_millis(700);
+/// How long a controller may take to stop.
+const READY_TIMEOUT: Duration = Duration::from_millis(500);
+/// All of these, and time for busy machines: less than several rings would take one after the other, and less than the last
+/// resort, which is to wait no longer for a ring.
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// In what way the drive does not answer.
+#[derive(Clone, Copy, Debug)]
+enum Stuck {
+    /// It lets itself be reset.
+    Resettable,
+    /// Nor that: it has to be cut off.
+    Wholly,
+}
+
+struct Bench {
+    target: Target,
+    simulator: Simulator,
+    folder: tempfile::TempDir,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
+            .is_test(true)
+            .try_init();
+        let folder = tempfile::tempdir().unwrap();
+        let config = Config {
+            namespaces: vec![NamespaceConfig { bytes: 64 * MIB, ..NamespaceConfig::default() }],
+            ready_timeout: READY_TIMEOUT,
+            ..Config::default()
+        };
+        let simulator = Simulator::start(config, &folder.path().join("nvme")).unwrap();
+        let export = ExportSettings {
+            device: DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned())),
+            listen: Listen::Path(folder.path().join("s")),
+            namespace: None,
+            queues: RINGS as u16,
+            queue_size: 256,
+            read_only: false,
+            serial: None,
+        };
+        let patience = Patience::with(None, Some(HOLD));
+        let settings = Settings { cpus: vec![], patience, exports: vec![export] };
+        let options =
+            Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_millis(500), ..Options::default() };
+        let target = Target::start_with(&settings, &options).unwrap();
+        Bench { target, simulator, folder }
+    }
+
+    fn connect(&self) -> Front {
+        let front = Front::connect(&self.folder.path().join("s"));
+        front.negotiate();
+        front
+    }
+
+    /// Has a request of each ring under way, and no end of it.
+    fn stick(&self, stuck: Stuck, rings: &mut [Ring]) {
+        self.simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
+        rings.iter_mut().for_each(|ring| ring.submit(0, 0, (ring.data(), 4096)));
+        eventually("the drive has all of them", || self.simulator.faults().fired() >= RINGS.into());
+        self.simulator.faults().change(|plan| {
+            plan.stopped = true;
+            plan.never_reset = matches!(stuck, Stuck::Wholly);
+        });
+    }
+}
+
+fn rings<'a>(front: &Front, region: &'a Region) -> Vec<Ring<'a>> {
+    (0..RINGS)
+        .map(|index| {
+            let mut ring = Ring::new(region, index, 0x10000 * u64::from(index));
+            ring.start(front);
+            ring.check_io(u64::from(index) * 8);
+            ring
+        })
+        .collect()
+}
+
+/// Has requests stuck on every ring, does `end` to them, and looks who is served afterwards.
+fn drains(end: impl Fn(Front, &mut [Ring]) -> Option<Front>) {
+    for stuck in [Stuck::Resettable, Stuck::Wholly] {
+        let bench = Bench::new();
+        let front = bench.connect();
+        let (region, other) = (Region::new(0, MIB), Region::new(16 * MIB, MIB));
+        region.add(&front);
+        other.add(&front);
+        let mut rings = rings(&front, &region);
+        bench.stick(stuck, &mut rings);
+        let start = Instant::now();
+        let front = end(front, &mut rings);
+        // Whoever is there, or comes now, is heard.
+        let front = front.unwrap_or_else(|| bench.connect());
+        assert_eq!(front.config(0, 8), (64 * MIB / 512).to_le_bytes());
+        let took = start.elapsed();
+        assert!(took < LIMIT, "{stuck:?}: it took {took:?}");
+        println!("{stuck:?}: {took:?}");
+        drop(front);
+
+        bench.simulator.faults().clear();
+        let front = bench.connect();
+        region.add(&front);
+        let mut ring = Ring::new(&region, 0, 0);
+        ring.start(&front);
+        eventually("the drive is back", || ring.read_one(0) == 0);
+        ring.stop(&front);
+        self::rings(&front, &region).iter().for_each(|ring| ring.stop(&front));
+        bench.target.stop().unwrap();
+    }
+}
+
+#[test]
+fn a_stop_ends_with_a_drive_that_never_answers() {
+    drains(|front, rings| {
+        // Each answers before it stops, and stops where its guest is.
+        rings.iter().for_each(|ring| ring.stop(&front));
+        rings.iter_mut().for_each(|ring| assert_eq!(ring.poll(), Some(IOERR)));
+        Some(front)
+    });
+}
+
+#[test]
+fn a_change_of_memory_ends_with_a_drive_that_never_answers() {
+    drains(|front, rings| {
+        front.accept(REM_MEM_REG, &Region::new(16 * MIB, MIB).single(), &[]);
+        rings.iter_mut().for_each(|ring| assert_eq!(ring.poll(), Some(IOERR)));
+        // They go on where they were.
+        assert_eq!(rings[0].read_one(0), IOERR);
+        Some(front)
+    });
+}
+
+#[test]
+fn a_reset_ends_with_a_drive_that_never_answers() {
+    drains(|front, _| {
+        front.accept(RESET_DEVICE, &[], &[]);
+        Some(front)
+    });
+}
+
+#[test]
+fn a_disconnect_ends_with_a_drive_that_never_answers() {
+    drains(|front, rings| {
+        drop(front);
+        let start = Instant::now();
+        // Nobody is there to be answered, and nobody is.
+        while start.elapsed() < IO_TIMEOUT {
+            rings.iter_mut().for_each(|ring| assert_eq!(ring.poll(), None));
+        }
+        None
+    });
+}
+
+#[test]
+fn the_end_of_the_program_does_not_wait_for_a_drive_that_never_answers() {
+    for stuck in [Stuck::Resettable, Stuck::Wholly] {
+        let bench = Bench::new();
+        let front = bench.connect();
+        let region = Region::new(0, MIB);
+        region.add(&front);
+        let mut rings = rings(&front, &region);
+        bench.stick(stuck, &mut rings);
+        let start = Instant::now();
+        bench.target.stop().unwrap();
+        let took = start.elapsed();
+        assert!(took < LIMIT, "{stuck:?}: it took {took:?}");
+    }
+}
+
+/// Nothing of a guest is under way, so that no request tells that the drive does not answer: an admin command does.
+#[test]
+fn an_idle_drive_that_never_answers_is_reset() {
+    let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    for _ in 0..2 {
+        let front = bench.connect();
+        region.add(&front);
+        let rings = rings(&front, &region);
+        bench.simulator.faults().change(|plan| plan.stopped = true);
+        let start = Instant::now();
+        // Its queue pairs are to be deleted.
+        rings.iter().for_each(|ring| ring.stop(&front));
+        drop(front);
+        drop(bench.connect());
+        let took = start.elapsed();
+        assert!(took < LIMIT, "it took {took:?}");
+        bench.simulator.faults().clear();
+        let front = bench.connect();
+        let mut ring = Ring::new(&region, 0, 0);
+        region.add(&front);
+        ring.start(&front);
+        eventually("the drive works", || ring.read_one(0) == 0);
+        ring.stop(&front);
+    }
+    bench.target.stop().unwrap();
+}
