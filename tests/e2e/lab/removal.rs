@@ -55,6 +55,7 @@ fn a_drive_is_removed_under_load_and_put_back(kernel: &Kernel) {
     bind(&mut guest, OTHER);
     let start = r#"
         cat >/tmp/target.toml <<END
+hold = 15
 [[export]]
 device = "0000:01:00.0"
 socket-path = "/tmp/a.sock"
@@ -88,7 +89,8 @@ END
         told 1 '0000:01:00.0: out of operation: it is being removed'
         [ ! -e /sys/bus/pci/devices/0000:01:00.0 ]
         alive
-        # Errors, and nothing else, and no end of them.
+        # Requests wait, and then there are errors, and nothing else, and no end of them.
+        told 1 '0000:01:00.0: its disks answer with I/O errors until it is back: it was not back within 15s'
         errors=$(counter errors)
         wait_for grows errors $((errors + 20))
         reads=$(counter reads)
@@ -111,15 +113,20 @@ END
     };
     script(&mut guest, &back(1));
 
-    // By its driver's hand: this, too, waits for the target.
+    // By its driver's hand: this, too, waits for the target. It is back so soon that nobody notices more than a pause.
     let unbound = r#"
+        counter errors >/tmp/errors
         echo 0000:01:00.0 >/sys/bus/pci/drivers/vfio-pci/unbind
-        told 2 '0000:01:00.0: out of operation: it is being removed'
-        errors=$(counter errors)
-        wait_for grows errors $((errors + 20))"#;
+        told 2 '0000:01:00.0: out of operation: it is being removed'"#;
     script(&mut guest, unbound);
     bind(&mut guest, REMOVED);
     script(&mut guest, &back(2));
+    script(
+        &mut guest,
+        r#"
+        [ "$(counter errors)" = "$(cat /tmp/errors)" ] || fail 'requests did not wait for the drive'
+        wait_for grows again 0"#,
+    );
 
     // All that was written in between is there, the other disk has noticed nothing, and the target ends as ever.
     let end = r#"
