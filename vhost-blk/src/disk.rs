@@ -1,11 +1,15 @@
 //! What the data path has to know of an exported disk; shared by its lanes.
 
+mod promise;
+
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use nvme_driver::{LbaRange, Namespace};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
 use crate::request::SECTOR_SHIFT;
+pub use promise::FlushPromise;
 
 /// The blocks of a disk, in the form in which transfers are checked.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +57,8 @@ pub struct Disk {
     /// The `writeback` field of the configuration space (5.2.4): the driver may change it when CONFIG_WCE was negotiated.
     /// True: writes may stay in the drive's cache until a flush.
     pub writeback: AtomicBool,
+    /// The export's: its flushes are counted over all front-ends.
+    pub flushes: Arc<FlushPromise>,
 }
 
 impl Disk {

@@ -80,12 +80,18 @@ struct Away {
     since: Instant,
     /// Nobody waits for it any more.
     given_up: bool,
+    /// What was in its volatile cache is lost, for all we know.
+    cache_lost: bool,
+    /// Before it went.
+    unsafe_shutdowns: Option<u128>,
 }
 
 struct Present {
     device: Device,
     controller: Controller,
     since: Instant,
+    /// How often it has lost its power without notice (SMART / Health log), if it says so.
+    unsafe_shutdowns: Option<u128>,
 }
 
 impl Present {
@@ -93,7 +99,8 @@ impl Present {
     fn open(address: &vfio::Address, options: &Options) -> Result<Present, NotOpened> {
         let device = Device::open(address).map_err(NotOpened::Device)?;
         let controller = Controller::open(&device, options).map_err(NotOpened::Controller)?;
-        Ok(Present { device, controller, since: Instant::now() })
+        let unsafe_shutdowns = controller.health_log().ok().map(|health| health.unsafe_shutdowns);
+        Ok(Present { device, controller, since: Instant::now(), unsafe_shutdowns })
     }
 }
 
@@ -372,20 +379,24 @@ impl Drive {
         if !matches!(state.condition, Condition::Present(_)) {
             return;
         }
-        let away = Away { cause: cause.clone(), since: Instant::now(), given_up: false };
-        let condition = std::mem::replace(&mut state.condition, Condition::Away(away));
-        let Condition::Present(Present { device, controller, .. }) = condition else { return };
+        let condition = std::mem::replace(&mut state.condition, Condition::Over);
+        let Condition::Present(Present { device, controller, unsafe_shutdowns, .. }) = condition else { return };
+        // What disappears has lost its power.
+        let mut cache_lost = matches!(cause, Cause::Gone(_));
         log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
         if let Cause::WantedBack = cause
             && let Err(error) = controller.shutdown()
         {
             log::warn!("{}: it goes without having saved its cache: {error}", self.name);
+            cache_lost = true;
         }
         if let Err(error) = controller.disable() {
             log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
             self.memory.detach();
         }
         let failed = matches!(cause, Cause::Failed(_));
+        let since = Instant::now();
+        state.condition = Condition::Away(Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns });
         let mut lost = Vec::new();
         for place in &state.places {
             match self.pool.fail_queue_pair(place.id, failed) {

@@ -11,6 +11,7 @@ use crate::bell::Bell;
 use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
+use crate::disk::FlushPromise;
 use crate::drive::{Drive, ExportedNamespace};
 use crate::listener::Listener;
 use crate::session::Session;
@@ -34,6 +35,8 @@ pub struct Export {
     pub queue_size: u16,
     /// Feature bits offered.
     pub features: u64,
+    /// What its flushes have promised, to whatever front-end.
+    pub flushes: Arc<FlushPromise>,
     first_worker: usize,
     workers: usize,
     counters: Vec<Arc<LaneCounters>>,
@@ -64,6 +67,7 @@ impl Export {
             serial,
             queues: settings.queues,
             queue_size: settings.queue_size,
+            flushes: Arc::default(),
             first_worker: number,
             workers,
             counters,

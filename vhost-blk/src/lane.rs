@@ -11,6 +11,7 @@
 mod again;
 mod bounced;
 mod control;
+mod flush;
 mod slots;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
 use again::{Again, Kept, work};
 use bounced::Bounced;
+use flush::Changes;
 use slots::{Slot, Slots};
 
 use crate::counters::{LaneCounters, Tally};
@@ -105,6 +107,7 @@ pub struct Lane {
     /// Whoever stops the lane waits no longer than the drive is there; true: requests are still to be answered then.
     abandoned: Option<bool>,
     again: Again,
+    changes: Changes,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
     /// Requests whose data is copied; nearly always empty.
@@ -146,6 +149,7 @@ impl Lane {
             drive: Drive::Present,
             abandoned: None,
             again: Again::default(),
+            changes: Changes::default(),
             pending: None,
             bounced: Vec::new(),
             orphans: Vec::new(),
@@ -259,12 +263,24 @@ impl Lane {
             self.pending = Some(head);
             return false;
         }
+        let flush = match self.parser.request.operation {
+            Operation::Flush => match self.begin_flush() {
+                Some(number) => number,
+                None => {
+                    self.refuse_parsed(head);
+                    return true;
+                }
+            },
+            _ => 0,
+        };
         let Parser { request, segments, ranges, .. } = &self.parser;
         let work = work(request, segments, ranges, self.disk.force_unit_access());
         match pair.submit(&self.disk.namespace, work, tag | u64::from(self.slots.next())) {
             Ok(()) => {
                 let Request { status, written, .. } = *request;
-                let slot = self.slots.take(Slot { status, head, written, kept: Kept::default() });
+                // A flush has a number instead of a block.
+                let kept = Kept { lba: flush, ..Kept::default() };
+                let slot = self.slots.take(Slot { status, head, written: written | Slot::LONG, kept });
                 self.again.keep(slot, request, &self.chain, ranges);
                 count(&mut self.tally, request);
                 true
@@ -335,11 +351,15 @@ impl Lane {
         self.give_back(head, request::OK, address, written);
     }
 
-    /// A piece of a bounced request, or a request of a guest that has broken its ring since.
+    /// A request from the parser, a piece of a bounced one, or a request of a guest that has broken its ring since.
     #[cold]
     #[inline(never)]
     fn complete_specially(&mut self, number: u16, status: Status) {
-        if self.bounced.iter().any(|bounced| bounced.is(number)) {
+        if let Some((request, head)) = self.kept_request(number) {
+            self.flush_succeeded(number);
+            self.slots.answer_any(number);
+            self.give_back(head, request::OK, request.status, request.written);
+        } else if self.bounced.iter().any(|bounced| bounced.is(number)) {
             self.bounced_piece_done(number, status);
         } else if let Some(orphan) = self.orphans.iter().position(|orphan| *orphan == number) {
             self.orphans.swap_remove(orphan);
@@ -366,6 +386,7 @@ impl Lane {
         }
         self.tally.batches += 1;
         self.counters.write(&self.tally);
+        self.note_changes();
     }
 
     #[inline(never)]

@@ -401,6 +401,46 @@ fn a_request_that_no_reset_helps_fails_and_the_disk_lives() {
 }
 
 #[test]
+fn a_flush_fails_when_the_drive_has_lost_what_it_would_make_safe() {
+    let bench = Bench::with(Duration::from_secs(600), |config| config.volatile_write_cache = true);
+    let region = Region::new(0, MIB);
+    let (front, mut ring) = one_ring(&bench, &region);
+    let mut other = Ring::new(&region, 1, 0x20000);
+    other.start(&front);
+    other.check_io(32);
+    // Flushed: nothing to tell. The flush of one ring is for all.
+    ring.store(64, 1);
+    assert_eq!(ring.flush(), 0);
+    bench.simulator().power_cut().unwrap();
+    assert!(ring.holds(64, 1));
+    assert_eq!((ring.flush(), other.flush()), (0, 0));
+    // Answered, and lost. Told once, to whoever asks first.
+    ring.store(64, 2);
+    assert!(bench.simulator().power_cut().unwrap() > 0, "nothing was lost");
+    assert!(ring.holds(64, 1));
+    assert_eq!(other.flush(), IOERR);
+    assert_eq!((ring.flush(), other.flush()), (0, 0));
+    // A reset loses nothing.
+    ring.store(64, 3);
+    bench.fault(FaultAction::Fatal);
+    assert!(ring.holds(64, 3));
+    assert_eq!(ring.flush(), 0);
+    // A flush that waits for the drive is no better than one that comes later.
+    ring.store(64, 4);
+    bench.simulator().remove();
+    ring.submit(T_FLUSH, 0, (0, 0));
+    bench.simulator().reinsert().unwrap();
+    assert_eq!(ring.wait(), IOERR);
+    assert_eq!(ring.flush(), 0);
+    // Written through: nothing can be lost.
+    front.accept(SET_CONFIG, &config(32, &[0]), &[]);
+    ring.store(64, 5);
+    bench.simulator().power_cut().unwrap();
+    assert!(ring.holds(64, 5));
+    assert_eq!(ring.flush(), 0);
+}
+
+#[test]
 fn a_front_end_that_leaves_does_not_wait_for_the_drive() {
     let bench = Bench::new();
     let region = Region::new(0, MIB);

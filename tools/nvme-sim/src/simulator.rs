@@ -99,12 +99,12 @@ impl Simulator {
         self.shared.faults.set_removed(true);
     }
 
-    /// Puts a removed controller back, as after power-on.
+    /// Puts a removed controller back, as after power-on: unflushed writes of the volatile write cache are lost.
     ///
     /// # Errors
     /// The controller's thread is gone.
     pub fn reinsert(&self) -> Result<(), Error> {
-        self.shared.ask(Request::Reset)?;
+        self.power_cut()?;
         self.shared.faults.set_removed(false);
         Ok(())
     }

@@ -27,9 +27,8 @@ impl Drive {
         let expected = self.state().namespaces.clone();
         let found = self.compare(&present.controller, &expected).map_err(NotBack::Unfit)?;
         let mut state = self.state();
-        if !matches!(state.condition, Condition::Away(_)) {
-            return Ok(());
-        }
+        let Condition::Away(away) = &state.condition else { return Ok(()) };
+        let cache_lost = away.cache_lost || away.unsafe_shutdowns != present.unsafe_shutdowns;
         self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
         let wanted = state.places.len();
         let ways = state.places.iter().map(|place| self.make_way(&present, place.entries));
@@ -48,7 +47,7 @@ impl Drive {
             namespace.learn(&self.name, found);
         }
         for (place, way) in state.places.iter().zip(ways) {
-            self.pool.restore_queue_pair(place.id, way);
+            self.pool.restore_queue_pair(place.id, way, cache_lost);
         }
         state.granted = present.controller.max_queue_pairs();
         present.since = std::time::Instant::now();

@@ -15,11 +15,11 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
-const LOOK_PAUSE: Duration = Duration::from_secs(1);
-/// A controller that fails again and again is reset no more often than this.
+const LOOK_PAUSE: Duration = Duration::from_millis(250);
+/// A controller that fails again and again is reset less and less often, but no less often than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What works for this long has recovered.
-const RECOVERED: Duration = Duration::from_secs(10);
+const RECOVERED: Duration = Duration::from_secs(1);
 /// How long the program's end waits for an attempt that is under way.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
@@ -135,7 +135,13 @@ impl Drive {
             Condition::Present(present) => present.device.notice(),
             _ => None,
         };
-        notice.map(Cause::from).or(expired.map(Cause::Failed))
+        if let Some(notice) = notice {
+            return Some(Cause::from(notice));
+        }
+        let why = expired?;
+        // It may have gone, which is another matter than a command that it has lost.
+        let health = self.controller().ok()?.health();
+        Some(health.map_or_else(|error| Cause::from(&error), |()| Cause::Failed(why)))
     }
 }
 
@@ -160,7 +166,7 @@ impl Attempts {
 
     /// Chooses the time of the next attempt. Tells why this one failed if it is something new.
     fn tried(&mut self, drive: &Drive, result: Result<(), NotBack>) {
-        let longer = (self.pause * 2).clamp(LOOK_PAUSE, LONGEST_PAUSE);
+        let longer = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         let (why, pause) = match result {
             Ok(()) => {
                 self.pause = longer;

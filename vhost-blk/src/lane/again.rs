@@ -132,6 +132,16 @@ impl Lane {
         }
         let number = entry.slot;
         let Some((request, head)) = self.kept_request(number) else { return Attempt::Made };
+        if request.operation == Operation::Flush {
+            let begun = self.begin_flush();
+            match (begun, self.slots.get_mut(number)) {
+                (Some(flush), Some(slot)) => slot.kept.lba = flush,
+                _ => {
+                    self.fail_slot(number);
+                    return Attempt::Made;
+                }
+            }
+        }
         let Lane { again: Again { longs, segments, .. }, slots, view, disk, .. } = self;
         let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
         let long = longs.get(usize::from(number));
@@ -170,7 +180,7 @@ impl Lane {
     }
 
     /// The request in a slot that waits for an answer, and its chain.
-    fn kept_request(&mut self, number: u16) -> Option<(Request, crate::ring::Head)> {
+    pub(super) fn kept_request(&mut self, number: u16) -> Option<(Request, crate::ring::Head)> {
         let slot = *self.slots.get_mut(number)?;
         let kept = slot.kept;
         if kept.bytes == 0 {
@@ -184,8 +194,9 @@ impl Lane {
 
     /// Answers the request in a slot with an error.
     fn fail_slot(&mut self, number: u16) {
-        if let Some(slot) = self.slots.answer(number) {
-            self.give_back(slot.head, request::IOERR, slot.status, slot.written);
+        if let Some((request, head)) = self.kept_request(number) {
+            self.slots.answer_any(number);
+            self.give_back(head, request::IOERR, request.status, request.written);
         }
     }
 
@@ -247,7 +258,7 @@ impl Lane {
     pub(super) fn forget_waiting(&mut self) {
         for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
             // Given back to nobody: the ring is not touched any more.
-            self.slots.answer(slot);
+            self.slots.answer_any(slot);
         }
     }
 

@@ -72,8 +72,12 @@ impl Lane {
     }
 
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
-    pub(crate) fn regain_drive(&mut self) {
+    /// `cache_lost`: its volatile cache has not survived.
+    pub(crate) fn regain_drive(&mut self, cache_lost: bool) {
         self.drive = Drive::Present;
+        if cache_lost {
+            self.lose_cache();
+        }
         self.again.worn = false;
         self.view.forget_device();
         self.find_pending();

@@ -10,10 +10,16 @@ pub(super) struct Slot {
     pub status: u64,
     /// The chain.
     pub head: Head,
-    /// Length for the used element, see [`crate::request::Request::written`]; at least 1. 0: the slot is free, or its request is among the bounced ones or the orphans.
+    /// Length for the used element, see [`crate::request::Request::written`]; at least 1. With [`Slot::LONG`] it is not as usual
+    /// and stands elsewhere. 0: the slot is free, or its request is among the bounced ones or the orphans.
     pub written: u32,
     /// What to ask the drive again, should it not answer.
     pub kept: Kept,
+}
+
+impl Slot {
+    /// A bit of `written`: the answer takes more than usual.
+    pub const LONG: u32 = 1 << 31;
 }
 
 /// No slot: the end of the list of free ones.
@@ -66,13 +72,23 @@ impl Slots {
         number
     }
 
-    /// Frees a slot that is taken and gives what was in it. `None`: there is no such slot, or its `written` is 0 and the slot
-    /// stays as it is.
+    /// Frees a slot that is taken and gives what was in it. `None`: there is no such slot, or its `written` is 0 or has
+    /// [`Slot::LONG`], and the slot stays as it is.
     #[inline(always)]
     pub fn answer(&mut self, number: u16) -> Option<Slot> {
+        self.answer_if(number, |written| written as i32 > 0)
+    }
+
+    /// The same; `None` only if `written` is 0, or there is no such slot.
+    pub fn answer_any(&mut self, number: u16) -> Option<Slot> {
+        self.answer_if(number, |written| written != 0)
+    }
+
+    #[inline(always)]
+    fn answer_if(&mut self, number: u16, right: impl Fn(u32) -> bool) -> Option<Slot> {
         let entry = self.slots.get_mut(usize::from(number))?;
         let slot = *entry;
-        if slot.written == 0 {
+        if !right(slot.written) {
             return None;
         }
         entry.written = 0;
@@ -91,7 +107,7 @@ impl Slots {
         }
     }
 
-    /// The request in a slot that [`Slots::answer`] would answer.
+    /// A slot that [`Slots::answer_any`] would free.
     pub fn get_mut(&mut self, number: u16) -> Option<&mut Slot> {
         self.slots.get_mut(usize::from(number)).filter(|slot| slot.written != 0)
     }

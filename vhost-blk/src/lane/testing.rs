@@ -61,6 +61,7 @@ impl Machine {
 
     pub fn disk(&self) -> Disk {
         Disk {
+            flushes: Default::default(),
             namespace: self.namespace.clone(),
             read_only: false,
             serial: *b"serial-0123456789abc",

@@ -263,5 +263,6 @@ fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk 
         serial: export.serial,
         features,
         writeback: AtomicBool::new(writeback),
+        flushes: export.flushes.clone(),
     }
 }

@@ -78,6 +78,7 @@ pub(super) enum Mail {
     RestorePair {
         index: usize,
         way: Way,
+        cache_lost: bool,
     },
     End {
         deadline: Instant,

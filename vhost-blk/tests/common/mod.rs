@@ -245,7 +245,7 @@ pub struct Ring<'a> {
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
-const T_FLUSH: u32 = 4;
+pub const T_FLUSH: u32 = 4;
 
 impl<'a> Ring<'a> {
     /// A ring that takes 64 KiB at `guest`, its buffers included.
