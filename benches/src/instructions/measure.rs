@@ -67,6 +67,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
     let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let disk = Disk {
+        flushes: Default::default(),
         namespace: drive.namespace.clone(),
         read_only: false,
         serial: [0; 20],
