@@ -180,7 +180,9 @@ impl Initramfs {
     /// programs before any in `PATH`, so scripts are run by `bash`.
     pub fn new(kernel: &Kernel) -> Initramfs {
         let mut initramfs = Initramfs::small(kernel);
-        initramfs.programs.extend(["mkfs.ext4", "e2fsck", "blkdiscard", "dd", "head", "cmp"].map(PathBuf::from));
+        initramfs
+            .programs
+            .extend(["mkfs.ext4", "e2fsck", "resize2fs", "blkdiscard", "dd", "head", "cmp"].map(PathBuf::from));
         initramfs
     }
 

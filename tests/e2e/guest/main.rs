@@ -4,6 +4,7 @@ mod features;
 mod files;
 mod lifecycle;
 mod memory;
+mod resize;
 mod restart;
 
 use std::collections::BTreeMap;
