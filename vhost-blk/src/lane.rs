@@ -236,7 +236,7 @@ impl Lane {
                 }
                 Parsed::Answer(code) => self.answer(head, code),
                 Parsed::NoStatus => {
-                    self.break_down(&NoStatus(head.id));
+                    self.break_down(&NoStatus(head.id()));
                     break;
                 }
             }
@@ -450,7 +450,7 @@ impl Lane {
                     Parsed::Submit => return taken + 1,
                     Parsed::Answer(code) => self.answer(head, code),
                     Parsed::NoStatus => {
-                        self.break_down(&NoStatus(head.id));
+                        self.break_down(&NoStatus(head.id()));
                         return taken;
                     }
                 },
@@ -504,9 +504,20 @@ impl Short<'_> {
     /// See [`Lane::submit_plain`].
     #[inline(always)]
     fn submit(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
+        let before = *taken;
+        let done = self.submit_accepted(ring, taken);
+        if *taken != before {
+            ring.commit();
+        }
+        done
+    }
+
+    /// The same; what was accepted is to be committed.
+    #[inline(always)]
+    fn submit_accepted(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
         while *taken < BATCH && !self.slots.all_taken() {
             let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
-            let Some((mut triple, request, segment)) = plain else { return ring.is_empty() };
+            let Some((triple, request, segment)) = plain else { return ring.is_empty() };
             let segments = std::slice::from_ref(&segment);
             let write = request.operation == Operation::Write;
             let work = work(&request, segments, &[], write && self.disk.force_unit_access());
@@ -514,10 +525,10 @@ impl Short<'_> {
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(self.slots.next())).is_err() {
                 return false;
             }
-            ring.accept(&mut triple.head);
+            let head = ring.accept(triple.head);
             let Request { lba, bytes, status, written, .. } = request;
             let kept = Kept { lba, data: triple.middle.address, bytes, write, ..Kept::default() };
-            self.slots.take(Slot { status, head: triple.head, written, kept });
+            self.slots.take(Slot { status, head, written, kept });
             count(self.tally, &request);
             *taken += 1;
         }

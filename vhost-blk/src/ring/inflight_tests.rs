@@ -1,7 +1,6 @@
 //! Rings whose process dies, at any step, and whose successor goes on from the log.
 
 use std::cell::Cell;
-use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::model::{Driver, Guest, Random, readable, writable};
@@ -69,12 +68,48 @@ impl Device {
         device
     }
 
+    /// Takes chains by the short way, as long as it can and `most` at most.
+    fn take_triples(&mut self, most: u64) {
+        match &mut self.ring {
+            Ring::Split(ring) => take_triples(ring, most, &mut self.view, &mut self.held, &mut self.last),
+            Ring::Packed(ring) => take_triples(ring, most, &mut self.view, &mut self.held, &mut self.last),
+        }
+    }
+
+    /// Gives back one of those it has.
+    fn give_back(&mut self, number: usize) {
+        let (head, text) = self.held.remove(number);
+        self.ring.push_used(head, text.len() as u32);
+    }
+
     fn pop(&mut self) -> bool {
         let Some(head) = self.ring.pop(&mut self.view, &mut self.chain).unwrap() else { return false };
         self.held.push((head, told(&self.chain)));
         self.last = Some(head);
         true
     }
+}
+
+fn take_triples(
+    ring: &mut impl TripleRing,
+    most: u64,
+    view: &mut GuestView,
+    held: &mut Vec<(Head, String)>,
+    last: &mut Option<Head>,
+) {
+    for _ in 0..most {
+        let Some(triple) = ring.peek_triple::<16, 1>(view) else { break };
+        let mut chain = Chain::new();
+        let Buffer { address, bytes } = triple.middle;
+        let flags = if triple.middle_writable { WRITE } else { 0 };
+        for (address, bytes, flags) in [(triple.first, 16, 0), (address, bytes, flags), (triple.last, 1, WRITE)] {
+            chain.push(Descriptor { address, bytes, flags, link: 0 }, 0).unwrap();
+        }
+        let head = ring.accept(triple.head);
+        held.push((head, told(&chain)));
+        *last = Some(head);
+    }
+    ring.commit();
 }
 
 /// What a chain says.
@@ -90,13 +125,32 @@ struct Front {
     /// Chains in the order they were made available, which are not back yet: id and what they say.
     waiting: Vec<(u16, String)>,
     made: u64,
+    /// What its chains are like.
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Of everything some.
+    Any,
+    /// Triples in the ring itself.
+    Triples,
+    /// Triples in indirect tables.
+    Indirect,
 }
 
 impl Front {
     fn new(packed: bool, size: u16) -> Front {
         let guest = Guest::new(&[(0, 0x40_0000)], None);
         let driver = Driver::new(&guest, packed, size, RING, false);
-        Front { guest, driver, log: InflightMemory::create(1, size).unwrap(), waiting: Vec::new(), made: 0 }
+        Front {
+            guest,
+            driver,
+            log: InflightMemory::create(1, size).unwrap(),
+            waiting: Vec::new(),
+            made: 0,
+            kind: Kind::Any,
+        }
     }
 
     fn device(&self) -> Device {
@@ -107,12 +161,17 @@ impl Front {
     fn add(&mut self, random: &mut Random) -> bool {
         self.made += 1;
         let at = DATA + self.made % 0x1000 * 0x40;
-        let pieces: Vec<_> = match random.below(3) {
+        let pieces: Vec<_> = match if self.kind == Kind::Any { random.below(4) } else { 2 + random.below(2) } {
             0 => vec![writable(at, 16)],
             1 => vec![readable(at, 16), writable(at + 16, 512 + self.made as u32 % 100)],
+            2 => vec![readable(at, 16), writable(at + 16, 8), writable(at + 24, 1)],
             _ => vec![readable(at, 16), readable(at + 16, 8), writable(at + 24, 1)],
         };
-        let table = random.one_in(2).then_some(0x20_0000 + self.made % 0x1000 * 0x40);
+        let indirect = match self.kind {
+            Kind::Any => random.one_in(2),
+            kind => kind == Kind::Indirect,
+        };
+        let table = indirect.then_some(0x20_0000 + self.made % 0x1000 * 0x40);
         let Some(id) = self.driver.add(&self.guest, &pieces, table) else { return false };
         let texts: Vec<String> = [false, true]
             .map(|w| {
@@ -136,11 +195,88 @@ impl Front {
     }
 }
 
+/// A log as another implementation would read it: from the bytes, by the specification's words.
+struct Letter {
+    bytes: Vec<u8>,
+    /// Where the entries begin, and how long they are.
+    entries: (usize, usize),
+}
+
+impl Letter {
+    fn u16(&self, at: usize) -> u16 {
+        u16::from_le_bytes(self.bytes[at..at + 2].try_into().unwrap())
+    }
+
+    fn entry(&self, number: u16) -> usize {
+        self.entries.0 + self.entries.1 * usize::from(number)
+    }
+
+    fn clear(&mut self, number: u16) {
+        let at = self.entry(number);
+        self.bytes[at] = 0;
+    }
+
+    /// The entries in flight, by the order of their counters.
+    fn in_flight(&self, size: u16) -> Vec<u16> {
+        let counter = |number: &u16| {
+            let at = self.entry(*number) + 8;
+            u64::from_le_bytes(self.bytes[at..at + 8].try_into().unwrap())
+        };
+        let mut found: Vec<u16> = (0..size).filter(|number| self.bytes[self.entry(*number)] == 1).collect();
+        found.sort_by_key(counter);
+        assert!(found.windows(2).all(|two| counter(&two[0]) < counter(&two[1])), "no counter is there twice");
+        found
+    }
+}
+
+/// What a log says is in flight, in order: heads (split) or buffer ids (packed). Every entry has to be in its place.
+fn by_the_letter(front: &Front) -> Vec<u16> {
+    use std::os::unix::fs::FileExt;
+    let RingSetup { packed, size, descriptors, device, .. } = front.driver.setup;
+    let mut bytes = vec![0; front.log.bytes() as usize];
+    front.log.file().read_exact_at(&mut bytes, 0).unwrap();
+    let mut log = Letter { bytes, entries: if packed { (32, 32) } else { (16, 16) } };
+    assert_eq!((log.u16(8), log.u16(10)), (1, size), "version and desc_num");
+    if !packed {
+        let (mut head, used) = (log.u16(12), front.guest.read_u16(device + 2));
+        for _ in 0..used.wrapping_sub(log.u16(14)) {
+            log.clear(head);
+            head = log.u16(log.entry(head) + 6);
+        }
+        return log.in_flight(size);
+    }
+    let (new, old) = ((log.u16(16), log.bytes[20]), (log.u16(18), log.bytes[21]));
+    let flags = front.guest.read_u16(descriptors + 16 * u64::from(old.0) + 14) & (1 << 7 | 1 << 15);
+    let available = if old.1 == 1 { 1 << 7 } else { 1 << 15 };
+    let mut next = if new != old && flags != available { log.u16(12) } else { log.u16(14) };
+    let mut seen = vec![false; size.into()];
+    while next < size {
+        assert!(!std::mem::replace(&mut seen[usize::from(next)], true), "the list of free entries is no circle");
+        log.clear(next);
+        next = log.u16(log.entry(next) + 2);
+    }
+    let mut ids = Vec::new();
+    for head in log.in_flight(size) {
+        let (mut at, mut last) = (head, head);
+        for _ in 0..log.u16(log.entry(head) + 6) {
+            assert!(!std::mem::replace(&mut seen[usize::from(at)], true), "no entry is there twice");
+            last = at;
+            at = log.u16(log.entry(at) + 2);
+        }
+        assert_eq!(last, log.u16(log.entry(head) + 4), "last");
+        ids.push(log.u16(log.entry(last) + 16));
+    }
+    assert!(seen.iter().all(|seen| *seen), "no entry is lost");
+    ids
+}
+
 /// The next process has exactly what the driver still waits for, each as it was sent: first, in their order, those that were
 /// taken, then those that were not.
 fn check_successor(front: &mut Front) -> Device {
+    let in_flight = by_the_letter(front);
     let mut device = front.device();
     let resumed = device.held.len();
+    assert_eq!(device.held.iter().map(|(head, _)| head.id()).collect::<Vec<_>>(), in_flight);
     while device.pop() {}
     let found: Vec<&String> = device.held.iter().map(|(_, text)| text).collect();
     let expected: Vec<&String> = front.waiting.iter().map(|(_, text)| text).collect();
@@ -148,21 +284,23 @@ fn check_successor(front: &mut Front) -> Device {
     device
 }
 
-fn any_step(packed: bool, seed: u64) -> HashMap<bool, u32> {
-    println!("packed {packed}, seed {seed}");
+fn any_step(packed: bool, kind: Kind, seed: u64) {
+    println!("packed {packed}, {kind:?}, seed {seed}");
     let mut random = Random(seed);
-    let mut deaths = HashMap::new();
+    let mut deaths = 0;
     // Packed rings need not be a power of two.
-    let mut front = Front::new(packed, if packed { 11 } else { 16 });
+    let mut front = Front { kind, ..Front::new(packed, if packed { 11 } else { 16 }) };
     let mut device = front.device();
     for _ in 0..4000 {
         for _ in 0..random.below(8) {
             front.add(&mut random);
         }
-        let (pops, pushes, step) = (random.below(8), random.below(8), random.below(120) as u32);
+        let (triples, pops, pushes) = (random.below(8), random.below(8), random.below(8));
+        let step = random.below(120) as u32;
         let order: Vec<u64> = (0..pushes).map(|_| random.next()).collect();
         let unpop = random.one_in(4);
         let died = killed_at(step, || {
+            device.take_triples(triples);
             for _ in 0..pops {
                 device.pop();
             }
@@ -177,12 +315,15 @@ fn any_step(packed: bool, seed: u64) -> HashMap<bool, u32> {
                 if device.held.is_empty() {
                     break;
                 }
-                let (head, text) = device.held.remove((pick % device.held.len() as u64) as usize);
-                device.ring.push_used(head, text.len() as u32);
+                device.give_back((pick % device.held.len() as u64) as usize);
+                // Before it shows them, it may take more.
+                if pick % 7 == 0 {
+                    device.take_triples(1);
+                }
             }
             device.ring.publish();
         });
-        *deaths.entry(died).or_default() += 1;
+        deaths += u32::from(died);
         // What was published before the death counts, nothing else.
         front.collect();
         if died {
@@ -205,19 +346,37 @@ fn any_step(packed: bool, seed: u64) -> HashMap<bool, u32> {
     drop(device);
     assert_eq!(check_successor(&mut front).held.len(), 0);
     assert!(front.made > u64::from(u16::MAX) / 16, "the packed ring has wrapped often");
-    deaths
+    assert!(deaths > 300, "{deaths}");
 }
 
 #[test]
 fn a_split_ring_survives_death_at_any_step() {
-    let deaths = any_step(false, 0x5b11);
-    assert!(deaths[&true] > 300, "{deaths:?}");
+    any_step(false, Kind::Any, 0x5b11);
+}
+
+#[test]
+fn a_split_ring_of_triples_survives_death_at_any_step() {
+    any_step(false, Kind::Triples, 0x5b12);
+}
+
+#[test]
+fn a_split_ring_of_indirect_descriptors_survives_death_at_any_step() {
+    any_step(false, Kind::Indirect, 0x5b13);
 }
 
 #[test]
 fn a_packed_ring_survives_death_at_any_step() {
-    let deaths = any_step(true, 0xbac6);
-    assert!(deaths[&true] > 300, "{deaths:?}");
+    any_step(true, Kind::Any, 0xbac6);
+}
+
+#[test]
+fn a_packed_ring_of_triples_survives_death_at_any_step() {
+    any_step(true, Kind::Triples, 0xbac7);
+}
+
+#[test]
+fn a_packed_ring_of_indirect_descriptors_survives_death_at_any_step() {
+    any_step(true, Kind::Indirect, 0xbac8);
 }
 
 fn formats() -> [(bool, u16); 2] {
@@ -269,6 +428,49 @@ fn indexes_that_have_wrapped_are_resumed() {
         assert!(front.add(&mut random) && front.add(&mut random));
         assert!(device.pop());
         drop(device);
+        assert_eq!(check_successor(&mut front).held.len(), 2, "packed {packed}");
+    }
+}
+
+#[test]
+fn indirect_descriptors_are_resumed() {
+    for (packed, size) in formats() {
+        let mut front = Front { kind: Kind::Indirect, ..Front::new(packed, size) };
+        let mut random = Random(7);
+        for _ in 0..5 {
+            assert!(front.add(&mut random));
+        }
+        let mut device = front.device();
+        device.take_triples(2);
+        assert!(device.pop());
+        drop(device);
+        assert_eq!(front.device().held.len(), 3, "packed {packed}");
+        // The tables are read again, and those that were not taken are still there.
+        assert_eq!(check_successor(&mut front).held.len(), 5, "packed {packed}");
+    }
+}
+
+/// Direct chains: in a packed ring, what is given back first is written over the first of those still in flight.
+#[test]
+fn what_completed_out_of_order_is_not_done_again() {
+    for (packed, size) in [(false, 16), (true, 16)] {
+        let mut front = Front { kind: Kind::Triples, ..Front::new(packed, size) };
+        let mut random = Random(8);
+        for _ in 0..5 {
+            assert!(front.add(&mut random));
+        }
+        let mut device = front.device();
+        device.take_triples(3);
+        assert!(device.pop() && device.pop());
+        // The fourth, the last, the second.
+        for number in [3, 3, 1] {
+            device.give_back(number);
+        }
+        device.ring.publish();
+        drop(device);
+        front.collect();
+        assert_eq!(front.waiting.len(), 2);
+        assert_eq!(front.device().held.len(), 2, "packed {packed}");
         assert_eq!(check_successor(&mut front).held.len(), 2, "packed {packed}");
     }
 }

@@ -10,6 +10,7 @@
 //! A driver that breaks the rules of the ring itself gets a [`RingError`]: where the next chain begins is then unknown and
 //! the queue cannot go on. What is *in* a chain is not judged here, see [`crate::request`].
 
+#[allow(unsafe_code)] // the layout of the log, see its documentation
 mod inflight;
 #[cfg(test)]
 mod inflight_tests;
@@ -285,15 +286,62 @@ impl Descriptor {
     }
 }
 
-/// What has to be kept of a chain in order to give it back.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Head {
+/// What has to be kept of a chain in order to give it back: four fields of 16 bits in one word, to be moved as such.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub struct Head(u64);
+
+impl Head {
+    /// Of a chain that is not in a log.
+    #[inline(always)]
+    fn new(id: u16, entries: u16) -> Head {
+        Head::logged(id, entries, u16::MAX, u16::MAX)
+    }
+
+    #[inline(always)]
+    fn logged(id: u16, entries: u16, log: u16, last: u16) -> Head {
+        Head(u64::from(id) | u64::from(entries) << 16 | u64::from(last) << 32 | u64::from(log) << 48)
+    }
+
+    #[inline(always)]
+    fn without_id(self) -> Head {
+        Head(self.0 & !0xffff)
+    }
+
+    /// With this id; had id 0.
+    #[inline(always)]
+    fn with_id(self, id: u16) -> Head {
+        Head(self.0 | u64::from(id))
+    }
+
     /// Split: index of the first descriptor. Packed: the buffer id.
-    pub id: u16,
+    #[inline(always)]
+    pub fn id(self) -> u16 {
+        self.0 as u16
+    }
+
     /// Packed: ring entries the chain takes. Split: 1, an entry of the available ring.
-    pub entries: u16,
-    /// Packed: its entry in the log, if the ring has one.
-    log: u16,
+    #[inline(always)]
+    fn entries(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// Packed: its first entry in the log, if the ring has one.
+    #[inline(always)]
+    fn log(self) -> u16 {
+        (self.0 >> 48) as u16
+    }
+
+    /// Packed: its last entry in the log, if they follow each other there.
+    #[inline(always)]
+    fn last(self) -> u16 {
+        (self.0 >> 32) as u16
+    }
+}
+
+impl std::fmt::Debug for Head {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Head {{ id: {}, entries: {}, log: {}..={} }}", self.id(), self.entries(), self.log(), self.last())
+    }
 }
 
 /// The chain nearly every small request is: three descriptors, the first readable, the last writable, both of a length that
@@ -337,8 +385,12 @@ pub trait TripleRing {
     /// Is there no chain? False also if the ring is corrupt.
     fn is_empty(&mut self) -> bool;
 
-    /// Takes the chain that was peeked at last.
-    fn accept(&mut self, head: &mut Head);
+    /// Takes the chain that was peeked at last, which has this head; gives the head to be kept. To be followed by [`TripleRing::commit`] before anything else is done with
+    /// the ring, and before the drive hears of the chain.
+    fn accept(&mut self, head: Head) -> Head;
+
+    /// The accepted chains are in the ring's log from here on, if it has one.
+    fn commit(&mut self);
 }
 
 /// Number of descriptors in an indirect table; refuses lengths that are not those of a table.

@@ -8,7 +8,7 @@ use virtio_bindings::virtio_ring::{
     VRING_PACKED_EVENT_FLAG_ENABLE,
 };
 
-use super::inflight::PackedLog;
+use super::inflight::{PackedLog, PackedState};
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
     Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
@@ -30,6 +30,12 @@ const WRITE_BIT: u64 = (WRITE as u64) << 48;
 #[inline(always)]
 fn is(words: [u64; 2], bytes: u32, flags: u16) -> bool {
     words[1] & (CHAIN_BITS | u64::from(u32::MAX)) == u64::from(bytes) | u64::from(flags) << 48
+}
+
+/// Both words of a descriptor.
+#[inline(always)]
+fn words(descriptor: &[AtomicU64; 2]) -> [u64; 2] {
+    [u64::from_le(descriptor[0].load(Ordering::Relaxed)), u64::from_le(descriptor[1].load(Ordering::Relaxed))]
 }
 
 /// The event flags are two bits, the rest is reserved (2.8.14).
@@ -103,6 +109,10 @@ pub struct PackedRing {
     /// The second word of the used descriptor at `published`, which is written last of its batch.
     unpublished: Option<u64>,
     log: Option<PackedLog>,
+    /// An earlier process has used this ring: see [`super::Ring::resumed`].
+    resumed: bool,
+    /// What it has left unfinished: first entries in the log, the oldest last.
+    unfinished: Vec<u16>,
     /// The ring was as new when it was set up.
     new: bool,
 }
@@ -121,12 +131,20 @@ impl TripleRing for PackedRing {
     }
 
     #[inline(always)]
-    fn accept(&mut self, head: &mut Head) {
-        head.log = self.note(head.entries);
+    fn accept(&mut self, head: Head) -> Head {
+        let head = self.note_triple(head);
         // No overflow, see `advanced`. Once a round the rest is needed.
-        self.next_avail.index += head.entries;
+        self.next_avail.index += head.entries();
         if self.next_avail.index >= self.size {
             self.wrap_avail();
+        }
+        head
+    }
+
+    #[inline(always)]
+    fn commit(&mut self) {
+        if let Some(log) = &mut self.log {
+            log.commit();
         }
     }
 }
@@ -175,6 +193,8 @@ impl PackedRing {
             published: next_used,
             unpublished: None,
             log: None,
+            resumed: false,
+            unfinished: Vec::new(),
             new,
         })
     }
@@ -186,13 +206,14 @@ impl PackedRing {
             (self.word(index, 1) ^ flags) & AVAIL_USED == 0
         };
         let (log, state) = PackedLog::open(queue, self.size, here, self.new, is_available)?;
-        if log.resumed {
-            let (index, wrap) = state.used;
+        self.log = Some(log);
+        if let Some(PackedState { used: (index, wrap), taken, unfinished }) = state {
+            (self.resumed, self.unfinished) = (true, unfinished);
             let mut at = Position { index, wrap };
             (self.next_used, self.used, self.published) = (at, at.used(), at);
             // A process that died in the middle of a publication may have written all but the first of its used descriptors.
             // The driver would take them for ours as soon as it sees the first.
-            for _ in 0..state.taken {
+            for _ in 0..taken {
                 let entry = &self.descriptors[usize::from(at.index)][1];
                 let word = u64::from_le(entry.load(Ordering::Relaxed));
                 if (word ^ at.used()) & AVAIL_USED == 0 {
@@ -202,12 +223,11 @@ impl PackedRing {
             }
             self.go_to(at);
         }
-        self.log = Some(log);
         Ok(())
     }
 
     pub(super) fn resumed(&self) -> bool {
-        self.log.as_ref().is_some_and(|log| log.resumed)
+        self.resumed
     }
 
     pub(super) fn pop_unfinished(
@@ -215,12 +235,12 @@ impl PackedRing {
         view: &mut GuestView,
         chain: &mut Chain,
     ) -> Result<Option<Head>, RingError> {
-        let Some(entry) = self.log.as_mut().and_then(|log| log.unfinished.pop()) else { return Ok(None) };
+        let Some(entry) = self.unfinished.pop() else { return Ok(None) };
         chain.clear();
-        let mut head = Head { id: 0, entries: 0, log: entry };
-        let log = self.log.as_ref().expect("it has just had an entry");
-        for descriptor in log.chain(entry).map(Descriptor::packed) {
-            (head.id, head.entries) = (descriptor.link, head.entries + 1);
+        let Some(log) = &self.log else { return Ok(None) };
+        let mut head = log.head(entry);
+        for descriptor in log.chain(head).map(Descriptor::packed) {
+            head = head.without_id().with_id(descriptor.link);
             match descriptor.flags & INDIRECT {
                 0 => chain.push(descriptor, entry)?,
                 _ => self.indirect(descriptor, entry, view, chain)?,
@@ -229,19 +249,29 @@ impl PackedRing {
         Ok(Some(head))
     }
 
-    /// Notes that the next `entries` descriptors are taken.
+    /// Notes that the chain which begins with the next descriptor is taken; gives its head as it is to be kept.
     #[inline(always)]
-    fn note(&mut self, entries: u16) -> u16 {
-        let Some(log) = &mut self.log else { return PackedLog::NONE };
-        let (descriptors, size) = (&self.descriptors, self.size);
-        let mut at = self.next_avail.index;
-        log.take(entries, |_| {
-            // Relaxed: they were read before; a driver that has changed them since harms itself only.
-            let words = &descriptors[usize::from(at)];
-            let words = [&words[0], &words[1]].map(|word| u64::from_le(word.load(Ordering::Relaxed)));
-            at = if at + 1 == size { 0 } else { at + 1 };
-            words
-        })
+    fn note(&mut self, head: Head) -> Head {
+        if head.entries() == 1 {
+            return self.note_triple(head);
+        }
+        let Some(log) = &mut self.log else { return head };
+        let (at, entries) = (usize::from(self.next_avail.index), usize::from(head.entries()));
+        let before_end = (self.descriptors.len() - at).min(entries);
+        log.take_any(head, &self.descriptors[at..at + before_end], &self.descriptors[..entries - before_end])
+    }
+
+    /// The same of a [`Triple`].
+    #[inline(always)]
+    fn note_triple(&mut self, head: Head) -> Head {
+        let Some(log) = &mut self.log else { return head };
+        let at = usize::from(self.next_avail.index);
+        // It has 1 descriptor or 3, see `triple`: one bit tells.
+        let noted = match head.entries() & 2 {
+            0 => self.descriptors.get(at).map(|descriptor| log.take(head, std::array::from_ref(descriptor))),
+            _ => self.descriptors.get(at..at + 3).and_then(<[_]>::first_chunk::<3>).map(|three| log.take(head, three)),
+        };
+        noted.unwrap_or(head)
     }
 
     pub(super) fn size(&self) -> u16 {
@@ -276,17 +306,17 @@ impl PackedRing {
         word: u64,
         view: &mut GuestView,
     ) -> Option<Triple> {
-        // Relaxed, here and in `pair`: ordered by the Acquire in `available_word`, which the whole chain precedes.
+        // Relaxed, here and in `words`: ordered by the Acquire in `available_word`, which the whole chain precedes.
         let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
         if is(first, FIRST, NEXT) {
-            // A chain across the end of the ring goes the long way; there is no descriptor with such an index.
-            let middle = self.pair(self.next_avail.index + 1)?;
-            let last = self.pair(self.next_avail.index + 2)?;
+            // A chain across the end of the ring goes the long way.
+            let [_, middle, last] = self.descriptors.get(usize::from(self.next_avail.index)..)?.first_chunk::<3>()?;
+            let [middle, last] = [middle, last].map(words);
             if middle[1] & (CHAIN_BITS & !WRITE_BIT) != u64::from(NEXT) << 48 || !is(last, LAST, WRITE) {
                 return None;
             }
             return Some(Triple::new(
-                Head { id: (last[1] >> 32) as u16, entries: 3, log: 0 },
+                Head::new((last[1] >> 32) as u16, 3),
                 [first, middle, last].map(Descriptor::packed),
             ));
         }
@@ -297,17 +327,10 @@ impl PackedRing {
             if !is(all[0], FIRST, 0) || all[1][1] & (CHAIN_BITS & !WRITE_BIT) != 0 || !is(all[2], LAST, WRITE) {
                 return None;
             }
-            let head = Head { id: (word >> 32) as u16, entries: 1, log: 0 };
+            let head = Head::new((word >> 32) as u16, 1);
             return Some(Triple::new(head, all.map(Descriptor::packed)));
         }
         None
-    }
-
-    /// Both words of a descriptor.
-    #[inline(always)]
-    fn pair(&self, index: u16) -> Option<[u64; 2]> {
-        let entry = self.descriptors.get(usize::from(index))?;
-        Some([u64::from_le(entry[0].load(Ordering::Relaxed)), u64::from_le(entry[1].load(Ordering::Relaxed))])
     }
 
     #[cold]
@@ -355,10 +378,11 @@ impl PackedRing {
             entries += 1;
             descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);
         }
-        let log = self.note(entries);
-        self.go_to(at);
         // The id is that of the chain's last descriptor (2.8.6).
-        Ok(Some(Head { id: descriptor.link, entries, log }))
+        let head = self.note(Head::new(descriptor.link, entries));
+        self.commit();
+        self.go_to(at);
+        Ok(Some(head))
     }
 
     /// An indirect table (2.8.7): its descriptors are the chain, in order; of their flags only WRITE has a meaning.
@@ -386,12 +410,12 @@ impl PackedRing {
 
     pub(super) fn unpop(&mut self, head: Head) {
         if let Some(log) = &mut self.log {
-            log.untake(head.log);
+            log.untake(head);
         }
         let Position { index, wrap } = self.next_avail;
-        self.go_to(match index.checked_sub(head.entries) {
+        self.go_to(match index.checked_sub(head.entries()) {
             Some(index) => Position { index, wrap },
-            None => Position { index: index + (self.size - head.entries), wrap: !wrap },
+            None => Position { index: index + (self.size - head.entries()), wrap: !wrap },
         });
     }
 
@@ -399,17 +423,17 @@ impl PackedRing {
     pub(super) fn push_used(&mut self, head: Head, written: u32) {
         // WRITE says that the length counts (2.8.8).
         let flags = if written == 0 { 0 } else { u64::from(WRITE) << 48 };
-        let word = u64::from(written) | u64::from(head.id) << 32 | flags | self.used;
+        let word = u64::from(written) | u64::from(head.id()) << 32 | flags | self.used;
         match self.unpublished {
             None => self.unpublished = Some(word),
             // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
             Some(_) => self.descriptors[usize::from(self.next_used.index)][1].store(word.to_le(), Ordering::Relaxed),
         }
         if let Some(log) = &mut self.log {
-            log.give_back(head.log);
+            log.give_back(head);
         }
         // No overflow, see `advanced`.
-        self.next_used.index += head.entries;
+        self.next_used.index += head.entries();
         if self.next_used.index >= self.size {
             self.wrap_used();
         }

@@ -42,6 +42,10 @@ pub struct SplitRing {
     /// What used.idx says.
     published: u16,
     log: Option<SplitLog>,
+    /// An earlier process has used this ring: see [`super::Ring::resumed`].
+    resumed: bool,
+    /// Heads of the chains that it has left unfinished, the oldest last.
+    unfinished: Vec<u16>,
 }
 
 impl TripleRing for SplitRing {
@@ -59,8 +63,14 @@ impl TripleRing for SplitRing {
     }
 
     #[inline(always)]
-    fn accept(&mut self, head: &mut Head) {
-        self.take(head.id);
+    fn accept(&mut self, head: Head) -> Head {
+        self.take(head.id());
+        head
+    }
+
+    #[inline(always)]
+    fn commit(&mut self) {
+        // Each chain is in the log as soon as it is taken.
     }
 }
 
@@ -106,24 +116,27 @@ impl SplitRing {
             next_used,
             published: next_used,
             log: None,
+            resumed: false,
+            unfinished: Vec::new(),
         })
     }
 
     pub(super) fn set_log(&mut self, queue: &InflightQueue) -> Result<(), InflightError> {
         // Relaxed: only compared, nothing is read through it.
         let available = u16::from_le(self.avail[IDX].load(Ordering::Relaxed));
-        let log = SplitLog::open(queue, self.size, self.next_used, available)?;
-        if log.resumed {
-            // Everything taken was given back, or is unfinished: so many entries of the available ring are behind us.
-            self.next_avail = self.next_used.wrapping_add(log.unfinished.len() as u16);
-            self.seen_avail = self.next_avail;
-        }
+        let (log, unfinished) = SplitLog::open(queue, self.size, self.next_used, available)?;
         self.log = Some(log);
+        if let Some(unfinished) = unfinished {
+            // Everything taken was given back, or is unfinished: so many entries of the available ring are behind us.
+            self.next_avail = self.next_used.wrapping_add(unfinished.len() as u16);
+            self.seen_avail = self.next_avail;
+            (self.resumed, self.unfinished) = (true, unfinished);
+        }
         Ok(())
     }
 
     pub(super) fn resumed(&self) -> bool {
-        self.log.as_ref().is_some_and(|log| log.resumed)
+        self.resumed
     }
 
     pub(super) fn pop_unfinished(
@@ -131,9 +144,9 @@ impl SplitRing {
         view: &mut GuestView,
         chain: &mut Chain,
     ) -> Result<Option<Head>, RingError> {
-        let Some(head) = self.log.as_mut().and_then(|log| log.unfinished.pop()) else { return Ok(None) };
+        let Some(head) = self.unfinished.pop() else { return Ok(None) };
         self.walk(head, view, chain)?;
-        Ok(Some(Head { id: head, entries: 1, log: 0 }))
+        Ok(Some(Head::new(head, 1)))
     }
 
     /// The chain at the next entry of the available ring, which begins with `head`, is ours now.
@@ -192,7 +205,7 @@ impl SplitRing {
             return None;
         };
         let good = all[1].flags & !WRITE == NEXT && all[2].is(LAST, WRITE);
-        good.then(|| Triple::new(Head { id, entries: 1, log: 0 }, all))
+        good.then(|| Triple::new(Head::new(id, 1), all))
     }
 
     /// The head the driver has put into the next entry of the available ring.
@@ -212,7 +225,7 @@ impl SplitRing {
         let head = self.offered();
         self.walk(head, view, chain)?;
         self.take(head);
-        Ok(Some(Head { id: head, entries: 1, log: 0 }))
+        Ok(Some(Head::new(head, 1)))
     }
 
     /// Reads the chain that begins with a descriptor.
@@ -275,7 +288,7 @@ impl SplitRing {
 
     pub(super) fn unpop(&mut self, head: Head) {
         if let Some(log) = &mut self.log {
-            log.untake(head.id);
+            log.untake(head.id());
         }
         self.next_avail = self.next_avail.wrapping_sub(1);
     }
@@ -285,11 +298,11 @@ impl SplitRing {
         let entry = usize::from(self.next_used & self.mask);
         if let Some([id, length]) = self.used.get(entry) {
             // Relaxed: ordered by the Release in `publish`.
-            id.store(u32::from(head.id).to_le(), Ordering::Relaxed);
+            id.store(u32::from(head.id()).to_le(), Ordering::Relaxed);
             length.store(written.to_le(), Ordering::Relaxed);
         }
         if let Some(log) = &mut self.log {
-            log.give_back(head.id);
+            log.give_back(head.id());
         }
         self.next_used = self.next_used.wrapping_add(1);
     }

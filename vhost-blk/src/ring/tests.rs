@@ -67,7 +67,7 @@ fn chains_arrive_as_sent_and_go_back_in_any_order() {
             }
             if random.one_in(2) {
                 while let Some(head) = device.pop().unwrap() {
-                    let expected = &sent[&head.id];
+                    let expected = &sent[&head.id()];
                     let of = |w| -> Vec<Buffer> {
                         let some = expected.iter().filter(|p| p.writable == w && p.bytes != 0);
                         some.map(|p| Buffer { address: p.address, bytes: p.bytes }).collect()
@@ -80,8 +80,8 @@ fn chains_arrive_as_sent_and_go_back_in_any_order() {
             }
             while !held.is_empty() && random.one_in(2) {
                 let head = held.swap_remove(random.below(held.len() as u64) as usize);
-                device.ring.push_used(head, u32::from(head.id) * 3);
-                returned.push(head.id);
+                device.ring.push_used(head, u32::from(head.id()) * 3);
+                returned.push(head.id());
             }
             if !device.ring.unpublished() {
                 assert!(driver.used(&guest).is_none());
@@ -349,7 +349,7 @@ fn rules_for_chains() {
             let (chain, head) = chain(&all).unwrap();
             assert_eq!((chain.readable().len(), chain.writable().len()), (1 + before, 2));
             let (id, entries) = if packed { (5, 1 + before as u16) } else { (0, 1) };
-            assert_eq!(head.map(|head| (head.id, head.entries)), Some((id, entries)));
+            assert_eq!(head.map(|head| (head.id(), head.entries())), Some((id, entries)));
         }
         assert_eq!(error(&[(DATA, 48, I | N), (DATA, 1, W)]), RingError::Indirect { head: 0 });
         assert_eq!(handmade(packed, &[(DATA, 48, I)], false).unwrap_err(), RingError::Indirect { head: 0 });
@@ -513,7 +513,7 @@ fn the_split_ring_agrees_with_virtio_queue() {
         let mut device = Device::new(&guest, &setup);
         for expected in queue.iter(&theirs).unwrap() {
             let head = device.pop().unwrap().expect("as many chains as theirs");
-            assert_eq!(head.id, expected.head_index());
+            assert_eq!(head.id(), expected.head_index());
             let side = |write: bool| -> Vec<Buffer> {
                 let some = expected.clone().filter(|d| d.is_write_only() == write);
                 some.map(|d| Buffer { address: d.addr().0, bytes: d.len() }).collect()
