@@ -294,12 +294,14 @@ impl Head {
     /// Of a chain that is not in a log.
     #[inline(always)]
     fn new(id: u16, entries: u16) -> Head {
-        Head::logged(id, entries, u16::MAX, u16::MAX)
+        Head::logged(id, entries, 0, u16::MAX)
     }
 
     #[inline(always)]
     fn logged(id: u16, entries: u16, log: u16, last: u16) -> Head {
-        Head(u64::from(id) | u64::from(entries) << 16 | u64::from(last) << 32 | u64::from(log) << 48)
+        // One more than `last`: of a chain that is not in a log the upper half is 0.
+        let end = last.wrapping_add(1);
+        Head(u64::from(id) | u64::from(entries) << 16 | u64::from(end) << 32 | u64::from(log) << 48)
     }
 
     #[inline(always)]
@@ -331,10 +333,10 @@ impl Head {
         (self.0 >> 48) as u16
     }
 
-    /// Packed: its last entry in the log, if they follow each other there.
+    /// Packed: its last entry in the log, if they follow each other there; else 65535, which is none.
     #[inline(always)]
     fn last(self) -> u16 {
-        (self.0 >> 32) as u16
+        ((self.0 >> 32) as u16).wrapping_sub(1)
     }
 }
 

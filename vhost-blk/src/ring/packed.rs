@@ -104,6 +104,8 @@ pub struct PackedRing {
     next_used: Position,
     /// `next_used.used()`.
     used: u64,
+    /// The same with WRITE.
+    used_written: u64,
     /// Where `next_used` was at the last publication.
     published: Position,
     /// The second word of the used descriptor at `published`, which is written last of its batch.
@@ -190,6 +192,7 @@ impl PackedRing {
             available: next_avail.available(),
             next_used,
             used: next_used.used(),
+            used_written: next_used.used() | WRITE_BIT,
             published: next_used,
             unpublished: None,
             log: None,
@@ -210,7 +213,8 @@ impl PackedRing {
         if let Some(PackedState { used: (index, wrap), taken, unfinished }) = state {
             (self.resumed, self.unfinished) = (true, unfinished);
             let mut at = Position { index, wrap };
-            (self.next_used, self.used, self.published) = (at, at.used(), at);
+            (self.next_used, self.published) = (at, at);
+            (self.used, self.used_written) = (at.used(), at.used() | WRITE_BIT);
             // A process that died in the middle of a publication may have written all but the first of its used descriptors.
             // The driver would take them for ours as soon as it sees the first.
             for _ in 0..taken {
@@ -310,9 +314,10 @@ impl PackedRing {
         let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
         if is(first, FIRST, NEXT) {
             // A chain across the end of the ring goes the long way.
-            let [_, middle, last] = self.descriptors.get(usize::from(self.next_avail.index)..)?.first_chunk::<3>()?;
+            let at = usize::from(self.next_avail.index);
+            let [_, middle, last] = self.descriptors.get(at..at + 3)?.first_chunk::<3>()?;
             let [middle, last] = [middle, last].map(words);
-            if middle[1] & (CHAIN_BITS & !WRITE_BIT) != u64::from(NEXT) << 48 || !is(last, LAST, WRITE) {
+            if (middle[1] >> 48) as u16 & (NEXT | INDIRECT) != NEXT || !is(last, LAST, WRITE) {
                 return None;
             }
             return Some(Triple::new(
@@ -349,7 +354,7 @@ impl PackedRing {
     #[inline(never)]
     fn wrap_used(&mut self) {
         self.next_used = Position { index: self.next_used.index - self.size, wrap: !self.next_used.wrap };
-        self.used = self.next_used.used();
+        (self.used, self.used_written) = (self.next_used.used(), self.next_used.used() | WRITE_BIT);
     }
 
     /// See [`super::Ring::pop`].
@@ -422,8 +427,8 @@ impl PackedRing {
     #[inline(always)]
     pub(super) fn push_used(&mut self, head: Head, written: u32) {
         // WRITE says that the length counts (2.8.8).
-        let flags = if written == 0 { 0 } else { u64::from(WRITE) << 48 };
-        let word = u64::from(written) | u64::from(head.id()) << 32 | flags | self.used;
+        let flags = if written == 0 { self.used } else { self.used_written };
+        let word = u64::from(written) | u64::from(head.id()) << 32 | flags;
         match self.unpublished {
             None => self.unpublished = Some(word),
             // Relaxed: the driver looks here only after it has seen the first one of the batch, see `publish`.
