@@ -49,3 +49,18 @@ fn kills_split() {
 fn kills_packed() {
     torture(60, "kill", "packed");
 }
+
+#[test]
+fn controller_failures_split() {
+    torture(10, "reset", "split");
+}
+
+#[test]
+fn lost_completions_packed() {
+    torture(10, "lost", "packed");
+}
+
+#[test]
+fn removals_split() {
+    torture(10, "removal", "split");
+}

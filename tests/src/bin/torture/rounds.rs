@@ -12,6 +12,8 @@ use crate::{Failure, Fault, Options, Programs, RingFormat};
 const MIB: u64 = 32;
 /// The longest between two faults.
 const LOAD: Duration = Duration::from_millis(60);
+/// What a drive has to work for until the target no longer counts its failures.
+const RECOVERED: Duration = Duration::from_millis(1100);
 /// The longest that a drive is away.
 const AWAY: Duration = Duration::from_millis(300);
 /// The target's limit for a command: lost completions are noticed so late.
@@ -138,21 +140,28 @@ impl Run<'_> {
             self.await_kill();
             self.restart()?;
         }
+        let before = self.client.requests;
         self.answers(1);
-        // The answers to what is done again are there; the pause ended with the first of them.
-        self.report.pauses.push(killed.elapsed());
+        if !self.broken {
+            self.report.pauses.push(killed.elapsed());
+        }
+        // The next target may do what this one forgets, so in part of all cases there is no next one before all is done.
+        if self.random.one_in(3) {
+            self.settle(before);
+        }
         Ok(())
     }
 
     /// Has the drive fail at a random moment. The pause is the longest that any request had to wait.
     fn fail_drive(&mut self, fault: Fault) -> Result<(), Failure> {
-        let delay = self.random.time(LOAD);
+        // A drive that fails again at once is brought up again less and less eagerly: mostly it works for a while.
+        let rest = if self.random.one_in(4) { Duration::ZERO } else { RECOVERED };
+        let delay = rest + self.random.time(LOAD);
         self.work_for(delay);
         let resets = self.drive.times_ready();
         self.report.kills += 1;
         self.report.resumed += self.client.in_flight() as u64;
         self.client.longest = Duration::ZERO;
-        let mut settled = self.client.requests;
         match fault {
             Fault::Removal => self.remove()?,
             _ => {
@@ -162,10 +171,10 @@ impl Run<'_> {
                     _ => format!("fatal,skip={skip},limit=1"),
                 };
                 self.drive.tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
-                // It will have hit a command by then.
-                settled += 200;
             }
         }
+        // One of so many will have met the fault.
+        let settled = self.client.requests + 200;
         self.until(|client| {
             client.requests >= settled && client.oldest().is_none_or(|oldest| oldest.number >= settled)
         });
@@ -189,6 +198,11 @@ impl Run<'_> {
             self.work_for(away);
             self.drive.restart()
         }
+    }
+
+    /// Works until every request before this one is answered.
+    fn settle(&mut self, request: u64) {
+        self.until(|client| client.oldest().is_none_or(|oldest| oldest.number >= request));
     }
 
     fn work_for(&mut self, time: Duration) {
@@ -226,15 +240,18 @@ impl Run<'_> {
 
     /// Works until `done`, as long as that makes sense.
     fn until(&mut self, done: impl Fn(&Client) -> bool) {
-        let (mut since, mut answered) = (Instant::now(), self.client.answered);
+        let began = Instant::now();
+        let (mut since, mut answered) = (began, self.client.answered);
         while !self.broken && !done(&self.client) {
             self.work();
             if self.client.answered != answered {
                 (since, answered) = (Instant::now(), self.client.answered);
             }
-            if since.elapsed() > PATIENCE {
-                let state = if self.client.is_connected() { "" } else { ", and there is no connection to a target" };
-                self.client.wrong.error(&format!("nothing goes on for {PATIENCE:?}{state}"));
+            // Time counts from here on: what was in flight before may have been so for long.
+            let forgotten = began.elapsed() > PATIENCE && self.client.oldest().is_some_and(|one| one.since < began);
+            if since.elapsed() > PATIENCE || forgotten {
+                let state = if self.client.is_connected() { "nothing goes on" } else { "no target can be reached" };
+                self.client.wrong.error(&format!("{state} for {PATIENCE:?}"));
                 self.client.give_up();
                 self.broken = true;
             }
