@@ -102,7 +102,7 @@ have() { PATH=$PATH:/usr/sbin:/sbin command -v "$1" >/dev/null; }
 
 install_programs() {
     local missing=() pair
-    for pair in cc:gcc cc:libc6-dev depmod:kmod mkfs.ext4:e2fsprogs e2fsck:e2fsprogs blkdiscard:util-linux \
+    for pair in cc:gcc cc:libc6-dev g++:g++ depmod:kmod mkfs.ext4:e2fsprogs e2fsck:e2fsprogs blkdiscard:util-linux \
         setpriv:util-linux xz:xz-utils git:git valgrind:valgrind shellcheck:shellcheck fio:fio; do
         have "${pair%%:*}" || missing+=("${pair#*:}")
     done

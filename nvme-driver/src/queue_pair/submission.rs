@@ -17,14 +17,15 @@ const _: () = assert!(size_of::<SubmissionEntry>() == 64);
 pub(crate) struct SubmissionQueue<M> {
     entries: M,
     tail: usize,
-    /// The tail that was announced last.
-    announced: usize,
+    /// Commands written since the last announcement: more than there are entries where a drive answers commands that it was not
+    /// told of, and so frees their slots. What it then loses is its own doing.
+    unannounced: usize,
 }
 
 impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     /// An empty queue of `entries.len()` entries.
     pub fn new(entries: M) -> SubmissionQueue<M> {
-        SubmissionQueue { entries, tail: 0, announced: 0 }
+        SubmissionQueue { entries, tail: 0, unannounced: 0 }
     }
 
     /// Writes one command at the tail. The controller does not know of it until the doorbell is rung.
@@ -37,6 +38,7 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
             // shadow doorbell).
             word.store(value, Ordering::Relaxed);
         }
+        self.unannounced += 1;
         let next = self.tail + 1;
         self.tail = if next == entries.len() { 0 } else { next };
     }
@@ -44,22 +46,19 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     /// How many commands were written since the last announcement.
     #[inline]
     pub fn unannounced(&self) -> usize {
-        let wrapped = if self.tail < self.announced { self.entries.len() } else { 0 };
-        self.tail + wrapped - self.announced
+        self.unannounced
     }
 
     /// How many commands were written since the last call, and the tail to announce.
     #[inline]
     pub fn announce(&mut self) -> (usize, u16) {
-        let written = self.unannounced();
-        self.announced = self.tail;
-        (written, self.tail as u16)
+        (std::mem::take(&mut self.unannounced), self.tail as u16)
     }
 
     /// Empties the queue, as after the controller has been reset.
     pub fn reset(&mut self) {
         self.tail = 0;
-        self.announced = 0;
+        self.unannounced = 0;
     }
 }
 
@@ -88,5 +87,14 @@ mod tests {
         let ids: Vec<u64> = queue.entries.iter().map(|entry| entry[0].load(Ordering::Relaxed) >> 16 & 0xffff).collect();
         assert_eq!(ids, [10, 11, 7, 8, 9]);
         assert_eq!(queue.entries[0][7].load(Ordering::Relaxed), 7 << 32);
+    }
+
+    #[test]
+    fn more_commands_than_entries_are_counted() {
+        // A drive that answers what it was not told of frees slots for them.
+        let mut queue = SubmissionQueue::new(memory(4));
+        (0..9).for_each(|id| queue.write(&Command::flush(1).with_id(id)));
+        assert_eq!(queue.unannounced(), 9);
+        assert_eq!(queue.announce(), (9, 1));
     }
 }

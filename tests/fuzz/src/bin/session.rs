@@ -1,0 +1,4 @@
+//! Runs `fuzz::session` under libFuzzer, see tests/fuzz.sh.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::session::run(data));
