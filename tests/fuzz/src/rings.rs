@@ -12,7 +12,7 @@ use nvme_driver::{Namespace, Segment};
 use vhost_blk::disk::Disk;
 use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach, RegionDescription};
 use vhost_blk::request::{Operation, Parsed, Parser, Request, peek_plain};
-use vhost_blk::ring::{Chain, Head, InflightMemory, Ring, RingSetup};
+use vhost_blk::ring::{Chain, Head, InflightMemory, Ring, RingSetup, TripleRing};
 
 use crate::input::Input;
 use crate::memory::{Region, file};
@@ -386,23 +386,12 @@ impl Bench {
             return;
         }
         let (view, disk) = (&mut self.view, &self.disk);
-        use vhost_blk::ring::TripleRing;
         let taken = match &mut self.ring {
-            Some(Ring::Split(ring)) => {
-                peek_plain(ring, view, disk, &disk.geometry()).map(|(mut triple, request, _)| {
-                    ring.accept(&mut triple.head);
-                    (triple.head, request)
-                })
-            }
-            Some(Ring::Packed(ring)) => {
-                peek_plain(ring, view, disk, &disk.geometry()).map(|(mut triple, request, _)| {
-                    ring.accept(&mut triple.head);
-                    (triple.head, request)
-                })
-            }
+            Some(Ring::Split(ring)) => take_plain(ring, view, disk),
+            Some(Ring::Packed(ring)) => take_plain(ring, view, disk),
             None => None,
         };
-        self.out.extend(taken.map(|(head, request)| (head, request.written)));
+        self.out.extend(taken);
     }
 
     fn parse(&mut self, head: Head, short: Option<(Request, Segment)>) {
@@ -441,6 +430,14 @@ impl Bench {
             }
         }
     }
+}
+
+/// The next chain, if the short way takes it, and what its used element says.
+fn take_plain(ring: &mut impl TripleRing, view: &mut GuestView, disk: &Disk) -> Option<(Head, u32)> {
+    let (triple, request, _) = peek_plain(ring, view, disk, &disk.geometry())?;
+    let head = ring.accept(triple.head);
+    ring.commit();
+    Some((head, request.written))
 }
 
 /// A log: a new one, or a front-end's own file.
