@@ -215,6 +215,9 @@ fn a_drive_comes_back_with_another_size() {
     let path = bench.simulator().socket().to_owned();
     drop(bench.simulator.take());
     bench.simulator = Some(Simulator::start(Bench::config(96), &path).unwrap());
+    bench.program.wait_for("the drive is back");
+    // Before anything was asked of it.
+    assert_eq!(bench.logged("was resized from 131072 to 196608 blocks"), 1);
     hearing.hears_of_a_change();
     assert_eq!(hearing.capacity(), 96 * SECTORS);
     eventually("the drive is back", || ring.write_one(96 * SECTORS - 8) == 0);
@@ -264,6 +267,12 @@ fn media_that_cannot_be_written_any_more() {
         assert!(ring.holds(0, 0x44));
     }
     bench.program.wait_for("the drive warns: its media cannot be written any more");
+    const GET_LOG_PAGE: u8 = 2;
+    let when = FaultMatch { admin: true, opcode: Some(GET_LOG_PAGE), ..FaultMatch::default() };
+    let before = bench.simulator().faults().fired();
+    let nothing = FaultAction::Delay(Duration::ZERO..=Duration::ZERO);
+    bench.simulator().faults().add(FaultRule { action: nothing, when });
+    eventually("the drive was asked again", || bench.simulator().faults().fired() >= before + 3);
     assert_eq!(bench.logged("the drive warns"), 1);
 }
 
