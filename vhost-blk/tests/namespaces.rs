@@ -9,6 +9,7 @@ use std::io::Read;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use common::*;
@@ -235,9 +236,17 @@ fn a_namespace_that_is_write_protected() {
     ring.store(0, 0x33);
     bench.simulator().protect(1, true).unwrap();
     bench.program.wait_for("namespace 1 is write-protected; writes fail, reads go on");
+    let refused = || bench.simulator().counters().errors.load(Ordering::Relaxed);
+    eventually("the drive is not asked for writes any more", || {
+        let before = refused();
+        assert_eq!(ring.write_one(0), IOERR);
+        refused() == before
+    });
+    let before = refused();
     for _ in 0..100 {
         assert_eq!(ring.write_one(0), IOERR);
     }
+    assert_eq!(refused(), before);
     assert!(ring.holds(0, 0x33));
     bench.simulator().protect(1, false).unwrap();
     bench.program.wait_for("namespace 1 is no longer write-protected");
