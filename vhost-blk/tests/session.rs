@@ -507,6 +507,36 @@ fn a_ring_goes_on_from_its_log() {
     assert_eq!(state, [0; 8]);
 }
 
+/// The process before may have died between an answer and the word of it.
+#[test]
+fn a_ring_that_goes_on_from_its_log_notifies_at_once() {
+    let served = one();
+    let region = Region::new(0, MIB);
+    let mut ring = Ring::new(&region, 0, 0x10000);
+    let told = inflight(0, 1, ring.size);
+    let front = served.connect();
+    front.negotiate();
+    let (told, log) = front.ask_file(GET_INFLIGHT_FD, &told);
+    front.accept(SET_INFLIGHT_FD, &told, &[log.as_raw_fd()]);
+    region.add(&front);
+    ring.start(&front);
+    ring.check_io(0);
+    drop(front);
+    let front = served.connect();
+    front.negotiate();
+    front.accept(SET_INFLIGHT_FD, &told, &[log.as_raw_fd()]);
+    region.add(&front);
+    front.set_ring(SET_VRING_NUM, 0, ring.size.into());
+    front.set_ring(SET_VRING_BASE, 0, ring.next.into());
+    front.accept(SET_VRING_ADDR, &ring.addresses(), &[]);
+    ring.set_event(&front, SET_VRING_CALL, Some(&ring.call));
+    ring.enable(&front, true);
+    let _ = ring.call.read();
+    // It runs from here on; nothing is asked of it.
+    ring.set_event(&front, SET_VRING_KICK, Some(&ring.kick));
+    eventually("the notification", || ring.call.read().is_ok());
+}
+
 #[test]
 fn logs_that_cannot_be_used_are_refused() {
     let served = one();

@@ -134,11 +134,13 @@ impl Run<'_> {
         self.target.kill_after(self.random.time(LOAD));
         let killed = self.await_kill();
         self.restart()?;
+        self.report.kills += 1;
         while self.random.one_in(4) && self.report.kills < self.options.kills {
             // While it starts, while it is told what to do, while it does again what was in flight.
             self.target.kill_after(self.random.time(LOAD));
             self.await_kill();
             self.restart()?;
+            self.report.kills += 1;
         }
         let before = self.client.requests;
         self.answers(1);
@@ -172,6 +174,12 @@ impl Run<'_> {
                 };
                 self.drive.tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
             }
+        }
+        if fault != Fault::Removal && self.random.one_in(4) {
+            // While the target waits for the drive, or brings it up: all that it holds back is for the next one to do.
+            self.target.kill_after(self.random.time(AWAY));
+            self.await_kill();
+            self.restart()?;
         }
         // One of so many will have met the fault.
         let settled = self.client.requests + 200;
@@ -217,7 +225,6 @@ impl Run<'_> {
         self.client.disconnect();
         // What it had answered before is no sign of the next one.
         self.client.turn();
-        self.report.kills += 1;
         self.report.resumed += self.client.in_flight() as u64;
         self.target.restart()
     }
