@@ -110,6 +110,8 @@ pub fn rings() -> Seeds {
         join(&[&[flags, 0], &[1, 0, 0, 0, 1, 0, 0], &[4, 0, 1], POP, AGAIN, &[1, 0, 0, 0, 1, 0, 200, 4, 0, 1], POP])
     };
     let outside = |flags: u8| join(&[&[flags | PLACES, 0, 7, 8, 9], &[3, 0, 200], &[255; 8], IN, POP, PLAIN]);
+    // A used ring of one place, which would end behind its region.
+    let at_the_end = join(&[&[INDIRECT | PLACES, 2, 4, 5, 7], READ, IN, POP, GIVE_BACK]);
     vec![
         ("split", load(INDIRECT)),
         ("packed", load(INDIRECT | PACKED)),
@@ -127,6 +129,7 @@ pub fn rings() -> Seeds {
         ("packed-loop", loops(PACKED)),
         ("split-outside", outside(0)),
         ("packed-outside", outside(PACKED)),
+        ("split-at-the-end", at_the_end),
     ]
 }
 
