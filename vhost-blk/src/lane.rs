@@ -24,7 +24,7 @@ use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 use again::{Again, Kept, work};
 use bounced::Bounced;
 use flush::Changes;
-use slots::{Slot, Slots};
+use slots::{Answer, Slot, Slots};
 
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::{Disk, Geometry};
@@ -275,13 +275,12 @@ impl Lane {
         };
         let Parser { request, segments, ranges, .. } = &self.parser;
         let work = work(request, segments, ranges, self.disk.force_unit_access());
-        match pair.submit(&self.disk.namespace, work, tag | u64::from(self.slots.next())) {
+        let Some(mut slot) = self.slots.reserve() else { return false };
+        match pair.submit(&self.disk.namespace, work, tag | u64::from(slot.number())) {
             Ok(()) => {
-                let Request { status, written, .. } = *request;
-                // A flush has a number instead of a block.
-                let kept = Kept { lba: flush, ..Kept::default() };
-                let slot = self.slots.take(Slot { status, head, written: written | Slot::LONG, kept });
-                self.again.keep(slot, request, &self.chain, ranges);
+                self.again.keep(slot.number(), request, &self.chain, ranges);
+                slot.fill(request.status, request.written | Slot::LONG, Kept::long(flush));
+                slot.take(head);
                 count(&mut self.tally, request);
                 true
             }
@@ -345,7 +344,7 @@ impl Lane {
             return self.complete_badly(number, status);
         }
         // Also after the guest broke its ring: see `break_down`.
-        let Some(Slot { status: address, head, written, .. }) = self.slots.answer(number) else {
+        let Some(Answer { status: address, head, written }) = self.slots.answer(number) else {
             return self.complete_specially(number, status);
         };
         self.give_back(head, request::OK, address, written);
@@ -515,20 +514,22 @@ impl Short<'_> {
     /// The same; what was accepted is to be committed.
     #[inline(always)]
     fn submit_accepted(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
-        while *taken < BATCH && !self.slots.all_taken() {
+        while *taken < BATCH
+            && let Some(mut slot) = self.slots.reserve()
+        {
             let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
             let Some((triple, request, segment)) = plain else { return ring.is_empty() };
-            let segments = std::slice::from_ref(&segment);
-            let write = request.operation == Operation::Write;
-            let work = work(&request, segments, &[], write && self.disk.force_unit_access());
+            let Request { operation, lba, bytes, status, written } = request;
+            let write = operation == Operation::Write;
+            // Now, while all of it is at hand.
+            slot.fill(status, written, Kept::transfer(write, lba, triple.middle.address, bytes));
+            let work = work(&request, std::slice::from_ref(&segment), &[], write && self.disk.force_unit_access());
             // Refused, blocks the disk does not have among the reasons: the long way finds out why.
-            if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(self.slots.next())).is_err() {
+            if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(slot.number())).is_err() {
+                slot.release();
                 return false;
             }
-            let head = ring.accept(triple.head);
-            let Request { lba, bytes, status, written, .. } = request;
-            let kept = Kept { lba, data: triple.middle.address, bytes, write, ..Kept::default() };
-            self.slots.take(Slot { status, head, written, kept });
+            slot.take(ring.accept(triple.head));
             count(self.tally, &request);
             *taken += 1;
         }

@@ -24,14 +24,43 @@ pub(super) struct Kept {
     pub lba: u64,
     /// Guest address of the data.
     pub data: u64,
-    /// Bytes of the data, which is in one place; 0: the request is kept as a [`Long`] one.
-    pub bytes: u32,
-    /// A write, else a read.
-    pub write: bool,
-    /// Tried again so often.
-    pub retries: u8,
-    /// It was with the drive when that failed, so often.
-    pub failures: u8,
+    /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
+    /// kept as a [`Long`] one. Bit 32: a write, else a read. Bits 47:40: tried again so often. Bits 55:48: with the drive when
+    /// that failed, so often.
+    word: u64,
+}
+
+const WRITE: u64 = 1 << 32;
+const RETRY: u64 = 1 << 40;
+const FAILURE: u64 = 1 << 48;
+
+impl Kept {
+    /// A read or write.
+    #[inline(always)]
+    pub fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
+        Kept { lba, data, word: if write { WRITE } else { 0 } | u64::from(bytes) }
+    }
+
+    /// Another request; `number`: of a flush.
+    pub fn long(number: u64) -> Kept {
+        Kept { lba: number, ..Kept::default() }
+    }
+
+    fn bytes(&self) -> u32 {
+        self.word as u32
+    }
+
+    fn is_write(&self) -> bool {
+        self.word & WRITE != 0
+    }
+
+    fn count(&mut self, what: u64, most: u8) -> bool {
+        let counted = (self.word / what) as u8;
+        if counted < most {
+            self.word += what;
+        }
+        counted < most
+    }
 }
 
 /// A request that is not a read or write of data in one place.
@@ -145,8 +174,8 @@ impl Lane {
         let Lane { again: Again { longs, segments, .. }, slots, view, disk, .. } = self;
         let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
         let long = longs.get(usize::from(number));
-        let one = [Buffer { address: kept.data, bytes: kept.bytes }];
-        let buffers = if kept.bytes != 0 { &one } else { long.map_or(&[][..], |long| &long.buffers) };
+        let one = [Buffer { address: kept.data, bytes: kept.bytes() }];
+        let buffers = if kept.bytes() != 0 { &one } else { long.map_or(&[][..], |long| &long.buffers) };
         let ranges = long.map_or(&[][..], |long| &long.ranges);
         let submitted = match find(view, buffers.iter().copied(), segments) {
             Some(()) => {
@@ -183,12 +212,12 @@ impl Lane {
     pub(super) fn kept_request(&mut self, number: u16) -> Option<(Request, crate::ring::Head)> {
         let slot = *self.slots.get_mut(number)?;
         let kept = slot.kept;
-        if kept.bytes == 0 {
+        if kept.bytes() == 0 {
             let long = self.again.longs.get(usize::from(number)).and_then(|long| long.request)?;
             return Some((long, slot.head));
         }
-        let operation = if kept.write { Operation::Write } else { Operation::Read };
-        let Kept { lba, bytes, .. } = kept;
+        let operation = if kept.is_write() { Operation::Write } else { Operation::Read };
+        let (lba, bytes) = (kept.lba, kept.bytes());
         Some((Request { operation, lba, bytes, status: slot.status, written: slot.written }, slot.head))
     }
 
@@ -205,8 +234,7 @@ impl Lane {
     #[inline(never)]
     pub(super) fn complete_badly(&mut self, number: u16, status: Status) {
         let Some(slot) = self.slots.get_mut(number) else { return self.complete_specially(number, status) };
-        if !status.do_not_retry() && slot.kept.retries < MOST_RETRIES {
-            slot.kept.retries += 1;
+        if !status.do_not_retry() && slot.kept.count(RETRY, MOST_RETRIES) {
             self.again.waiting.push(Waiting { slot: number, delay: status.retry_delay(), due: None });
             // Each doubling of their number, as in `warn`.
             let tries = self.tally.again + 1;
@@ -224,8 +252,7 @@ impl Lane {
     pub(crate) fn unanswered(&mut self, token: u64, failed: bool) {
         let number = token as u16;
         if let Some(slot) = self.slots.get_mut(number) {
-            slot.kept.failures = slot.kept.failures.saturating_add(failed.into());
-            self.again.worn |= slot.kept.failures >= MOST_FAILURES;
+            self.again.worn |= failed && !slot.kept.count(FAILURE, MOST_FAILURES - 1);
             self.again.waiting.push(Waiting { slot: number, delay: 0, due: None });
         } else if !self.bounced.iter().any(|bounced| bounced.is(number)) {
             self.complete_specially(number, Status::ABORTED_BY_HOST);

@@ -4,8 +4,7 @@
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
-use super::again::Kept;
-use super::{Lane, Mode, Slot, count};
+use super::{Lane, Mode, count};
 use crate::guest_memory::{GuestView, OutsideMemory};
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Head};
@@ -35,9 +34,12 @@ impl Lane {
     /// Takes on a request that the queue pair refused with NeedsBounce.
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
-        let slot = self.slots.take(Slot { status: request.status, head, written: 0, kept: Kept::default() });
+        // It was for this slot that the queue pair was asked.
+        let Some(slot) = self.slots.reserve() else { return };
+        let number = slot.number();
+        slot.take(head);
         let buffers = request::data_buffers(&self.chain, request.operation).collect();
-        self.bounce_in(slot, head, request, buffers);
+        self.bounce_in(number, head, request, buffers);
     }
 
     /// The same for one that has a slot, whose `written` is 0.

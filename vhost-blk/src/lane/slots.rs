@@ -6,13 +6,15 @@ use crate::ring::Head;
 /// What is needed to answer a request.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Slot {
-    /// Guest address of the status byte; of a free slot, the next free one.
+    /// Guest address of the status byte.
     pub status: u64,
     /// The chain.
     pub head: Head,
     /// Length for the used element, see [`crate::request::Request::written`]; at least 1. With [`Slot::LONG`] it is not as usual
     /// and stands elsewhere. 0: the slot is free, or its request is among the bounced ones or the orphans.
     pub written: u32,
+    /// Of a free slot: the next free one.
+    next: u16,
     /// What to ask the drive again, should it not answer.
     pub kept: Kept,
 }
@@ -20,6 +22,49 @@ pub(super) struct Slot {
 impl Slot {
     /// A bit of `written`: the answer takes more than usual.
     pub const LONG: u32 = 1 << 31;
+}
+
+/// What is needed to answer a request: see [`Slot`].
+pub(super) struct Answer {
+    pub status: u64,
+    pub head: Head,
+    pub written: u32,
+}
+
+/// A slot that is free until [`Reserved::take`].
+pub(super) struct Reserved<'a> {
+    slot: &'a mut Slot,
+    free: &'a mut u16,
+    taken: &'a mut u32,
+}
+
+impl Reserved<'_> {
+    /// Its number.
+    #[inline(always)]
+    pub fn number(&self) -> u16 {
+        *self.free
+    }
+
+    /// Puts everything there but the chain.
+    #[inline(always)]
+    pub fn fill(&mut self, status: u64, written: u32, kept: Kept) {
+        self.slot.status = status;
+        self.slot.written = written;
+        self.slot.kept = kept;
+    }
+
+    /// It stays free.
+    pub fn release(self) {
+        self.slot.written = 0;
+    }
+
+    /// It is taken by the request with this chain.
+    #[inline(always)]
+    pub fn take(self, head: Head) {
+        *self.free = self.slot.next;
+        *self.taken += 1;
+        self.slot.head = head;
+    }
 }
 
 /// No slot: the end of the list of free ones.
@@ -39,7 +84,7 @@ impl Slots {
     pub fn new(size: u16) -> Slots {
         // A ring has 32768 entries at most: NO_SLOT names none.
         let next = |next| if next == size { NO_SLOT } else { next };
-        let slots = (1..=size).map(|number| Slot { status: next(number).into(), ..Slot::default() }).collect();
+        let slots = (1..=size).map(|number| Slot { next: next(number), ..Slot::default() }).collect();
         Slots { slots, free: 0, taken: 0 }
     }
 
@@ -54,54 +99,43 @@ impl Slots {
         self.free == NO_SLOT
     }
 
-    /// The number of the slot that [`Slots::take`] takes.
+    /// The first free slot, to be filled before it is known whether it is needed; `None`: there is none.
     #[inline(always)]
-    pub fn next(&self) -> u16 {
-        self.free
-    }
-
-    /// Puts something into the first free slot; there has to be one. Returns its number.
-    #[inline(always)]
-    pub fn take(&mut self, slot: Slot) -> u16 {
-        let number = self.free;
-        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
-            self.free = entry.status as u16;
-            self.taken += 1;
-            *entry = slot;
-        }
-        number
+    pub fn reserve(&mut self) -> Option<Reserved<'_>> {
+        let Slots { slots, free, taken } = self;
+        Some(Reserved { slot: slots.get_mut(usize::from(*free))?, free, taken })
     }
 
     /// Frees a slot that is taken and gives what was in it. `None`: there is no such slot, or its `written` is 0 or has
     /// [`Slot::LONG`], and the slot stays as it is.
     #[inline(always)]
-    pub fn answer(&mut self, number: u16) -> Option<Slot> {
+    pub fn answer(&mut self, number: u16) -> Option<Answer> {
         self.answer_if(number, |written| written as i32 > 0)
     }
 
     /// The same; `None` only if `written` is 0, or there is no such slot.
-    pub fn answer_any(&mut self, number: u16) -> Option<Slot> {
+    pub fn answer_any(&mut self, number: u16) -> Option<Answer> {
         self.answer_if(number, |written| written != 0)
     }
 
     #[inline(always)]
-    fn answer_if(&mut self, number: u16, right: impl Fn(u32) -> bool) -> Option<Slot> {
-        let entry = self.slots.get_mut(usize::from(number))?;
-        let slot = *entry;
-        if !right(slot.written) {
+    fn answer_if(&mut self, number: u16, right: impl Fn(u32) -> bool) -> Option<Answer> {
+        let slot = self.slots.get_mut(usize::from(number))?;
+        let Slot { status, head, written, .. } = *slot;
+        if !right(written) {
             return None;
         }
-        entry.written = 0;
-        entry.status = self.free.into();
+        slot.written = 0;
+        slot.next = self.free;
         self.free = number;
         self.taken -= 1;
-        Some(slot)
+        Some(Answer { status, head, written })
     }
 
     /// Frees a slot whose `written` is 0 but which is taken.
     pub fn free(&mut self, number: u16) {
-        if let Some(entry) = self.slots.get_mut(usize::from(number)) {
-            *entry = Slot { status: self.free.into(), ..Slot::default() };
+        if let Some(slot) = self.slots.get_mut(usize::from(number)) {
+            *slot = Slot { next: self.free, ..Slot::default() };
             self.free = number;
             self.taken -= 1;
         }
