@@ -4,7 +4,7 @@
 #   tests/kernel/build.sh [FILE]     as target/guest/iommufd/bzImage, where the tests find it, or as FILE
 #
 # From Debian's own kernel source (package linux-source-6.12, of the backports on Debian 12) with iommufd.config. Needs 2 GiB
-# of room and takes about 11 minutes on two cores. As root, missing build tools are installed as packages.
+# of room and takes 8 to 11 minutes on two cores. As root, missing build tools are installed as packages.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

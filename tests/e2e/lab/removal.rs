@@ -121,11 +121,10 @@ END
     script(&mut guest, unbound);
     bind(&mut guest, REMOVED);
     script(&mut guest, &back(2));
+    // Nothing may have been with the drive at that moment: what counts is that the rest has waited.
     script(
         &mut guest,
-        r#"
-        [ "$(counter errors)" = "$(cat /tmp/errors)" ] || fail 'requests did not wait for the drive'
-        wait_for grows again 0"#,
+        r#"[ "$(counter errors)" = "$(cat /tmp/errors)" ] || fail 'requests did not wait for the drive'"#,
     );
 
     // All that was written in between is there, the other disk has noticed nothing, and the target ends as ever.
