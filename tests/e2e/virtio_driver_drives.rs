@@ -37,15 +37,21 @@ fn errors_of_the_drive_are_the_guests_and_nobody_elses() {
     let _alone = alone();
     let folder = folder();
     let (simulator, target) = serve(&folder, Config::default());
+    let failing = |read: Status, write: Status| FaultPlan {
+        seed: seed(),
+        rules: vec![
+            often(FaultAction::Fail(read), Some(READ), 0.01),
+            often(FaultAction::Fail(write), Some(WRITE), 0.01),
+        ],
+        ..FaultPlan::default()
+    };
     for packed in [false, true] {
-        simulator.faults().set(FaultPlan {
-            seed: seed(),
-            rules: vec![
-                often(FaultAction::Fail(UNRECOVERED_READ), Some(READ), 0.01),
-                often(FaultAction::Fail(WRITE_FAULT), Some(WRITE), 0.01),
-            ],
-            ..FaultPlan::default()
-        });
+        // What may be tried again is, and works then: nobody notices.
+        simulator.faults().set(failing(UNRECOVERED_READ, WRITE_FAULT));
+        let fired = simulator.faults().fired();
+        run_clean(&options(target.socket(), 2, packed), &verified(10_000));
+        assert!(simulator.faults().fired() > fired + 20, "nothing failed");
+        simulator.faults().set(failing(UNRECOVERED_READ.not_to_be_retried(), WRITE_FAULT.not_to_be_retried()));
         let report = run(&options(target.socket(), 2, packed), &verified(10_000)).expect("the run goes on");
         assert!(report.io_errors > 0, "{report:#?}");
         assert!(!report.is_success(), "{report:#?}");
@@ -117,7 +123,8 @@ fn requests(simulator: &Option<Simulator>) -> u64 {
 #[test]
 fn a_drive_leaves_under_load_and_comes_back() {
     let _alone = alone();
-    for packed in [false, true] {
+    // Requests wait for it, or fail at once.
+    for (packed, hold) in [(false, "30"), (true, "0")] {
         let folder = folder();
         let file = folder.path().join("blocks.img");
         let config = || Config {
@@ -131,7 +138,8 @@ fn a_drive_leaves_under_load_and_comes_back() {
         let nvme = folder.path().join("nvme.sock");
         let device = format!("vfio-user:{}", nvme.display());
         let socket = folder.path().join("disk.sock");
-        let arguments = ["--device", &device, "--socket-path", socket.to_str().expect("a test's path is UTF-8")];
+        let path = socket.to_str().expect("a test's path is UTF-8");
+        let arguments = ["--device", &device, "--socket-path", path, "--hold", hold];
         let start = || Simulator::start(config(), &nvme).expect("a controller can be started");
         let mut simulator = Some(start());
         let target = Target::vhost_blk(folder.path(), &arguments, vec![socket.clone()]).expect("it serves a disk");
@@ -152,7 +160,8 @@ fn a_drive_leaves_under_load_and_comes_back() {
             wait_for("requests", || requests(&simulator) > 200);
             stop.store(true, Ordering::Relaxed);
             let report = client.join().expect("the client does not panic").expect("the run goes on");
-            assert!(report.io_errors > 0 && report.is_right_where_it_worked(), "{report:#?}");
+            assert_eq!((report.io_errors > 0, report.is_success()), (hold == "0", hold != "0"), "{report:#?}");
+            assert!(report.is_right_where_it_worked(), "{report:#?}");
             assert!(report.blocks_read_back > 1000, "{report:#?}");
         });
         run_clean(&self::options(&socket, 2, packed), &verified(2_000));

@@ -116,25 +116,31 @@ fn controller_fails(fail: impl Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
     requests_fail(&fail, mend);
 }
 
-/// The guests notice a pause, and nothing else.
-fn requests_wait(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
-    let bench = Bench::new();
+/// Two rings of each of two guests, at work.
+fn two_guests<'a>(bench: &Bench, regions: &'a [Region; 2]) -> ([Front; 2], Vec<Ring<'a>>) {
     let fronts = [bench.connect("a"), bench.connect("b")];
-    let regions = [Region::new(0, MIB), Region::new(0, MIB)];
-    // As in `requests_fail`: what comes back finds the guests' memory elsewhere.
+    let mut rings = Vec::new();
+    // It takes the first DMA addresses and leaves: a drive that comes back finds the guests' memory elsewhere than before.
     let early = Region::new(16 * MIB, 4 * MIB);
     early.add(&fronts[0]);
-    let mut rings = Vec::new();
-    for (front, region) in fronts.iter().zip(&regions) {
+    for (front, region) in fronts.iter().zip(regions) {
         region.add(front);
         for index in 0..2 {
-            let mut ring = Ring::new(region, index, 0x10000 * (u64::from(index) + 1));
+            let ring = Ring::new(region, index, 0x10000 * (u64::from(index) + 1));
             ring.start(front);
-            ring.check_io(8);
             rings.push(ring);
         }
     }
     fronts[0].accept(REM_MEM_REG, &early.single(), &[]);
+    rings.iter_mut().for_each(|ring| ring.check_io(8));
+    (fronts, rings)
+}
+
+/// The guests notice a pause, and nothing else.
+fn requests_wait(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
+    let bench = Bench::new();
+    let regions = [Region::new(0, MIB), Region::new(0, MIB)];
+    let (_fronts, mut rings) = two_guests(&bench, &regions);
     for round in 0..3u8 {
         rings[0].store(64, round);
         fail(&bench);
@@ -161,23 +167,8 @@ fn requests_wait(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
 
 fn requests_fail(fail: &dyn Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
     let bench = Bench::impatient();
-    let fronts = [bench.connect("a"), bench.connect("b")];
     let regions = [Region::new(0, MIB), Region::new(0, MIB)];
-    let mut rings = Vec::new();
-    // It takes the first DMA addresses and leaves: what comes back to them finds the guests' memory elsewhere than before.
-    let early = Region::new(16 * MIB, 4 * MIB);
-    early.add(&fronts[0]);
-    for (front, region) in fronts.iter().zip(&regions) {
-        region.add(front);
-        for index in 0..2 {
-            let mut ring = Ring::new(region, index, 0x10000 * (u64::from(index) + 1));
-            ring.start(front);
-            ring.check_io(8);
-            rings.push(ring);
-        }
-    }
-    fronts[0].accept(REM_MEM_REG, &early.single(), &[]);
-    rings.iter_mut().for_each(|ring| ring.check_io(8));
+    let (fronts, mut rings) = two_guests(&bench, &regions);
     rings[0].store(64, 0x5a);
     fail(&bench);
     rings.iter_mut().for_each(|ring| ring.submit(0, 0, (ring.data(), 4096)));
