@@ -18,6 +18,8 @@ fn torture(faults: u64, fault: &str, ring: &str) {
     let (output, errors) = (folder.path().join("output"), folder.path().join("errors"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_torture"));
     command.args(["--json", "--kills", &faults.to_string(), "--fault", fault, "--ring", ring]);
+    // Other tests and builds may have the machine meanwhile.
+    command.args(["--pause-limit", "15000"]);
     if let Ok(seed) = std::env::var("E2E_SEED") {
         command.args(["--seed", &seed]);
     }
