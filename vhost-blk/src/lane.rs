@@ -355,7 +355,9 @@ impl Lane {
     #[inline(never)]
     fn complete_specially(&mut self, number: u16, status: Status) {
         if let Some((request, head)) = self.kept_request(number) {
-            self.flush_succeeded(number);
+            if request.operation == Operation::Flush {
+                self.flush_succeeded(number);
+            }
             self.slots.answer_any(number);
             self.give_back(head, request::OK, request.status, request.written);
         } else if self.bounced.iter().any(|bounced| bounced.is(number)) {

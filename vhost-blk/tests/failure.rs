@@ -252,9 +252,7 @@ fn a_target_stops_while_its_drive_is_away() {
     let bench = Bench::impatient();
     let front = bench.connect("a");
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     drop(bench.simulator.take());
     eventually("the controller is out of operation", || ring.read_one(0) == IOERR);
     let start = Instant::now();
@@ -267,9 +265,7 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
     let bench = Bench::impatient();
     let front = bench.connect("a");
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     let second = Ring::new(&region, 1, 0x20000);
     second.start(&front);
@@ -312,9 +308,7 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
 /// The first front-end, and a ring that works.
 fn one_ring<'a>(bench: &Bench, region: &'a Region) -> (Front, Ring<'a>) {
     let front = bench.connect("a");
-    region.add(&front);
-    let mut ring = Ring::new(region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, region);
     ring.check_io(0);
     (front, ring)
 }
@@ -453,9 +447,7 @@ fn a_front_end_that_leaves_does_not_wait_for_the_drive() {
     assert_eq!(ring.poll(), None, "nobody has answered");
     bench.simulator().reinsert().unwrap();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     bench.works_again(&mut ring);
 }
 

@@ -167,9 +167,7 @@ fn a_namespace_that_is_taken_away_and_returned() {
     let bench = Bench::new();
     let hearing = Hearing::connect(&bench);
     let region = Region::new(0, MIB);
-    region.add(&hearing.front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&hearing.front);
+    let mut ring = Ring::first(&hearing.front, &region);
     ring.check_io(0);
     bench.simulator().remove_namespace(1).unwrap();
     bench.program.wait_for("namespace 1 was deleted or detached");
@@ -209,9 +207,7 @@ fn a_drive_comes_back_with_another_size() {
     let mut bench = Bench::new();
     let hearing = Hearing::connect(&bench);
     let region = Region::new(0, MIB);
-    region.add(&hearing.front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&hearing.front);
+    let mut ring = Ring::first(&hearing.front, &region);
     ring.check_io(0);
     let path = bench.simulator().socket().to_owned();
     drop(bench.simulator.take());
@@ -230,9 +226,7 @@ fn a_namespace_that_is_write_protected() {
     let bench = Bench::new();
     let hearing = Hearing::connect(&bench);
     let region = Region::new(0, MIB);
-    region.add(&hearing.front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&hearing.front);
+    let mut ring = Ring::first(&hearing.front, &region);
     ring.store(0, 0x33);
     bench.simulator().protect(1, true).unwrap();
     bench.program.wait_for("namespace 1 is write-protected; writes fail, reads go on");
@@ -262,9 +256,7 @@ fn media_that_cannot_be_written_any_more() {
     let front = Front::connect(&bench.socket());
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.store(0, 0x44);
     const WRITE: u8 = 1;
     let when = FaultMatch { opcode: Some(WRITE), ..FaultMatch::default() };

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::{Drive, Lane, bounced};
+use super::{Drive, Lane, Mode, bounced};
 use crate::guest_memory::GuestView;
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Chain};
@@ -268,15 +268,13 @@ impl Lane {
         for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
             self.fail_slot(slot);
         }
-        self.fail_bounced();
+        self.end_bounced(self.mode != Mode::Broken);
     }
 
     /// Lets go of all that waits for the drive, without an answer: in the ring, and in its log, it is as before.
     pub(super) fn let_go(&mut self) {
         self.forget_waiting();
-        for bounced in std::mem::take(&mut self.bounced) {
-            self.slots.free(bounced.slot());
-        }
+        self.end_bounced(false);
         self.resuming = false;
         self.pending = None;
     }

@@ -55,15 +55,15 @@ impl Lane {
             bounced.answer = None;
         }
         if self.mode == Mode::Broken {
-            self.fail_bounced();
+            self.end_bounced(false);
         }
     }
 
-    /// Ends every bounced request with an error; the drive has no piece of any.
-    pub(super) fn fail_bounced(&mut self) {
+    /// Ends every bounced request, with an error or without an answer; the drive has no piece of any.
+    pub(super) fn end_bounced(&mut self, answer: bool) {
         for Bounced { slot, head, request, .. } in std::mem::take(&mut self.bounced) {
             self.slots.free(slot);
-            if self.mode != Mode::Broken {
+            if answer {
                 self.give_back(head, request::IOERR, request.status, request.written);
             }
         }
@@ -113,11 +113,6 @@ impl Lane {
 }
 
 impl Bounced {
-    /// Its slot.
-    pub(super) fn slot(&self) -> u16 {
-        self.slot
-    }
-
     /// Does it have this slot?
     pub(super) fn is(&self, slot: u16) -> bool {
         self.slot == slot

@@ -1,7 +1,6 @@
 //! What a lane does for the promise that a flush is: see [`FlushPromise`](crate::disk::FlushPromise).
 
 use super::Lane;
-use crate::request::Operation;
 
 /// Since when a lane's changes to the disk may be unsafe.
 #[derive(Default)]
@@ -38,12 +37,9 @@ impl Lane {
         number
     }
 
-    /// The request in this slot has succeeded; if it is a flush, that counts.
+    /// The flush in this slot has succeeded.
     pub(super) fn flush_succeeded(&mut self, number: u16) {
-        if let Some((request, _)) = self.kept_request(number)
-            && request.operation == Operation::Flush
-            && let Some(slot) = self.slots.get_mut(number)
-        {
+        if let Some(slot) = self.slots.get_mut(number) {
             self.disk.flushes.succeed(slot.kept.lba);
         }
     }

@@ -257,6 +257,14 @@ impl<'a> Ring<'a> {
         ring
     }
 
+    /// The first ring of a front-end that has no other memory: started.
+    pub fn first(front: &Front, region: &'a Region) -> Ring<'a> {
+        region.add(front);
+        let ring = Ring::new(region, 0, 0x10000);
+        ring.start(front);
+        ring
+    }
+
     fn descriptors(&self) -> u64 {
         self.guest
     }
