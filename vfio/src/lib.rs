@@ -97,6 +97,8 @@ pub use config_space::{
     CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,
 };
 pub use device::{Device, OpenOptions};
-pub use dma::{DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory, SharedMemory};
+pub use dma::{
+    DmaAddresses, DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory, SharedMemory,
+};
 pub use error::Error;
 pub use vmm_sys_util::eventfd::EventFd;

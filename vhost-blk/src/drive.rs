@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nvme_driver::{BouncePool, Controller, Error, Options, QueuePairOptions};
-use vfio::{Device, Notice};
+use vfio::{Device, DmaAddresses, Notice};
 
 use crate::address::DeviceAddress;
 use crate::bell::Bell;
@@ -84,6 +84,8 @@ struct Away {
     cache_lost: bool,
     /// Before it went.
     unsafe_shutdowns: Option<u128>,
+    /// What it may still write to, should it care nothing for resets: nothing is mapped there when it is back.
+    addresses: DmaAddresses,
 }
 
 struct Present {
@@ -95,9 +97,12 @@ struct Present {
 }
 
 impl Present {
-    /// Opens the controller at `address`.
-    fn open(address: &vfio::Address, options: &Options) -> Result<Present, NotOpened> {
+    /// Opens the controller at `address`. `earlier`: what it could reach when it was open before.
+    fn open(address: &vfio::Address, options: &Options, earlier: Option<DmaAddresses>) -> Result<Present, NotOpened> {
         let device = Device::open(address).map_err(NotOpened::Device)?;
+        if let Some(earlier) = earlier {
+            device.dma().keep_clear_of(earlier);
+        }
         let controller = Controller::open(&device, options).map_err(NotOpened::Controller)?;
         let unsafe_shutdowns = controller.health_log().ok().map(|health| health.unsafe_shutdowns);
         Ok(Present { device, controller, since: Instant::now(), unsafe_shutdowns })
@@ -177,7 +182,7 @@ impl Drive {
             }
         };
         let name = address.to_string();
-        let present = Present::open(&device_address, options).map_err(|error| match error {
+        let present = Present::open(&device_address, options, None).map_err(|error| match error {
             NotOpened::Device(error) => format!("cannot open {name}: {error}"),
             NotOpened::Controller(error) => format!("cannot bring up the controller {name}: {error}"),
         })?;
@@ -395,8 +400,9 @@ impl Drive {
             self.memory.detach();
         }
         let failed = matches!(cause, Cause::Failed(_));
-        let since = Instant::now();
-        state.condition = Condition::Away(Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns });
+        let (since, addresses) = (Instant::now(), device.dma().handed_out());
+        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses };
+        state.condition = Condition::Away(away);
         let mut lost = Vec::new();
         for place in &state.places {
             match self.pool.fail_queue_pair(place.id, failed) {

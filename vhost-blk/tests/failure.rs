@@ -5,6 +5,7 @@ mod common;
 
 use std::cell::{Ref, RefCell};
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use common::*;
@@ -13,6 +14,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simu
 use vhost_blk::address::DeviceAddress;
 use vhost_blk::config::{ExportSettings, Listen, Patience, Settings};
 use vhost_blk::target::Target;
+use vm_memory::{Bytes, GuestAddress};
 
 const MIB: u64 = 1 << 20;
 const IOERR: u8 = 1;
@@ -120,9 +122,6 @@ fn controller_fails(fail: impl Fn(&Bench), mend: Option<&dyn Fn(&Bench)>) {
 fn two_guests<'a>(bench: &Bench, regions: &'a [Region; 2]) -> ([Front; 2], Vec<Ring<'a>>) {
     let fronts = [bench.connect("a"), bench.connect("b")];
     let mut rings = Vec::new();
-    // It takes the first DMA addresses and leaves: a drive that comes back finds the guests' memory elsewhere than before.
-    let early = Region::new(16 * MIB, 4 * MIB);
-    early.add(&fronts[0]);
     for (front, region) in fronts.iter().zip(regions) {
         region.add(front);
         for index in 0..2 {
@@ -131,7 +130,6 @@ fn two_guests<'a>(bench: &Bench, regions: &'a [Region; 2]) -> ([Front; 2], Vec<R
             rings.push(ring);
         }
     }
-    fronts[0].accept(REM_MEM_REG, &early.single(), &[]);
     rings.iter_mut().for_each(|ring| ring.check_io(8));
     (fronts, rings)
 }
@@ -245,6 +243,39 @@ fn a_controller_whose_server_dies() {
 #[test]
 fn a_completion_that_never_comes() {
     controller_fails(|bench| bench.fault(FaultAction::LoseCompletion), None);
+}
+
+/// The worst of drives: it carries a command out long after the reset that ended it, data, completion and all.
+#[test]
+fn a_command_that_outlives_its_queue_touches_nothing() {
+    let late = Duration::from_millis(1500);
+    let bench = Bench::new();
+    let regions = [Region::new(0, MIB), Region::new(0, MIB)];
+    let (_fronts, mut rings) = two_guests(&bench, &regions);
+    rings.iter_mut().for_each(|ring| ring.store(64, 1));
+    bench.fault(FaultAction::Stray(late..=late));
+    let start = Instant::now();
+    // It is not answered in time, and again by the controller after its reset.
+    assert!(rings[0].holds(64, 1));
+    let strays = || {
+        let simulator = bench.simulator();
+        let counters = simulator.counters();
+        (counters.strays.load(Ordering::Relaxed), counters.strays_refused.load(Ordering::Relaxed))
+    };
+    assert_eq!(strays(), (0, 0), "after {:?} it is still to come", start.elapsed());
+    // The buffer is the guest's again, and the memory of queues is used again.
+    let data = rings[0].data();
+    regions[0].memory.write_slice(&[2; 4096], GuestAddress(data)).unwrap();
+    eventually("the stray", || {
+        rings[1..].iter_mut().for_each(|ring| assert_eq!(ring.read_one(0), 0));
+        strays().0 > 0
+    });
+    assert_eq!(strays(), (1, 2), "neither its data nor its completion found any memory");
+    let mut there = [0; 4096];
+    regions[0].memory.read_slice(&mut there, GuestAddress(data)).unwrap();
+    assert_eq!(there, [2; 4096]);
+    rings.iter_mut().for_each(|ring| ring.check_io(8));
+    bench.counts(0, 1);
 }
 
 #[test]

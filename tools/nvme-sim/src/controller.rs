@@ -5,6 +5,7 @@
 //! second, and the first command after a pause waits for up to 1 ms (plus what the system takes to wake a thread).
 
 mod lifecycle;
+mod stray;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use crate::random::Random;
 use crate::registers::CSTS_FATAL;
 use crate::shared::{Counters, Shared};
 use crate::status::Status;
+use stray::Stray;
 
 /// Commands fetched from one queue before the next queue has its turn; their completions are posted together.
 const BURST: u32 = 16;
@@ -86,6 +88,7 @@ pub(crate) struct Controller {
     pub events: Events,
     pub features: Features,
     pub held: Vec<Held>,
+    strays: Vec<Stray>,
     /// Completions whose queue was full.
     late: VecDeque<Completion>,
     batch: Vec<Completion>,
@@ -118,6 +121,7 @@ impl Controller {
             events: Events::new(),
             features: Features::new(config),
             held: Vec::new(),
+            strays: Vec::new(),
             late: VecDeque::new(),
             batch: Vec::with_capacity(BURST as usize),
             faults: FaultState::new(),
@@ -147,6 +151,7 @@ impl Controller {
                 self.attend();
                 worked = true;
             }
+            worked |= !self.strays.is_empty() && self.release_strays();
             worked |= self.poll();
             if worked {
                 idle.reset();
@@ -569,9 +574,10 @@ impl Idle {
             self.reset();
             return;
         }
-        let due = controller.held.iter().map(|held| held.due.saturating_duration_since(now)).min();
+        let due =
+            controller.held.iter().map(|held| held.due).chain(controller.strays.iter().map(|stray| stray.due)).min();
         Counters::add(&controller.shared.counters.naps, 1);
-        std::thread::park_timeout(due.map_or(self.nap, |due| self.nap.min(due)));
+        std::thread::park_timeout(due.map_or(self.nap, |due| self.nap.min(due.saturating_duration_since(now))));
         self.nap = (self.nap * 2).min(LONGEST_NAP);
     }
 }

@@ -49,6 +49,9 @@ pub struct FaultRule {
 pub enum FaultAction {
     /// It is carried out, and completes, this much later (a random time in the range). Abort ends it early.
     Delay(RangeInclusive<Duration>),
+    /// The same, and even if the controller is reset, or its front-end leaves, before that: data and completion go to where they
+    /// would have gone. No controller may do that (NVMe Base 2.0, 3.7.2). Counted in [`Counters::strays`](crate::Counters).
+    Stray(RangeInclusive<Duration>),
     /// It is not carried out and completes with this status.
     Fail(Status),
     /// It is carried out, but its completion is never posted.
@@ -109,6 +112,8 @@ impl FaultMatch {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Decision {
     pub delay: Option<Duration>,
+    /// The end of its queue is not its own.
+    pub stray: bool,
     pub fail: Option<Status>,
     pub lose: bool,
     pub wrong_id: bool,
@@ -269,10 +274,11 @@ impl FaultState {
             *hit += 1;
             control.fired.fetch_add(1, Ordering::Relaxed);
             match &rule.action {
-                FaultAction::Delay(range) => {
+                FaultAction::Delay(range) | FaultAction::Stray(range) => {
                     let span = range.end().saturating_sub(*range.start()).as_nanos() as u64;
                     let extra = Duration::from_nanos(self.random.below(span.saturating_add(1)));
                     decision.delay = Some(*range.start() + extra);
+                    decision.stray = matches!(rule.action, FaultAction::Stray(_));
                 }
                 FaultAction::Fail(status) => decision.fail = Some(*status),
                 FaultAction::LoseCompletion => decision.lose = true,
@@ -297,8 +303,8 @@ impl FaultState {
 impl std::str::FromStr for FaultRule {
     type Err = crate::Error;
 
-    /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `fail=TYPE:CODE`, `lose`, `wrong-id`, `fatal`,
-    /// `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`,
+    /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `stray=TIME[..TIME]`, `fail=TYPE:CODE`, `lose`,
+    /// `wrong-id`, `fatal`, `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`,
     /// `p=PROBABILITY`.
     fn from_str(text: &str) -> Result<FaultRule, crate::Error> {
         let bad = |part: &str, want: &str| crate::error::invalid(format!("fault {text:?}: {part:?}: {want}"));
@@ -306,10 +312,11 @@ impl std::str::FromStr for FaultRule {
         let action = parts.next().unwrap_or_default();
         let (name, value) = action.split_once('=').unwrap_or((action, ""));
         let action = match name {
-            "delay" => {
+            "delay" | "stray" => {
                 let (from, to) = value.split_once("..").unwrap_or((value, value));
                 let time = |text| parse_time(text).ok_or_else(|| bad(text, "not a time like 50us, 10ms or 1s"));
-                FaultAction::Delay(time(from)?..=time(to)?)
+                let range = time(from)?..=time(to)?;
+                if name == "delay" { FaultAction::Delay(range) } else { FaultAction::Stray(range) }
             }
             "fail" => {
                 let status = value.split_once(':').and_then(|(kind, code)| {
@@ -323,7 +330,7 @@ impl std::str::FromStr for FaultRule {
             "fatal" => FaultAction::Fatal,
             "stop" => FaultAction::Stop,
             "remove" => FaultAction::Remove,
-            _ => return Err(bad(name, "not one of delay, fail, lose, wrong-id, fatal, stop, remove")),
+            _ => return Err(bad(name, "not one of delay, stray, fail, lose, wrong-id, fatal, stop, remove")),
         };
         let mut when = FaultMatch::default();
         for part in parts {

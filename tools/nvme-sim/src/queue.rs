@@ -49,7 +49,7 @@ pub(crate) struct CompletionQueue {
     tail: u32,
     /// The head the host last told.
     pub head: u32,
-    phase: bool,
+    pub phase: bool,
     /// MSI-X vector, if interrupts are enabled.
     pub vector: Option<u16>,
     /// Entries were posted since the last interrupt.
@@ -97,11 +97,15 @@ impl CompletionQueue {
         valid
     }
 
+    /// The address of the entry that is posted next.
+    pub fn next_entry(&self) -> u64 {
+        self.base + u64::from(self.tail) * CQE_BYTES
+    }
+
     /// Posts a completion. The caller has made sure that there is room.
     #[inline]
     pub fn post(&mut self, view: &DmaView, completion: &Completion, sq_head: u32) -> Result<(), DmaFault> {
-        let at = self.base + u64::from(self.tail) * CQE_BYTES;
-        view.post(at, completion.encode(sq_head as u16, self.phase))?;
+        view.post(self.next_entry(), completion.encode(sq_head as u16, self.phase))?;
         self.tail += 1;
         if self.tail == self.size {
             self.tail = 0;

@@ -64,6 +64,10 @@ pub struct Counters {
     pub naps: AtomicU64,
     /// Unsafe shutdowns and power cuts.
     pub power_cuts: AtomicU64,
+    /// Commands carried out after the end of their queue ([`FaultAction::Stray`](crate::FaultAction)).
+    pub strays: AtomicU64,
+    /// Memory accesses of such commands (one for the data, one for the completion) that found nothing mapped.
+    pub strays_refused: AtomicU64,
 }
 
 impl Counters {

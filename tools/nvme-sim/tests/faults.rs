@@ -2,6 +2,7 @@
 
 mod support;
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultPlan, FaultRule, NamespaceConfig, Status};
@@ -151,6 +152,34 @@ fn a_delayed_write_is_carried_out_late() {
     host.put(buffer, &[2; 4096]);
     assert_eq!(host.wait(1).status, 0);
     assert_eq!(host.read_blocks(1, 0, 9, 4096), Ok(vec![2; 4096]), "data are fetched when it is carried out");
+}
+
+#[test]
+fn a_stray_command_outlives_its_queue() {
+    let (controller, mut host) = bring_up(FaultPlan::default());
+    let counters = controller.simulator.counters();
+    let strays = || (counters.strays.load(Ordering::Relaxed), counters.strays_refused.load(Ordering::Relaxed));
+    assert_eq!(host.write_blocks(1, 0, 9, &[7; 4096]), 0);
+    let time = Duration::from_millis(60);
+    let stray = FaultAction::Stray(time..=time);
+    controller.simulator.faults().add(rule(stray, FaultMatch { limit: Some(2), ..on(READ) }));
+    // A reset leaves the memory where it is: the fault shows.
+    let buffer = host.allocate(4096);
+    host.put(buffer, &[1; 4096]);
+    host.submit(1, Sqe::new(READ, 1).prp(buffer, 0).blocks(0, 8));
+    assert_eq!(host.command(1, Sqe::new(FLUSH, 1)).status, 0, "the read was fetched");
+    host.disable();
+    assert_eq!(strays(), (0, 0), "it is still to come");
+    await_some("the stray", || (strays() == (1, 0)).then_some(()));
+    assert_eq!(host.get(buffer, 4096), [7; 4096]);
+    // A front-end that leaves takes its memory away.
+    host.enable();
+    host.create_pair(1, 16, None);
+    host.submit(1, Sqe::new(READ, 1).prp(buffer, 0).blocks(0, 8));
+    assert_eq!(host.command(1, Sqe::new(FLUSH, 1)).status, 0, "the read was fetched");
+    host.put(buffer, &[1; 4096]);
+    drop(host);
+    await_some("the stray", || (strays() == (2, 2)).then_some(()));
 }
 
 #[test]

@@ -11,10 +11,13 @@ pub struct IovaRange {
     pub last: u64,
 }
 
-/// Free ranges; the lowest that fits is taken.
+/// Free ranges; the lowest that fits is taken, from `floor` on if there is one.
 pub(crate) struct RangeAllocator {
     /// Start → last (included). Free ranges neither overlap nor touch.
     free: BTreeMap<u64, u64>,
+    floor: u64,
+    /// The highest address that was ever taken.
+    highest: u64,
 }
 
 impl RangeAllocator {
@@ -32,19 +35,24 @@ impl RangeAllocator {
                 _ => _ = free.insert(range.start, range.last),
             }
         }
-        RangeAllocator { free }
+        RangeAllocator { free, floor: 0, highest: 0 }
     }
 
     /// Takes `length` addresses that begin at `residue` modulo `modulus` (a power of two); `None` if none are free.
     pub fn allocate(&mut self, length: u64, modulus: u64, residue: u64) -> Option<u64> {
         debug_assert!(modulus.is_power_of_two() && length > 0);
         let residue = residue & (modulus - 1);
-        let (start, last, taken) = self.free.iter().find_map(|(&start, &last)| {
-            // The lowest number from `start` on that is congruent to `residue`.
-            let taken = start.checked_add(residue.wrapping_sub(start) & (modulus - 1))?;
-            let taken_last = taken.checked_add(length - 1)?;
-            (taken_last <= last).then_some((start, last, taken))
-        })?;
+        let above = |floor: u64| {
+            self.free.iter().find_map(|(&start, &last)| {
+                let from = start.max(floor);
+                // The lowest number from there on that is congruent to `residue`.
+                let taken = from.checked_add(residue.wrapping_sub(from) & (modulus - 1))?;
+                let taken_last = taken.checked_add(length - 1)?;
+                (taken_last <= last).then_some((start, last, taken))
+            })
+        };
+        let (start, last, taken) = above(self.floor).or_else(|| above(0))?;
+        self.highest = self.highest.max(taken + (length - 1));
         self.free.remove(&start);
         if start < taken {
             self.free.insert(start, taken - 1);
@@ -53,6 +61,16 @@ impl RangeAllocator {
             self.free.insert(taken + length, last);
         }
         Some(taken)
+    }
+
+    /// The highest address that was ever taken.
+    pub fn highest(&self) -> u64 {
+        self.highest
+    }
+
+    /// From now on addresses below `floor` are taken only when there are no others.
+    pub fn set_floor(&mut self, floor: u64) {
+        self.floor = floor;
     }
 
     /// Gives back what [`RangeAllocator::allocate`] returned.
@@ -96,6 +114,23 @@ mod tests {
         allocator.free(rest, u64::MAX - 0x2000 + 1);
         allocator.free(first, 0x1000);
         assert_eq!(free_ranges(&allocator), [(0x1000, u64::MAX)]);
+    }
+
+    #[test]
+    fn nothing_below_the_floor_is_taken_while_there_is_more() {
+        let mut allocator = RangeAllocator::new(&[IovaRange { start: 0x1000, last: 0x7fff }]);
+        assert_eq!(allocator.allocate(0x2000, 4096, 0), Some(0x1000));
+        allocator.free(0x1000, 0x2000);
+        assert_eq!(allocator.highest(), 0x2fff);
+        allocator.set_floor(allocator.highest() + 1);
+        assert_eq!(allocator.allocate(0x2000, 4096, 0), Some(0x3000));
+        assert_eq!(free_ranges(&allocator), [(0x1000, 0x2fff), (0x5000, 0x7fff)]);
+        assert_eq!(allocator.allocate(0x3000, 4096, 0), Some(0x5000));
+        assert_eq!(allocator.allocate(0x1000, 4096, 0), Some(0x1000), "there are no others");
+        allocator.free(0x3000, 0x2000);
+        allocator.free(0x1000, 0x1000);
+        allocator.free(0x5000, 0x3000);
+        assert_eq!(free_ranges(&allocator), [(0x1000, 0x7fff)]);
     }
 
     #[test]

@@ -32,6 +32,12 @@ pub struct DmaSpace {
     inner: Arc<Inner>,
 }
 
+/// The addresses that a space has handed out.
+#[derive(Clone, Copy, Debug)]
+pub struct DmaAddresses {
+    highest: u64,
+}
+
 struct Inner {
     device: String,
     backend: Arc<dyn Backend>,
@@ -106,6 +112,21 @@ impl DmaSpace {
     /// The DMA addresses that mappings are given, as the IOMMU reports them.
     pub fn ranges(&self) -> Vec<IovaRange> {
         self.inner.ranges.clone()
+    }
+
+    /// Leaves the addresses alone that an `earlier` space of the device has handed out, as long as there are others: whatever
+    /// the device still does there finds nothing. When they reach beyond the middle of all addresses, the first ones have their
+    /// turn again.
+    pub fn keep_clear_of(&self, earlier: DmaAddresses) {
+        let middle = self.inner.ranges.last().map_or(0, |range| range.last / 2);
+        if earlier.highest < middle {
+            self.addresses().set_floor(earlier.highest + 1);
+        }
+    }
+
+    /// The addresses it has handed out so far, for [`DmaSpace::keep_clear_of`].
+    pub fn handed_out(&self) -> DmaAddresses {
+        DmaAddresses { highest: self.addresses().highest() }
     }
 
     fn take_addresses(&self, bytes: u64, file_offset: u64) -> Option<u64> {

@@ -19,7 +19,11 @@ pub enum NotBack {
 impl Drive {
     /// Tries to open the drive again. Everything that may take long is done before anybody is kept waiting.
     pub(super) fn come_back(&self) -> Result<(), NotBack> {
-        let mut present = Present::open(&self.device_address, &self.options).map_err(|error| match error {
+        let earlier = match &self.state().condition {
+            Condition::Away(away) => Some(away.addresses),
+            _ => return Ok(()),
+        };
+        let mut present = Present::open(&self.device_address, &self.options, earlier).map_err(|error| match error {
             NotOpened::Device(error) => NotBack::Nothing(error.to_string()),
             NotOpened::Controller(error) if error.is_gone() => NotBack::Nothing(error.to_string()),
             NotOpened::Controller(error) => NotBack::Unfit(error.to_string()),

@@ -11,12 +11,15 @@ use nvme_sim::{Config, Simulator};
 use vfio::{Address, Device};
 
 use super::*;
+use crate::guest_memory::Reach;
 use crate::request::tests::header;
 use crate::ring::model::{Driver, Guest, Piece, Random, readable, writable};
 use crate::worker::Group;
 
 pub(crate) const DATA: u64 = 0x100_0000;
 pub(crate) const DATA_BYTES: u64 = 0x200_0000;
+/// A guest's memory: addresses and bytes.
+pub(crate) const LAYOUT: [(u64, u64); 2] = [(0, DATA), (DATA, DATA_BYTES)];
 pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
 /// What a status byte says before the device has written it.
@@ -48,7 +51,7 @@ impl Machine {
         let device = Device::open(&Address::VfioUser(socket.to_owned())).unwrap();
         let controller = Controller::open(&device, options).unwrap();
         let namespace = controller.namespace(1).unwrap();
-        let guest = Guest::new(&[(0, 0x100_0000), (DATA, DATA_BYTES)], Some(device.dma()));
+        let guest = Guest::new(&LAYOUT, Some(&Reach::new(device.dma().clone())));
         Machine { guest, namespace, controller, device, sim, _directory: directory }
     }
 

@@ -8,6 +8,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
 use super::testing::{Client, DATA, DEADLINE, Machine, count, pattern, wait};
 use super::*;
+use crate::guest_memory::Reach;
 use crate::request::{IOERR, OK, UNSUPP};
 use crate::ring::model::{Driver, Guest, Piece, Random, readable, writable};
 use crate::worker::Group;
@@ -379,7 +380,7 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     let mut sane = Client::new(guest, 2, false, 16);
     group.add(sane.lane(guest, &disk));
     // The mad ones have their own memory, and their own tables do not know of the other's.
-    let other = Guest::new(&[(0, 0x80_0000), (DATA, 0x10_0000)], Some(machine.device.dma()));
+    let other = Guest::new(&[(0, 0x80_0000), (DATA, 0x10_0000)], Some(&Reach::new(machine.device.dma().clone())));
     let data = pattern(1, 8192);
     guest.write(DATA, &data);
     assert_eq!(sane.run(guest, &mut group, OUT, 0, &[readable(DATA, 8192)]).0, OK);

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering, fence};
 
-use vfio::{DmaSpace, SharedMemory};
+use vfio::SharedMemory;
 
 use super::RingSetup;
 use crate::guest_memory::{GuestMemory, Reach, RegionDescription};
@@ -21,22 +21,22 @@ pub(crate) struct Guest {
 }
 
 impl Guest {
-    /// Regions at these guest addresses, of these lengths; mapped for a device if there is one.
-    pub fn new(layout: &[(u64, u64)], dma: Option<&DmaSpace>) -> Guest {
+    /// Regions at these guest addresses, of these lengths; a device's too if there is one.
+    pub fn new(layout: &[(u64, u64)], reach: Option<&Reach>) -> Guest {
         let mut guest = Guest { memory: Arc::new(GuestMemory::new()), regions: Vec::new() };
         for &(address, bytes) in layout {
-            guest.add(address, bytes, dma);
+            guest.add(address, bytes, reach);
         }
         guest
     }
 
-    pub fn add(&mut self, guest_address: u64, bytes: u64, dma: Option<&DmaSpace>) {
+    pub fn add(&mut self, guest_address: u64, bytes: u64, reach: Option<&Reach>) {
         let shared = SharedMemory::create(bytes as usize).unwrap();
         let user_address = guest_address + USER_OFFSET;
         let region = RegionDescription { guest_address, bytes, user_address, file_offset: 0 };
         let file = shared.file().try_clone().unwrap();
-        self.memory = Arc::new(match dma {
-            Some(dma) => self.memory.with_region(&Reach::new(dma.clone()), region, file).unwrap(),
+        self.memory = Arc::new(match reach {
+            Some(reach) => self.memory.with_region(reach, region, file).unwrap(),
             None => self.memory.with_region_without_device(region, file, IOVA_OFFSET).unwrap(),
         });
         self.regions.push((region, shared));

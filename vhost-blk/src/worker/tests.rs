@@ -7,6 +7,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
 use super::*;
 use crate::disk::Disk;
+use crate::guest_memory::Reach;
 use crate::lane::testing::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern};
 use crate::request::{IOERR, OK};
 use crate::ring::model::{Guest, Random, readable, writable};
@@ -164,9 +165,9 @@ fn memory_is_added_while_the_ring_runs() {
         let at = new + round * 0x10_0000;
         // Not there yet, while another request is in flight.
         running.send(&machine.guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
-        let dma = machine.device.dma().clone();
+        let reach = Reach::new(machine.device.dma().clone());
         let before = machine.guest.memory.clone();
-        machine.guest.add(at, 0x10_0000, Some(&dma));
+        machine.guest.add(at, 0x10_0000, Some(&reach));
         running.handle().set_memory(machine.guest.memory.clone()).unwrap();
         let guest = &machine.guest;
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);

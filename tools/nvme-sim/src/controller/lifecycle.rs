@@ -52,6 +52,7 @@ impl Controller {
     fn clear(&mut self) {
         self.reset_waits = false;
         self.state = State::Disabled;
+        self.let_stray();
         self.sqs.fill(None);
         self.cqs.fill(None);
         self.live.clear();
