@@ -133,6 +133,9 @@ bind_drive() {
     override=$(override_of "$address")
     if [[ $driver == vfio-pci ]]; then
         step unchanged "$address" 'is bound to vfio-pci already'
+        # Only the kernel's own driver shows it.
+        [[ -z ${SERIALS[$address]-} ]] || step note "$address" "its serial number, ${SERIALS[$address]}, was not checked: it cannot be read while vfio-pci has the drive" \
+            "to have it checked: setup.sh unbind $address, and bind again"
         return 0
     fi
     if ! load_modules || ! remember driver "$address" "$driver" "$override"; then
