@@ -11,6 +11,7 @@ use crate::config::{self, CpuList, ExportSettings, Listen, Patience, Serial, Set
 /// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-blk", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(after_help = MORE)]
 pub struct Cli {
     /// What to do; serving when absent.
     #[command(subcommand)]
@@ -20,10 +21,25 @@ pub struct Cli {
     pub serve: ServeArgs,
 }
 
+/// What is no option.
+const MORE: &str = "\
+sim: addresses are sim:SIZE[,KEY=VALUE]..., such as sim:10G,file=/path,write-cache=on,queues=4: SIZE is that of each namespace;
+write-cache=on is a volatile cache that dies with the program; queues is the number of queue pairs; a wrong key lists them all.
+
+Environment:
+  RUST_LOG          what is logged: error, warn, info (the default), debug or trace, also by part, such as info,vhost_blk=debug
+Signals:
+  SIGUSR1           log the counters of every queue
+  SIGTERM, SIGINT   finish the requests under way, tell the drives to shut down, and exit; a second one exits at once
+Exit status:
+  0  done; 1  something could not be opened or has failed; 2  the command line or the configuration makes no sense;
+  128 + N  a second signal, number N, has ended it";
+
 /// What to do.
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Serve exports to front-ends until SIGTERM (the default)
+    #[command(after_help = MORE)]
     Serve(ServeArgs),
     /// Run verified I/O from a virtqueue through an embedded controller and back, and print what it costs
     #[cfg(feature = "demo")]
@@ -71,6 +87,9 @@ pub struct ServeArgs {
     /// Read the exports from a TOML file instead
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Print what would be served, a line for each export, and exit; no drive and no socket is opened
+    #[arg(long)]
+    pub check: bool,
     /// Print what this back-end can do as JSON, and exit (QEMU's conventions for vhost-user back-end programs)
     #[arg(long)]
     pub print_capabilities: bool,

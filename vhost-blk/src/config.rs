@@ -73,6 +73,56 @@ pub struct ExportSettings {
     pub serial: Option<Serial>,
 }
 
+impl std::fmt::Display for ExportSettings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: ", self.listen)?;
+        match self.namespace {
+            Some(id) => write!(f, "namespace {id}")?,
+            None => f.write_str("the only namespace")?,
+        }
+        write!(f, " of {}, {} queues of up to {} entries", self.device, self.queues, self.queue_size)?;
+        if self.read_only {
+            f.write_str(", read-only")?;
+        }
+        match &self.serial {
+            Some(Serial(serial)) => write!(f, ", serial number {serial}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl ExportSettings {
+    /// Whether both may be used at the same time only by guests that know of each other.
+    fn may_spoil(&self, other: &ExportSettings) -> bool {
+        let same = match (self.namespace, other.namespace) {
+            (Some(one), Some(two)) => one == two,
+            // The only one there is, or the start will fail.
+            _ => true,
+        };
+        same && self.device == other.device && !(self.read_only && other.read_only)
+    }
+}
+
+impl Settings {
+    /// What makes sense and is hardly meant: exports of one namespace, of which at least one can write to it.
+    pub fn warnings(&self) -> Vec<String> {
+        let earlier = |index: usize, export: &ExportSettings| {
+            self.exports[..index].iter().find(|earlier| earlier.may_spoil(export))
+        };
+        let pairs =
+            self.exports.iter().enumerate().filter_map(|(index, export)| Some((earlier(index, export)?, export)));
+        pairs
+            .map(|(one, two)| {
+                format!(
+                    "{} and {} serve the same namespace of {}: two guests that do not know of each other destroy what is on it; \
+                     make both read-only, or give each a namespace of its own",
+                    one.listen, two.listen, one.device
+                )
+            })
+            .collect()
+    }
+}
+
 /// Where an export's front-ends come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
@@ -444,6 +494,28 @@ mod tests {
             error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"\"\n"),
             "c.toml: export 1: socket-path is empty"
         );
+    }
+
+    #[test]
+    fn a_namespace_of_two_exports_is_told_unless_nobody_writes() {
+        let warnings = |exports: &[(&str, &str)]| {
+            let export = |(at, (device, more)): (usize, &(&str, &str))| {
+                format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"/{at}\"\n{more}\n")
+            };
+            parse(&exports.iter().enumerate().map(export).collect::<String>(), "c.toml").unwrap().warnings()
+        };
+        let read_only = "read-only = true";
+        assert_eq!(warnings(&[("sim:1G", ""), ("sim:2G", "")]), [""; 0]);
+        assert_eq!(warnings(&[("01:00.0", "namespace = 1"), ("01:00.0", "namespace = 2")]), [""; 0]);
+        assert_eq!(warnings(&[("sim:1G", read_only), ("sim:1G", read_only)]), [""; 0]);
+        let told = warnings(&[("01:00.0", "namespace = 1"), ("0000:01:00.0", "namespace = 1\nread-only = true")]);
+        assert_eq!(told.len(), 1);
+        assert!(told[0].starts_with("/0 and /1 serve the same namespace of 0000:01:00.0: "), "{told:?}");
+        // The one of which no number is given may be that one.
+        assert_eq!(warnings(&[("sim:1G", "namespace = 1"), ("sim:1G", "")]).len(), 1);
+        // A third one is told with the one that it may spoil.
+        let told = warnings(&[("sim:1G", read_only), ("sim:1G", ""), ("sim:1G", read_only)]);
+        assert!(told.len() == 2 && told[1].starts_with("/1 and /2 "), "{told:?}");
     }
 
     #[test]

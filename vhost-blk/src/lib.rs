@@ -14,6 +14,7 @@ pub mod config;
 pub mod demo;
 pub mod drive;
 pub mod export;
+pub mod journal;
 pub mod listener;
 pub mod service_manager;
 pub mod session;

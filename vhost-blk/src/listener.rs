@@ -89,6 +89,9 @@ fn bind(path: &Path) -> Result<Listener, String> {
         io::ErrorKind::PermissionDenied => {
             format!("cannot listen on {name}: no permission to read and write its directory")
         }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            format!("cannot listen on {name}: {error}; a systemd unit has to name its directory in ReadWritePaths=")
+        }
         // The name in a socket address has at most 107 bytes.
         io::ErrorKind::InvalidInput => format!("cannot listen on {name}: {error}; use a shorter path"),
         _ => format!("cannot listen on {name}: {error}"),

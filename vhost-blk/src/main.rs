@@ -11,40 +11,64 @@ use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use vhost_blk::cli::{self, Cli, Command, Stop};
 use vhost_blk::config::Settings;
-use vhost_blk::service_manager;
 use vhost_blk::target::Target;
+use vhost_blk::{journal, service_manager};
 
 /// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
 const DEFAULT_LOG: &str = "info,nvme_sim=warn,vfio_user=warn";
 
 fn main() -> ExitCode {
+    let is_journal = journal::is_journal(std::io::stderr(), std::env::var_os("JOURNAL_STREAM").as_deref());
+    let fail = |line: String, status: u8| {
+        eprintln!("{}vhost-blk: {line}", if is_journal { journal::prefix(log::Level::Error) } else { "" });
+        ExitCode::from(status)
+    };
     let cli = match cli::parse(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(Stop::Print(text)) => {
-            // A reader that went away (`| head`) is no error.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            return ExitCode::SUCCESS;
-        }
-        Err(Stop::Usage(line)) => {
-            eprintln!("vhost-blk: {line}");
-            return ExitCode::from(2);
-        }
+        Err(Stop::Print(text)) => return print(&text),
+        Err(Stop::Usage(line)) => return fail(line, WRONG_USAGE),
     };
-    env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG)).init();
+    start_log(is_journal);
     let result = match cli {
         #[cfg(feature = "demo")]
         Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::demo::run(args),
         Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => {
-            args.settings().and_then(|settings| serve(&settings))
+            let check = args.check;
+            let settings = match args.settings() {
+                Ok(settings) => settings,
+                Err(line) => return fail(line, WRONG_USAGE),
+            };
+            settings.warnings().iter().for_each(|warning| log::warn!("{warning}"));
+            if check {
+                let lines: Vec<String> = settings.exports.iter().map(|export| format!("{export}\n")).collect();
+                return print(&lines.concat());
+            }
+            serve(&settings)
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(line) => {
-            eprintln!("vhost-blk: {line}");
-            ExitCode::FAILURE
-        }
+        Err(line) => fail(line, 1),
     }
+}
+
+/// The exit status of a command line or a configuration that makes no sense; the service manager does not try it again.
+const WRONG_USAGE: u8 = 2;
+
+fn print(text: &str) -> ExitCode {
+    // A reader that went away (`| head`) is no error.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
+}
+
+fn start_log(is_journal: bool) {
+    let mut log = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG));
+    if is_journal {
+        log.format(|to, record| {
+            writeln!(to, "{}{}: {}", journal::prefix(record.level()), record.target(), record.args())
+        });
+    }
+    log.init();
 }
 
 /// Serves until a signal ends it, or until no front-end can come any more.

@@ -57,9 +57,9 @@ fn what_is_wrong_is_one_line_and_a_status() {
     let _listener = UnixListener::bind(&busy).unwrap();
     let busy = busy.to_str().unwrap();
     let cases: Vec<(Vec<&str>, i32, String)> = vec![
-        (vec![], 1, "vhost-blk: no device to serve: use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)".into()),
+        (vec![], 2, "vhost-blk: no device to serve: use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)".into()),
         (vec!["--sped"], 2, "vhost-blk: unexpected argument '--sped' found (vhost-blk --help tells more)".into()),
-        (vec!["--config", config], 1, format!("vhost-blk: {config}, line 4: unknown field `queus`, expected one of")),
+        (vec!["--config", config], 2, format!("vhost-blk: {config}, line 4: unknown field `queus`, expected one of")),
         (vec!["--device", "sim:64M", "--socket-path", busy], 1, format!("vhost-blk: cannot listen on {busy}: another process does already; stop it or choose another path")),
         (vec!["--device", "sim:64M", "--socket-path", "/nowhere/s"], 1, "vhost-blk: cannot listen on /nowhere/s: its directory does not exist; create it first".into()),
         (vec!["--device", "vfio-user:/nowhere/n", "--socket-path", socket], 1, "vhost-blk: cannot open vfio-user:/nowhere/n: ".into()),
