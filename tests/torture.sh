@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The torture test: a client that knows what it has written keeps a deep queue of reads, writes, flushes, discards and writes
-# of zeroes on several rings while the target is killed (SIGKILL) and started again, or its drive fails. See tests/README.md.
+# of zeroes on several rings while the target is killed (SIGKILL, one time in four SIGTERM) and started again, or its drive
+# fails. See tests/README.md.
 #
 #   tests/torture.sh                     50 kills, split rings
 #   tests/torture.sh --kills 5000        as many as you like

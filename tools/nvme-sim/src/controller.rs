@@ -303,7 +303,7 @@ impl Controller {
             None => self.execute(sq, command)?,
         };
         if decision.lose {
-            log::debug!("fault: {} loses its completion", self.describe(sq, command));
+            log::info!("fault: {} loses its completion", self.describe(sq, command));
             return None;
         }
         if decision.wrong_id {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::{Client, Wrong};
 use crate::random::Random;
-use crate::stand::{Drive, Target};
+use crate::stand::{Drive, Signal, Target};
 use crate::{Failure, Fault, Options, Programs, RingFormat};
 
 /// The disk's size.
@@ -22,6 +22,10 @@ const IO_TIMEOUT: &str = "0.5";
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How long an orderly answer may still come after the last one.
 const AFTERWARDS: Duration = Duration::from_millis(50);
+/// What the drive's log says when a host has brought it up, at a fatal status, and for each completion that is lost.
+const READY: &str = "] ready";
+const FATAL: &str = "a fatal status was injected";
+const LOST: &str = "loses its completion";
 /// More that is wrong than this is not worth a longer run.
 const ENOUGH: u64 = 1000;
 
@@ -29,7 +33,10 @@ const ENOUGH: u64 = 1000;
 pub struct Report {
     pub kills: u32,
     pub wrong: Wrong,
+    /// The longest that any request had to wait, for each time.
     pub pauses: Vec<Duration>,
+    /// No pause was longer than it may be.
+    pub in_time: bool,
     pub requests: u64,
     /// Requests in flight when something happened, all times together.
     pub resumed: u64,
@@ -72,14 +79,16 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
     }
     let target = Target::start(&programs.target, &folder.path, arguments)?;
     let client = Client::new(random.next(), options.ring == RingFormat::Packed, options.rings)?;
-    let report = Report { kills: 0, wrong: Wrong::default(), pauses: Vec::new(), requests: 0, resumed: 0 };
-    let mut run = Run { options, drive, target, client, random, socket, report, broken: false };
+    let (wrong, pauses) = (Wrong::default(), Vec::new());
+    let report = Report { kills: 0, wrong, pauses, in_time: true, requests: 0, resumed: 0 };
+    let mut run = Run { options, drive, target, client, random, socket, report, ready: false, broken: false };
     run.rounds()?;
     run.end();
     let mut report = run.report;
     report.wrong = run.client.wrong;
     report.requests = run.client.requests;
-    folder.keep = report.wrong.total() > 0;
+    report.in_time = report.pauses.iter().all(|pause| *pause <= Duration::from_millis(options.pause_limit));
+    folder.keep = report.wrong.total() > 0 || !report.in_time;
     Ok(report)
 }
 
@@ -110,6 +119,8 @@ struct Run<'a> {
     random: Random,
     socket: PathBuf,
     report: Report,
+    /// The present target has taken a front-end's messages.
+    ready: bool,
     /// There is no point in going on.
     broken: bool,
 }
@@ -129,29 +140,35 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Kills the target at a random moment, in part of all cases once more before it has answered anything.
+    /// Kills the target at a random moment, in part of all cases once more before it has answered anything. The pause is the
+    /// longest that a request had to wait of those that were answered before the next time.
     fn kill(&mut self) -> Result<(), Failure> {
-        self.target.kill_after(self.random.time(LOAD));
-        let killed = self.await_kill();
+        self.end_target(LOAD);
+        self.note_pause();
         self.restart()?;
         self.report.kills += 1;
-        while self.random.one_in(4) && self.report.kills < self.options.kills {
+        while self.random.one_in(4) && self.report.kills < self.options.kills && !self.broken {
             // While it starts, while it is told what to do, while it does again what was in flight.
-            self.target.kill_after(self.random.time(LOAD));
-            self.await_kill();
+            self.end_target(LOAD);
             self.restart()?;
             self.report.kills += 1;
         }
         let before = self.client.requests;
         self.answers(1);
-        if !self.broken {
-            self.report.pauses.push(killed.elapsed());
-        }
         // The next target may do what this one forgets, so in part of all cases there is no next one before all is done.
         if self.random.one_in(3) {
             self.settle(before);
         }
         Ok(())
+    }
+
+    /// One of the times is over: how long did a request have to wait?
+    fn note_pause(&mut self) {
+        let longest = std::mem::take(&mut self.client.longest);
+        // Before the first time there was none.
+        if self.report.kills > 0 {
+            self.report.pauses.push(longest);
+        }
     }
 
     /// Has the drive fail at a random moment. The pause is the longest that any request had to wait.
@@ -160,7 +177,7 @@ impl Run<'_> {
         let rest = if self.random.one_in(4) { Duration::ZERO } else { RECOVERED };
         let delay = rest + self.random.time(LOAD);
         self.work_for(delay);
-        let resets = self.drive.times_ready();
+        let before = (self.drive.times(READY), self.drive.times(FATAL) + self.drive.times(LOST));
         self.report.kills += 1;
         self.report.resumed += self.client.in_flight() as u64;
         self.client.longest = Duration::ZERO;
@@ -177,8 +194,7 @@ impl Run<'_> {
         }
         if fault != Fault::Removal && self.random.one_in(4) {
             // While the target waits for the drive, or brings it up: all that it holds back is for the next one to do.
-            self.target.kill_after(self.random.time(AWAY));
-            self.await_kill();
+            self.end_target(AWAY);
             self.restart()?;
         }
         // One of so many will have met the fault.
@@ -187,8 +203,11 @@ impl Run<'_> {
             client.requests >= settled && client.oldest().is_none_or(|oldest| oldest.number >= settled)
         });
         self.report.pauses.push(self.client.longest);
-        if !self.broken && self.drive.times_ready() == resets {
-            self.client.wrong.error("the drive has not been brought up again: was there a fault at all?");
+        if !self.broken && self.drive.times(READY) == before.0 {
+            self.client.wrong.error("the drive has not been brought up again");
+        }
+        if !self.broken && fault != Fault::Removal && self.drive.times(FATAL) + self.drive.times(LOST) == before.1 {
+            self.client.wrong.error("no command has met the fault");
         }
         Ok(())
     }
@@ -220,23 +239,36 @@ impl Run<'_> {
         }
     }
 
+    /// Starts the next target.
     fn restart(&mut self) -> Result<(), Failure> {
-        self.target.await_end()?;
         self.client.disconnect();
         // What it had answered before is no sign of the next one.
         self.client.turn();
         self.report.resumed += self.client.in_flight() as u64;
+        self.ready = false;
         self.target.restart()
     }
 
-    /// Works until the target is killed.
-    fn await_kill(&mut self) -> Instant {
-        loop {
-            if let Some(at) = self.target.killed() {
-                return at;
+    /// Has the target end at some moment of this time, and works until it has.
+    fn end_target(&mut self, within: Duration) {
+        let signal = if self.random.one_in(4) { Signal::Terminate } else { Signal::Kill };
+        self.target.kill_after(self.random.time(within), signal);
+        while !self.broken {
+            match self.target.has_ended(self.ready) {
+                Ok(true) => return,
+                Ok(false) => self.work(),
+                Err(why) => self.fail(&why),
             }
-            self.work();
+            if let Some(why) = self.target.ended() {
+                self.fail(&why);
+            }
         }
+    }
+
+    /// There is no point in going on after this.
+    fn fail(&mut self, why: &str) {
+        self.client.wrong.error(why);
+        self.broken = true;
     }
 
     /// Works until there were so many more answers.
@@ -270,7 +302,7 @@ impl Run<'_> {
     fn work(&mut self) {
         if !self.client.is_connected() {
             match self.client.connect(&self.socket) {
-                Ok(_) => {}
+                Ok(connected) => self.ready |= connected,
                 // It was killed in the middle of it.
                 Err(_) if self.target.killed().is_some() => {}
                 Err(error) => self.may_be_killed(&error.to_string()),
@@ -295,14 +327,16 @@ impl Run<'_> {
             std::thread::sleep(Duration::from_millis(1));
         }
         let text = self.target.ended().map_or_else(|| what.to_owned(), |end| format!("{what}: {end}"));
-        self.client.wrong.error(&text);
-        self.broken = true;
+        self.fail(&text);
     }
 
     /// Everything is answered, the whole disk is compared, and the target ends as it should.
     fn end(&mut self) {
         self.client.drain();
         self.until(Client::is_done);
+        if self.options.fault == Fault::Kill {
+            self.note_pause();
+        }
         if !self.broken {
             self.client.read_back();
             self.until(Client::is_done);

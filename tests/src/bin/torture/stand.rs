@@ -1,9 +1,11 @@
 //! The processes: the drive, which stays, and the target, which does not.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Lines, Write};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,6 +13,9 @@ use crate::Failure;
 
 /// How long a process may take to say something.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Signals by number (signal(7)).
+const SIGKILL: i32 = 9;
+const SIGTERM: i32 = 15;
 
 fn failed(doing: impl Into<String>) -> impl FnOnce(std::io::Error) -> Failure {
     let doing = doing.into();
@@ -39,7 +44,7 @@ pub struct Drive {
 struct Running {
     child: Child,
     input: ChildStdin,
-    answers: Lines<BufReader<ChildStdout>>,
+    answers: Receiver<std::io::Result<String>>,
 }
 
 impl Drive {
@@ -55,7 +60,7 @@ impl Drive {
         let mut child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(failed("starting the drive"))?;
         let input = child.stdin.take().expect("it was made with a pipe");
-        let answers = BufReader::new(child.stdout.take().expect("it was made with a pipe")).lines();
+        let answers = read_lines(child.stdout.take().expect("it was made with a pipe"));
         let mut running = Running { child, input, answers };
         // It answers once it listens.
         running.tell("fired")?;
@@ -71,11 +76,11 @@ impl Drive {
         self.running.tell(line)
     }
 
-    /// How often a host has brought it up so far.
-    pub fn times_ready(&self) -> usize {
+    /// How often its log says this so far.
+    pub fn times(&self, text: &str) -> usize {
         let log =
             std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
-        log.lines().filter(|line| line.ends_with("] ready")).count()
+        log.lines().filter(|line| line.contains(text)).count()
     }
 
     /// The drive loses its power and its host's connection with it.
@@ -95,14 +100,27 @@ impl Drive {
     }
 }
 
+/// The lines that a process says, as they come, so that they can be waited for with a deadline.
+fn read_lines(output: ChildStdout) -> Receiver<std::io::Result<String>> {
+    let (lines, answers) = channel();
+    // Ends with the process, or with the first line that nobody waits for.
+    std::thread::spawn(move || BufReader::new(output).lines().try_for_each(|line| lines.send(line)));
+    answers
+}
+
 impl Running {
     fn tell(&mut self, line: &str) -> Result<String, Failure> {
         writeln!(self.input, "{line}").map_err(failed("talking to the drive"))?;
-        match self.answers.next() {
-            Some(Ok(answer)) if answer.starts_with("ok") => Ok(answer[2..].trim().into()),
-            Some(Ok(answer)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {answer}"))),
-            Some(Err(error)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {error}"))),
-            None => Err(Failure::Stand(format!("the drive ended when it was told \"{line}\""))),
+        match self.answers.recv_timeout(LIMIT) {
+            Ok(Ok(answer)) if answer.starts_with("ok") => Ok(answer[2..].trim().into()),
+            Ok(Ok(answer)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {answer}"))),
+            Ok(Err(error)) => Err(Failure::Stand(format!("the drive, told \"{line}\": {error}"))),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(Failure::Stand(format!("the drive, told \"{line}\", says nothing for {LIMIT:?}")))
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(Failure::Stand(format!("the drive ended when it was told \"{line}\"")))
+            }
         }
     }
 }
@@ -115,14 +133,29 @@ impl Drop for Running {
     }
 }
 
+/// Sends SIGTERM. A child that has not been waited for keeps its number, so this cannot meet another process.
+fn terminate(child: &Child) -> bool {
+    let sent = Command::new("sh").args(["-c", "kill \"$0\"", &child.id().to_string()]).status();
+    sent.is_ok_and(|status| status.success())
+}
+
+/// How a target is made to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// It has no chance to do anything.
+    Kill,
+    /// It is asked to: it finishes what it can, and ends with success.
+    Terminate,
+}
+
 /// The target.
 pub struct Target {
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
     child: Arc<Mutex<Child>>,
-    /// When the present one was killed.
-    killed: Arc<Mutex<Option<Instant>>>,
+    /// When the present one was sent a signal, and which.
+    killed: Arc<Mutex<Option<(Instant, Signal)>>>,
 }
 
 impl Target {
@@ -142,29 +175,50 @@ impl Target {
         command(program, log)?.args(arguments).spawn().map_err(failed("starting the target"))
     }
 
-    /// Kills it in a while, whatever this program is doing then.
-    pub fn kill_after(&self, delay: Duration) {
+    /// Sends it a signal in a while, whatever this program is doing then.
+    pub fn kill_after(&self, delay: Duration, signal: Signal) {
         let (child, killed) = (self.child.clone(), self.killed.clone());
         std::thread::spawn(move || {
             std::thread::sleep(delay);
             let mut child = child.lock().unwrap_or_else(PoisonError::into_inner);
+            // A process that has ended by itself takes a signal as long as nobody has waited for it: it was not killed.
+            if !matches!(child.try_wait(), Ok(None)) {
+                return;
+            }
             let now = Instant::now();
-            // It fails when the process has ended by itself, which is noticed otherwise.
-            if child.kill().is_ok() {
-                *killed.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+            let sent = match signal {
+                Signal::Kill => child.kill().is_ok(),
+                Signal::Terminate => terminate(&child),
+            };
+            if sent {
+                *killed.lock().unwrap_or_else(PoisonError::into_inner) = Some((now, signal));
             }
         });
     }
 
-    /// When it was killed, if it was.
+    /// When it was sent a signal, if it was.
     pub fn killed(&self) -> Option<Instant> {
-        *self.killed.lock().unwrap_or_else(PoisonError::into_inner)
+        self.killed.lock().unwrap_or_else(PoisonError::into_inner).map(|(at, _)| at)
     }
 
-    /// Waits until it is gone, after it was killed.
-    pub fn await_end(&self) -> Result<(), Failure> {
-        let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        child.wait().map(drop).map_err(failed("waiting for the target"))
+    fn status(&self) -> Option<ExitStatus> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()
+    }
+
+    /// Whether it is gone, after it was sent a signal; an error: it did not end as it should have. `ready`: it was there for
+    /// front-ends before.
+    pub fn has_ended(&self, ready: bool) -> Result<bool, String> {
+        let killed = *self.killed.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((at, signal)) = killed else { return Ok(false) };
+        match (self.status(), signal) {
+            (None, _) if at.elapsed() < LIMIT => Ok(false),
+            (None, _) => Err(format!("the target has not ended {LIMIT:?} after the signal {signal:?}")),
+            (Some(status), Signal::Kill) if status.signal() == Some(SIGKILL) => Ok(true),
+            (Some(status), Signal::Terminate) if status.success() => Ok(true),
+            // It had not come far enough to know better.
+            (Some(status), Signal::Terminate) if !ready && status.signal() == Some(SIGTERM) => Ok(true),
+            (Some(status), _) => Err(format!("the target ended with {status} after the signal {signal:?}")),
+        }
     }
 
     /// Starts it again.
@@ -176,16 +230,15 @@ impl Target {
 
     /// Why it has ended, if it did so by itself.
     pub fn ended(&self) -> Option<String> {
-        // Killed first, looked at afterwards: the other way round a kill in between would be taken for an end.
-        let status = self.child.lock().unwrap_or_else(PoisonError::into_inner).try_wait().ok().flatten()?;
+        // It ended first, is looked at afterwards: the other way round a kill in between would be taken for an end.
+        let status = self.status()?;
         self.killed().is_none().then(|| format!("the target has ended by itself: {status}"))
     }
 
     /// Asks it to end, and says what was wrong with that.
     pub fn stop(&self) -> Result<(), String> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        let sent = Command::new("sh").args(["-c", "kill \"$0\"", &child.id().to_string()]).status();
-        if !sent.is_ok_and(|status| status.success()) {
+        if !terminate(&child) {
             return Err("the target cannot be told to end".into());
         }
         let deadline = Instant::now() + LIMIT;
