@@ -76,14 +76,13 @@ const _: () = {
     assert!(size_of::<RawController>() == BYTES);
     assert!(offset_of!(RawController, serial) == 4);
     assert!(offset_of!(RawController, model) == 24);
-    assert!(offset_of!(RawController, retry_delays) == 128);
-    assert!(offset_of!(RawController, oacs) == 256);
     assert!(offset_of!(RawController, firmware) == 64);
     assert!(offset_of!(RawController, mdts) == 77);
     assert!(offset_of!(RawController, controller_id) == 78);
     assert!(offset_of!(RawController, version) == 80);
     assert!(offset_of!(RawController, rtd3e) == 88);
     assert!(offset_of!(RawController, oaes) == 92);
+    assert!(offset_of!(RawController, retry_delays) == 128);
     assert!(offset_of!(RawController, oacs) == 256);
     assert!(offset_of!(RawController, acl) == 258);
     assert!(offset_of!(RawController, aerl) == 259);

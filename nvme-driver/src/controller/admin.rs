@@ -240,7 +240,7 @@ impl Admin {
     }
 
     /// Takes what the controller has answered; events go to `events`.
-    pub fn reap(&mut self) {
+    pub fn reap(&mut self, hardware: &Hardware) {
         let answers = &mut self.answers;
         let (events, requests, limit) = (&mut self.events, &mut self.event_requests, &mut self.event_limit);
         let reaped = self.pair.reap(|completed| {
@@ -254,7 +254,7 @@ impl Admin {
             } else {
                 // One fewer from now on, or it would fail again and again.
                 *limit = limit.saturating_sub(1);
-                log::warn!("an asynchronous event request failed: {}", completed.status);
+                log::warn!("{}: an asynchronous event request failed: {}", hardware.name, completed.status);
             }
         });
         self.head = advance(self.head, reaped, self.pair.entries());
@@ -284,7 +284,7 @@ impl Admin {
         let mut next_look = ALIVE_INTERVAL;
         loop {
             let waited = start.elapsed();
-            self.reap();
+            self.reap(hardware);
             let found = self.answers.iter().position(|completed| completed.token == token);
             let found = found.map(|at| self.answers.swap_remove(at));
             // Answers to commands nobody waits for any more: aborts.

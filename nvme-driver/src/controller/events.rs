@@ -82,7 +82,7 @@ impl Controller {
     pub fn poll_events(&self) -> Result<Vec<Event>, Error> {
         let mut admin = lock(&self.inner.admin);
         admin.check(&self.inner.hardware)?;
-        admin.reap();
+        admin.reap(&self.inner.hardware);
         let mut events = Vec::new();
         // No event request is renewed before the end: a controller that tells without pause does not keep the thread here.
         while let Some(result) = admin.events.pop_front() {

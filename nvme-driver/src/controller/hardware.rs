@@ -146,7 +146,7 @@ impl Hardware {
             // It is still becoming ready for someone before us; EN may be cleared only after that (NVMe Base 2.0, 3.1.3.5).
             // One that never gets there is disabled all the same: there is nothing better to do.
             if let Err(error) = self.wait("become ready for its previous user", |csts| csts.ready() || csts.fatal()) {
-                log::warn!("{error}");
+                log::warn!("{}: disabling it all the same: {error}", self.name);
             }
         }
         self.write_cc(cc.with_enable(false).with_shutdown(0))?;

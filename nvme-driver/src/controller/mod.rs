@@ -187,7 +187,7 @@ impl Controller {
         admin.stop("a reset has failed");
         if let Err(error) = inner.hardware.disable() {
             // CC.EN does not help; the function's own reset may.
-            log::warn!("{error}; resetting the whole function");
+            log::warn!("{}: resetting the whole function: {error}", inner.hardware.name);
             inner.hardware.device.reset().map_err(|source| {
                 log::error!("{}: cannot reset the function: {source}", inner.hardware.name);
                 error
@@ -274,7 +274,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         // Its queues' memory goes after this: a controller that was disabled is sure to leave it alone.
         if let Err(error) = self.shut_down() {
-            log::warn!("the controller was not shut down: {error}");
+            log::warn!("{}: the controller was not shut down: {error}", self.hardware.name);
         }
         if !self.hardware.stop_or_warn() {
             let queues = self.queues.get_mut().unwrap_or_else(PoisonError::into_inner);

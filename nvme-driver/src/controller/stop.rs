@@ -28,7 +28,7 @@ impl Hardware {
         let gone = self.csts_or_ones() == u32::MAX;
         let Err(error) = self.disable() else { return Ok(()) };
         if !gone {
-            log::warn!("{error}; stopping the whole function");
+            log::warn!("{}: stopping the whole function: {error}", self.name);
         }
         let stopped = self.device.reset().or_else(|_| {
             let space = self.device.config_space();
@@ -38,7 +38,7 @@ impl Hardware {
         match stopped.doing("stop the function") {
             // All ones: it has left the bus, or its server is gone.
             Err(error) if gone => {
-                log::debug!("{error}");
+                log::debug!("{}: it is gone, and counts as stopped: {error}", self.name);
                 Ok(())
             }
             stopped => stopped,

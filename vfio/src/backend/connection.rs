@@ -2,14 +2,16 @@
 //!
 //! The client lives on a thread of its own. A caller hands it a request and waits for the answer with a deadline. After
 //! a missed deadline, a lost socket or a panic nothing more is sent: what would come next on the socket is unknown. The
-//! socket is shut down then, which ends the thread.
+//! socket is shut down then, which ends the thread. One thread nothing can end: that which waits for a server to take its
+//! connection, as there is no connected socket yet. There is at most one for each server.
 
 use std::any::Any;
+use std::collections::HashMap;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::Duration;
 
@@ -48,10 +50,25 @@ impl State {
     }
 }
 
+/// Attempts to connect that were given up, by socket. Each is alive as long as its thread waits.
+static WAITING: LazyLock<Mutex<HashMap<PathBuf, Weak<()>>>> = LazyLock::new(Mutex::default);
+
+/// How long a thread whose socket was shut down may take to say so.
+const LAST_WORDS: Duration = Duration::from_millis(100);
+
+fn waiting() -> MutexGuard<'static, HashMap<PathBuf, Weak<()>>> {
+    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Connection {
     /// Connects and negotiates.
     pub fn open(socket: &Path, deadline: Duration) -> Result<Connection, Error> {
         let refused = |reason| Error::Connect { socket: socket.to_owned(), reason };
+        if waiting().get(socket).is_some_and(|attempt| attempt.strong_count() > 0) {
+            return Err(refused("it takes no connections: an earlier attempt still waits for it".into()));
+        }
+        let attempt = Arc::new(());
+        let given_up = Arc::downgrade(&attempt);
         let (requests, incoming) = mpsc::channel::<Request>();
         let (opened, result) = mpsc::sync_channel(1);
         let state = Arc::new(State::default());
@@ -60,6 +77,7 @@ impl Connection {
             .name("vfio-user".into())
             .spawn(move || {
                 let client = catch_unwind(|| Client::new(&path)).map_err(|panic| panic_text(&*panic));
+                drop(attempt);
                 match client {
                     Ok(Ok(client)) => {
                         if opened.send(Ok(())).is_ok() {
@@ -80,6 +98,10 @@ impl Connection {
             Err(RecvTimeoutError::Disconnected) => Err(refused("its thread has ended".into())),
             Err(RecvTimeoutError::Timeout) => {
                 ClientSocket::find(socket).iter().for_each(ClientSocket::shut_down);
+                // That ends the thread, unless it has no connected socket yet.
+                if let Err(RecvTimeoutError::Timeout) = result.recv_timeout(LAST_WORDS) {
+                    waiting().insert(socket.to_owned(), given_up);
+                }
                 let waited = deadline.as_millis();
                 Err(refused(format!("it did not answer within {waited} ms, perhaps as it serves another client")))
             }

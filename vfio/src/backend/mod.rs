@@ -42,7 +42,9 @@ pub(crate) struct Region {
 
 /// What [`Device`](crate::Device) and [`DmaSpace`](crate::DmaSpace) need from the way to a device.
 ///
-/// Callers have checked that accesses lie within their region. Every method returns within a deadline.
+/// Callers have checked that accesses lie within their region. Every request to a vfio-user server has a deadline. The kernel
+/// returns when it has done what was asked: at once, but for a reset of the function, which waits for the hardware, a minute and
+/// more if that is in a bad way.
 pub(crate) trait Backend: Send + Sync {
     /// The region with VFIO's number `index` (0 to 5: BARs, 7: configuration space).
     fn region(&self, index: u32) -> Region;

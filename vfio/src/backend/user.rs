@@ -238,7 +238,9 @@ impl Backend for UserBackend {
             .call("map memory for DMA", move |client| client.dma_map(file_offset, iova, bytes as u64, file.as_raw_fd()))
     }
 
-    /// A server forgets the memory of a connection that has ended, so that a broken one unmaps everything.
+    /// A server forgets the memory of a connection that has ended, so that a broken one unmaps everything. One that is not dead
+    /// but stuck forgets nothing before it runs again: it has mapped the memory itself, no IOMMU stands between, and what it
+    /// was about to write may still be written then.
     fn dma_unmap(&self, iova: u64, bytes: usize) -> Result<(), Error> {
         let result = self.connection.call("unmap memory from DMA", move |client| client.dma_unmap(iova, bytes as u64));
         match result {

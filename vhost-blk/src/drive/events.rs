@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use nvme_driver::log_page::Health;
+use nvme_driver::log_page::{ChangedNamespaces, ErrorEntry, Health};
 use nvme_driver::{Controller, Error, Event};
 
 use super::{Cause, Drive};
@@ -22,6 +22,8 @@ pub(super) struct Reports {
     warnings: u8,
     /// When to ask again; `None`: it was never asked.
     next_look: Option<Instant>,
+    /// Error events so far.
+    errors: u64,
 }
 
 impl Drive {
@@ -90,20 +92,68 @@ impl Drive {
         let name = &self.name;
         match event {
             Event::Error { information, entries } => {
-                log::warn!(
-                    "{name}: the drive reports error event {information}; its newest log entry: {:?}",
-                    entries.first()
-                );
+                let count = self.reports().count_error();
+                // Each doubling: a failing drive cannot fill the log.
+                if count.is_power_of_two() {
+                    let newest = entries.first().map_or_else(|| "its error log is empty".into(), error_entry);
+                    log::warn!(
+                        "{name}: the drive reports {}: {newest} ({count} error events so far)",
+                        error_event(*information)
+                    );
+                }
             }
             // What it says is looked at, and told if it is news.
             Event::Health { information, health } => {
                 log::debug!("{name}: the drive reports health event {information}: {health:?}");
             }
-            Event::NamespacesChanged(changed) => log::info!("{name}: namespaces have changed: {changed:?}"),
+            Event::NamespacesChanged(ChangedNamespaces::Some(ids)) => {
+                log::info!("{name}: namespaces have changed: {ids:?}")
+            }
+            Event::NamespacesChanged(ChangedNamespaces::TooMany) => {
+                log::info!("{name}: namespaces have changed: more than the drive can name, so that all are looked at");
+            }
             Event::FirmwareActivation => log::warn!("{name}: new firmware is being activated; requests may wait"),
+            Event::Other { kind, information, log_page } => log::info!(
+                "{name}: the drive reports an event that means nothing here: type {kind}, information {information:#04x}, \
+                 log page {log_page:#04x}"
+            ),
             other => log::info!("{name}: the drive reports {other:?}"),
         }
     }
+}
+
+impl Reports {
+    /// Counts an error event; how many there were.
+    fn count_error(&mut self) -> u64 {
+        self.errors += 1;
+        self.errors
+    }
+}
+
+/// What an error event is about (NVMe Base 2.0, 5.2.1, figure of Error Status).
+fn error_event(information: u8) -> String {
+    match information {
+        0 => "a write to a doorbell that does not exist".into(),
+        1 => "a value in a doorbell that cannot be".into(),
+        2 => "a failed diagnosis of itself".into(),
+        3 => "an internal error that stays".into(),
+        4 => "an internal error that has passed".into(),
+        5 => "that it could not load its firmware".into(),
+        _ => format!("an error (event {information})"),
+    }
+}
+
+/// An entry of the drive's error log in words.
+fn error_entry(entry: &ErrorEntry) -> String {
+    let command = match (entry.sq_id, entry.command_id) {
+        (Some(queue), Some(id)) => format!("command {id} of queue {queue}"),
+        _ => "no command in particular".into(),
+    };
+    let place = match entry.namespace {
+        0 | u32::MAX => String::new(),
+        namespace => format!(", namespace {namespace}, from block {}", entry.lba),
+    };
+    format!("entry {} of its error log, {command}{place}: {}", entry.count, entry.status)
 }
 
 /// What a bit of Critical Warning (NVMe Base 2.0, 5.16.1.3) is about.
@@ -161,5 +211,24 @@ mod tests {
         }
         let subjects: std::collections::HashSet<_> = (0..8).map(subject).collect();
         assert_eq!(subjects.len(), 8);
+    }
+
+    #[test]
+    fn error_events_are_words() {
+        let events: std::collections::HashSet<_> = (0..8).map(error_event).collect();
+        assert_eq!(events.len(), 8);
+        let mut page = [0; ErrorEntry::BYTES];
+        page[0] = 7;
+        page[8..12].copy_from_slice(&[2, 0, 5, 0]);
+        // Media and Data Integrity Errors, 81h.
+        page[12..14].copy_from_slice(&[0x02, 0x05]);
+        page[16] = 99;
+        page[24] = 3;
+        let [mut entry] = ErrorEntry::parse(&page)[..] else { panic!("one entry") };
+        let text = error_entry(&entry);
+        let start = "entry 7 of its error log, command 5 of queue 2, namespace 3, from block 99: ";
+        assert!(text.starts_with(start) && text.contains("Unrecovered Read Error"), "{text}");
+        (entry.sq_id, entry.namespace) = (None, 0);
+        assert!(error_entry(&entry).starts_with("entry 7 of its error log, no command in particular: "));
     }
 }

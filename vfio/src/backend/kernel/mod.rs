@@ -70,19 +70,19 @@ struct Iommu {
 }
 
 /// A device whose drop does not panic.
-struct OpenDevice(Option<VfioDevice>);
+struct OpenDevice(PciAddress, Option<VfioDevice>);
 
 impl OpenDevice {
     fn get(&self) -> &VfioDevice {
-        self.0.as_ref().expect("it is taken only when dropped")
+        self.1.as_ref().expect("it is taken only when dropped")
     }
 }
 
 impl Drop for OpenDevice {
     fn drop(&mut self) {
-        let device = self.0.take();
+        let device = self.1.take();
         if catch_unwind(AssertUnwindSafe(|| drop(device))).is_err() {
-            log::warn!("a device could not be given back in order; was it removed?");
+            log::warn!("{}: it could not be given back in order; was it removed?", self.0);
         }
     }
 }
@@ -224,7 +224,8 @@ fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> R
         }
     };
     let device = VfioDevice::new_from_fd(device, dma.clone(), true);
-    let device = OpenDevice(Some(device.map_err(|error| explain(subject, "opening the device", error))?));
+    let device = device.map_err(|error| explain(subject, "opening the device", error))?;
+    let device = OpenDevice(subject.address, Some(device));
     if let Some(space) = shared {
         return Ok((device, space));
     }
@@ -244,7 +245,8 @@ fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path, shared: Option
         _ => Arc::new(VfioContainer::new(None).map_err(|error| explain(subject, "opening a container", error))?),
     };
     let device = VfioDevice::new(sysfs, container.clone(), true);
-    let device = OpenDevice(Some(device.map_err(|error| explain(subject, "opening the device", error))?));
+    let device = device.map_err(|error| explain(subject, "opening the device", error))?;
+    let device = OpenDevice(subject.address, Some(device));
     if let Some(space) = shared {
         return Ok((device, space));
     }
