@@ -57,7 +57,7 @@ pub struct Disk {
     /// The `writeback` field of the configuration space (5.2.4): the driver may change it when CONFIG_WCE was negotiated.
     /// True: writes may stay in the drive's cache until a flush.
     pub writeback: AtomicBool,
-    /// The export's: its flushes are counted over all front-ends.
+    /// The exported namespace's: its flushes are counted over all front-ends.
     pub flushes: Arc<FlushPromise>,
 }
 

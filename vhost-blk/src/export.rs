@@ -11,7 +11,6 @@ use crate::bell::Bell;
 use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
-use crate::disk::FlushPromise;
 use crate::drive::{Drive, ExportedNamespace};
 use crate::listener::Listener;
 use crate::session::Session;
@@ -35,8 +34,6 @@ pub struct Export {
     pub queue_size: u16,
     /// Feature bits offered.
     pub features: u64,
-    /// What its flushes have promised, to whatever front-end.
-    pub flushes: Arc<FlushPromise>,
     first_worker: usize,
     workers: usize,
     counters: Vec<Arc<LaneCounters>>,
@@ -67,7 +64,6 @@ impl Export {
             serial,
             queues: settings.queues,
             queue_size: settings.queue_size,
-            flushes: Arc::default(),
             first_worker: number,
             workers,
             counters,

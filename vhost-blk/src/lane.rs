@@ -201,6 +201,14 @@ impl Lane {
     /// or-ed into each token, whose lower 16 bits are the lane's. Returns how many chains were taken.
     #[inline]
     pub(crate) fn submit(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> usize {
+        let taken = self.submit_batch(pair, pool, tag);
+        // What is answered from here on is shown by the next `publish`.
+        self.slots.mark();
+        taken
+    }
+
+    #[inline(always)]
+    fn submit_batch(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> usize {
         if !self.bounced.is_empty() {
             self.advance_bounced(pair, pool, tag);
         }
@@ -382,12 +390,12 @@ impl Lane {
         if self.mode == Mode::Broken || !self.ring.unpublished() {
             return;
         }
+        self.note_changes();
         if self.ring.publish() {
             self.notify();
         }
         self.tally.batches += 1;
         self.counters.write(&self.tally);
-        self.note_changes();
     }
 
     #[inline(never)]

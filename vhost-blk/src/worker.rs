@@ -295,10 +295,9 @@ impl WorkerPool {
         self.threads[pair.worker].mailbox.send(Mail::GiveUp { index: pair.index });
     }
 
-    /// Puts a queue pair into an empty place; its lanes go on with it. `cache_lost`: the drive has lost what was in its volatile
-    /// cache.
-    pub fn restore_queue_pair(&self, pair: PairId, way: Way, cache_lost: bool) {
-        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, cache_lost });
+    /// Puts a queue pair into an empty place; its lanes go on with it.
+    pub fn restore_queue_pair(&self, pair: PairId, way: Way) {
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way });
     }
 
     /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.

@@ -50,8 +50,12 @@ impl Drive {
         for (namespace, found) in expected.iter().zip(found) {
             namespace.learn(&self.name, found);
         }
+        if cache_lost {
+            // Before any lane goes on: a flush of one is for the changes of all.
+            state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name));
+        }
         for (place, way) in state.places.iter().zip(ways) {
-            self.pool.restore_queue_pair(place.id, way, cache_lost);
+            self.pool.restore_queue_pair(place.id, way);
         }
         state.granted = present.controller.max_queue_pairs();
         present.since = std::time::Instant::now();

@@ -1,12 +1,13 @@
 //! The namespaces that are exported, as the drive has them now: they may be resized, write-protected, taken away and returned
 //! while front-ends use them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nvme_driver::{Controller, Error, Namespace};
 
 use super::Drive;
 use crate::bell::Bell;
+use crate::disk::FlushPromise;
 
 /// What is known of an exported namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +32,8 @@ impl Known {
 pub struct ExportedNamespace {
     /// Its identifier.
     pub id: u32,
+    /// What its flushes have promised, to whatever front-end.
+    pub flushes: Arc<FlushPromise>,
     known: Mutex<Known>,
     changed: Bell,
 }
@@ -40,7 +43,7 @@ impl ExportedNamespace {
     pub fn new(namespace: Namespace) -> std::io::Result<ExportedNamespace> {
         let id = namespace.id;
         let known = Mutex::new(Known { namespace, absent: None });
-        Ok(ExportedNamespace { id, known, changed: Bell::new()? })
+        Ok(ExportedNamespace { id, flushes: Arc::default(), known, changed: Bell::new()? })
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -55,6 +58,16 @@ impl ExportedNamespace {
     /// Rings when something else is known of it.
     pub fn changed(&self) -> &Bell {
         &self.changed
+    }
+
+    /// The drive has lost its cache, and no lane has it yet. `drive`: its name.
+    pub(super) fn lose_cache(&self, drive: &str) {
+        if self.flushes.lose_cache() {
+            let id = self.id;
+            log::error!(
+                "{drive}: namespace {id}: writes that were not flushed are lost; the next flush fails, to say so"
+            );
+        }
     }
 
     /// Takes what was found over, and logs it if it is news. `drive`: its name.

@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::{Drive, Lane, Mode, bounced};
+use super::{Drive, Lane, Mode, bounced, flush};
 use crate::guest_memory::GuestView;
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Chain};
@@ -118,6 +118,17 @@ impl Again {
             }
         }
     }
+
+    /// Does the request kept for this slot change the disk, or did it if it has been answered since?
+    pub fn changes(&self, slot: u16, kept: &Kept) -> bool {
+        match kept.bytes() {
+            0 => {
+                let long = self.longs.get(usize::from(slot)).and_then(|long| long.request);
+                long.is_some_and(|request| flush::changes(request.operation))
+            }
+            _ => kept.is_write(),
+        }
+    }
 }
 
 /// What became of an attempt.
@@ -162,7 +173,7 @@ impl Lane {
         let number = entry.slot;
         let Some((request, head)) = self.kept_request(number) else { return Attempt::Made };
         if request.operation == Operation::Flush {
-            let begun = self.begin_flush();
+            let begun = self.begin_flush_again(number);
             match (begun, self.slots.get_mut(number)) {
                 (Some(flush), Some(slot)) => slot.kept.lba = flush,
                 _ => {

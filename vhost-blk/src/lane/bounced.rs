@@ -4,7 +4,7 @@
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
-use super::{Lane, Mode, count};
+use super::{Lane, Mode, count, flush};
 use crate::guest_memory::{GuestView, OutsideMemory};
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Head};
@@ -101,6 +101,9 @@ impl Lane {
                 continue;
             }
             count(&mut self.tally, &request);
+            if flush::changes(request.operation) {
+                self.note_change();
+            }
             match result {
                 Ok(()) => self.give_back(head, request::OK, request.status, request.written),
                 Err(why) => {
@@ -113,6 +116,11 @@ impl Lane {
 }
 
 impl Bounced {
+    /// Does it change the disk?
+    pub(super) fn changes(&self) -> bool {
+        flush::changes(self.request.operation)
+    }
+
     /// Does it have this slot?
     pub(super) fn is(&self, slot: u16) -> bool {
         self.slot == slot

@@ -72,12 +72,8 @@ impl Lane {
     }
 
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
-    /// `cache_lost`: its volatile cache has not survived.
-    pub(crate) fn regain_drive(&mut self, cache_lost: bool) {
+    pub(crate) fn regain_drive(&mut self) {
         self.drive = Drive::Present;
-        if cache_lost {
-            self.lose_cache();
-        }
         self.again.worn = false;
         self.view.forget_device();
         self.find_pending();

@@ -75,6 +75,8 @@ pub(super) struct Slots {
     slots: Vec<Slot>,
     /// The first free slot, from which the others are linked.
     free: u16,
+    /// The first free slot at the last [`Slots::mark`].
+    marked: u16,
     /// Slots that are not free.
     taken: u32,
 }
@@ -85,7 +87,7 @@ impl Slots {
         // A ring has 32768 entries at most: NO_SLOT names none.
         let next = |next| if next == size { NO_SLOT } else { next };
         let slots = (1..=size).map(|number| Slot { next: next(number), ..Slot::default() }).collect();
-        Slots { slots, free: 0, taken: 0 }
+        Slots { slots, free: 0, marked: 0, taken: 0 }
     }
 
     /// Slots that are not free.
@@ -102,7 +104,7 @@ impl Slots {
     /// The first free slot, to be filled before it is known whether it is needed; `None`: there is none.
     #[inline(always)]
     pub fn reserve(&mut self) -> Option<Reserved<'_>> {
-        let Slots { slots, free, taken } = self;
+        let Slots { slots, free, taken, .. } = self;
         Some(Reserved { slot: slots.get_mut(usize::from(*free))?, free, taken })
     }
 
@@ -139,6 +141,25 @@ impl Slots {
             self.free = number;
             self.taken -= 1;
         }
+    }
+
+    /// From now on [`Slots::freed`] is asked.
+    #[inline(always)]
+    pub fn mark(&mut self) {
+        self.marked = self.free;
+    }
+
+    /// The slots that were freed since [`Slots::mark`], as they were, if none was taken since.
+    pub fn freed(&self) -> impl Iterator<Item = (u16, &Slot)> {
+        let at = |number: u16| Some((number, self.slots.get(usize::from(number))?));
+        let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.next));
+        // Had any been taken, the mark might not be met.
+        free.take_while(|(number, _)| *number != self.marked).take(self.slots.len())
+    }
+
+    /// The slots that [`Slots::answer_any`] would free.
+    pub fn waiting(&self) -> impl Iterator<Item = (u16, &Slot)> {
+        (0..).zip(&self.slots).filter(|(_, slot)| slot.written != 0)
     }
 
     /// A slot that [`Slots::answer_any`] would free.

@@ -16,6 +16,7 @@ use super::connection::Device;
 use super::ring_state::{Addresses, Notifier, RingState};
 use super::{MEMORY_SLOTS, RING_FEATURES, Session};
 use crate::blk_config;
+use crate::export::Export;
 use crate::guest_memory::RegionDescription;
 use crate::listener::is_eventfd;
 use crate::ring::InflightMemory;
@@ -222,11 +223,11 @@ impl Session {
     fn write_through(&mut self) -> std::result::Result<(), String> {
         let export = self.export.clone();
         // The queue pair of a ring will do if the controller has no other left.
-        let (drive, namespace) = (&export.drive, export.namespace.id);
-        let Err(first) = drive.flush(namespace) else { return Ok(()) };
+        let flush = || flush(&export);
+        let Err(first) = flush() else { return Ok(()) };
         let paused = self.pause_all();
         let places: Vec<usize> = paused.into_iter().map(|(index, _lease)| index).collect();
-        let flushed = drive.flush(namespace);
+        let flushed = flush();
         self.rings.iter_mut().for_each(RingState::changed);
         let started = self.settle();
         log::debug!("{}: rings {places:?} were stopped for a flush: {first}", export.name);
@@ -275,6 +276,14 @@ impl Session {
         self.disk.writeback.store(self.known.namespace.volatile_write_cache, Ordering::Relaxed);
         Ok(())
     }
+}
+
+/// Makes durable what was answered so far, if it is not lost: then the guest's next flush has to say so, whatever is said here.
+fn flush(export: &Export) -> std::result::Result<(), String> {
+    let (flushes, lost) = (&export.namespace.flushes, || "the drive has lost writes that were not flushed".to_owned());
+    let number = flushes.begin_own().ok_or_else(lost)?;
+    export.drive.flush(export.namespace.id)?;
+    if flushes.succeed(number) { Ok(()) } else { Err(lost()) }
 }
 
 fn duplicate(notifier: &Notifier) -> std::result::Result<Option<File>, String> {

@@ -156,6 +156,10 @@ impl Session {
         let duplicate = |what: &str, file: std::io::Result<_>| {
             file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
         };
+        // A base of 0 is where a ring begins that nobody has served.
+        if ring.resumed() || state.base != 0 {
+            self.export.namespace.flushes.taken_over();
+        }
         let lane = Lane::new(LaneSetup {
             name: format!("{} ring {index}", self.export.name),
             ring,
@@ -263,6 +267,6 @@ fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk 
         serial: export.serial,
         features,
         writeback: AtomicBool::new(writeback),
-        flushes: export.flushes.clone(),
+        flushes: export.namespace.flushes.clone(),
     }
 }

@@ -171,10 +171,10 @@ impl Group {
     }
 
     /// The drive is back: the lanes go on with it.
-    pub(crate) fn regain_drive(&mut self, way: Way, cache_lost: bool) {
+    pub(crate) fn regain_drive(&mut self, way: Way) {
         self.way = Some(way);
         self.given_up = false;
-        self.lanes_mut().for_each(|lane| lane.regain_drive(cache_lost));
+        self.lanes_mut().for_each(Lane::regain_drive);
     }
 }
 

@@ -78,7 +78,6 @@ pub(super) enum Mail {
     RestorePair {
         index: usize,
         way: Way,
-        cache_lost: bool,
     },
     End {
         deadline: Instant,

@@ -288,7 +288,7 @@ fn a_dead_drive_is_told_and_waited_for() {
     running.send(guest, 0, 8, &[writable(DATA + 8192, 8192)]).unwrap();
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive is away");
     machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.way, false);
+    pool.restore_queue_pair(pair, lost.way);
     for _ in 0..4 {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
     }
@@ -306,7 +306,7 @@ fn a_dead_drive_is_told_and_waited_for() {
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     // The same controller is back, and the lane goes on without having been touched.
     machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.way, false);
+    pool.restore_queue_pair(pair, lost.way);
     until("the drive", || (running.run(guest, 0, 8, &[writable(DATA, 4096)]).0 == OK).then_some(()));
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert!(pool.take_queue_pair(pair).unwrap().is_some());
@@ -332,7 +332,7 @@ fn a_lane_may_start_before_its_drive_is_there() {
             "the serial number is known without the drive"
         );
         let (pair, bounce) = machine.pair(64);
-        pool.restore_queue_pair(place, Way { pair, pool: bounce }, false);
+        pool.restore_queue_pair(place, Way { pair, pool: bounce });
         until("the drive", || (running.run(guest, 0, 0, &[writable(DATA, 4096)]).0 == OK).then_some(()));
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
         assert!(pool.take_queue_pair(place).unwrap().is_some());

@@ -284,9 +284,9 @@ impl Worker {
                 }
                 Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(Group::give_up),
                 Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
-                Mail::RestorePair { index, way, cache_lost } => {
+                Mail::RestorePair { index, way } => {
                     if let Some(group) = self.group_mut(index) {
-                        group.regain_drive(way, cache_lost);
+                        group.regain_drive(way);
                     }
                 }
                 #[cfg(test)]
