@@ -141,7 +141,10 @@ impl Client {
                 driver,
                 kick,
                 call,
-                slots: (0..DEPTH.into()).map(|slot| Slot::new(low, first + slot)).collect(),
+                slots: (0..DEPTH.into())
+                    .map(|slot| Slot::new(low, first + slot))
+                    .inspect(|slot| slot.wipe(&memory))
+                    .collect(),
                 requests: (0..DEPTH).map(|_| None).collect(),
                 free: (0..DEPTH.into()).collect(),
                 slot_of: vec![None; size.into()],
@@ -252,6 +255,14 @@ impl Client {
         }
     }
 
+    /// Looks for what was written into memory that no request has, now or at that time.
+    pub fn check_idle(&mut self) {
+        let idle = self.rings.iter().flat_map(|ring| ring.free.iter().map(|slot| &ring.slots[*slot]));
+        for text in idle.filter_map(|slot| slot.disturbed(&self.memory)) {
+            self.wrong.error(&text);
+        }
+    }
+
     /// Looks at every ring once: takes answers, makes new requests. Returns how many answers there were.
     pub fn turn(&mut self) -> u64 {
         let before = self.answered;
@@ -314,6 +325,7 @@ impl Client {
                 Outcome::Error(text) => self.wrong.error(&text),
                 Outcome::Lost(texts) => texts.iter().for_each(|text| self.wrong.lost(text)),
             }
+            request.wipe(&self.memory);
         }
     }
 
@@ -330,7 +342,7 @@ impl Client {
         while ring.in_flight() < goal {
             let Some(&slot) = ring.free.last() else { break };
             let place = ring.slots[slot];
-            let request = match &mut self.work {
+            let mut request = match &mut self.work {
                 Work::Drain => break,
                 Work::Random => match Request::draw(&mut self.random, disk, info, place, self.requests) {
                     Some(request) => request,
@@ -342,10 +354,14 @@ impl Client {
                     Request::read(&mut self.random, disk, place, self.requests, blocks)
                 }
             };
+            if let Some(text) = request.disturbed(&self.memory) {
+                self.wrong.error(&text);
+            }
             let (chain, table) = request.prepare(&self.memory, disk);
             let indirect = self.random.one_in(2) || chain.len() > usize::from(ring.driver.parts().size) / 2;
             let Some(id) = ring.driver.add(&self.memory, &chain, indirect.then_some(table)) else {
                 request.blocks.iter().for_each(|blocks| disk.release(blocks));
+                request.wipe(&self.memory);
                 // What was to be read next still is.
                 if let Work::ReadBack(next) = &mut self.work {
                     *next = request.blocks[0].start;

@@ -24,6 +24,9 @@ const OK: u8 = 0;
 const SECTOR: u64 = 512;
 const ID_BYTES: u32 = 20;
 
+/// What is in memory that no request uses.
+static IDLE: [u8; SLOT_DATA as usize] = [POISON; SLOT_DATA as usize];
+
 const _: () = assert!(TABLE + 16 * (MAX_SEGMENTS + 2) <= SLOT_LOW);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +51,37 @@ impl Slot {
     pub fn new(low: u64, number: u64) -> Slot {
         Slot { low: low + number * SLOT_LOW, data: DATA + number * SLOT_DATA }
     }
+
+    /// Has nothing in it.
+    pub fn wipe(&self, memory: &Memory) {
+        wipe(memory, self.low, SLOT_LOW);
+        wipe(memory, self.data, SLOT_DATA);
+    }
+
+    /// Where somebody has written to it, while it was not in use or beside the buffers of the requests that used it.
+    pub fn disturbed(&self, memory: &Memory) -> Option<String> {
+        disturbed(memory, self.low, SLOT_LOW).or_else(|| disturbed(memory, self.data, SLOT_DATA))
+    }
+}
+
+fn wipe(memory: &Memory, address: u64, bytes: u64) {
+    memory.write(address, &IDLE[..bytes as usize]);
+}
+
+fn disturbed(memory: &Memory, address: u64, bytes: u64) -> Option<String> {
+    let mut found = vec![0; bytes as usize];
+    memory.read(address, &mut found);
+    if found == IDLE[..found.len()] {
+        return None;
+    }
+    let strange = || found.iter().enumerate().filter(|(_, byte)| **byte != POISON).map(|(at, _)| at);
+    let (first, last) = (strange().next()?, strange().next_back()?);
+    let start = &found[first..found.len().min(first + 16)];
+    let count = last + 1 - first;
+    Some(format!(
+        "up to {count} bytes at {:#x}, which nobody was given, were written: {start:02x?}…",
+        address + first as u64
+    ))
 }
 
 /// A request in flight.
@@ -60,6 +94,8 @@ pub struct Request {
     version: u32,
     slot: Slot,
     data: Vec<Piece>,
+    /// What was put into these pieces.
+    sent: Vec<u8>,
 }
 
 /// What came of a request.
@@ -97,7 +133,8 @@ impl Request {
             return None;
         }
         let version = if kind == Kind::Write { disk.version() } else { 0 };
-        let mut request = Request { kind, blocks, number, since: Instant::now(), version, slot, data: Vec::new() };
+        let mut request =
+            Request { kind, blocks, number, since: Instant::now(), version, slot, data: Vec::new(), sent: Vec::new() };
         request.data = request.segments(random, disk);
         Some(request)
     }
@@ -106,7 +143,7 @@ impl Request {
     pub fn read(random: &mut Random, disk: &Disk, slot: Slot, number: u64, blocks: Range<u64>) -> Request {
         let since = Instant::now();
         let (kind, version, blocks) = (Kind::Read, 0, vec![blocks]);
-        let mut request = Request { kind, blocks, number, since, version, slot, data: Vec::new() };
+        let mut request = Request { kind, blocks, number, since, version, slot, data: Vec::new(), sent: Vec::new() };
         request.data = request.segments(random, disk);
         request
     }
@@ -156,8 +193,20 @@ impl Request {
         self.data.iter().map(|piece| piece.bytes as usize).sum()
     }
 
+    /// Whether the part of its slot that it is going to use was written to while nobody used it.
+    pub fn disturbed(&self, memory: &Memory) -> Option<String> {
+        let low = disturbed(memory, self.slot.low, SLOT_LOW);
+        low.or_else(|| self.data.iter().find_map(|piece| disturbed(memory, piece.address, piece.bytes.into())))
+    }
+
+    /// Leaves nothing of it in memory.
+    pub fn wipe(&self, memory: &Memory) {
+        wipe(memory, self.slot.low, SLOT_LOW);
+        self.data.iter().for_each(|piece| wipe(memory, piece.address, piece.bytes.into()));
+    }
+
     /// Lays the request out in memory; what comes back is its chain, and where a table for it may be.
-    pub fn prepare(&self, memory: &Memory, disk: &Disk) -> (Vec<Piece>, u64) {
+    pub fn prepare(&mut self, memory: &Memory, disk: &Disk) -> (Vec<Piece>, u64) {
         let kind: u32 = match self.kind {
             Kind::Read => 0,
             Kind::Write => 1,
@@ -196,6 +245,7 @@ impl Request {
             memory.write(piece.address, now);
             rest = later;
         }
+        self.sent = data;
         let mut chain = vec![Piece { address: self.slot.low, bytes: 16, writable: false }];
         chain.extend(&self.data);
         chain.push(Piece { address: self.slot.low + STATUS, bytes: 1, writable: true });
@@ -214,6 +264,9 @@ impl Request {
         let writable: u32 = self.data.iter().filter(|piece| piece.writable).map(|piece| piece.bytes).sum();
         if written != writable + 1 {
             return Outcome::Error(format!("{}: {written} bytes written, {writable} and a status asked for", what()));
+        }
+        if writable == 0 && self.data(memory) != self.sent {
+            return Outcome::Error(format!("{}: its data, which the device has to read, was changed", what()));
         }
         match self.kind {
             Kind::Read => {

@@ -111,6 +111,9 @@ fn drive_arguments(options: &Options, seed: u64, folder: &Path) -> Vec<String> {
 /// Half of the commands take their time, some of them long.
 const UNEVEN: [&str; 2] = ["delay=0us..2ms,p=0.5", "delay=2ms..15ms,p=0.05"];
 
+/// What the drive still does long after the reset that was to end it.
+const STRAY: &str = "stray=50ms..250ms,opcode=read,p=0.05";
+
 struct Run<'a> {
     options: &'a Options,
     drive: Drive,
@@ -187,6 +190,7 @@ impl Run<'_> {
                 let skip = self.random.below(50);
                 let rule = match fault {
                     Fault::Lost => format!("lose,p=0.2,skip={skip},limit={}", self.random.between(1..=8)),
+                    _ if self.random.one_in(2) => format!("fatal,skip={skip},limit=1 {STRAY}"),
                     _ => format!("fatal,skip={skip},limit=1"),
                 };
                 self.drive.tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
@@ -354,6 +358,7 @@ impl Run<'_> {
         if let Err(why) = self.target.stop() {
             self.client.wrong.error(&why);
         }
+        self.client.check_idle();
         if self.target.log().contains("panicked at") {
             self.client.wrong.error("a thread of the target has panicked: see its log");
         }
