@@ -75,6 +75,13 @@ pub enum Error {
         advice: String,
     },
 
+    /// No PCI device has this address.
+    #[error("{device} cannot be opened: there is no such PCI device; 'lspci -D' lists those there are")]
+    NoDevice {
+        /// The address.
+        device: String,
+    },
+
     /// A PCI device is not in a state in which it can be opened.
     #[error("{device} cannot be opened: {reason}; {advice}")]
     NotUsable {

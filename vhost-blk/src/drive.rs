@@ -17,7 +17,7 @@ mod namespaces;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nvme_driver::{BouncePool, Controller, Error, Options, QueuePairOptions};
@@ -28,9 +28,11 @@ use crate::bell::Bell;
 use crate::guest_memory::Reach;
 use crate::lane::Lane;
 use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way, WorkerPool};
+pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
 pub use keeper::Keeper;
+pub(crate) use keeper::{FIRST_PAUSE, LONGEST_PAUSE, LOOK_PAUSE};
 pub use namespaces::{ExportedNamespace, Known};
 
 /// One NVMe controller in use.
@@ -156,6 +158,17 @@ impl fmt::Display for Cause {
     }
 }
 
+/// Whether a drive is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Presence {
+    /// It works.
+    There,
+    /// It does not, for this reason.
+    Away(String),
+    /// It is just now going or coming back.
+    Changing,
+}
+
 /// A place for a queue pair on a worker.
 struct Place {
     id: PairId,
@@ -173,18 +186,21 @@ impl Drive {
         options: &Options,
         hold: Duration,
         pool: Arc<WorkerPool>,
-    ) -> Result<Drive, String> {
+    ) -> Result<Drive, NotBack> {
         let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
-                let embedded = Embedded::start(sim)?;
+                let embedded = Embedded::start(sim).map_err(NotBack::Unfit)?;
                 (embedded.address(), Some(embedded))
             }
         };
         let name = address.to_string();
-        let present = Present::open(&device_address, options, None).map_err(|error| match error {
-            NotOpened::Device(error) => format!("cannot open {name}: {error}"),
-            NotOpened::Controller(error) => format!("cannot bring up the controller {name}: {error}"),
+        let present = Present::open(&device_address, options, None).map_err(|error| {
+            let what = match &error {
+                NotOpened::Device(_) => "open",
+                NotOpened::Controller(_) => "bring up the controller",
+            };
+            NotBack::from(error).told(|why| format!("cannot {what} {name}: {why}"))
         })?;
         let identity = present.controller.identity();
         Ok(Drive {
@@ -205,7 +221,7 @@ impl Drive {
             }),
             told_sharing: AtomicBool::new(false),
             reports: Mutex::default(),
-            bell: Bell::new().map_err(|error| format!("cannot make an eventfd: {error}"))?,
+            bell: Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))?,
             expired: Mutex::new(None),
             _embedded: embedded,
         })
@@ -221,6 +237,20 @@ impl Drive {
     pub fn memory(&self) -> &Reach {
         self.look();
         &self.memory
+    }
+
+    /// Whether it is there, told without waiting for anything.
+    pub fn presence(&self) -> Presence {
+        let state = match self.state.try_lock() {
+            Ok(state) => state,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return Presence::Changing,
+        };
+        match &state.condition {
+            Condition::Present(_) => Presence::There,
+            Condition::Away(Away { cause, .. }) => Presence::Away(format!("{} is away: {cause}", self.name)),
+            Condition::Over => Presence::Away(format!("{} is not used any more", self.name)),
+        }
     }
 
     /// The drive's serial number, for GET_ID.

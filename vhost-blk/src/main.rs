@@ -87,9 +87,7 @@ fn serve(settings: &Settings) -> Result<(), String> {
     // Before there are other threads.
     let handed = service_manager::sockets()?;
     let target = Target::start_on(settings, handed)?;
-    let count = settings.exports.len();
-    let status = format!("STATUS=ready for front-ends on {count} socket{}", if count == 1 { "" } else { "s" });
-    service_manager::notify(&["READY=1", &status]);
+    target.tell_ready();
     loop {
         let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN), PollFd::new(&counters, PollFlags::IN)];
         sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));

@@ -1,7 +1,9 @@
 //! Everything one program serves: controllers, workers, exports, and the thread that listens to the workers.
 
+mod waiting;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nvme_driver::Options;
@@ -9,29 +11,110 @@ use nvme_driver::Options;
 use crate::bell::Bell;
 use crate::config::Settings;
 use crate::counters::Tally;
-use crate::drive::{Drive, Keeper};
+use crate::drive::{Drive, Keeper, Presence};
 use crate::export::{Export, Server};
-use crate::listener;
-use crate::service_manager::Handed;
+use crate::listener::{self, Listener};
+use crate::service_manager::{self, Handed};
 use crate::worker::{WorkerEvent, WorkerPool};
+use waiting::{Means, Waiting};
 
 /// A running target. Dropping it stops serving: rings are drained, controllers shut down, sockets removed.
 pub struct Target {
     // In this order they are dropped: nothing that is used goes first.
-    servers: Vec<Server>,
+    running: Arc<Running>,
     watch: Option<Watch>,
-    keepers: Vec<Keeper>,
-    drives: Vec<Arc<Drive>>,
+    status: Arc<Mutex<Status>>,
     _pool: Arc<WorkerPool>,
-    ended: Arc<Bell>,
-    fatal: Arc<OnceLock<String>>,
 }
 
-/// Time between two looks at what the workers tell.
+/// What is served, and how that ends. A drive that is waited for joins it later.
+struct Running {
+    /// Exports, those that are waited for included.
+    total: usize,
+    parts: Mutex<Parts>,
+    end: Arc<End>,
+}
+
+#[derive(Default)]
+struct Parts {
+    /// Nothing joins any more.
+    stopping: bool,
+    servers: Vec<Server>,
+    keepers: Vec<Keeper>,
+    drives: Vec<Arc<Drive>>,
+}
+
+/// The end of serving.
+struct End {
+    bell: Bell,
+    /// Exports that have, or may still get, a front-end.
+    left: AtomicUsize,
+    fatal: OnceLock<String>,
+}
+
+impl End {
+    /// It ends because of a defect; the first one counts.
+    fn fatal(&self, why: String) {
+        let _ = self.fatal.set(why);
+        self.bell.ring();
+    }
+}
+
+impl Running {
+    fn parts(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks after a drive from now on. The error is one line.
+    fn keep(&self, drive: Arc<Drive>) -> Result<(), String> {
+        let mut parts = self.parts();
+        if !parts.stopping {
+            parts.keepers.push(Keeper::start(drive.clone())?);
+            parts.drives.push(drive);
+        }
+        Ok(())
+    }
+
+    /// Something that a worker has told.
+    fn hear(&self, event: WorkerEvent) {
+        match event {
+            WorkerEvent::Expired { pair, count, at } => {
+                let drives = self.parts().drives.clone();
+                if let Some(drive) = drives.iter().find(|drive| drive.owns(pair)) {
+                    drive.report_expired(count, at);
+                }
+            }
+            // The worker has logged it; what is left to do comes from the front-end.
+            WorkerEvent::Broken { name, reason } => log::debug!("{name} is broken: {reason}"),
+            WorkerEvent::WorkerDied { worker, message } => {
+                self.end.fatal(format!("worker {worker} died: {message}"));
+            }
+        }
+    }
+
+    /// Serves an export from now on. The error is one line.
+    fn serve(&self, export: Arc<Export>, listener: Listener) -> Result<(), String> {
+        let mut parts = self.parts();
+        if !parts.stopping {
+            let end = self.end.clone();
+            let at_end = move || {
+                if end.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+                    end.bell.ring();
+                }
+            };
+            parts.servers.push(Server::start(export, listener, at_end)?);
+        }
+        Ok(())
+    }
+}
+
+/// Time between two looks at what the workers tell, and at how the drives do.
 const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Target {
-    /// Opens every controller once, binds every socket and starts to serve. The error is one line.
+    /// Opens every controller once, binds every socket and starts to serve. A drive that is not there, or does not come up, is
+    /// waited for: only its exports are not served yet. The error is one line: what is wrong with the settings, or with the set-up
+    /// of this machine if nothing can be served for it.
     pub fn start(settings: &Settings) -> Result<Target, String> {
         Target::start_on(settings, Vec::new())
     }
@@ -53,79 +136,87 @@ impl Target {
         let listeners = listener::open_all(&settings.exports, handed)?;
         let pool = WorkerPool::start(&settings.cpus).map_err(|error| format!("cannot start the workers: {error}"))?;
         let pool = Arc::new(pool);
-        let mut drives: Vec<Arc<Drive>> = Vec::new();
-        let mut exports = Vec::new();
-        for (number, export) in settings.exports.iter().enumerate() {
-            let drive = match drives.iter().find(|drive| *drive.address() == export.device) {
-                Some(drive) => drive.clone(),
-                None => {
-                    let drive = Arc::new(Drive::open(&export.device, options, settings.patience.hold, pool.clone())?);
-                    drives.push(drive.clone());
-                    drive
-                }
-            };
-            exports.push(Arc::new(Export::new(export, drive, number, pool.len())?));
-        }
-        let ended = Bell::new().map_err(|error| format!("cannot start: {error}"))?;
-        let ended = Arc::new(ended);
-        let left = Arc::new(AtomicUsize::new(exports.len()));
-        let mut servers = Vec::new();
-        for (export, listener) in exports.into_iter().zip(listeners) {
-            let (ended, left) = (ended.clone(), left.clone());
-            let at_end = move || {
-                if left.fetch_sub(1, Ordering::AcqRel) == 1 {
-                    ended.ring();
-                }
-            };
-            servers.push(Server::start(export, listener, at_end)?);
-        }
-        let fatal = Arc::new(OnceLock::new());
-        let report = {
-            let (ended, fatal) = (ended.clone(), fatal.clone());
-            move |why| {
-                let _ = fatal.set(why);
-                ended.ring();
+        let bell = Bell::new().map_err(|error| format!("cannot start: {error}"))?;
+        let end = Arc::new(End { bell, left: AtomicUsize::new(settings.exports.len()), fatal: OnceLock::new() });
+        let running = Arc::new(Running { total: settings.exports.len(), parts: Mutex::default(), end });
+        let status = Arc::<Mutex<Status>>::default();
+        // Whatever fails from here on, what has started is stopped in its order.
+        let mut target = Target { running: running.clone(), watch: None, status, _pool: pool.clone() };
+        let means = Means { options: options.clone(), hold: settings.patience.hold, pool: pool.clone() };
+        // All of them at once: one that is slow keeps nobody waiting.
+        let mut waiting = Waiting::all(&settings.exports, listeners, &Arc::new(means));
+        loop {
+            for drive in &mut waiting {
+                drive.step(&running)?;
             }
-        };
-        let watch = Watch::start(drives.clone(), pool.clone(), report)?;
-        let keepers = drives.iter().cloned().map(Keeper::start).collect::<Result<_, _>>()?;
-        Ok(Target { servers, watch: Some(watch), keepers, drives, _pool: pool, ended, fatal })
+            if waiting.iter().all(|drive| drive.done() || drive.why().is_some()) {
+                break;
+            }
+            std::thread::park_timeout(WATCH_INTERVAL);
+        }
+        waiting.retain(|drive| !drive.done());
+        // Nothing is served, and no drive can be waited for.
+        let nothing = running.parts().servers.is_empty();
+        if let Some(why) = waiting.first().filter(|_| nothing).and_then(Waiting::why)
+            && waiting.iter().all(Waiting::is_setup)
+        {
+            return Err(why.to_owned());
+        }
+        waiting.iter_mut().for_each(Waiting::tell);
+        if let Some(text) = describe(&running, &waiting) {
+            target.status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
+        }
+        target.watch = Some(Watch::start(running, waiting, pool, target.status.clone())?);
+        Ok(target)
+    }
+
+    /// Tells the service manager that everything that can be served is, and from now on whenever that changes.
+    pub fn tell_ready(&self) {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.ready = true;
+        service_manager::notify(&["READY=1", &format!("STATUS={}", status.text)]);
     }
 
     /// Readable when there is nothing more to serve: every export's front-end was inherited connected and is gone, or a
     /// defect of this program ended it.
     pub fn ended(&self) -> &Bell {
-        &self.ended
+        &self.running.end.bell
     }
 
     /// Stops serving, and logs the counters at the end of it all. The error is why serving had ended before.
     pub fn stop(mut self) -> Result<(), String> {
         let exports = self.halt();
         exports.iter().for_each(|export| export.log_counters());
-        self.fatal.get().cloned().map_or(Ok(()), Err)
+        self.running.end.fatal.get().cloned().map_or(Ok(()), Err)
     }
 
     /// Ends every session, then the controllers.
     fn halt(&mut self) -> Vec<Arc<Export>> {
+        let servers = {
+            let mut parts = self.running.parts();
+            parts.stopping = true;
+            std::mem::take(&mut parts.servers)
+        };
         // All of them at once: each may have requests to wait for.
-        self.servers.iter().for_each(Server::ask_to_stop);
-        let exports = self.servers.drain(..).map(|server| server.export().clone()).collect();
+        servers.iter().for_each(Server::ask_to_stop);
+        let exports = servers.into_iter().map(|server| server.export().clone()).collect();
         self.watch = None;
-        self.keepers.clear();
-        self.drives.drain(..).for_each(|drive| drive.shutdown());
+        let Parts { keepers, drives, .. } = std::mem::take(&mut *self.running.parts());
+        drop(keepers);
+        drives.iter().for_each(|drive| drive.shutdown());
         exports
     }
 
     /// The counters of all rings together, since the start: of those that have stopped, too.
     pub fn totals(&self) -> Tally {
         let mut sum = Tally::default();
-        self.servers.iter().for_each(|server| sum += server.export().totals());
+        self.running.parts().servers.iter().for_each(|server| sum += server.export().totals());
         sum
     }
 
     /// Logs the counters of every ring.
     pub fn log_counters(&self) {
-        self.servers.iter().for_each(|server| server.export().log_counters());
+        self.running.parts().servers.iter().for_each(|server| server.export().log_counters());
     }
 }
 
@@ -135,7 +226,46 @@ impl Drop for Target {
     }
 }
 
-/// The thread that hears what workers tell.
+/// How the target does, for the service manager.
+#[derive(Default)]
+struct Status {
+    text: String,
+    /// It has been told that all is ready, and is told of changes.
+    ready: bool,
+}
+
+impl Status {
+    fn update(&mut self, text: String) {
+        if self.text != text {
+            self.text = text;
+            if self.ready {
+                service_manager::notify(&[&format!("STATUS={}", self.text)]);
+            }
+        }
+    }
+}
+
+/// How the target does, in one line; `None` while a drive is just going or coming.
+fn describe(running: &Running, waiting: &[Waiting]) -> Option<String> {
+    let mut reasons: Vec<String> = waiting.iter().filter_map(Waiting::why).map(str::to_owned).collect();
+    let parts = running.parts();
+    for drive in &parts.drives {
+        match drive.presence() {
+            Presence::There => {}
+            Presence::Away(why) => reasons.push(why),
+            Presence::Changing => return None,
+        }
+    }
+    let total = running.total;
+    let sockets = format!("{total} socket{}", if total == 1 { "" } else { "s" });
+    if reasons.is_empty() {
+        return Some(format!("ready for front-ends on {sockets}"));
+    }
+    let served = parts.servers.iter().filter(|server| server.export().drive.presence() == Presence::There).count();
+    Some(format!("serving {served} of {sockets}; {}", reasons.join("; ")))
+}
+
+/// The thread that hears what workers tell, and looks for drives that are waited for.
 struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
@@ -143,30 +273,25 @@ struct Watch {
 
 impl Watch {
     fn start(
-        drives: Vec<Arc<Drive>>,
+        running: Arc<Running>,
+        mut waiting: Vec<Waiting>,
         pool: Arc<WorkerPool>,
-        mut fatal: impl FnMut(String) + Send + 'static,
+        status: Arc<Mutex<Status>>,
     ) -> Result<Watch, String> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let run = move || {
             // Relaxed: the flag guards nothing but this loop.
             while !stopped.load(Ordering::Relaxed) {
-                for event in pool.events() {
-                    match event {
-                        WorkerEvent::Expired { pair, count, at } => {
-                            if let Some(drive) = drives.iter().find(|drive| drive.owns(pair)) {
-                                drive.report_expired(count, at);
-                            }
-                        }
-                        WorkerEvent::Broken { name, reason } => {
-                            // The worker has logged it; what is left to do comes from the front-end.
-                            log::debug!("{name} is broken: {reason}");
-                        }
-                        WorkerEvent::WorkerDied { worker, message } => {
-                            fatal(format!("worker {worker} died: {message}"))
-                        }
+                pool.events().into_iter().for_each(|event| running.hear(event));
+                for drive in &mut waiting {
+                    if let Err(why) = drive.step(&running) {
+                        running.end.fatal(why);
                     }
+                }
+                waiting.retain(|drive| !drive.done());
+                if let Some(text) = describe(&running, &waiting) {
+                    status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
                 }
                 std::thread::park_timeout(WATCH_INTERVAL);
             }

@@ -62,8 +62,6 @@ fn what_is_wrong_is_one_line_and_a_status() {
         (vec!["--config", config], 2, format!("vhost-blk: {config}, line 4: unknown field `queus`, expected one of")),
         (vec!["--device", "sim:64M", "--socket-path", busy], 1, format!("vhost-blk: cannot listen on {busy}: another process does already; stop it or choose another path")),
         (vec!["--device", "sim:64M", "--socket-path", "/nowhere/s"], 1, "vhost-blk: cannot listen on /nowhere/s: its directory does not exist; create it first".into()),
-        (vec!["--device", "vfio-user:/nowhere/n", "--socket-path", socket], 1, "vhost-blk: cannot open vfio-user:/nowhere/n: ".into()),
-        (vec!["--device", "ffff:ff:1f.7", "--socket-path", socket], 1, "vhost-blk: cannot open ffff:ff:1f.7: ".into()),
         (vec!["--device", "sim:64M", "--namespace", "9", "--socket-path", socket], 1, "vhost-blk: sim:64M: namespace 9 is not active".into()),
         (vec!["--device", "sim:64M", "--cpus", "8191", "--socket-path", socket], 1, "vhost-blk: cannot start the workers: cannot pin a worker to CPU 8191".into()),
         (vec!["--device", "sim:64M,file=/nowhere/disk", "--socket-path", socket], 1, "vhost-blk: cannot start the embedded controller: ".into()),
@@ -78,6 +76,20 @@ fn what_is_wrong_is_one_line_and_a_status() {
         assert!(message[0].starts_with(&line), "{args:?}: {text}");
         assert_eq!(output.status.code(), Some(status), "{args:?}");
         assert!(!Path::new(socket).exists(), "{args:?} leaves no socket");
+    }
+}
+
+#[test]
+fn an_address_without_a_drive_is_told_and_waited_for() {
+    for device in ["vfio-user:/nowhere/n", "ffff:ff:1f.7"] {
+        let (_folder, socket) = folder();
+        let mut program = Program::start(&["--device", device, "--socket-path", socket.to_str().unwrap()], None);
+        // It cannot be told from one whose drive is away, whose guests wait for it.
+        program.wait_for(&format!(" ERROR vhost_blk::target::waiting] cannot open {device}: "));
+        program.wait_for(&format!("there is no disk on {}", socket.display()));
+        assert!(!socket.exists());
+        program.signal(Signal::TERM);
+        assert_eq!(program.wait().code(), Some(0));
     }
 }
 
@@ -261,10 +273,12 @@ fn activated(args: &[&str], sockets: &[&UnixListener], names: &str) -> Command {
 }
 
 #[test]
-fn the_service_manager_hears_when_all_disks_are_ready_and_when_it_stops() {
+fn the_service_manager_hears_when_the_disks_are_ready_how_they_do_and_when_it_stops() {
+    use nvme_sim::{Config, Simulator};
     let (folder, _) = folder();
     let path = |name: &str| folder.path().join(name);
     let ear = Ear::at(&path("notify"));
+    let device = format!("vfio-user:{}", path("nvme").display());
     let export = |device: &str, name: &str| {
         format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"{}\"\n", path(name).display())
     };
@@ -274,11 +288,23 @@ fn the_service_manager_hears_when_all_disks_are_ready_and_when_it_stops() {
         command.env("NOTIFY_SOCKET", path("notify"));
         Program::spawn(command, &[])
     };
-    // One disk cannot be served: it is not ready, and says no such thing.
-    assert_eq!(start("vfio-user:/nowhere/n").wait().code(), Some(1));
-    let mut program = start("sim:32M");
-    assert_eq!(ear.hears(), "READY=1\nSTATUS=ready for front-ends on 2 sockets");
+    // What is wrong with the configuration: it is not ready, and says no such thing.
+    assert_eq!(start("sim:64M,file=/nowhere/disk").wait().code(), Some(1));
+    let mut program = start(&device);
+    // Ready is what can be: one disk waits for its drive.
+    let away = format!("serving 1 of 2 sockets; cannot open {device}: ");
+    let first = ear.hears();
+    assert!(first.starts_with(&format!("READY=1\nSTATUS={away}")), "{first}");
+    check_disk(&Front::connect(&path("a")));
+    let drive = Simulator::start(Config::default(), &path("nvme")).unwrap();
+    assert_eq!(ear.hears(), "STATUS=ready for front-ends on 2 sockets");
     ["a", "b"].iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+    // It goes, and comes back.
+    drop(drive);
+    let gone = ear.hears();
+    assert!(gone.starts_with(&format!("STATUS=serving 1 of 2 sockets; {device} is away: ")), "{gone}");
+    let _drive = Simulator::start(Config::default(), &path("nvme")).unwrap();
+    assert_eq!(ear.hears(), "STATUS=ready for front-ends on 2 sockets");
     program.signal(Signal::TERM);
     assert_eq!(ear.hears(), "STOPPING=1\nSTATUS=finishing the requests under way");
     assert_eq!(program.wait().code(), Some(0));

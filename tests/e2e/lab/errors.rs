@@ -22,6 +22,22 @@ fn refuses(guest: &mut Guest, before: &str, arguments: &str, parts: &[&str]) {
     }
 }
 
+/// Runs `vhost-blk` with a drive that is not there: one line tells so, and it waits for the drive until it is ended.
+#[track_caller]
+fn waits(guest: &mut Guest, arguments: &str, parts: &[&str]) {
+    let script = format!(
+        r#"export RUST_LOG=error
+        {} {arguments} >/run/waits.log 2>&1 </dev/null &
+        target=$!
+        for _ in $(seq 600); do grep -q 'tried again and again' /run/waits.log && break; sleep 0.1; done
+        kill $target; wait $target; echo "target $?"; cat /run/waits.log"#,
+        vhost_blk_program().unwrap().display()
+    );
+    let text = guest.run(&script, SHORT).unwrap();
+    let line = text.trim_end().strip_prefix("target 0\n").unwrap_or_else(|| panic!("{script}:\n{text}"));
+    assert!(!line.contains('\n') && parts.iter().all(|part| line.contains(part)), "{script}:\n{text}");
+}
+
 /// A user without any privilege.
 const AS_NOBODY: &str = "setpriv --reuid nobody --regid nogroup --clear-groups";
 
@@ -39,8 +55,8 @@ fn mistakes_are_told_in_one_line(kernel: &Kernel) {
     let device = |address: &str| format!("--socket-path /run/user/disk.sock --device {address}");
     guest.run("mkdir /run/user && chown nobody /run/user", SHORT).unwrap();
 
-    // Not bound: there is none, the kernel's driver has it, nobody has it.
-    refuses(&mut guest, "", &device("0000:00:0f.0"), &["no such PCI device", "lspci -D"]);
+    // There is none, as if it had been pulled out. Not bound: the kernel's driver has it, nobody has it.
+    waits(&mut guest, &device("0000:00:0f.0"), &["no such PCI device", "lspci -D", "there is no disk on"]);
     let bind_it = format!("setup/setup.sh bind {other}");
     refuses(&mut guest, "", &device(other), &["driver 'nvme' has it", "if nothing on it is in use", &bind_it]);
     guest.run(&format!("echo {other} >/sys/bus/pci/devices/{other}/driver/unbind"), SHORT).unwrap();

@@ -7,13 +7,40 @@ use nvme_driver::Controller;
 use super::namespaces::{Difference, ExportedNamespace, Found, difference};
 use super::{Condition, Drive, NoWay, NotOpened, Present};
 
-/// Why a drive is not back.
+/// Why a drive is not there, or not back.
 #[derive(Debug)]
 pub enum NotBack {
     /// There is nothing at its address.
     Nothing(String),
+    /// It may not be had as this machine is set up: another driver or program has it, a permission or memory is missing.
+    Withheld(String),
     /// There is something, but it does not work, or is not what was there.
     Unfit(String),
+}
+
+impl NotBack {
+    /// Words it in another way.
+    pub(super) fn told(self, tell: impl FnOnce(String) -> String) -> NotBack {
+        match self {
+            NotBack::Nothing(why) => NotBack::Nothing(tell(why)),
+            NotBack::Withheld(why) => NotBack::Withheld(tell(why)),
+            NotBack::Unfit(why) => NotBack::Unfit(tell(why)),
+        }
+    }
+}
+
+impl From<NotOpened> for NotBack {
+    fn from(error: NotOpened) -> NotBack {
+        use vfio::Error::{Kernel, Memory, NotUsable};
+        match error {
+            NotOpened::Device(error @ (NotUsable { .. } | Kernel { .. } | Memory { .. })) => {
+                NotBack::Withheld(error.to_string())
+            }
+            NotOpened::Device(error) => NotBack::Nothing(error.to_string()),
+            NotOpened::Controller(error) if error.is_gone() => NotBack::Nothing(error.to_string()),
+            NotOpened::Controller(error) => NotBack::Unfit(error.to_string()),
+        }
+    }
 }
 
 impl Drive {
@@ -23,11 +50,7 @@ impl Drive {
             Condition::Away(away) => Some(away.addresses),
             _ => return Ok(()),
         };
-        let mut present = Present::open(&self.device_address, &self.options, earlier).map_err(|error| match error {
-            NotOpened::Device(error) => NotBack::Nothing(error.to_string()),
-            NotOpened::Controller(error) if error.is_gone() => NotBack::Nothing(error.to_string()),
-            NotOpened::Controller(error) => NotBack::Unfit(error.to_string()),
-        })?;
+        let mut present = Present::open(&self.device_address, &self.options, earlier)?;
         let expected = self.state().namespaces.clone();
         let found = self.compare(&present.controller, &expected).map_err(NotBack::Unfit)?;
         let mut state = self.state();

@@ -13,11 +13,11 @@ use super::{Away, Cause, Condition, Drive};
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
-const LOOK_PAUSE: Duration = Duration::from_millis(250);
+pub(crate) const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// A controller that fails again and again is reset less and less often, but no less often than this.
-const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What works for this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(1);
 /// How long the program's end waits for an attempt that is under way.
@@ -173,7 +173,7 @@ impl Attempts {
                 self.next = None;
                 return;
             }
-            Err(NotBack::Nothing(why)) => (why, LOOK_PAUSE),
+            Err(NotBack::Nothing(why) | NotBack::Withheld(why)) => (why, LOOK_PAUSE),
             Err(NotBack::Unfit(why)) => {
                 self.pause = longer;
                 (why, longer)

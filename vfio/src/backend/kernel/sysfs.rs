@@ -42,7 +42,7 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
     let path = roots.sys.join("bus/pci/devices").join(address.to_string());
     let refuse = |reason: String, advice: String| Err(Error::NotUsable { device: address.to_string(), reason, advice });
     if !path.exists() {
-        return refuse("there is no such PCI device".into(), "'lspci -D' lists those there are".into());
+        return Err(Error::NoDevice { device: address.to_string() });
     }
     // Before the driver: without an IOMMU, vfio-pci takes no device, and advice to bind it would lead nowhere.
     let Some(group) = link_name(&path.join("iommu_group")).and_then(|name| name.parse::<u32>().ok()) else {
