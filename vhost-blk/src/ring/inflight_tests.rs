@@ -490,6 +490,39 @@ fn a_device_that_was_reset_begins_anew() {
     }
 }
 
+/// A guest that makes available what the device still has: the chain has no place in the log, and takes nobody's.
+#[test]
+fn a_chain_in_no_log_frees_no_other_chain() {
+    let mut front = Front { kind: Kind::Indirect, ..Front::new(true, 4) };
+    for _ in 0..4 {
+        assert!(front.add(&mut Random(9)));
+    }
+    let mut device = front.device();
+    device.take_triples(4);
+    let in_flight = by_the_letter(&front);
+    assert_eq!((device.held.len(), in_flight.len()), (4, 4));
+    // The first descriptor once more, as it would be available in the ring's second round.
+    front.guest.write(RING + 14, &(INDIRECT | 1 << 15).to_le_bytes());
+    for long in [true, false] {
+        if long {
+            assert!(device.pop());
+        } else {
+            device.take_triples(1);
+        }
+        let (head, text) = device.held.pop().unwrap();
+        assert_eq!(device.held.len(), 4, "it was taken");
+        if long {
+            device.ring.unpop(head);
+        } else {
+            device.ring.push_used(head, text.len() as u32);
+            device.ring.publish();
+        }
+        assert_eq!(by_the_letter(&front), in_flight);
+    }
+    drop(device);
+    assert_eq!(front.device().held.len(), 4);
+}
+
 /// A guest that began anew while nobody was there to hear of its reset: its ring is not the one in the log.
 #[test]
 fn a_log_of_an_earlier_ring_is_not_believed() {

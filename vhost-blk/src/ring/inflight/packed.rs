@@ -266,7 +266,7 @@ impl PackedLog {
             free += usize::from(Self::length(*run));
             free >= count
         }) {
-            return Head::new(head.id(), head.entries());
+            return Head::logged(head.id(), head.entries(), Self::NONE, Self::NONE);
         }
         let first = self.front();
         let (mut last, mut is_run) = (first, true);
@@ -304,7 +304,7 @@ impl PackedLog {
         }
     }
 
-    /// Puts the entries of a chain before the free ones.
+    /// Puts the entries of a chain before the free ones; false if it has none.
     fn link(&mut self, head: Head) -> bool {
         let before = self.front();
         let last = match self.entries.get(usize::from(head.last())) {
