@@ -110,7 +110,7 @@ pub struct QueuePair {
     lease: Arc<()>,
 }
 
-/// The coarse clock by which commands age, in milliseconds from 1 on.
+/// The coarse clock by which commands age, in milliseconds.
 struct Clock {
     start: Instant,
     now: u32,
@@ -165,7 +165,7 @@ impl QueuePair {
             completion_bell: Bell::new(completion, completion_bell),
             requests: Requests::new(slots),
             stale: Stale::default(),
-            clock: Clock { start: Instant::now(), now: 1, timeout, next_look: 0 },
+            clock: Clock { start: Instant::now(), now: 0, timeout, next_look: 0 },
             completions: Completions::Polling,
             retry_delays: settings.retry_delays,
             interrupt: settings.interrupt,
@@ -350,9 +350,7 @@ impl QueuePair {
     /// Expired requests stay outstanding: the controller may still write to their memory until it has been reset
     /// ([`QueuePair::drain_after_reset`]), or answer after all.
     pub fn tick(&mut self, now: Instant, mut expired: impl FnMut(u64)) {
-        let elapsed = now.saturating_duration_since(self.clock.start).as_millis() as u32;
-        // 0 means "not seen yet" in a slot.
-        self.clock.now = elapsed.wrapping_add(1).max(1);
+        self.clock.now = now.saturating_duration_since(self.clock.start).as_millis() as u32;
         self.tell_stale();
         if self.outstanding() == 0 || (self.clock.now.wrapping_sub(self.clock.next_look) as i32) < 0 {
             return;

@@ -387,8 +387,8 @@ pub trait TripleRing {
     /// Is there no chain? False also if the ring is corrupt.
     fn is_empty(&mut self) -> bool;
 
-    /// Takes the chain that was peeked at last, which has this head; gives the head to be kept. To be followed by [`TripleRing::commit`] before anything else is done with
-    /// the ring, and before the drive hears of the chain.
+    /// Takes the chain that was peeked at last, which has this head; gives the head to be kept. To be followed by
+    /// [`TripleRing::commit`] before anything else is done with the ring, and before the drive hears of the chain.
     fn accept(&mut self, head: Head) -> Head;
 
     /// The accepted chains are in the ring's log from here on, if it has one.
@@ -445,6 +445,9 @@ impl Ring {
 
     /// Notes from now on what is taken and given back, and takes up what a process before this one has noted: the ring then
     /// goes on where that one stopped, whatever [`RingSetup::base`] said. Nothing may have been popped yet.
+    ///
+    /// In a packed ring that goes on so, this writes to the guest's descriptors: those that the other process had marked as
+    /// used, and not yet shown to the driver, are made available again.
     ///
     /// # Errors
     /// The log's memory is too small, or was written for another ring.
