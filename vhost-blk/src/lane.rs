@@ -5,8 +5,7 @@
 //! call on a request's way, one publication and at most one eventfd write per batch.
 //!
 //! A ring with a log notes what it gives out and takes back. A lane whose ring was another process's before does first, in
-//! their order, the requests which that one has not answered. The log of written pages for live migration belongs where a
-//! status is written.
+//! their order, the requests which that one has not answered.
 
 mod again;
 mod bounced;
@@ -104,7 +103,7 @@ pub struct Lane {
     /// Requests that an earlier process has not answered are done first.
     resuming: bool,
     drive: Drive,
-    /// Whoever stops the lane waits no longer than the drive is there; true: requests are still to be answered then.
+    /// Whoever stops the lane waits only for what is with the drive; true: all else is still to be answered.
     abandoned: Option<bool>,
     again: Again,
     changes: Changes,
@@ -126,6 +125,9 @@ pub struct Lane {
     /// Why the guest's ring is broken, until it has been told.
     reason: Option<String>,
     name: String,
+    /// See [`Lane::count_line`].
+    #[cfg(test)]
+    lines: u64,
 }
 
 impl Lane {
@@ -163,6 +165,8 @@ impl Lane {
             state: Arc::default(),
             reason: None,
             name,
+            #[cfg(test)]
+            lines: 0,
         };
         if resuming {
             // The earlier process may have died between showing an answer and telling of it.
@@ -377,10 +381,19 @@ impl Lane {
     }
 
     /// Logs a failed request, each doubling of their number: neither a failing drive nor a guest can fill the log.
-    fn warn(&self, what: &dyn std::fmt::Display) {
+    fn warn(&mut self, what: &dyn std::fmt::Display) {
         let failed = self.tally.errors + 1;
         if failed.is_power_of_two() {
             log::warn!("{}: {what} ({failed} failed requests so far)", self.name);
+            self.count_line();
+        }
+    }
+
+    /// A line was written to the log for what may come in bursts.
+    fn count_line(&mut self) {
+        #[cfg(test)]
+        {
+            self.lines += 1;
         }
     }
 
@@ -591,6 +604,8 @@ fn set_nonblocking(name: &str, event: &File) {
     }
 }
 
+#[cfg(test)]
+mod again_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]

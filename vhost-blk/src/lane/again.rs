@@ -2,6 +2,9 @@
 //!
 //! What they ask is kept with their slots, as it was found in the guest's memory the first time, and not read there again.
 //! Only where the drive sees the data is looked up anew: a drive that has come back may see it elsewhere.
+//!
+//! Requests that were under way when the drive went are given to it in no particular order: virtio promises none between
+//! requests in flight, and to know theirs would cost each request something.
 
 use std::time::Instant;
 
@@ -71,24 +74,50 @@ struct Long {
     ranges: Vec<LbaRange>,
 }
 
-/// A slot whose request is to be given to the drive.
-struct Waiting {
-    slot: u16,
-    /// Which of the controller's retry delays to keep (NVMe Base 2.0, figure 94, CRD); 0: none.
+/// How long the drive wants a request not to be given to it again.
+#[derive(Default)]
+pub(super) struct Pause {
+    /// Which of the controller's retry delays (NVMe Base 2.0, figure 94, CRD); 0: none.
     delay: u8,
     /// When it is over.
     due: Option<Instant>,
 }
 
+impl Pause {
+    /// What the drive's answer asks for.
+    pub fn after(status: Status) -> Pause {
+        Pause { delay: status.retry_delay(), due: None }
+    }
+
+    /// `now`: the time, once it had to be read in this turn.
+    pub fn is_over(&mut self, pair: &QueuePair, now: &mut Option<Instant>) -> bool {
+        if self.delay == 0 {
+            return true;
+        }
+        let now = *now.get_or_insert_with(Instant::now);
+        now >= *self.due.get_or_insert_with(|| now + pair.retry_delay(self.delay))
+    }
+}
+
+/// A slot whose request is to be given to the drive.
+struct Waiting {
+    slot: u16,
+    pause: Pause,
+}
+
 /// Requests to be given to the drive once more.
 #[derive(Default)]
 pub(super) struct Again {
+    /// Answers that allowed another try.
+    allowed: u64,
     waiting: Vec<Waiting>,
     /// By slot, as far as there were any.
     longs: Vec<Long>,
     segments: Vec<Segment>,
     /// A request was with the drive in too many failures.
     pub worn: bool,
+    /// The drive was last heard to refuse writes, and this was logged.
+    pub write_protected: bool,
 }
 
 impl Again {
@@ -146,10 +175,10 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
-        let mut full = false;
+        let (mut full, mut now) = (false, None);
         let mut waiting = std::mem::take(&mut self.again.waiting);
         waiting.retain_mut(|entry| {
-            full || match self.try_again(pair, tag, entry) {
+            full || match self.try_again(pair, tag, entry, &mut now) {
                 Attempt::Made => false,
                 Attempt::Later => true,
                 Attempt::Full => {
@@ -162,14 +191,11 @@ impl Lane {
         !full
     }
 
-    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, entry: &mut Waiting) -> Attempt {
-        if entry.delay != 0 {
-            let now = Instant::now();
-            if now < *entry.due.get_or_insert_with(|| now + pair.retry_delay(entry.delay)) {
-                return Attempt::Later;
-            }
-            entry.delay = 0;
+    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, entry: &mut Waiting, now: &mut Option<Instant>) -> Attempt {
+        if !entry.pause.is_over(pair, now) {
+            return Attempt::Later;
         }
+        entry.pause = Pause::default();
         let number = entry.slot;
         let Some((request, head)) = self.kept_request(number) else { return Attempt::Made };
         if request.operation == Operation::Flush {
@@ -208,7 +234,7 @@ impl Lane {
                 if let Some(slot) = self.slots.get_mut(number) {
                     slot.written = 0;
                 }
-                self.bounce_in(number, head, request, buffers);
+                self.bounce_in(number, head, request, buffers, Some(Pause::default()));
                 Attempt::Made
             }
             Err(error) => {
@@ -244,29 +270,54 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn complete_badly(&mut self, number: u16, status: Status) {
-        let Some(slot) = self.slots.get_mut(number) else { return self.complete_specially(number, status) };
-        if !status.do_not_retry() && slot.kept.count(RETRY, MOST_RETRIES) {
-            self.again.waiting.push(Waiting { slot: number, delay: status.retry_delay(), due: None });
-            // Each doubling of their number, as in `warn`.
-            let tries = self.tally.again + 1;
-            if tries.is_power_of_two() {
-                log::warn!("{}: the drive answered: {status}; tried again ({tries} so far)", self.name);
-            }
-            return;
+        if self.slots.get_mut(number).is_none() {
+            return self.complete_specially(number, status);
         }
-        self.warn(&format_args!("the drive answered: {status}"));
+        if self.may_try_again(number, status) {
+            self.again.waiting.push(Waiting { slot: number, pause: Pause::after(status) });
+            return self.end_waiting();
+        }
+        self.warn_of(status);
         self.fail_slot(number);
+    }
+
+    /// Logs why a request fails: the drive's answer to it. Write protection is a state, and told when it begins.
+    pub(super) fn warn_of(&mut self, status: Status) {
+        if status.kind() != Status::WRITE_PROTECTED {
+            self.warn(&format_args!("the drive answered: {status}"));
+        } else if !std::mem::replace(&mut self.again.write_protected, true) {
+            log::error!("{}: the drive answered: {status}; writes fail, reads go on", self.name);
+            self.count_line();
+        }
+    }
+
+    /// May the request in this slot be given to the drive once more, after this answer? It will be, and is counted.
+    pub(super) fn may_try_again(&mut self, number: u16, status: Status) -> bool {
+        let kept = self.slots.kept_mut(number);
+        if status.do_not_retry() || !kept.is_some_and(|kept| kept.count(RETRY, MOST_RETRIES)) {
+            return false;
+        }
+        self.again.allowed += 1;
+        let answers = self.again.allowed;
+        // As in `warn`.
+        if answers.is_power_of_two() {
+            log::warn!("{}: the drive answered: {status}; tried again ({answers} such answers so far)", self.name);
+            self.count_line();
+        }
+        true
     }
 
     /// The controller was stopped before it answered the request with this token. `failed`: it is to blame, not whoever took
     /// it away.
     pub(crate) fn unanswered(&mut self, token: u64, failed: bool) {
         let number = token as u16;
-        if let Some(slot) = self.slots.get_mut(number) {
-            self.again.worn |= failed && !slot.kept.count(FAILURE, MOST_FAILURES - 1);
-            self.again.waiting.push(Waiting { slot: number, delay: 0, due: None });
+        if self.slots.get_mut(number).is_some() {
+            self.again.waiting.push(Waiting { slot: number, pause: Pause::default() });
         } else if !self.bounced.iter().any(|bounced| bounced.is(number)) {
-            self.complete_specially(number, Status::ABORTED_BY_HOST);
+            return self.complete_specially(number, Status::ABORTED_BY_HOST);
+        }
+        if failed && let Some(kept) = self.slots.kept_mut(number) {
+            self.again.worn |= !kept.count(FAILURE, MOST_FAILURES - 1);
         }
     }
 
@@ -276,16 +327,35 @@ impl Lane {
             return;
         }
         self.drive = Drive::Lost;
+        self.fail_waiting();
+        self.end_bounced(self.mode != Mode::Broken);
+    }
+
+    fn fail_waiting(&mut self) {
         for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
             self.fail_slot(slot);
         }
-        self.end_bounced(self.mode != Mode::Broken);
     }
 
     /// Lets go of all that waits for the drive, without an answer: in the ring, and in its log, it is as before.
     pub(super) fn let_go(&mut self) {
-        self.forget_waiting();
+        self.forget_all();
         self.end_bounced(false);
+    }
+
+    /// Ends what is not with the drive, which is there, if whoever stops the lane does not wait for that. What is copied ends
+    /// in the next turn, which can give its buffer back.
+    pub(super) fn end_waiting(&mut self) {
+        match self.abandoned {
+            Some(true) => self.fail_waiting(),
+            Some(false) => self.forget_all(),
+            None => {}
+        }
+    }
+
+    /// Nothing is asked any more but what is with the drive, or copied.
+    fn forget_all(&mut self) {
+        self.forget_waiting();
         self.resuming = false;
         self.pending = None;
     }

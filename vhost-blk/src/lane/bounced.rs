@@ -2,9 +2,14 @@
 //!
 //! The data goes through a buffer of the pool in pieces, one at a time, so that any pool serves any request.
 
+use std::time::Instant;
+
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
+use super::again::{Kept, Pause};
 use super::{Lane, Mode, count, flush};
+use crate::counters::Tally;
+use crate::disk::Disk;
 use crate::guest_memory::{GuestView, OutsideMemory};
 use crate::request::{self, Operation, Request};
 use crate::ring::{Buffer, Head};
@@ -25,9 +30,52 @@ pub(super) struct Bounced {
     buffers: Vec<Buffer>,
     /// Bytes done.
     done: u64,
-    /// The piece the drive works on, and its answer when it is there.
-    piece: Option<(Bounce, u64)>,
-    answer: Option<Status>,
+    /// What comes after them, if it has a buffer.
+    piece: Option<Piece>,
+    /// The drive was given it before, and is to be given it once more after this.
+    again: Option<Pause>,
+}
+
+/// A part of the data, in a buffer.
+struct Piece {
+    bounce: Bounce,
+    bytes: u64,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy)]
+enum Stage {
+    /// Ready for the drive.
+    Filled,
+    /// With the drive.
+    Out,
+    /// This was the drive's answer.
+    Back(Status),
+}
+
+/// How a request ended.
+enum End {
+    Done,
+    /// The drive has failed it.
+    Refused(Status),
+    /// For another reason.
+    Failed(String),
+    /// Without an answer.
+    LetGo,
+}
+
+/// What a turn has for the requests that are copied.
+struct Turn<'a> {
+    view: &'a mut GuestView,
+    pair: &'a mut QueuePair,
+    pool: &'a mut BouncePool,
+    disk: &'a Disk,
+    tally: &'a mut Tally,
+    tag: u64,
+    /// Nothing more is asked of the drive; true: what is not done fails, else it is let go.
+    ends: Option<bool>,
+    /// The time, once it had to be read.
+    now: &'a mut Option<Instant>,
 }
 
 impl Lane {
@@ -35,24 +83,36 @@ impl Lane {
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
         // It was for this slot that the queue pair was asked.
-        let Some(slot) = self.slots.reserve() else { return };
+        let Some(mut slot) = self.slots.reserve() else { return };
         let number = slot.number();
+        slot.fill(request.status, 0, Kept::default());
         slot.take(head);
         let buffers = request::data_buffers(&self.chain, request.operation).collect();
-        self.bounce_in(number, head, request, buffers);
+        self.bounce_in(number, head, request, buffers, None);
     }
 
-    /// The same for one that has a slot, whose `written` is 0.
-    pub(super) fn bounce_in(&mut self, slot: u16, head: Head, request: Request, buffers: Vec<Buffer>) {
+    /// The same for one that has a slot, whose `written` is 0. What its slot has counted goes on. `again`: the drive was given
+    /// it before.
+    pub(super) fn bounce_in(
+        &mut self,
+        slot: u16,
+        head: Head,
+        request: Request,
+        buffers: Vec<Buffer>,
+        again: Option<Pause>,
+    ) {
         self.tally.copies += 1;
-        self.bounced.push(Bounced { slot, head, request, buffers, done: 0, piece: None, answer: None });
+        self.bounced.push(Bounced { slot, head, request, buffers, done: 0, piece: None, again });
     }
 
     /// The drive is away: the pieces it had are done again when it is back.
     pub(super) fn hold_bounced(&mut self, pool: &mut BouncePool) {
         for bounced in &mut self.bounced {
-            bounced.piece.take().into_iter().for_each(|(bounce, _)| pool.give_back(bounce));
-            bounced.answer = None;
+            let Some(Piece { bounce, stage, .. }) = bounced.piece.take() else { continue };
+            pool.give_back(bounce);
+            if !matches!(stage, Stage::Filled) {
+                bounced.again = Some(Pause::default());
+            }
         }
         if self.mode == Mode::Broken {
             self.end_bounced(false);
@@ -71,8 +131,12 @@ impl Lane {
 
     /// The drive has answered the piece of the bounced request with this slot.
     pub(super) fn bounced_piece_done(&mut self, slot: u16, status: Status) {
+        let again = !status.is_success() && self.may_try_again(slot, status);
         if let Some(bounced) = self.bounced.iter_mut().find(|bounced| bounced.slot == slot) {
-            bounced.answer = Some(status);
+            bounced.again = again.then(|| Pause::after(status));
+            if let Some(piece) = &mut bounced.piece {
+                piece.stage = Stage::Back(status);
+            }
         }
     }
 
@@ -80,37 +144,32 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn advance_bounced(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
-        let mut index = 0;
+        let (mut index, mut now) = (0, None);
+        // Nothing more from a guest that broke its ring.
+        let ends = if self.mode == Mode::Broken { Some(false) } else { self.abandoned };
         while let Some(bounced) = self.bounced.get_mut(index) {
-            let waits = bounced.piece.is_some() && bounced.answer.is_none();
-            // Nothing more from a guest that broke its ring.
-            let finished = if !waits && self.mode == Mode::Broken {
-                bounced.piece.take().into_iter().for_each(|(bounce, _)| pool.give_back(bounce));
-                Some(Err("its lane has ended".to_owned()))
-            } else {
-                let fua = self.disk.force_unit_access();
-                bounced.advance(&mut self.view, pair, pool, &self.disk.namespace, tag, fua)
-            };
-            let Some(result) = finished else {
+            let Lane { view, disk, tally, .. } = self;
+            let Some(end) = bounced.advance(&mut Turn { view, pair, pool, disk, tally, tag, ends, now: &mut now })
+            else {
                 index += 1;
                 continue;
             };
             let Bounced { slot, head, request, .. } = self.bounced.swap_remove(index);
             self.slots.free(slot);
-            if self.mode == Mode::Broken {
+            if self.mode == Mode::Broken || matches!(end, End::LetGo) {
                 continue;
             }
             count(&mut self.tally, &request);
             if flush::changes(request.operation) {
                 self.note_change();
             }
-            match result {
-                Ok(()) => self.give_back(head, request::OK, request.status, request.written),
-                Err(why) => {
-                    self.warn(&format_args!("a request whose data is copied failed: {why}"));
-                    self.give_back(head, request::IOERR, request.status, request.written);
-                }
+            match &end {
+                End::Refused(status) => self.warn_of(*status),
+                End::Failed(why) => self.warn(&format_args!("a request whose data is copied failed: {why}")),
+                End::Done | End::LetGo => {}
             }
+            let code = if let End::Done = end { request::OK } else { request::IOERR };
+            self.give_back(head, code, request.status, request.written);
         }
     }
 }
@@ -126,68 +185,92 @@ impl Bounced {
         self.slot == slot
     }
 
-    /// Takes the drive's answer if it is there, gives it the next piece; returns how it went when all is done.
-    fn advance(
-        &mut self,
-        view: &mut GuestView,
-        pair: &mut QueuePair,
-        pool: &mut BouncePool,
-        namespace: &nvme_driver::Namespace,
-        tag: u64,
-        fua: bool,
-    ) -> Option<Result<(), String>> {
-        let total = u64::from(self.request.bytes);
-        if self.piece.is_some() {
-            let status = self.answer.take()?;
-            let (bounce, bytes) = self.piece.take()?;
-            let copied = match self.request.operation {
-                Operation::Read if status.is_success() => self.copy_out(view, &bounce, bytes),
-                _ => Ok(()),
-            };
-            pool.give_back(bounce);
-            if !status.is_success() {
-                return Some(Err(format!("the drive answered: {status}")));
-            }
-            if let Err(outside) = copied {
-                return Some(Err(outside.to_string()));
-            }
-            self.done += bytes;
-        }
-        if self.done == total {
-            return Some(Ok(()));
-        }
-        let bytes = (total - self.done).min(PIECE).min(pool.capacity() & !u64::from(namespace.block_bytes() - 1));
-        // Not enough is left: pieces in flight will give some back.
-        let bounce = pool.take(bytes)?;
-        let lba = self.request.lba + (self.done >> namespace.block_shift);
-        let submitted = match self.request.operation {
-            Operation::Write => match self.copy_in(view, &bounce, bytes) {
-                Ok(()) => {
-                    let work = Work::Write { lba, segments: bounce.segments(), fua };
-                    pair.submit(namespace, work, tag | u64::from(self.slot))
+    /// Takes the drive's answer if it is there, gives it the next piece; returns how it went when it ends.
+    fn advance(&mut self, turn: &mut Turn<'_>) -> Option<End> {
+        match self.piece {
+            Some(Piece { stage: Stage::Out, .. }) => return None,
+            Some(Piece { stage: Stage::Back(status), .. }) => {
+                if let Err(end) = self.take_back(status, turn) {
+                    return Some(end);
                 }
-                Err(_) => Err(SubmitError::Invalid("guest memory is gone")),
-            },
-            Operation::Read => {
-                let work = Work::Read { lba, segments: bounce.segments() };
-                pair.submit(namespace, work, tag | u64::from(self.slot))
             }
-            _ => Err(SubmitError::Invalid("only reads and writes have data")),
-        };
-        match submitted {
-            Ok(()) => {
-                self.piece = Some((bounce, bytes));
-                None
+            _ => {}
+        }
+        if self.done == u64::from(self.request.bytes) {
+            return Some(End::Done);
+        }
+        if let Some(answer) = turn.ends {
+            self.give_back(turn);
+            return Some(if answer { End::Failed("nobody waits for it".to_owned()) } else { End::LetGo });
+        }
+        if self.piece.is_none() {
+            if self.again.as_mut().is_some_and(|pause| !pause.is_over(turn.pair, turn.now)) {
+                return None;
             }
-            Err(SubmitError::Full) => {
-                pool.give_back(bounce);
-                None
-            }
-            Err(error) => {
-                pool.give_back(bounce);
-                Some(Err(error.to_string()))
+            if let Err(outside) = self.fill(turn)? {
+                return Some(End::Failed(outside.to_string()));
             }
         }
+        let piece = self.piece.as_mut()?;
+        let lba = self.request.lba + (self.done >> turn.disk.namespace.block_shift);
+        let segments = piece.bounce.segments();
+        let work = match self.request.operation {
+            Operation::Write => Work::Write { lba, segments, fua: turn.disk.force_unit_access() },
+            Operation::Read => Work::Read { lba, segments },
+            _ => {
+                self.give_back(turn);
+                return Some(End::Failed("only reads and writes have data".to_owned()));
+            }
+        };
+        match turn.pair.submit(&turn.disk.namespace, work, turn.tag | u64::from(self.slot)) {
+            Ok(()) => {
+                piece.stage = Stage::Out;
+                turn.tally.again += u64::from(self.again.take().is_some());
+                None
+            }
+            // In the next turn, as it is.
+            Err(SubmitError::Full) => None,
+            Err(error) => {
+                self.give_back(turn);
+                Some(End::Failed(error.to_string()))
+            }
+        }
+    }
+
+    /// Takes the buffer of the next piece, and copies into it what is to be written. `None`: there is no buffer just now.
+    fn fill(&mut self, turn: &mut Turn<'_>) -> Option<Result<(), OutsideMemory>> {
+        let whole_blocks = turn.pool.capacity() & !u64::from(turn.disk.namespace.block_bytes() - 1);
+        let bytes = (u64::from(self.request.bytes) - self.done).min(PIECE).min(whole_blocks);
+        // Not enough is left: pieces in flight will give some back.
+        let bounce = turn.pool.take(bytes)?;
+        if let Operation::Write = self.request.operation
+            && let Err(outside) = self.copy_in(turn.view, &bounce, bytes)
+        {
+            turn.pool.give_back(bounce);
+            return Some(Err(outside));
+        }
+        self.piece = Some(Piece { bounce, bytes, stage: Stage::Filled });
+        Some(Ok(()))
+    }
+
+    /// The drive is done with the piece, which may be the end of the request.
+    fn take_back(&mut self, status: Status, turn: &mut Turn<'_>) -> Result<(), End> {
+        let Some(Piece { bounce, bytes, .. }) = self.piece.take() else { return Ok(()) };
+        let copied = match self.request.operation {
+            Operation::Read if status.is_success() => self.copy_out(turn.view, &bounce, bytes),
+            _ => Ok(()),
+        };
+        turn.pool.give_back(bounce);
+        if status.is_success() {
+            self.done += bytes;
+            return copied.map_err(|outside| End::Failed(outside.to_string()));
+        }
+        if self.again.is_some() { Ok(()) } else { Err(End::Refused(status)) }
+    }
+
+    /// Gives back the buffer of a piece that is not with the drive.
+    fn give_back(&mut self, turn: &mut Turn<'_>) {
+        self.piece.take().into_iter().for_each(|piece| turn.pool.give_back(piece.bounce));
     }
 
     fn copy_in(&self, view: &mut GuestView, bounce: &Bounce, bytes: u64) -> Result<(), OutsideMemory> {

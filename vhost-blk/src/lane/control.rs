@@ -54,13 +54,15 @@ impl Lane {
         self.again.worn
     }
 
-    /// The lane's requests are waited for no longer than the drive is there. `answer`: then they fail; else they are let go.
+    /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
     pub(crate) fn abandon(&mut self, answer: bool) {
         self.abandoned = Some(answer);
-        if self.drive == Drive::Held {
-            self.end_if_abandoned();
-            self.publish();
+        match self.drive {
+            Drive::Present => self.end_waiting(),
+            Drive::Held => self.end_if_abandoned(),
+            Drive::Lost => {}
         }
+        self.publish();
     }
 
     fn end_if_abandoned(&mut self) {
@@ -74,7 +76,7 @@ impl Lane {
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
     pub(crate) fn regain_drive(&mut self) {
         self.drive = Drive::Present;
-        self.again.worn = false;
+        (self.again.worn, self.again.write_protected) = (false, false);
         self.view.forget_device();
         self.find_pending();
     }
@@ -95,6 +97,7 @@ impl Lane {
     pub(crate) fn set_disk(&mut self, disk: Arc<Disk>) {
         self.geometry = disk.geometry();
         self.disk = disk;
+        self.again.write_protected = false;
     }
 
     /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one

@@ -167,6 +167,11 @@ impl Slots {
         self.slots.get_mut(usize::from(number)).filter(|slot| slot.written != 0)
     }
 
+    /// What is kept of the request in a slot that is taken, whatever its `written`.
+    pub fn kept_mut(&mut self, number: u16) -> Option<&mut Kept> {
+        self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.kept)
+    }
+
     /// Sets `written` to 0 where it is not; gives these slots' numbers.
     pub fn orphan_all(&mut self) -> impl Iterator<Item = u16> + '_ {
         (0..)
