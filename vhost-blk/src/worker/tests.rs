@@ -148,7 +148,7 @@ fn busy_lanes_need_no_kicks() {
     let tally = running.client.counters.read();
     // A preempted test thread may leave the worker idle for long enough to sleep, rarely.
     assert!(tally.kicks < 200, "{} kicks", tally.kicks);
-    assert_eq!(tally.calls, 0, "the driver polled");
+    assert_eq!(tally.calls, 1, "the driver polled: only at the start");
 }
 
 #[test]
@@ -349,6 +349,7 @@ fn eventfds_can_be_replaced() {
     let (pair, bounce) = machine.pair(64);
     let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
     let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
+    assert_eq!(count(&running.client.call), 1, "at the start");
     let call = event();
     running.handle().set_call(Some(call.try_clone().unwrap()));
     until("the new eventfd is written", || (count(&call) != 0).then_some(()));
