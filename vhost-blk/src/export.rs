@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
 
@@ -34,6 +34,9 @@ pub struct Export {
     pub queue_size: u16,
     /// Feature bits offered.
     pub features: u64,
+    /// The mode of the write cache as its front-ends know it, true for write-back; `None`: this process has not served any yet.
+    /// It outlives sessions: a front-end that comes again shows its guest the mode that was set, and does not set it again.
+    mode: Mutex<Option<bool>>,
     first_worker: usize,
     workers: usize,
     counters: Vec<Arc<LaneCounters>>,
@@ -58,6 +61,7 @@ impl Export {
         Ok(Export {
             name: settings.listen.to_string(),
             features: blk_config::features(&known, read_only),
+            mode: Mutex::new(None),
             drive,
             namespace,
             read_only,
@@ -68,6 +72,16 @@ impl Export {
             workers,
             counters,
         })
+    }
+
+    /// See the field.
+    pub fn mode(&self) -> Option<bool> {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// See the field.
+    pub fn set_mode(&self, writeback: bool) {
+        *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = Some(writeback);
     }
 
     /// The worker for a ring: round robin, so that the rings of one disk are spread.

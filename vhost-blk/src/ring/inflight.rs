@@ -30,6 +30,17 @@ const ALIGNMENT: usize = 64;
 
 const IN_FLIGHT: u8 = 1;
 
+/// What sessions leave for each other, see [`Note`]: as many words at the end of the first queue's region. The other regions
+/// are as much longer: they are as long as each other for every implementation, and for none is this a part of the log.
+const NOTE_WORDS: usize = 8;
+const NOTE_BYTES: usize = 8 * NOTE_WORDS;
+/// The note's first word, if there is one.
+const NOTE_MAGIC: u64 = u64::from_le_bytes(*b"vhblknt1");
+/// Its second word: the mode of the write cache.
+const MODE: usize = 1;
+const WRITE_BACK: u64 = 1;
+const WRITE_THROUGH: u64 = 2;
+
 /// Memory for in-flight tracking that cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -63,14 +74,20 @@ pub struct InflightMemory {
     queues: u16,
     /// Bytes per queue.
     stride: usize,
+    /// Memory that another implementation made has none.
+    note: Option<Note>,
 }
 
 impl InflightMemory {
     /// Zeroed memory for `queues` rings of up to `size` descriptors of either format.
     pub fn create(queues: u16, size: u16) -> Result<InflightMemory, InflightError> {
-        let stride = packed::bytes(size).next_multiple_of(ALIGNMENT);
+        let stride = packed::bytes(size).next_multiple_of(ALIGNMENT) + NOTE_BYTES;
         let memory = Arc::new(SharedMemory::create(stride * usize::from(queues).max(1))?);
-        Ok(InflightMemory { memory, queues, stride })
+        if let Some(words) = Note::words(&memory, stride) {
+            words[0].set(NOTE_MAGIC);
+        }
+        let note = Note::find(&memory, stride);
+        Ok(InflightMemory { memory, queues, stride, note })
     }
 
     /// The memory in `bytes` bytes of a front-end's file, with whatever an earlier process has left there.
@@ -79,7 +96,21 @@ impl InflightMemory {
         let memory = Arc::new(SharedMemory::from_file(file, offset, bytes)?);
         // Whoever made it, the regions are as long as each other.
         let stride = bytes / usize::from(queues.max(1)) / 8 * 8;
-        Ok(InflightMemory { memory, queues, stride })
+        let note = Note::find(&memory, stride);
+        Ok(InflightMemory { memory, queues, stride, note })
+    }
+
+    /// What sessions leave for each other; `None`: there is no place for it.
+    pub fn note(&self) -> Option<&Note> {
+        self.note.as_ref()
+    }
+
+    /// Has a ring used it, of this process or an earlier one?
+    pub fn in_use(&self) -> bool {
+        let offsets = (0..usize::from(self.queues)).map(|index| index * self.stride + 8);
+        offsets
+            .filter_map(|offset| self.memory.slice::<AtomicU64>(offset, 1))
+            .any(|words| field(words[0].get(), 0) != 0)
     }
 
     /// The file, from offset 0 on.
@@ -95,7 +126,8 @@ impl InflightMemory {
     /// The region of a queue; `None`: there is none.
     pub fn queue(&self, index: usize) -> Option<InflightQueue> {
         let offset = (index < usize::from(self.queues)).then(|| index * self.stride)?;
-        Some(InflightQueue { memory: self.memory.clone(), offset, bytes: self.stride })
+        let bytes = self.stride - if self.note.is_some() { NOTE_BYTES } else { 0 };
+        Some(InflightQueue { memory: self.memory.clone(), offset, bytes })
     }
 
     /// Forgets what every queue had in flight: the device was reset.
@@ -106,6 +138,37 @@ impl InflightMemory {
                 words[0].store(0, Ordering::Relaxed);
             }
         }
+    }
+}
+
+/// What a session leaves for the next one, of this process or another: a front-end that comes again does not say everything
+/// again. In its memory, as the log is.
+pub struct Note {
+    words: GuestSlice<AtomicU64>,
+}
+
+impl Note {
+    fn words(memory: &Arc<SharedMemory>, stride: usize) -> Option<GuestSlice<AtomicU64>> {
+        GuestSlice::of_shared(memory, stride.checked_sub(NOTE_BYTES)?, NOTE_WORDS)
+    }
+
+    fn find(memory: &Arc<SharedMemory>, stride: usize) -> Option<Note> {
+        let words = Note::words(memory, stride).filter(|words| words[0].get() == NOTE_MAGIC)?;
+        Some(Note { words })
+    }
+
+    /// The mode of the write cache, true for write-back; `None`: nobody has said.
+    pub fn mode(&self) -> Option<bool> {
+        match self.words[MODE].get() {
+            WRITE_BACK => Some(true),
+            WRITE_THROUGH => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Says what the mode is.
+    pub fn set_mode(&self, writeback: bool) {
+        self.words[MODE].set_after(if writeback { WRITE_BACK } else { WRITE_THROUGH });
     }
 }
 

@@ -22,7 +22,7 @@ pub(crate) mod model;
 #[cfg(test)]
 mod tests;
 
-pub use inflight::{InflightError, InflightMemory, InflightQueue};
+pub use inflight::{InflightError, InflightMemory, InflightQueue, Note};
 pub use packed::PackedRing;
 pub use split::SplitRing;
 

@@ -19,7 +19,7 @@ use crate::blk_config;
 use crate::export::Export;
 use crate::guest_memory::RegionDescription;
 use crate::listener::is_eventfd;
-use crate::ring::InflightMemory;
+use crate::ring::{InflightMemory, Note};
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
 pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -212,10 +212,9 @@ impl Session {
         }
         let writeback = blk_config::written_mode(&self.config(), offset, data)?;
         let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
-        if before && !writeback {
-            self.write_through()?;
-        }
-        Ok(())
+        let done = if before && !writeback { self.write_through() } else { Ok(()) };
+        self.keep_mode();
+        done
     }
 
     /// Writes that were answered under writeback must not stay volatile when the driver, which now counts on writethrough,
@@ -262,7 +261,21 @@ impl Session {
         }
         let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
             .map_err(|error| error.to_string())?;
+        let taken_over = memory.in_use() && self.export.mode().is_none();
+        let mode = memory.note().and_then(Note::mode);
         self.inflight = Some(memory);
+        match mode {
+            Some(writeback) => {
+                if taken_over {
+                    self.export.namespace.flushes.taken_over();
+                }
+                // The stricter one, should this session know another.
+                self.disk.writeback.fetch_and(writeback, Ordering::Relaxed);
+                self.keep_mode();
+            }
+            None if taken_over => self.take_over(),
+            None => self.keep_known_mode(),
+        }
         self.rings.iter_mut().for_each(RingState::changed);
         self.settle()
     }
@@ -273,7 +286,8 @@ impl Session {
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
         self.inflight.iter().for_each(InflightMemory::clear);
-        self.disk.writeback.store(self.known.namespace.volatile_write_cache, Ordering::Relaxed);
+        // The mode of the write cache stays, as it may (virtio 1.2, 5.2.5: it can be either after a reset, and the driver has to
+        // read it). Front-ends go on showing the guest what it chose before, QEMU among them, and tell us of changes only.
         Ok(())
     }
 }

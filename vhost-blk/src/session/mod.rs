@@ -65,7 +65,7 @@ impl Session {
     pub fn new(export: Arc<Export>) -> Session {
         // Without a cache in the drive every write is written through; the driver may ask for the same.
         let known = export.namespace.known();
-        let writeback = known.namespace.volatile_write_cache;
+        let writeback = export.mode().unwrap_or(known.namespace.volatile_write_cache);
         Session {
             disk: Arc::new(disk(&export, &known, 0, writeback)),
             memory: Arc::new(GuestMemory::new()),
@@ -97,6 +97,36 @@ impl Session {
         let writeback = self.disk.writeback.load(Ordering::Relaxed);
         self.disk = Arc::new(disk(&self.export, &self.known, features, writeback));
         self.features = features;
+    }
+
+    /// Another process has served the guest until now, and left no word of what this one has to know.
+    fn take_over(&mut self) {
+        self.export.namespace.flushes.taken_over();
+        // Which mode it has chosen is unknown, too. A guest that believes in write-through does not flush. One that believes in write-back loses some speed.
+        if self.export.features & blk_config::F_CONFIG_WCE != 0 && self.disk.writeback.swap(false, Ordering::Relaxed) {
+            log::info!(
+                "{}: the write cache mode that the guest has chosen is not known; every write is written through until it \
+                 chooses again",
+                self.export.name
+            );
+        }
+        self.keep_mode();
+    }
+
+    /// Keeps the mode of the write cache for sessions to come, of this process and of others.
+    fn keep_mode(&self) {
+        let writeback = self.disk.writeback.load(Ordering::Relaxed);
+        self.export.set_mode(writeback);
+        if let Some(note) = self.inflight.as_ref().and_then(InflightMemory::note) {
+            note.set_mode(writeback);
+        }
+    }
+
+    /// The same, if any session of this process has come to know it.
+    fn keep_known_mode(&self) {
+        if self.export.mode().is_some() {
+            self.keep_mode();
+        }
     }
 
     /// Starts every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
@@ -156,10 +186,14 @@ impl Session {
         let duplicate = |what: &str, file: std::io::Result<_>| {
             file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
         };
-        // A base of 0 is where a ring begins that nobody has served.
-        if ring.resumed() || state.base != 0 {
-            self.export.namespace.flushes.taken_over();
+        if self.export.mode().is_none() {
+            // A base of 0 is where a ring begins that nobody has served.
+            match setup.base {
+                0 => self.keep_mode(),
+                _ => self.take_over(),
+            }
         }
+        let state = &self.rings[index];
         let lane = Lane::new(LaneSetup {
             name: format!("{} ring {index}", self.export.name),
             ring,
