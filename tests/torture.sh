@@ -7,7 +7,8 @@
 #   tests/torture.sh --kills 5000        as many as you like
 #   tests/torture.sh --ring packed       the other format
 #   tests/torture.sh --fault FAULT       kill; or what befalls the drive: reset (it reports a fatal status), lost (completions
-#                                        never come), removal (it is pulled out, and put back)
+#                                        never come), removal (it is pulled out, and put back), power (it loses its power
+#                                        with the target, and what was not flushed)
 #   tests/torture.sh --seed S            the requests and moments of an earlier run (the processes' own timing differs)
 #   tests/torture.sh --json              kills, errors, lost, duplicates, pause_ms_median, pause_ms_worst and more
 #   tests/torture.sh --pause-limit MS    the longest pause that is no failure (5000)

@@ -66,3 +66,8 @@ fn lost_completions_packed() {
 fn removals_split() {
     torture(10, "removal", "split");
 }
+
+#[test]
+fn power_cuts_packed() {
+    torture(10, "power", "packed");
+}

@@ -10,6 +10,7 @@
 //! Every wait has a deadline. What was started is killed when its value is dropped; when the test is panicking the
 //! whole console and the whole log are printed then. `tests/run.sh` provides what this needs of the machine.
 
+mod blocks;
 mod error;
 mod guest;
 mod initramfs;
@@ -20,6 +21,7 @@ mod qmp;
 mod target;
 mod transcript;
 
+pub use blocks::{Blocks, Change, Promise};
 pub use error::Error;
 pub use guest::{Accelerator, Guest, Machine, Output};
 pub use initramfs::{Initramfs, Kernel};

@@ -3,10 +3,10 @@
 use std::io::{self, BufRead, Write};
 use std::sync::{Mutex, PoisonError};
 
-use nvme_sim::{FaultRule, Simulator};
+use nvme_sim::{FaultRule, PowerLoss, Simulator};
 
 /// The commands, for the help.
-pub const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, stop, go, remove, reinsert, power-cut";
+pub const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, stop, go, remove, reinsert, power-cut [some]";
 
 /// Answers commands until the input ends; every answer begins with "ok" or "error:".
 pub fn serve(simulator: &Mutex<Option<Simulator>>, input: impl BufRead, mut output: impl Write) -> io::Result<()> {
@@ -42,7 +42,12 @@ fn answer(simulator: &Simulator, line: &str) -> Result<String, String> {
         "remove" => simulator.remove(),
         "reinsert" => simulator.reinsert().map_err(|error| error.to_string())?,
         "power-cut" => {
-            let lost = simulator.power_cut().map_err(|error| error.to_string())?;
+            let loss = match rest {
+                "" => PowerLoss::All,
+                "some" => PowerLoss::Some,
+                _ => return Err(format!("{rest:?}: power-cut, or power-cut some")),
+            };
+            let lost = simulator.power_cut_losing(loss).map_err(|error| error.to_string())?;
             return Ok(format!(" {lost}"));
         }
         _ => return Err(format!("{command:?} is not one of: {COMMANDS}")),

@@ -3,11 +3,11 @@
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
+use e2e::Blocks;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::Failure;
-use crate::disk::Disk;
 use crate::front_end::{DiskInfo, FrontEnd, Inflight, RingSetup};
 use crate::memory::Memory;
 use crate::random::Random;
@@ -100,11 +100,14 @@ pub struct Client {
     packed: bool,
     rings: Vec<Ring>,
     random: Random,
-    seed: u64,
-    disk: Option<Disk>,
+    disk: Option<Blocks>,
     info: Option<DiskInfo>,
     id: Option<Vec<u8>>,
     inflight: Option<Inflight>,
+    /// The drive has lost what was not flushed, and no flush has said so yet.
+    untold: bool,
+    /// The requests made when a flush said so: others of them may say so, too.
+    told: u64,
     epoll: Epoll,
     work: Work,
     front_end: Option<FrontEnd>,
@@ -159,11 +162,12 @@ impl Client {
             packed,
             rings: made,
             random,
-            seed,
             disk: None,
             info: None,
             id: None,
             inflight: None,
+            untold: false,
+            told: 0,
             epoll,
             work: Work::Random,
             front_end: None,
@@ -194,10 +198,29 @@ impl Client {
             return Err(std::io::Error::other(format!("the disk was {known:?} and is {info:?}")));
         }
         let blocks = info.sectors * 512 / u64::from(info.block_bytes);
-        self.disk.get_or_insert_with(|| Disk::new(self.seed, info.block_bytes, blocks));
+        self.disk.get_or_insert_with(|| Blocks::new(blocks as usize, info.block_bytes as usize));
         self.connected = Instant::now();
         self.front_end = Some(front_end);
         Ok(true)
+    }
+
+    /// The drive has lost its power, and what was not flushed, while no back-end runs the rings: what the last one has
+    /// answered has to be taken before.
+    pub fn power_cut(&mut self) {
+        if let Some(disk) = &mut self.disk {
+            disk.power_cut();
+            self.untold = true;
+        }
+    }
+
+    /// How often a block was found to have lost what was answered and not flushed.
+    pub fn went_back(&self) -> u64 {
+        self.disk.as_ref().map_or(0, Blocks::went_back)
+    }
+
+    /// Takes all answers that are there, whether there was a notification or not.
+    pub fn collect_all(&mut self) {
+        (0..self.rings.len()).for_each(|index| self.collect(index));
     }
 
     /// The back-end is dead.
@@ -239,7 +262,7 @@ impl Client {
 
     /// Whether there is nothing left to do.
     pub fn is_done(&self) -> bool {
-        let blocks = self.disk.as_ref().map_or(0, Disk::blocks);
+        let blocks = self.disk.as_ref().map_or(0, Blocks::count);
         self.in_flight() == 0 && (self.work == Work::Drain || self.work == Work::ReadBack(blocks))
     }
 
@@ -322,6 +345,9 @@ impl Client {
             self.longest = self.longest.max(request.since.elapsed());
             match request.complete(&self.memory, disk, written, &mut self.id) {
                 Outcome::Right => {}
+                Outcome::NotFlushed if std::mem::take(&mut self.untold) => self.told = self.requests,
+                Outcome::NotFlushed if request.number < self.told => {}
+                Outcome::NotFlushed => self.wrong.error(&format!("request {}: a flush has failed", request.number)),
                 Outcome::Error(text) => self.wrong.error(&text),
                 Outcome::Lost(texts) => texts.iter().for_each(|text| self.wrong.lost(text)),
             }
@@ -349,7 +375,7 @@ impl Client {
                     None => break,
                 },
                 Work::ReadBack(next) => {
-                    let Some(blocks) = disk.claim(*next, MAX_BYTES / disk.block_bytes()) else { break };
+                    let Some(blocks) = disk.claim(*next, MAX_BYTES / disk.block_bytes() as u64) else { break };
                     *next = blocks.end;
                     Request::read(&mut self.random, disk, place, self.requests, blocks)
                 }

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 mod client;
-mod disk;
 mod front_end;
 mod memory;
 mod packed;
@@ -32,7 +31,8 @@ pub struct Options {
     /// The rings' format
     #[arg(long, value_enum, default_value_t = RingFormat::Split)]
     ring: RingFormat,
-    /// What befalls the target: it is killed, or its drive fails, loses completions, or is pulled out for a while
+    /// What befalls the target: it is killed, or its drive fails, loses completions, or is pulled out for a while, or both
+    /// lose their power and with it what was not flushed
     #[arg(long, value_enum, default_value_t = Fault::Kill)]
     fault: Fault,
     /// Repeats the requests and moments of an earlier run [default: another one each time]
@@ -61,6 +61,7 @@ enum Fault {
     Reset,
     Lost,
     Removal,
+    Power,
 }
 
 /// Why a run came to no end.
@@ -125,7 +126,7 @@ fn print(options: &Options, report: &Report, seed: u64) {
     let mut pauses = report.pauses.clone();
     pauses.sort_unstable();
     let (median, worst) = (milliseconds(pauses.get(pauses.len() / 2)), milliseconds(pauses.last()));
-    let Report { kills, wrong, requests, resumed, .. } = report;
+    let Report { kills, wrong, requests, resumed, blocks_lost, went_back, .. } = report;
     if options.json {
         let value = serde_json::json!({
             "kills": kills,
@@ -139,6 +140,8 @@ fn print(options: &Options, report: &Report, seed: u64) {
             "seed": seed,
             "requests": requests,
             "in_flight_at_faults": resumed,
+            "blocks_lost": blocks_lost,
+            "answers_lost": went_back,
         });
         println!("{value}");
         return;
@@ -148,9 +151,13 @@ fn print(options: &Options, report: &Report, seed: u64) {
         Fault::Reset => "controller failures",
         Fault::Lost => "times of lost completions",
         Fault::Removal => "removals",
+        Fault::Power => "power cuts",
     };
     println!("{kills} {what}, {} rings, seed {seed}", name(options.ring));
     println!("{requests} requests, {resumed} of them in flight at one of these moments");
+    if options.fault == Fault::Power {
+        println!("{blocks_lost} blocks lost; {went_back} were read that had lost what was answered and not flushed");
+    }
     println!("{} errors, {} lost, {} duplicates", wrong.errors, wrong.lost, wrong.duplicates);
     println!("pause: median {median} ms, worst {worst} ms");
 }

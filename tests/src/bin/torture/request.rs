@@ -3,7 +3,8 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use crate::disk::{Disk, POISON};
+use e2e::{Blocks, Change, Promise};
+
 use crate::front_end::DiskInfo;
 use crate::memory::{DATA, Memory};
 use crate::random::Random;
@@ -21,10 +22,12 @@ const MAX_SEGMENTS: u64 = 32;
 /// A status that is none.
 const NO_STATUS: u8 = 0xff;
 const OK: u8 = 0;
+const IOERR: u8 = 1;
+/// What is in memory that no request has.
+const POISON: u8 = 0xa5;
 const SECTOR: u64 = 512;
 const ID_BYTES: u32 = 20;
 
-/// What is in memory that no request uses.
 static IDLE: [u8; SLOT_DATA as usize] = [POISON; SLOT_DATA as usize];
 
 const _: () = assert!(TABLE + 16 * (MAX_SEGMENTS + 2) <= SLOT_LOW);
@@ -91,7 +94,8 @@ pub struct Request {
     /// A count of all requests.
     pub number: u64,
     pub since: Instant,
-    version: u32,
+    /// What a flush is to keep.
+    promise: Promise,
     slot: Slot,
     data: Vec<Piece>,
     /// What was put into these pieces.
@@ -102,6 +106,8 @@ pub struct Request {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Outcome {
     Right,
+    /// A flush that failed: what was answered before is not safe.
+    NotFlushed,
     /// It failed, or its answer makes no sense.
     Error(String),
     /// What was acknowledged before is not there.
@@ -110,7 +116,7 @@ pub enum Outcome {
 
 impl Request {
     /// Draws a request on blocks that no other has; `None`: none was found this time.
-    pub fn draw(random: &mut Random, disk: &mut Disk, info: &DiskInfo, slot: Slot, number: u64) -> Option<Request> {
+    pub fn draw(random: &mut Random, disk: &mut Blocks, info: &DiskInfo, slot: Slot, number: u64) -> Option<Request> {
         let kind = match random.below(100) {
             0..42 => Kind::Write,
             42..54 if info.flush => Kind::Flush,
@@ -122,7 +128,7 @@ impl Request {
         let most = match kind {
             Kind::WriteZeroes { .. } => MAX_BYTES.min(u64::from(info.max_write_zeroes_sectors) * SECTOR),
             _ => MAX_BYTES,
-        } / disk.block_bytes();
+        } / disk.block_bytes() as u64;
         let ranges = match kind {
             Kind::Flush | Kind::Id => 0,
             Kind::Discard | Kind::WriteZeroes { .. } => random.between(1..=4),
@@ -132,25 +138,25 @@ impl Request {
         if ranges > 0 && blocks.is_empty() {
             return None;
         }
-        let version = if kind == Kind::Write { disk.version() } else { 0 };
+        let promise = disk.promise();
         let mut request =
-            Request { kind, blocks, number, since: Instant::now(), version, slot, data: Vec::new(), sent: Vec::new() };
+            Request { kind, blocks, number, since: Instant::now(), promise, slot, data: Vec::new(), sent: Vec::new() };
         request.data = request.segments(random, disk);
         Some(request)
     }
 
     /// Reads all of `blocks`.
-    pub fn read(random: &mut Random, disk: &Disk, slot: Slot, number: u64, blocks: Range<u64>) -> Request {
+    pub fn read(random: &mut Random, disk: &Blocks, slot: Slot, number: u64, blocks: Range<u64>) -> Request {
         let since = Instant::now();
-        let (kind, version, blocks) = (Kind::Read, 0, vec![blocks]);
-        let mut request = Request { kind, blocks, number, since, version, slot, data: Vec::new(), sent: Vec::new() };
+        let (kind, promise, blocks) = (Kind::Read, disk.promise(), vec![blocks]);
+        let mut request = Request { kind, blocks, number, since, promise, slot, data: Vec::new(), sent: Vec::new() };
         request.data = request.segments(random, disk);
         request
     }
 
     /// Free blocks, half of the time in a small part of the disk, where each is written again soon.
-    fn extent(random: &mut Random, disk: &mut Disk, most: u64) -> Option<Range<u64>> {
-        let part = if random.one_in(2) { disk.blocks() / 32 } else { disk.blocks() };
+    fn extent(random: &mut Random, disk: &mut Blocks, most: u64) -> Option<Range<u64>> {
+        let part = if random.one_in(2) { disk.count() / 32 } else { disk.count() };
         let most = match random.below(10) {
             0..4 => 1,
             4..8 => most.min(8),
@@ -161,10 +167,10 @@ impl Request {
     }
 
     /// Cuts the data into pieces: of whole sectors, of words, or of any bytes; in order or backwards in memory.
-    fn segments(&self, random: &mut Random, disk: &Disk) -> Vec<Piece> {
+    fn segments(&self, random: &mut Random, disk: &Blocks) -> Vec<Piece> {
         let writable = matches!(self.kind, Kind::Read | Kind::Id);
         let bytes = match self.kind {
-            Kind::Read | Kind::Write => (self.blocks[0].end - self.blocks[0].start) * disk.block_bytes(),
+            Kind::Read | Kind::Write => (self.blocks[0].end - self.blocks[0].start) * disk.block_bytes() as u64,
             Kind::Discard | Kind::WriteZeroes { .. } => 16 * self.blocks.len() as u64,
             Kind::Id => ID_BYTES.into(),
             Kind::Flush => return Vec::new(),
@@ -206,7 +212,7 @@ impl Request {
     }
 
     /// Lays the request out in memory; what comes back is its chain, and where a table for it may be.
-    pub fn prepare(&mut self, memory: &Memory, disk: &Disk) -> (Vec<Piece>, u64) {
+    pub fn prepare(&mut self, memory: &Memory, disk: &mut Blocks) -> (Vec<Piece>, u64) {
         let kind: u32 = match self.kind {
             Kind::Read => 0,
             Kind::Write => 1,
@@ -215,7 +221,8 @@ impl Request {
             Kind::Discard => 11,
             Kind::WriteZeroes { .. } => 13,
         };
-        let sector_of = |block: u64| block * (disk.block_bytes() / SECTOR);
+        let sectors = disk.block_bytes() as u64 / SECTOR;
+        let sector_of = |block: u64| block * sectors;
         let sector = match self.kind {
             Kind::Read | Kind::Write => sector_of(self.blocks[0].start),
             _ => 0,
@@ -227,8 +234,10 @@ impl Request {
         memory.write(self.slot.low + STATUS, &[NO_STATUS]);
         let mut data = vec![POISON; self.bytes()];
         match self.kind {
-            Kind::Write => disk.fill(self.blocks[0].clone(), self.version, &mut data),
+            Kind::Write => data = disk.begin_change(&self.blocks[0], Change::Write),
             Kind::Discard | Kind::WriteZeroes { .. } => {
+                let change = if self.kind == Kind::Discard { Change::Discard } else { Change::Zero };
+                self.blocks.iter().for_each(|blocks| _ = disk.begin_change(blocks, change));
                 for (blocks, range) in self.blocks.iter().zip(data.chunks_exact_mut(16)) {
                     let unmap = u32::from(self.kind == Kind::WriteZeroes { unmap: true });
                     range[..8].copy_from_slice(&sector_of(blocks.start).to_le_bytes());
@@ -253,11 +262,17 @@ impl Request {
     }
 
     /// The device says that the request is done, and that it wrote so many bytes.
-    pub fn complete(&self, memory: &Memory, disk: &mut Disk, written: u32, id: &mut Option<Vec<u8>>) -> Outcome {
+    pub fn complete(&self, memory: &Memory, disk: &mut Blocks, written: u32, id: &mut Option<Vec<u8>>) -> Outcome {
+        let outcome = self.check(memory, disk, written, id);
         self.blocks.iter().for_each(|blocks| disk.release(blocks));
+        outcome
+    }
+
+    fn check(&self, memory: &Memory, disk: &mut Blocks, written: u32, id: &mut Option<Vec<u8>>) -> Outcome {
         let what = || format!("request {} ({:?} of {:?})", self.number, self.kind, self.blocks);
         match memory.load_u8(self.slot.low + STATUS) {
             OK => {}
+            IOERR if self.kind == Kind::Flush => return Outcome::NotFlushed,
             NO_STATUS => return Outcome::Error(format!("{} came back without a status", what())),
             status => return Outcome::Error(format!("{} came back with status {status}", what())),
         }
@@ -271,21 +286,21 @@ impl Request {
         match self.kind {
             Kind::Read => {
                 let data = self.data(memory);
-                let wrong = disk.check(self.blocks[0].clone(), &data);
+                let wrong = disk.was_read(&self.blocks[0], &data);
                 if !wrong.is_empty() {
                     return Outcome::Lost(wrong.into_iter().map(|text| format!("{}: {text}", what())).collect());
                 }
             }
-            Kind::Write => disk.written(self.blocks[0].clone(), self.version),
-            Kind::WriteZeroes { .. } => self.blocks.iter().for_each(|blocks| disk.written(blocks.clone(), 0)),
-            Kind::Discard => self.blocks.iter().for_each(|blocks| disk.discarded(blocks.clone())),
+            Kind::Write | Kind::WriteZeroes { .. } | Kind::Discard => {
+                self.blocks.iter().for_each(|blocks| disk.changed(blocks, false));
+            }
             Kind::Id => {
                 let data = self.data(memory);
                 if *id.get_or_insert_with(|| data.clone()) != data {
                     return Outcome::Error(format!("{}: the disk has another serial number than before", what()));
                 }
             }
-            Kind::Flush => {}
+            Kind::Flush => disk.keep(self.promise),
         }
         Outcome::Right
     }

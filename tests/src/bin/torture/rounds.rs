@@ -40,6 +40,10 @@ pub struct Report {
     pub requests: u64,
     /// Requests in flight when something happened, all times together.
     pub resumed: u64,
+    /// Blocks that the drive has lost in power cuts.
+    pub blocks_lost: u64,
+    /// Blocks that were read and had lost what was answered.
+    pub went_back: u64,
 }
 
 /// A folder that is removed, unless something went wrong.
@@ -80,13 +84,19 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
     let target = Target::start(&programs.target, &folder.path, arguments)?;
     let client = Client::new(random.next(), options.ring == RingFormat::Packed, options.rings)?;
     let (wrong, pauses) = (Wrong::default(), Vec::new());
-    let report = Report { kills: 0, wrong, pauses, in_time: true, requests: 0, resumed: 0 };
+    let report =
+        Report { kills: 0, wrong, pauses, in_time: true, requests: 0, resumed: 0, blocks_lost: 0, went_back: 0 };
     let mut run = Run { options, drive, target, client, random, socket, report, ready: false, broken: false };
     run.rounds()?;
     run.end();
     let mut report = run.report;
     report.wrong = run.client.wrong;
     report.requests = run.client.requests;
+    report.went_back = run.client.went_back();
+    // A drive that loses nothing proves nothing.
+    if options.fault == Fault::Power && report.blocks_lost == 0 {
+        report.wrong.error("the drive has lost nothing in its power cuts");
+    }
     report.in_time = report.pauses.iter().all(|pause| *pause <= Duration::from_millis(options.pause_limit));
     folder.keep = report.wrong.total() > 0 || !report.in_time;
     Ok(report)
@@ -136,7 +146,7 @@ impl Run<'_> {
         }
         while self.report.kills < self.options.kills && !self.broken {
             match self.options.fault {
-                Fault::Kill => self.kill()?,
+                Fault::Kill | Fault::Power => self.kill()?,
                 fault => self.fail_drive(fault)?,
             }
         }
@@ -247,15 +257,29 @@ impl Run<'_> {
     fn restart(&mut self) -> Result<(), Failure> {
         self.client.disconnect();
         // What it had answered before is no sign of the next one.
+        self.client.collect_all();
+        if self.options.fault == Fault::Power {
+            self.cut_power()?;
+        }
         self.client.turn();
         self.report.resumed += self.client.in_flight() as u64;
         self.ready = false;
         self.target.restart()
     }
 
+    /// The drive's power fails: all that was not flushed is lost, or a part of it.
+    fn cut_power(&mut self) -> Result<(), Failure> {
+        let how = if self.random.one_in(4) { "power-cut" } else { "power-cut some" };
+        let lost = self.drive.tell(how)?;
+        self.report.blocks_lost += lost.parse::<u64>().unwrap_or(0);
+        self.client.power_cut();
+        Ok(())
+    }
+
     /// Has the target end at some moment of this time, and works until it has.
     fn end_target(&mut self, within: Duration) {
-        let signal = if self.random.one_in(4) { Signal::Terminate } else { Signal::Kill };
+        let signal =
+            if self.options.fault != Fault::Power && self.random.one_in(4) { Signal::Terminate } else { Signal::Kill };
         self.target.kill_after(self.random.time(within), signal);
         while !self.broken {
             match self.target.has_ended(self.ready) {
@@ -338,7 +362,7 @@ impl Run<'_> {
     fn end(&mut self) {
         self.client.drain();
         self.until(Client::is_done);
-        if self.options.fault == Fault::Kill {
+        if matches!(self.options.fault, Fault::Kill | Fault::Power) {
             self.note_pause();
         }
         if !self.broken {
