@@ -15,6 +15,7 @@ use crate::drive::{Drive, ExportedNamespace};
 use crate::listener::Listener;
 use crate::session::Session;
 use crate::session::connection::{self, End};
+use crate::worker::panic_message;
 
 /// What the sessions of one export have in common.
 pub struct Export {
@@ -140,11 +141,12 @@ impl Stop {
 }
 
 impl Server {
-    /// Starts to accept front-ends; `ended` is called when there will be no more of them.
+    /// Starts to accept front-ends; `ended` is called when there will be no more of them, with an error, in one line, if there
+    /// should be.
     pub fn start(
         export: Arc<Export>,
         listener: Listener,
-        ended: impl FnOnce() + Send + 'static,
+        ended: impl FnOnce(Result<(), String>) + Send + 'static,
     ) -> Result<Server, String> {
         let cannot = |error: io::Error| format!("{}: cannot start serving: {error}", export.name);
         let bell = Bell::new().map_err(cannot)?;
@@ -152,14 +154,11 @@ impl Server {
         let thread = {
             let (export, stop) = (export.clone(), stop.clone());
             let run = move || {
-                // What a panic spoils ends with this thread; other exports are not to suffer, nor to wonder.
-                if catch_unwind(AssertUnwindSafe(|| accept(&export, listener, &stop))).is_err() {
-                    log::error!(
-                        "{}: not served any more, by a defect of this program (see the panic above)",
-                        export.name
-                    );
-                }
-                ended();
+                // Its disk would be gone for as long as the program lives.
+                let end = catch_unwind(AssertUnwindSafe(|| accept(&export, listener, &stop)));
+                ended(end.unwrap_or_else(|panic| {
+                    Err(format!("the thread that serves {} died: {}", export.name, panic_message(panic.as_ref())))
+                }));
             };
             std::thread::Builder::new().name("vhost-user".into()).spawn(run).map_err(cannot)?
         };
@@ -191,10 +190,13 @@ impl Drop for Server {
 }
 
 /// Accepts front-ends until told to stop.
-fn accept(export: &Arc<Export>, listener: Listener, stop: &Stop) {
+fn accept(export: &Arc<Export>, listener: Listener, stop: &Stop) -> Result<(), String> {
     // Dropped in this order: the file, then the socket, on which nobody else can take the file for a stale one.
     let (socket, _bound) = match listener {
-        Listener::Connected(stream) => return serve(export, stream, stop),
+        Listener::Connected(stream) => {
+            serve(export, stream, stop);
+            return Ok(());
+        }
         Listener::Listening(bound, socket) => (socket, bound),
     };
     log::info!("{}: {} is ready for a front-end", export.name, describe(export));
@@ -203,11 +205,10 @@ fn accept(export: &Arc<Export>, listener: Listener, stop: &Stop) {
         if let Err(error) = poll(&mut sources, None)
             && error != rustix::io::Errno::INTR
         {
-            log::error!("{}: cannot wait for front-ends: {error}", export.name);
-            return;
+            return Err(format!("{}: cannot wait for front-ends: {error}", export.name));
         }
         if !sources[0].revents().is_empty() {
-            return;
+            return Ok(());
         }
         match socket.accept() {
             Ok((stream, _)) => serve(export, stream, stop),
@@ -230,6 +231,8 @@ fn serve(export: &Arc<Export>, stream: UnixStream, stop: &Stop) {
         Err(error) => return log::error!("{}: cannot use a front-end's socket: {error}", export.name),
     }
     log::info!("{}: a front-end connected", export.name);
+    #[cfg(test)]
+    crate::target::tests::panic_if_asked(&export.name, "server panics");
     let session = Arc::new(Mutex::new(Session::new(export.clone())));
     let end = connection::serve(stream, session, &stop.bell, export.namespace.changed(), &export.name);
     stop.set_stream(None);

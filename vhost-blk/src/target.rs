@@ -2,6 +2,7 @@
 
 mod waiting;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -15,7 +16,7 @@ use crate::drive::{Drive, Keeper, Presence};
 use crate::export::{Export, Server};
 use crate::listener::{self, Listener};
 use crate::service_manager::{self, Handed};
-use crate::worker::{WorkerEvent, WorkerPool};
+use crate::worker::{WorkerEvent, WorkerPool, panic_message};
 use waiting::{Means, Waiting};
 
 /// A running target. Dropping it stops serving: rings are drained, controllers shut down, sockets removed.
@@ -53,9 +54,10 @@ struct End {
 }
 
 impl End {
-    /// It ends because of a defect; the first one counts.
+    /// It ends because of a defect; the first one counts. What is broken could not be mended here, and may stay unnoticed by
+    /// those it serves; a program that is started again goes on where this one was.
     fn fatal(&self, why: String) {
-        let _ = self.fatal.set(why);
+        let _ = self.fatal.set(format!("{why}; it is safe to start the program again: guests go on where they were"));
         self.bell.ring();
     }
 }
@@ -92,12 +94,25 @@ impl Running {
         }
     }
 
+    /// Notices a drive whose keeper has died: it would never be back.
+    fn look_after_keepers(&self) {
+        let parts = self.parts();
+        if let Some(drive) = parts.keepers.iter().find_map(Keeper::bereft) {
+            self.end.fatal(format!("the keeper of {drive} died (see the panic above)"));
+        }
+        #[cfg(test)]
+        parts.drives.iter().for_each(|drive| tests::panic_if_asked(&drive.to_string(), "watch panics"));
+    }
+
     /// Serves an export from now on. The error is one line.
     fn serve(&self, export: Arc<Export>, listener: Listener) -> Result<(), String> {
         let mut parts = self.parts();
         if !parts.stopping {
             let end = self.end.clone();
-            let at_end = move || {
+            let at_end = move |result: Result<(), String>| {
+                if let Err(why) = result {
+                    end.fatal(why);
+                }
                 if end.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                     end.bell.ring();
                 }
@@ -280,10 +295,12 @@ impl Watch {
     ) -> Result<Watch, String> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
-        let run = move || {
+        let end = running.end.clone();
+        let watch = move || {
             // Relaxed: the flag guards nothing but this loop.
             while !stopped.load(Ordering::Relaxed) {
                 pool.events().into_iter().for_each(|event| running.hear(event));
+                running.look_after_keepers();
                 for drive in &mut waiting {
                     if let Err(why) = drive.step(&running) {
                         running.end.fatal(why);
@@ -294,6 +311,11 @@ impl Watch {
                     status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
                 }
                 std::thread::park_timeout(WATCH_INTERVAL);
+            }
+        };
+        let run = move || {
+            if let Err(panic) = catch_unwind(AssertUnwindSafe(watch)) {
+                end.fatal(format!("the watch died: {}", panic_message(panic.as_ref())));
             }
         };
         let thread = std::thread::Builder::new()
@@ -310,6 +332,53 @@ impl Drop for Watch {
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use nvme_sim::{Config, Simulator};
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+    use super::*;
+    use crate::address::DeviceAddress;
+    use crate::config::{ExportSettings, Listen, Patience};
+
+    /// For what can be given a name by a test.
+    pub(crate) fn panic_if_asked(name: &str, place: &str) {
+        assert!(!name.contains(place), "asked to by a test");
+    }
+
+    #[test]
+    fn a_thread_that_dies_ends_the_program() {
+        for (place, message) in [
+            ("server panics", "died: asked to by a test; it is safe"),
+            ("keeper panics", "keeper panics died (see the panic above); it is safe"),
+            ("watch panics", "the watch died: asked to by a test; it is safe"),
+        ] {
+            let folder = tempfile::tempdir().unwrap();
+            let (nvme, socket) = (folder.path().join(format!("nvme {place}")), folder.path().join(place));
+            let _simulator = Simulator::start(Config::default(), &nvme).unwrap();
+            let export = ExportSettings {
+                device: DeviceAddress::Vfio(vfio::Address::VfioUser(nvme)),
+                listen: Listen::Path(socket.clone()),
+                namespace: None,
+                queues: 1,
+                queue_size: 64,
+                read_only: false,
+                serial: None,
+            };
+            let settings = Settings { cpus: vec![], patience: Patience::default(), exports: vec![export] };
+            let target = Target::start(&settings).unwrap();
+            let _front_end = UnixStream::connect(&socket).unwrap();
+            let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
+            let ends = poll(&mut [PollFd::new(target.ended(), PollFlags::IN)], Some(&limit)).unwrap();
+            assert_eq!(ends, 1, "{place}: nobody notices");
+            let error = target.stop().unwrap_err();
+            assert!(error.contains(message), "{error}");
         }
     }
 }

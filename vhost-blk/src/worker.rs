@@ -197,7 +197,7 @@ impl WorkerPool {
             result.unwrap_or_else(|panic| {
                 worker.abandon();
                 let message = panic_message(panic.as_ref());
-                log::error!("worker {number} panicked, its queues are not served any more: {message}");
+                log::error!("worker {number} panicked, and the program ends for it: {message}");
                 let _ = events.send(WorkerEvent::WorkerDied { worker: number, message });
                 0
             })
@@ -336,7 +336,8 @@ fn pin(cpu: usize) -> io::Result<()> {
     Ok(sched_setaffinity(None, &set)?)
 }
 
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+/// What a thread has panicked with.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
 }

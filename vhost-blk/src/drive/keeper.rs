@@ -48,6 +48,11 @@ impl Keeper {
             .map_err(|error| format!("cannot start the keeper of {drive}: {error}"))?;
         Ok(Keeper { drive, stop, ended })
     }
+
+    /// The drive, if nobody looks after it any more: the thread has panicked.
+    pub fn bereft(&self) -> Option<&Drive> {
+        matches!(self.ended.try_recv(), Err(mpsc::TryRecvError::Disconnected)).then_some(&*self.drive)
+    }
 }
 
 impl Drop for Keeper {
@@ -66,6 +71,8 @@ fn run(drive: &Drive, stop: &AtomicBool) {
     let mut next_check = Instant::now() + CHECK_INTERVAL;
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
+        #[cfg(test)]
+        crate::target::tests::panic_if_asked(&drive.name, "keeper panics");
         let until = attempts.next.unwrap_or(next_check);
         let until = drive.patience_ends().map_or(until, |end| until.min(end));
         wait(drive, until.saturating_duration_since(Instant::now()));
