@@ -122,8 +122,6 @@ pub struct Lane {
     error: Option<File>,
     counters: Arc<LaneCounters>,
     state: Arc<LaneState>,
-    /// Why the guest's ring is broken, until it has been told.
-    reason: Option<String>,
     name: String,
     /// See [`Lane::count_line`].
     #[cfg(test)]
@@ -163,7 +161,6 @@ impl Lane {
             error,
             counters,
             state: Arc::default(),
-            reason: None,
             name,
             #[cfg(test)]
             lines: 0,
@@ -501,7 +498,6 @@ impl Lane {
         self.forget_waiting();
         // What the drive still has is waited for, and not answered.
         self.orphans.extend(self.slots.orphan_all());
-        self.reason = Some(why.to_string());
         self.state.set_broken();
         if let Some(mut error) = self.error.as_ref() {
             // As for the call: an error here is the front-end's own doing.

@@ -86,8 +86,6 @@ impl Running {
                     drive.report_expired(count, at);
                 }
             }
-            // The worker has logged it; what is left to do comes from the front-end.
-            WorkerEvent::Broken { name, reason } => log::debug!("{name} is broken: {reason}"),
             WorkerEvent::WorkerDied { worker, message } => {
                 self.end.fatal(format!("worker {worker} died: {message}"));
             }

@@ -59,13 +59,6 @@ pub enum WorkerEvent {
         /// When that was noticed.
         at: Instant,
     },
-    /// A guest broke its virtqueue; the lane does nothing any more until the device is reset.
-    Broken {
-        /// The lane's name.
-        name: String,
-        /// What was wrong.
-        reason: String,
-    },
     /// A worker has panicked; its lanes are not served any more. A defect of this program.
     WorkerDied {
         /// The worker.

@@ -10,11 +10,6 @@ use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 
 impl Lane {
-    /// Why the ring is broken; told once.
-    pub(crate) fn take_reason(&mut self) -> Option<String> {
-        self.reason.take()
-    }
-
     /// Takes no more requests; those with the drive are still answered.
     pub(crate) fn begin_stop(&mut self) {
         if !self.resuming

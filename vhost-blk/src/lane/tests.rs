@@ -363,7 +363,6 @@ fn a_broken_ring_stops_its_lane_and_no_other() {
         assert_eq!(count(&good.error), 0);
         let lane = group.lane_mut(index).unwrap();
         assert_eq!(lane.in_flight(), 0, "what the drive had is back");
-        assert!(lane.take_reason().unwrap().contains("no status byte"));
         assert_eq!(bad.driver.in_flight(), 3, "nothing was answered after the break");
         assert_eq!(bad.counters.read().reads, 2, "nothing was taken after the break");
     }

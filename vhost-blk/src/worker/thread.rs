@@ -123,7 +123,6 @@ impl Worker {
             return;
         }
         self.last_tick = now;
-        self.report_broken();
         for (index, group) in self.groups.iter_mut().enumerate() {
             let Some(group) = group else { continue };
             let expired = group.tick(now);
@@ -131,15 +130,6 @@ impl Worker {
                 let pair = PairId { worker: self.number, index };
                 // Nobody listens any more when the program ends.
                 let _ = self.events.send(WorkerEvent::Expired { pair, count: expired, at: now });
-            }
-        }
-    }
-
-    fn report_broken(&mut self) {
-        for lane in self.groups.iter_mut().flatten().flat_map(Group::lanes_mut) {
-            if let Some(reason) = lane.take_reason() {
-                // As above.
-                let _ = self.events.send(WorkerEvent::Broken { name: lane.name().to_owned(), reason });
             }
         }
     }
@@ -167,7 +157,6 @@ impl Worker {
 
     /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
     fn sleep(&mut self) {
-        self.report_broken();
         let unwatched = self.lanes.values().any(|place| {
             let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
             lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
