@@ -15,6 +15,7 @@ mod events;
 mod keeper;
 mod namespaces;
 
+use std::collections::HashSet;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -55,8 +56,10 @@ pub struct Drive {
     reports: Mutex<Reports>,
     /// Wakes the keeper.
     bell: Bell,
-    /// For the keeper: commands were not answered in time.
-    expired: Mutex<Option<String>>,
+    /// The places in use, for whoever must not wait for `state`.
+    pairs: Mutex<HashSet<PairId>>,
+    /// For the keeper: commands were not answered in time, as was noticed then.
+    expired: Mutex<Option<(String, Instant)>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
 }
@@ -222,6 +225,7 @@ impl Drive {
             told_sharing: AtomicBool::new(false),
             reports: Mutex::default(),
             bell: Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))?,
+            pairs: Mutex::default(),
             expired: Mutex::new(None),
             _embedded: embedded,
         })
@@ -241,11 +245,7 @@ impl Drive {
 
     /// Whether it is there, told without waiting for anything.
     pub fn presence(&self) -> Presence {
-        let state = match self.state.try_lock() {
-            Ok(state) => state,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return Presence::Changing,
-        };
+        let Some(state) = self.state_now() else { return Presence::Changing };
         match &state.condition {
             Condition::Present(_) => Presence::There,
             Condition::Away(Away { cause, .. }) => Presence::Away(format!("{} is away: {cause}", self.name)),
@@ -260,6 +260,15 @@ impl Drive {
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The same for whoever must not wait; `None`: it is being changed, which may take as long as a controller's reset.
+    fn state_now(&self) -> Option<MutexGuard<'_, State>> {
+        match self.state.try_lock() {
+            Ok(state) => Some(state),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
     }
 
     /// The controller, if it is there. To be dropped soon: while it is held, the device cannot be given back.
@@ -309,13 +318,13 @@ impl Drive {
                     let health = present.controller.in_operation();
                     drop(state);
                     // It has just failed, and the ring is served as all others are.
-                    return match health {
-                        Err(why) => {
-                            self.leave(Cause::from(&why));
-                            self.lease(worker, ring_size)
-                        }
-                        Ok(()) => Err(error),
-                    };
+                    if let Err(why) = health {
+                        self.leave(Cause::from(&why));
+                        return self.lease(worker, ring_size);
+                    }
+                    log::warn!("{error}; a ring shares another's queue pair");
+                    state = self.state();
+                    None
                 }
             },
             Condition::Away(away) if state.places.len() < usize::from(state.granted) => {
@@ -325,6 +334,7 @@ impl Drive {
             Condition::Over => return Err(format!("{} is not used any more", self.name)),
         };
         if let Some(id) = made {
+            self.pairs().insert(id);
             state.places.push(Place { id, worker, entries, lanes: 1 });
             return Ok(Lease { drive: self.clone(), place: id });
         }
@@ -334,10 +344,10 @@ impl Drive {
             .places
             .iter_mut()
             .min_by_key(|place| (place.worker != worker, place.lanes))
-            .ok_or_else(|| format!("{} grants no queue pair at all", self.name))?;
+            .ok_or_else(|| format!("{} has no queue pair for a ring", self.name))?;
         place.lanes += 1;
         if !self.told_sharing.swap(true, Ordering::Relaxed) {
-            log::warn!("{}: all {granted} queue pairs are in use; further rings share one", self.name);
+            log::warn!("{}: of {granted} queue pairs none is left; further rings share one", self.name);
         }
         Ok(Lease { drive: self.clone(), place: place.id })
     }
@@ -363,10 +373,16 @@ impl Drive {
             return;
         }
         state.places.swap_remove(at);
+        self.pairs().remove(&id);
         match (self.pool.take_queue_pair(id), &state.condition) {
             (Ok(Some(pair)), Condition::Present(present)) => {
                 if let Err(error) = present.controller.delete_queue_pair(pair) {
-                    log::warn!("{}: cannot delete a queue pair: {error}", self.name);
+                    // A controller that does not work is reset; that ends its queues, too.
+                    let level = match present.controller.in_operation() {
+                        Ok(()) => log::Level::Warn,
+                        Err(_) => log::Level::Debug,
+                    };
+                    log::log!(level, "{}: cannot delete a queue pair: {error}", self.name);
                 }
             }
             (Ok(_), _) => {}
@@ -374,17 +390,16 @@ impl Drive {
         }
     }
 
-    /// Whether a queue pair is one of this controller's.
-    pub fn owns(&self, id: PairId) -> bool {
-        self.state().places.iter().any(|place| place.id == id)
+    fn pairs(&self) -> MutexGuard<'_, HashSet<PairId>> {
+        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Commands were not answered in time. Abort is only advisory: the controller is stopped, by the keeper.
-    pub fn report_expired(&self, count: usize, at: Instant) {
-        // What was noticed before the controller came back has been dealt with.
-        if matches!(&self.state().condition, Condition::Present(present) if present.since < at) {
-            let mut expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner);
-            expired.get_or_insert(format!("{count} commands were not answered in time"));
+    /// Commands of a queue pair were not answered in time. If it is this drive's, its keeper stops the controller: Abort is only
+    /// advisory. Waits for nothing.
+    pub fn report_expired(&self, pair: PairId, count: usize, at: Instant) {
+        if self.pairs().contains(&pair) {
+            let why = format!("{count} commands were not answered in time");
+            *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some((why, at));
             self.bell.ring();
         }
     }
@@ -411,6 +426,7 @@ impl Drive {
     pub fn leave(&self, cause: Cause) {
         // With this lock no place appears that would be missed here.
         let mut state = self.state();
+        let since = Instant::now();
         if !matches!(state.condition, Condition::Present(_)) {
             return;
         }
@@ -429,8 +445,9 @@ impl Drive {
             log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
             self.memory.detach();
         }
-        let failed = matches!(cause, Cause::Failed(_));
-        let (since, addresses) = (Instant::now(), device.dma().handed_out());
+        // What makes a drive disappear, time and again, is as bad as what makes it fail.
+        let failed = !matches!(cause, Cause::WantedBack);
+        let addresses = device.dma().handed_out();
         let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses };
         state.condition = Condition::Away(away);
         let mut lost = Vec::new();
@@ -456,17 +473,16 @@ impl Drive {
         self.bell.ring();
     }
 
-    /// When requests have waited long enough for the drive; `None` if none wait.
-    fn patience_ends(&self) -> Option<Instant> {
-        match &self.state().condition {
-            Condition::Away(Away { since, given_up: false, .. }) => Some(*since + self.hold),
-            _ => None,
+    /// Has what waits for the drive answered with an error if it has waited long enough. To be called often, by a thread that
+    /// does not wait for drives: the keeper may be trying just now to get it back.
+    pub fn mind_patience(&self) {
+        // While it is being stopped, or given its queue pairs, nothing can be given up: later, then.
+        let Some(mut state) = self.state_now() else { return };
+        if let Condition::Away(Away { since, given_up: false, .. }) = &state.condition
+            && since.elapsed() >= self.hold
+        {
+            self.give_up(&mut state, &format!("it was not back within {:?}", self.hold));
         }
-    }
-
-    /// Requests have waited for the drive long enough.
-    fn lose_patience(&self) {
-        self.give_up(&mut self.state(), &format!("it was not back within {:?}", self.hold));
     }
 
     /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
@@ -510,6 +526,9 @@ const MAX_ENTRIES: u16 = 1024;
 /// Bounce buffers of a queue pair, for buffers the drive cannot reach where they are.
 const BOUNCE_BYTES: usize = 128 << 10;
 
+/// How long a worker may take to end what does not depend on the drive.
+const ABANDON_TURN: Duration = Duration::from_secs(1);
+
 /// How much longer than a command a lane may take to stop.
 const STOP_MARGIN: Duration = Duration::from_secs(10);
 
@@ -528,7 +547,7 @@ impl Lease {
     /// Asks for a lane back, see [`Lease::finish_stop`]. `forsaken`: the front-end is gone, and nobody needs answers that the
     /// drive has not given; should it be away, it is not waited for.
     pub fn begin_stop(&self, handle: LaneHandle, forsaken: bool) -> StoppingLane {
-        let lane = handle.begin_stop();
+        let mut lane = handle.begin_stop();
         if forsaken {
             lane.abandon(false);
         }
@@ -546,17 +565,24 @@ impl Lease {
     pub fn finish_stop(&self, lane: StoppingLane, deadline: Instant) -> Option<StoppedLane> {
         match lane.wait(deadline.saturating_duration_since(Instant::now())) {
             Ok(stopped) => Some(stopped),
-            Err(StopError::StillBusy(busy)) => {
+            Err(StopError::StillBusy(mut busy)) => {
                 busy.lane.abandon(true);
-                self.drive.leave(Cause::Failed(busy.to_string()));
-                // Nothing is left to wait for but the worker's turn.
-                busy.lane.wait(STOP_MARGIN).inspect_err(|error| log::error!("{error}")).ok()
+                // Requests that only wait to be tried again need no reset to end.
+                match busy.lane.wait(ABANDON_TURN) {
+                    Err(StopError::StillBusy(busy)) => {
+                        self.drive.leave(Cause::Failed(busy.to_string()));
+                        // Nothing is left to wait for but the worker's turn.
+                        Self::stopped(busy.lane.wait(STOP_MARGIN))
+                    }
+                    stopped => Self::stopped(stopped),
+                }
             }
-            Err(error) => {
-                log::error!("{error}");
-                None
-            }
+            Err(error) => Self::stopped(Err(error)),
         }
+    }
+
+    fn stopped(result: Result<StoppedLane, StopError>) -> Option<StoppedLane> {
+        result.inspect_err(|error| log::error!("{error}")).ok()
     }
 }
 

@@ -81,10 +81,7 @@ impl Running {
     fn hear(&self, event: WorkerEvent) {
         match event {
             WorkerEvent::Expired { pair, count, at } => {
-                let drives = self.parts().drives.clone();
-                if let Some(drive) = drives.iter().find(|drive| drive.owns(pair)) {
-                    drive.report_expired(count, at);
-                }
+                self.parts().drives.iter().for_each(|drive| drive.report_expired(pair, count, at));
             }
             WorkerEvent::WorkerDied { worker, message } => {
                 self.end.fatal(format!("worker {worker} died: {message}"));
@@ -299,6 +296,7 @@ impl Watch {
             while !stopped.load(Ordering::Relaxed) {
                 pool.events().into_iter().for_each(|event| running.hear(event));
                 running.look_after_keepers();
+                running.parts().drives.iter().for_each(|drive| drive.mind_patience());
                 for drive in &mut waiting {
                     if let Err(why) = drive.step(&running) {
                         running.end.fatal(why);

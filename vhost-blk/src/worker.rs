@@ -13,9 +13,9 @@ pub use group::{Group, Lost, Way};
 use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -35,7 +35,11 @@ const MAIL_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct PairId {
     worker: usize,
+    /// Among the worker's places. Used again when the place was taken away, so that the worker has no more of them to look at
+    /// than are in use.
     index: usize,
+    /// Never used twice.
+    number: u64,
 }
 
 impl PairId {
@@ -135,16 +139,31 @@ pub enum StopError {
     },
 }
 
+/// The indexes of a worker's places.
+#[derive(Default)]
+struct Indexes {
+    /// All below were used.
+    next: usize,
+    free: Vec<usize>,
+}
+
 struct Thread {
     mailbox: Arc<Mailbox>,
-    pairs: AtomicUsize,
+    places: Mutex<Indexes>,
     join: Mutex<Option<JoinHandle<usize>>>,
+}
+
+impl Thread {
+    fn places(&self) -> MutexGuard<'_, Indexes> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The workers of a program.
 pub struct WorkerPool {
     threads: Vec<Thread>,
     next_lane: AtomicU64,
+    next_pair: AtomicU64,
     events: Mutex<Receiver<WorkerEvent>>,
 }
 
@@ -159,7 +178,8 @@ impl WorkerPool {
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         // Whoever drives the workers and the drive needs a core, too.
         let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
-        let mut pool = WorkerPool { threads: Vec::new(), next_lane: AtomicU64::new(1), events: Mutex::new(receiver) };
+        let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
+        let mut pool = WorkerPool { threads: Vec::new(), next_lane, next_pair, events: Mutex::new(receiver) };
         for (number, cpu) in places.into_iter().enumerate() {
             pool.threads.push(Self::start_thread(number, cpu, crowded, events.clone())?);
         }
@@ -198,7 +218,7 @@ impl WorkerPool {
         let join = std::thread::Builder::new().name(format!("worker {number}")).spawn(body).map_err(failed)?;
         match (start.recv(), cpu) {
             (Ok(Err(source)), Some(cpu)) => Err(Error::Pin { cpu, source }),
-            _ => Ok(Thread { mailbox, pairs: AtomicUsize::new(0), join: Mutex::new(Some(join)) }),
+            _ => Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) }),
         }
     }
 
@@ -237,9 +257,17 @@ impl WorkerPool {
 
     fn add(&self, worker: usize, group: Group) -> PairId {
         let thread = &self.threads[worker];
-        let index = thread.pairs.fetch_add(1, Ordering::Relaxed);
-        thread.mailbox.send(Mail::AddPair { index, group });
-        PairId { worker, index }
+        let index = {
+            let mut places = thread.places();
+            places.free.pop().unwrap_or_else(|| {
+                places.next += 1;
+                places.next - 1
+            })
+        };
+        // Relaxed: a number, ordered with nothing.
+        let id = PairId { worker, index, number: self.next_pair.fetch_add(1, Ordering::Relaxed) };
+        thread.mailbox.send(Mail::AddPair { id, group });
+        id
     }
 
     /// Moves a lane to the worker that has this queue pair; it is polled from now on.
@@ -264,9 +292,14 @@ impl WorkerPool {
     /// A lane uses it, or the worker is gone.
     pub fn take_queue_pair(&self, pair: PairId) -> Result<Option<QueuePair>, Error> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::TakePair { index: pair.index, reply });
+        let thread = &self.threads[pair.worker];
+        thread.mailbox.send(Mail::TakePair { index: pair.index, reply });
         match answer.recv_timeout(MAIL_DEADLINE) {
-            Ok(taken) => taken.map_err(|InUse| Error::InUse),
+            Ok(Ok(taken)) => {
+                thread.places().free.push(pair.index);
+                Ok(taken)
+            }
+            Ok(Err(InUse)) => Err(Error::InUse),
             Err(_) => Err(Error::Gone { worker: pair.worker }),
         }
     }
@@ -357,7 +390,7 @@ impl LaneHandle {
     pub fn begin_stop(self) -> StoppingLane {
         let (reply, lane) = mpsc::channel();
         self.mailbox.send(Mail::Stop { id: self.id, reply });
-        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox }
+        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox, let_go: false }
     }
 
     /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
@@ -417,6 +450,8 @@ pub struct StoppingLane {
     name: String,
     lane: Receiver<Lane>,
     mailbox: Arc<Mailbox>,
+    /// Nobody is there for answers.
+    let_go: bool,
 }
 
 impl std::fmt::Debug for StoppingLane {
@@ -427,9 +462,11 @@ impl std::fmt::Debug for StoppingLane {
 
 impl StoppingLane {
     /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
-    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight.
-    pub fn abandon(&self, answer: bool) {
-        self.mailbox.send(Mail::Abandon { id: self.id, answer });
+    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight. What was once
+    /// let go in this way is not answered later.
+    pub fn abandon(&mut self, answer: bool) {
+        self.let_go |= !answer;
+        self.mailbox.send(Mail::Abandon { id: self.id, answer: !self.let_go });
     }
 
     /// Waits for the requests in flight.

@@ -1,6 +1,7 @@
 //! How a drive comes back: it is opened again, compared with what was there, and every place gets a queue pair on it.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use nvme_driver::Controller;
 
@@ -77,11 +78,12 @@ impl Drive {
             // Before any lane goes on: a flush of one is for the changes of all.
             state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name));
         }
+        // From here on what is reported concerns this life.
+        present.since = Instant::now();
         for (place, way) in state.places.iter().zip(ways) {
             self.pool.restore_queue_pair(place.id, way);
         }
         state.granted = present.controller.max_queue_pairs();
-        present.since = std::time::Instant::now();
         state.condition = Condition::Present(present);
         log::warn!("{}: the drive is back; its disks work again", self.name);
         Ok(())

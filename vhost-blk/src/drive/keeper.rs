@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::back::NotBack;
-use super::{Away, Cause, Condition, Drive};
+use super::{Cause, Condition, Drive};
 
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
@@ -74,7 +74,6 @@ fn run(drive: &Drive, stop: &AtomicBool) {
         #[cfg(test)]
         crate::target::tests::panic_if_asked(&drive.name, "keeper panics");
         let until = attempts.next.unwrap_or(next_check);
-        let until = drive.patience_ends().map_or(until, |end| until.min(end));
         wait(drive, until.saturating_duration_since(Instant::now()));
         let cause = drive.trouble();
         if let Some(cause) = cause {
@@ -84,38 +83,27 @@ fn run(drive: &Drive, stop: &AtomicBool) {
         if stop.load(Ordering::Relaxed) {
             return;
         }
-        let (since, cause) = match &drive.state().condition {
-            Condition::Present(present) => (present.since, None),
-            Condition::Away(Away { cause, .. }) => (now, Some(cause.clone())),
+        let since = match &drive.state().condition {
+            Condition::Present(present) => Some(present.since),
+            Condition::Away(_) => None,
             Condition::Over => return,
         };
-        match cause {
-            None => {
+        match since {
+            Some(since) => {
                 attempts.works(now.saturating_duration_since(since));
                 if now >= next_check {
                     drive.check();
                     next_check = Instant::now() + CHECK_INTERVAL;
                 }
             }
-            Some(cause) => {
-                if drive.patience_ends().is_some_and(|end| now >= end) {
-                    drive.lose_patience();
-                }
-                let due = *attempts.next.get_or_insert_with(|| now + attempts_pause(&cause, attempts.pause));
+            None => {
+                let due = *attempts.next.get_or_insert(now + attempts.pause.max(FIRST_PAUSE));
                 if now >= due {
                     let result = drive.come_back();
                     attempts.tried(drive, result);
                 }
             }
         }
-    }
-}
-
-/// What has gone says nothing about how it will do when it is back.
-fn attempts_pause(cause: &Cause, pause: Duration) -> Duration {
-    match cause {
-        Cause::Failed(_) => pause.max(FIRST_PAUSE),
-        Cause::Gone(_) | Cause::WantedBack => FIRST_PAUSE,
     }
 }
 
@@ -145,9 +133,14 @@ impl Drive {
         if let Some(notice) = notice {
             return Some(Cause::from(notice));
         }
-        let why = expired?;
+        let (why, at) = expired?;
+        let controller = match &self.state().condition {
+            // What was noticed before the controller came back has been dealt with.
+            Condition::Present(present) if present.since < at => present.controller.clone(),
+            _ => return None,
+        };
         // It may have gone, which is another matter than a command that it has lost.
-        let health = self.controller().ok()?.health();
+        let health = controller.health();
         Some(health.map_or_else(|error| Cause::from(&error), |()| Cause::Failed(why)))
     }
 }

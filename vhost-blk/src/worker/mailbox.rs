@@ -11,6 +11,7 @@ use std::time::Instant;
 use nvme_driver::QueuePair;
 use rustix::event::{EventfdFlags, eventfd};
 
+use super::PairId;
 use super::group::{Group, Lost, Way};
 use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
@@ -24,7 +25,7 @@ pub(super) struct InUse;
 
 pub(super) enum Mail {
     AddPair {
-        index: usize,
+        id: PairId,
         group: Group,
     },
     TakePair {

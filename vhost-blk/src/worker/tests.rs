@@ -94,7 +94,10 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let pair = pool.take_queue_pair(pair).expect("nobody uses it").expect("it is there");
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
-    assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0 }, true), Err(Error::Gone { worker: 0 })));
+    assert!(matches!(
+        pool.fail_queue_pair(PairId { worker: 0, index: 0, number: 0 }, true),
+        Err(Error::Gone { worker: 0 })
+    ));
 }
 
 #[test]
@@ -220,6 +223,26 @@ fn stopping_waits_for_the_drive_and_the_ring_goes_on_from_its_base() {
         });
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
         assert_eq!(running.client.counters.read().reads, sent, "counters go on when a ring restarts");
+    }
+}
+
+/// A worker looks at every place in each turn: there must not be more of them than are in use, however many there were.
+#[test]
+fn a_place_that_was_taken_away_is_used_again() {
+    let machine = Machine::new(config());
+    let pool = WorkerPool::start(&[]).unwrap();
+    let kept = pool.add_place(0, false);
+    let mut earlier = kept;
+    for _ in 0..1000 {
+        let (pair, bounce) = machine.pair(2);
+        let first = pool.add_queue_pair(0, Way { pair, pool: bounce });
+        let second = pool.add_place(0, false);
+        assert!(first.index != second.index && kept.index < 3 && first.index < 3 && second.index < 3);
+        assert_ne!(first, earlier, "the same index is not the same place");
+        earlier = first;
+        let pair = pool.take_queue_pair(first).unwrap().expect("it is there");
+        machine.controller.delete_queue_pair(pair).unwrap();
+        assert!(pool.take_queue_pair(second).unwrap().is_none());
     }
 }
 

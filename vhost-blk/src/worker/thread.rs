@@ -46,6 +46,8 @@ pub(super) struct Worker {
     events: Sender<WorkerEvent>,
     epoll: OwnedFd,
     groups: Vec<Option<Group>>,
+    /// Of the groups, by the same index.
+    ids: Vec<PairId>,
     lanes: HashMap<LaneId, Place>,
     /// Lanes on their way out, and who waits for them.
     stopping: Vec<(LaneId, Sender<Lane>)>,
@@ -73,6 +75,7 @@ impl Worker {
             events,
             epoll,
             groups: Vec::new(),
+            ids: Vec::new(),
             lanes: HashMap::new(),
             stopping: Vec::new(),
             ending: None,
@@ -123,11 +126,10 @@ impl Worker {
             return;
         }
         self.last_tick = now;
-        for (index, group) in self.groups.iter_mut().enumerate() {
+        for (group, &pair) in self.groups.iter_mut().zip(&self.ids) {
             let Some(group) = group else { continue };
             let expired = group.tick(now);
             if expired != 0 {
-                let pair = PairId { worker: self.number, index };
                 // Nobody listens any more when the program ends.
                 let _ = self.events.send(WorkerEvent::Expired { pair, count: expired, at: now });
             }
@@ -230,11 +232,14 @@ impl Worker {
         for mail in self.mailbox.take() {
             // A reply that nobody waits for any more is dropped.
             match mail {
-                Mail::AddPair { index, group } => {
-                    if self.groups.len() <= index {
-                        self.groups.resize_with(index + 1, || None);
+                Mail::AddPair { id, group } => {
+                    // Indexes come from 0 on.
+                    if self.groups.len() <= id.index {
+                        self.groups.resize_with(id.index + 1, || None);
+                        self.ids.resize(id.index + 1, id);
                     }
-                    self.groups[index] = Some(group);
+                    self.groups[id.index] = Some(group);
+                    self.ids[id.index] = id;
                 }
                 Mail::TakePair { index, reply } => {
                     let _ = reply.send(self.take_pair(index));
