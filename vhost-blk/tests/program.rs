@@ -204,6 +204,29 @@ fn a_stale_socket_is_replaced() {
 }
 
 #[test]
+fn the_folder_of_an_embedded_controller_goes_with_it_or_with_the_next_one() {
+    let (folder, socket) = folder();
+    let temporary = folder.path().join("tmp");
+    std::fs::create_dir(&temporary).unwrap();
+    let left = || std::fs::read_dir(&temporary).unwrap().count();
+    let start = || {
+        let mut command = command(&["--device", "sim:64M", "--socket-path", socket.to_str().unwrap()]);
+        command.env("TMPDIR", &temporary);
+        let program = Program::spawn(command, &[]);
+        program.wait_for("is ready for a front-end");
+        program
+    };
+    drop(start());
+    assert_eq!(left(), 1, "killed, it leaves its folder");
+    let mut program = start();
+    assert_eq!(left(), 1, "its own");
+    check_disk(&Front::connect(&socket));
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    assert_eq!(left(), 0);
+}
+
+#[test]
 fn several_exports_by_a_file() {
     let (folder, _) = folder();
     let file = folder.path().join("c.toml");
