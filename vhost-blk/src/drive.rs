@@ -112,6 +112,11 @@ impl Present {
         let unsafe_shutdowns = controller.health_log().ok().map(|health| health.unsafe_shutdowns);
         Ok(Present { device, controller, since: Instant::now(), unsafe_shutdowns })
     }
+
+    /// The same, for [`FlushPromise`](crate::disk::FlushPromise).
+    fn losses(&self) -> Option<u64> {
+        self.unsafe_shutdowns.map(|count| count as u64)
+    }
 }
 
 /// What a drive could not be opened for.
@@ -300,7 +305,11 @@ impl Drive {
         let namespace = controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))?;
         let exported = ExportedNamespace::new(namespace).map_err(|error| format!("cannot make an eventfd: {error}"))?;
         let exported = Arc::new(exported);
-        self.state().namespaces.push(exported.clone());
+        let mut state = self.state();
+        if let Condition::Present(present) = &state.condition {
+            exported.flushes.set_losses(present.losses());
+        }
+        state.namespaces.push(exported.clone());
         Ok(exported)
     }
 

@@ -76,7 +76,7 @@ impl Drive {
         }
         if cache_lost {
             // Before any lane goes on: a flush of one is for the changes of all.
-            state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name));
+            state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name, present.losses()));
         }
         // From here on what is reported concerns this life.
         present.since = Instant::now();

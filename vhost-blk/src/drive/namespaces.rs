@@ -60,9 +60,9 @@ impl ExportedNamespace {
         &self.changed
     }
 
-    /// The drive has lost its cache, and no lane has it yet. `drive`: its name.
-    pub(super) fn lose_cache(&self, drive: &str) {
-        if self.flushes.lose_cache() {
+    /// The drive has lost its cache, so often by now, and no lane has it yet. `drive`: its name.
+    pub(super) fn lose_cache(&self, drive: &str, losses: Option<u64>) {
+        if self.flushes.lose_cache(losses) {
             let id = self.id;
             log::error!(
                 "{drive}: namespace {id}: writes that were not flushed are lost; the next flush fails, to say so"

@@ -149,7 +149,7 @@ mod tests {
         }
         machine.controller.reset().unwrap();
         let lost: Vec<_> = groups.iter_mut().map(|group| group.lose_drive(true).unwrap()).collect();
-        assert!(disk.flushes.lose_cache());
+        assert!(disk.flushes.lose_cache(None));
         // Each is back before the lane with the write is.
         for ((client, group), mut lost) in clients.iter_mut().zip(&mut groups).zip(lost) {
             machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
@@ -194,15 +194,15 @@ mod tests {
                 }
                 assert_eq!(flusher.run(guest, second, FLUSH, 0, &[]), (OK, 1));
                 (0..3).for_each(|_| read(writer, first));
-                assert!(!disk.flushes.lose_cache(), "everything is safe");
+                assert!(!disk.flushes.lose_cache(None), "everything is safe");
                 assert_eq!(writer.run(guest, first, kind, 0, &[data]), (OK, 1));
                 // Its own flush as well as the other's.
                 assert_eq!(writer.run(guest, first, FLUSH, 0, &[]), (OK, 1));
                 read(writer, first);
-                assert!(!disk.flushes.lose_cache(), "everything is safe");
+                assert!(!disk.flushes.lose_cache(None), "everything is safe");
                 assert_eq!(writer.run(guest, first, kind, 0, &[data]), (OK, 1));
                 read(writer, first);
-                assert!(disk.flushes.lose_cache(), "nobody has flushed this");
+                assert!(disk.flushes.lose_cache(None), "nobody has flushed this");
                 assert_eq!(flusher.run(guest, second, FLUSH, 0, &[]), (IOERR, 1));
             }
         }
@@ -224,9 +224,9 @@ mod tests {
             let pieces = [readable(DATA + 1, 100), readable(DATA + 201, 412)];
             assert_eq!(client.run(guest, &mut group, OUT, 0, &pieces), (OK, 1));
             assert_eq!(client.counters.read().copies, 1);
-            assert_eq!(disk.flushes.lose_cache(), number == 0);
+            assert_eq!(disk.flushes.lose_cache(None), number == 0);
             assert_eq!(client.run(guest, &mut group, OUT, 0, &[readable(DATA, 4096)]), (OK, 1));
-            assert_eq!(disk.flushes.lose_cache(), number == 0);
+            assert_eq!(disk.flushes.lose_cache(None), number == 0);
         }
     }
 }

@@ -40,6 +40,13 @@ const NOTE_MAGIC: u64 = u64::from_le_bytes(*b"vhblknt1");
 const MODE: usize = 1;
 const WRITE_BACK: u64 = 1;
 const WRITE_THROUGH: u64 = 2;
+/// Then: the first flush that makes safe every change answered so far, and the last one that has succeeded.
+const NEEDED: usize = 2;
+const SUCCEEDED: usize = 3;
+/// How often the drive had lost its cache, and 1; 0: it does not say.
+const LOSSES: usize = 4;
+/// Not 0: the next flush has to fail.
+const BROKEN: usize = 5;
 
 /// Memory for in-flight tracking that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -75,7 +82,7 @@ pub struct InflightMemory {
     /// Bytes per queue.
     stride: usize,
     /// Memory that another implementation made has none.
-    note: Option<Note>,
+    note: Option<Arc<Note>>,
 }
 
 impl InflightMemory {
@@ -83,8 +90,8 @@ impl InflightMemory {
     pub fn create(queues: u16, size: u16) -> Result<InflightMemory, InflightError> {
         let stride = packed::bytes(size).next_multiple_of(ALIGNMENT) + NOTE_BYTES;
         let memory = Arc::new(SharedMemory::create(stride * usize::from(queues).max(1))?);
-        if let Some(words) = Note::words(&memory, stride) {
-            words[0].set(NOTE_MAGIC);
+        if let Some(note) = Note::place(&memory, stride) {
+            note.word(0).set(NOTE_MAGIC);
         }
         let note = Note::find(&memory, stride);
         Ok(InflightMemory { memory, queues, stride, note })
@@ -101,7 +108,7 @@ impl InflightMemory {
     }
 
     /// What sessions leave for each other; `None`: there is no place for it.
-    pub fn note(&self) -> Option<&Note> {
+    pub fn note(&self) -> Option<&Arc<Note>> {
         self.note.as_ref()
     }
 
@@ -144,22 +151,30 @@ impl InflightMemory {
 /// What a session leaves for the next one, of this process or another: a front-end that comes again does not say everything
 /// again. In its memory, as the log is.
 pub struct Note {
-    words: GuestSlice<AtomicU64>,
+    memory: Arc<SharedMemory>,
+    offset: usize,
 }
 
 impl Note {
-    fn words(memory: &Arc<SharedMemory>, stride: usize) -> Option<GuestSlice<AtomicU64>> {
-        GuestSlice::of_shared(memory, stride.checked_sub(NOTE_BYTES)?, NOTE_WORDS)
+    /// The place for one in memory with regions of this length.
+    fn place(memory: &Arc<SharedMemory>, stride: usize) -> Option<Note> {
+        let offset = stride.checked_sub(NOTE_BYTES)?;
+        memory.slice::<AtomicU64>(offset, NOTE_WORDS)?;
+        Some(Note { memory: memory.clone(), offset })
     }
 
-    fn find(memory: &Arc<SharedMemory>, stride: usize) -> Option<Note> {
-        let words = Note::words(memory, stride).filter(|words| words[0].get() == NOTE_MAGIC)?;
-        Some(Note { words })
+    fn find(memory: &Arc<SharedMemory>, stride: usize) -> Option<Arc<Note>> {
+        Note::place(memory, stride).filter(|note| note.word(0).get() == NOTE_MAGIC).map(Arc::new)
+    }
+
+    fn word(&self, number: usize) -> &AtomicU64 {
+        let words = self.memory.slice(self.offset, NOTE_WORDS);
+        &words.expect("`place` has found it inside, and the memory keeps its length")[number]
     }
 
     /// The mode of the write cache, true for write-back; `None`: nobody has said.
     pub fn mode(&self) -> Option<bool> {
-        match self.words[MODE].get() {
+        match self.word(MODE).get() {
             WRITE_BACK => Some(true),
             WRITE_THROUGH => Some(false),
             _ => None,
@@ -168,7 +183,52 @@ impl Note {
 
     /// Says what the mode is.
     pub fn set_mode(&self, writeback: bool) {
-        self.words[MODE].set_after(if writeback { WRITE_BACK } else { WRITE_THROUGH });
+        self.word(MODE).set_after(if writeback { WRITE_BACK } else { WRITE_THROUGH });
+    }
+
+    /// Changes were answered which a flush with this number makes safe, or a later one. Lanes of several workers say so.
+    pub fn set_needed(&self, number: u64) {
+        // AcqRel, here and below: what is told of later is not there before.
+        self.word(NEEDED).fetch_max(number.to_le(), Ordering::AcqRel);
+    }
+
+    /// The flush with this number has succeeded.
+    pub fn set_succeeded(&self, number: u64) {
+        self.word(SUCCEEDED).fetch_max(number.to_le(), Ordering::AcqRel);
+    }
+
+    /// Have changes been answered that no flush has made safe?
+    pub fn unsafe_changes(&self) -> bool {
+        self.word(NEEDED).get() > self.word(SUCCEEDED).get()
+    }
+
+    /// Begins to count flushes anew. Whenever this process dies, it stays as it was whether there are unsafe changes.
+    pub fn restart(&self, needed: u64, succeeded: u64) {
+        let steps = match needed > succeeded {
+            true => [(SUCCEEDED, 0), (NEEDED, needed), (SUCCEEDED, succeeded)],
+            false => [(NEEDED, 0), (SUCCEEDED, succeeded), (NEEDED, needed)],
+        };
+        steps.into_iter().for_each(|(word, value)| self.word(word).set_after(value));
+    }
+
+    /// How often the drive had lost its cache when this was written, if it counts that.
+    pub fn losses(&self) -> Option<u64> {
+        self.word(LOSSES).get().checked_sub(1)
+    }
+
+    /// Says how often.
+    pub fn set_losses(&self, losses: Option<u64>) {
+        self.word(LOSSES).set_after(losses.map_or(0, |losses| losses.saturating_add(1)));
+    }
+
+    /// Does the guest still have to be told that changes are lost?
+    pub fn broken(&self) -> bool {
+        self.word(BROKEN).get() != 0
+    }
+
+    /// Says whether.
+    pub fn set_broken(&self, broken: bool) {
+        self.word(BROKEN).set_after(broken.into());
     }
 }
 

@@ -19,7 +19,7 @@ use crate::blk_config;
 use crate::export::Export;
 use crate::guest_memory::RegionDescription;
 use crate::listener::is_eventfd;
-use crate::ring::{InflightMemory, Note};
+use crate::ring::InflightMemory;
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
 pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
@@ -261,19 +261,30 @@ impl Session {
         }
         let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
             .map_err(|error| error.to_string())?;
-        let taken_over = memory.in_use() && self.export.mode().is_none();
-        let mode = memory.note().and_then(Note::mode);
+        let in_use = memory.in_use();
+        let mode = memory.note().and_then(|note| note.mode());
+        let flushes = &self.export.namespace.flushes;
+        match memory.note() {
+            Some(note) if flushes.attach(note) => {
+                log::error!(
+                    "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to say so",
+                    self.export.name
+                );
+            }
+            Some(_) => {}
+            None => flushes.detach(),
+        }
+        if !in_use && !self.served {
+            flushes.forget_loss();
+        }
         self.inflight = Some(memory);
         match mode {
             Some(writeback) => {
-                if taken_over {
-                    self.export.namespace.flushes.taken_over();
-                }
                 // The stricter one, should this session know another.
                 self.disk.writeback.fetch_and(writeback, Ordering::Relaxed);
                 self.keep_mode();
             }
-            None if taken_over => self.take_over(),
+            None if in_use && self.export.mode().is_none() => self.take_over(),
             None => self.keep_known_mode(),
         }
         self.rings.iter_mut().for_each(RingState::changed);

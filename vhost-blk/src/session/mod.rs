@@ -50,6 +50,8 @@ pub struct Session {
     rings: Vec<RingState>,
     /// By ring index.
     running: HashMap<usize, Running>,
+    /// A ring has run.
+    served: bool,
     /// Where rings note what is in flight (SET_INFLIGHT_FD).
     inflight: Option<InflightMemory>,
     /// The channel to the front-end (SET_BACKEND_REQ_FD).
@@ -73,6 +75,7 @@ impl Session {
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
+            served: false,
             inflight: None,
             back_channel: BackChannel::default(),
             known,
@@ -221,6 +224,7 @@ impl Session {
             );
         }
         self.rings[index].told_waiting = false;
+        self.served = true;
         self.running.insert(index, Running { handle, lease, addresses });
         Ok(())
     }
@@ -291,6 +295,7 @@ impl Drop for Session {
     fn drop(&mut self) {
         let running: Vec<usize> = self.running.keys().copied().collect();
         self.pause_these(&running, true);
+        self.export.namespace.flushes.detach();
     }
 }
 
