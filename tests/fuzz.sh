@@ -4,11 +4,11 @@
 #   tests/fuzz.sh                            all targets, 25 seconds each
 #   tests/fuzz.sh rings --seconds 3600       one of them, for an hour
 #   tests/fuzz.sh session --replay FILE…     these inputs, once
-#   tests/fuzz.sh rings --seed 7             another beginning
+#   tests/fuzz.sh rings --seed 7             begins as another run, which has told its seed
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-targets=() seconds=25 seed=1 replay=
+targets=() seconds=25 seed=$(date +%s) replay=
 while [ $# -gt 0 ]; do
     case $1 in
     rings | session | completions) targets+=("$1") ;;
@@ -32,6 +32,11 @@ programs=()
 for target in "${targets[@]}"; do programs+=(--bin "fuzz-$target"); done
 RUSTC_WORKSPACE_WRAPPER=$PWD/tests/fuzz/rustc.sh \
     cargo build --quiet --locked --workspace --features fuzz/libfuzzer "${programs[@]}"
+
+# What a drive in a process that crashes or is stopped leaves behind.
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+export TMPDIR=$folder
 
 # Descriptors are counted by the target, memory by libFuzzer (it must not grow); what lives as long as the process is no leak.
 export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=0 RUST_BACKTRACE=1

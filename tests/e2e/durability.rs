@@ -10,7 +10,7 @@ mod front_end;
 
 use std::ops::Range;
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use blk_perf::Random;
 use e2e::{Blocks, Change, Promise, Target};
@@ -37,15 +37,6 @@ const WRITE_ZEROES: u32 = 13;
 const OK: u8 = 0;
 /// Offset of `writeback` in the configuration space (5.2.4).
 const WRITEBACK: u32 = 32;
-
-/// The seed of `E2E_SEED`, or a new one; printed.
-fn seed() -> u64 {
-    let chosen = std::env::var("E2E_SEED").ok().map(|text| text.parse().expect("E2E_SEED is a number"));
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64 & 0xffff_ffff);
-    let seed = chosen.unwrap_or_else(now);
-    println!("E2E_SEED={seed}");
-    seed
-}
 
 /// A request under way.
 enum Pending {
@@ -208,7 +199,7 @@ impl<'a> Life<'a> {
 
 /// Cuts the power [`CUTS`] times.
 fn cuts(block_bytes: u32) {
-    let seed = seed();
+    let seed = e2e::seed();
     let mut random = Random::new(seed, block_bytes.into());
     let folder = tempfile::tempdir().unwrap();
     let namespace = NamespaceConfig { bytes: BLOCKS * u64::from(block_bytes), block_bytes, ..Default::default() };

@@ -17,10 +17,9 @@ mod requests;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use blk_perf::{ClientOptions, Load, Report, Workload};
-use e2e::Target;
+use e2e::{Target, seed};
 
 /// A controller, a worker and a client poll: one test at a time is enough for a small machine.
 fn alone() -> MutexGuard<'static, ()> {
@@ -32,15 +31,6 @@ fn alone() -> MutexGuard<'static, ()> {
 /// A folder of its own for a test.
 fn folder() -> tempfile::TempDir {
     tempfile::tempdir().expect("a temporary folder can be made")
-}
-
-/// A seed from `E2E_SEED`, or a new one; printed.
-fn seed() -> u64 {
-    let chosen = std::env::var("E2E_SEED").ok().map(|text| text.parse().expect("E2E_SEED is a number"));
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64 & 0xffff_ffff);
-    let seed = chosen.unwrap_or_else(now);
-    println!("E2E_SEED={seed}");
-    seed
 }
 
 fn options(socket: &Path, queues: usize, packed: bool) -> ClientOptions {

@@ -32,7 +32,7 @@ pub use qmp::Qmp;
 pub use target::{Peer, Target, are_listening, vhost_blk_program};
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// The top of the repository.
 pub fn workspace() -> PathBuf {
@@ -42,6 +42,15 @@ pub fn workspace() -> PathBuf {
 /// Cargo's build folder: `CARGO_TARGET_DIR`, or `target` at the top of the repository.
 pub fn build_dir() -> PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), PathBuf::from)
+}
+
+/// What a test draws from: the environment's `E2E_SEED`, or a new seed; printed, so that a failure can be repeated.
+pub fn seed() -> u64 {
+    let chosen = std::env::var("E2E_SEED").ok().map(|text| text.parse().expect("E2E_SEED is a number"));
+    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64 & 0xffff_ffff);
+    let seed = chosen.unwrap_or_else(now);
+    println!("E2E_SEED={seed}");
+    seed
 }
 
 /// Asks `probe` every few milliseconds until it has an answer, at most for `limit`.

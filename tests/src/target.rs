@@ -78,7 +78,12 @@ impl Target {
         // The tests look at the counters that are logged at the end.
         let level =
             std::env::var("RUST_LOG").map_or("info".to_owned(), |level| format!("vhost_blk::export=info,{level}"));
-        let environment = [("RUST_LOG".to_owned(), level), ("RUST_BACKTRACE".to_owned(), "1".to_owned())];
+        // The folder of its embedded controllers goes with the test's, however it ends.
+        let environment = [
+            ("RUST_LOG".to_owned(), level),
+            ("RUST_BACKTRACE".to_owned(), "1".to_owned()),
+            ("TMPDIR".to_owned(), folder.display().to_string()),
+        ];
         let process = Process::start(name, &program, arguments, &environment, &folder.join("target.log"), false)?;
         Target { process, name, sockets }.await_sockets()
     }

@@ -1,7 +1,7 @@
 //! A target that is killed under a guest, and started again: the guest notices nothing but a pause.
 
 use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use e2e::{Guest, Machine, Target};
 
@@ -57,7 +57,9 @@ const REST: &str = r#"touch /tmp/enough
 until [ -e /tmp/rests ] && [ -e /tmp/load.rests ] || [ -e /tmp/bad ]; do sleep 0.1; done"#;
 
 /// The file system is whole, and every file has the last of its checksums.
-const COMPARE: &str = r#"umount /mnt && e2fsck -fn /dev/vda && mount /dev/vda /mnt
+const COMPARE: &str = r#"umount /mnt
+e2fsck -fn /dev/vda
+mount /dev/vda /mnt
 tac /mnt/log | awk '!seen[$2]++' >/tmp/sums && [ $(wc -l </tmp/sums) -gt 5 ]
 sha256sum -c /tmp/sums >/tmp/result || { grep -v OK /tmp/result; exit 1; }
 umount /mnt"#;
@@ -74,12 +76,9 @@ fn goes_on(guest: &mut Guest) {
     e2e::poll(SHORT, "the guest to write", || Ok((written(guest) > before).then_some(()))).unwrap();
 }
 
-/// Times up to [`MOMENT`], from `E2E_SEED` or a new seed, which is printed.
+/// Times up to [`MOMENT`], from [`e2e::seed`].
 fn moments() -> impl Iterator<Item = Duration> {
-    let chosen = std::env::var("E2E_SEED").ok().map(|text| text.parse().expect("E2E_SEED is a number"));
-    let now = || SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |time| time.as_nanos() as u64 & 0xffff_ffff);
-    let mut state: u64 = chosen.unwrap_or_else(now);
-    println!("E2E_SEED={state}");
+    let mut state = e2e::seed();
     std::iter::repeat_with(move || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         Duration::from_micros((state >> 33) % MOMENT.as_micros() as u64)

@@ -60,7 +60,10 @@ impl Program {
     /// One that serves a drive on `socket`, and is ready.
     pub fn serve_device(device: &str, socket: &Path, more: &[&str]) -> Program {
         let args = [&["--device", device, "--socket-path", socket.to_str().unwrap()], more].concat();
-        let program = Program::start(&args, None);
+        let mut command = command(&args);
+        // The folder of its embedded controller goes with the test's, however it ends.
+        command.env("TMPDIR", socket.parent().unwrap());
+        let program = Program::spawn(command, &[]);
         program.wait_for("is ready for a front-end");
         program
     }
