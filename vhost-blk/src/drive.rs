@@ -14,6 +14,8 @@ mod embedded;
 mod events;
 mod keeper;
 mod namespaces;
+#[cfg(test)]
+mod tests;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -356,7 +358,7 @@ impl Drive {
             .ok_or_else(|| format!("{} has no queue pair for a ring", self.name))?;
         place.lanes += 1;
         if !self.told_sharing.swap(true, Ordering::Relaxed) {
-            log::warn!("{}: of {granted} queue pairs none is left; further rings share one", self.name);
+            log::warn!("{}: all {granted} queue pairs are in use; further rings share one", self.name);
         }
         Ok(Lease { drive: self.clone(), place: place.id })
     }

@@ -63,14 +63,7 @@ impl Machine {
     }
 
     pub fn disk(&self) -> Disk {
-        Disk {
-            flushes: Default::default(),
-            namespace: self.namespace.clone(),
-            read_only: false,
-            serial: *b"serial-0123456789abc",
-            features: 1 << 9,
-            writeback: AtomicBool::new(true),
-        }
+        disk(self.namespace.clone())
     }
 
     pub fn pair(&self, entries: u16) -> (QueuePair, BouncePool) {
@@ -81,6 +74,18 @@ impl Machine {
     pub fn group(&self, entries: u16) -> Group {
         let (pair, pool) = self.pair(entries);
         Group::new(pair, pool)
+    }
+}
+
+/// A namespace as a guest may use it that flushes.
+pub(crate) fn disk(namespace: nvme_driver::Namespace) -> Disk {
+    Disk {
+        flushes: Default::default(),
+        namespace,
+        read_only: false,
+        serial: *b"serial-0123456789abc",
+        features: 1 << 9,
+        writeback: AtomicBool::new(true),
     }
 }
 

@@ -1,0 +1,68 @@
+//! The last resort of a stop: a lane that is still busy when all deadlines have passed.
+
+use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
+
+use super::*;
+use crate::lane::testing::{Client, DATA, DEADLINE, LAYOUT, disk};
+use crate::request::{IOERR, OK};
+use crate::ring::model::{Guest, writable};
+
+/// Waits for something that other threads bring about.
+fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(result) = ready() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
+        std::thread::yield_now();
+    }
+}
+
+fn read(client: &mut Client, guest: &Guest) {
+    client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
+    rustix::io::write(&client.kick, &1u64.to_ne_bytes()).unwrap();
+}
+
+#[test]
+fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
+    for forsaken in [false, true] {
+        let directory = tempfile::tempdir().unwrap();
+        let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
+        let config = Config { namespaces: vec![namespace], ..Config::default() };
+        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
+        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
+        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
+        // No command expires in time, and nobody else looks after the drive.
+        let options = Options { io_timeout: Duration::from_secs(600), ..Options::default() };
+        let drive = Arc::new(Drive::open(&address, &options, Duration::from_secs(600), pool).unwrap());
+        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
+        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+
+        simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
+        let mut client = Client::new(&guest, 0, false, 16);
+        let lease = drive.lease(0, 16).unwrap();
+        let handle = lease.start(client.lane(&guest, &disk));
+        read(&mut client, &guest);
+        until("the drive has it", || (simulator.faults().fired() > 0).then_some(()));
+        let start = Instant::now();
+        let stopped = lease.finish_stop(lease.begin_stop(handle, forsaken), start).expect("the lane is given back");
+        assert!(start.elapsed() < STOP_MARGIN, "{:?}", start.elapsed());
+        // Whoever has left gets no error later.
+        assert_eq!(client.answer(&guest).map(|(_, status, _)| status), (!forsaken).then_some(IOERR));
+        assert!(matches!(drive.presence(), Presence::Away(_)));
+        drop(lease);
+
+        simulator.faults().clear();
+        drive.come_back().unwrap();
+        let lease = drive.lease(0, 16).unwrap();
+        if forsaken {
+            client = Client::new(&guest, 0, false, 16);
+        }
+        let base = if forsaken { 0 } else { stopped.base };
+        let handle = lease.start(client.lane_at(&guest, &disk, base));
+        read(&mut client, &guest);
+        assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+    }
+}
