@@ -205,3 +205,24 @@ fn a_guest_that_others_have_served_is_written_through_unless_they_left_word() {
     assert_eq!(front.config(32, 1), [0]);
     ring.check_io(32);
 }
+
+/// A packed ring begins with wrap counters that are 1: that is no earlier server's.
+#[test]
+fn a_packed_ring_that_begins_anew_has_had_no_other_server() {
+    for (base, writeback) in [(0x8000_8000, 1), (0x8000, 1), (0, 1), (0x8003_8003, 0)] {
+        let drive = Cached::new();
+        let region = Region::new(0, MIB);
+        let ring = Ring::new(&region, 0, 0x10000);
+        let served = drive.serve();
+        let front = served.connect();
+        let features = front.negotiate() | F_RING_PACKED;
+        front.accept(SET_FEATURES, &features.to_ne_bytes(), &[]);
+        region.add(&front);
+        front.set_ring(SET_VRING_NUM, 0, ring.size.into());
+        front.set_ring(SET_VRING_BASE, 0, base);
+        front.accept(SET_VRING_ADDR, &ring.addresses(), &[]);
+        ring.set_event(&front, SET_VRING_KICK, Some(&ring.kick));
+        ring.enable(&front, true);
+        assert_eq!(front.config(32, 1), [writeback], "base {base:#x}");
+    }
+}

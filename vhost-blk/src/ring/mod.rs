@@ -71,6 +71,17 @@ pub struct RingSetup {
     pub base: u32,
 }
 
+impl RingSetup {
+    /// Whether it begins where a ring does that nobody has served: at index 0; packed: with both wrap counters 1 (virtio 1.2,
+    /// 2.8.1), of which some front-ends send none, or the available one alone.
+    pub fn begins_anew(&self) -> bool {
+        match self.packed {
+            false => self.base == 0,
+            true => [0, 0x8000, 0x8000_8000].contains(&self.base),
+        }
+    }
+}
+
 /// A part of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {

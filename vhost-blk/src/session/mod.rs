@@ -105,7 +105,8 @@ impl Session {
     /// Another process has served the guest until now, and left no word of what this one has to know.
     fn take_over(&mut self) {
         self.export.namespace.flushes.taken_over();
-        // Which mode it has chosen is unknown, too. A guest that believes in write-through does not flush. One that believes in write-back loses some speed.
+        // Which mode it has chosen is unknown, too. A guest that believes in write-through does not flush; one that believes in
+        // write-back loses some speed.
         if self.export.features & blk_config::F_CONFIG_WCE != 0 && self.disk.writeback.swap(false, Ordering::Relaxed) {
             log::info!(
                 "{}: the write cache mode that the guest has chosen is not known; every write is written through until it \
@@ -190,10 +191,9 @@ impl Session {
             file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
         };
         if self.export.mode().is_none() {
-            // A base of 0 is where a ring begins that nobody has served.
-            match setup.base {
-                0 => self.keep_mode(),
-                _ => self.take_over(),
+            match setup.begins_anew() {
+                true => self.keep_mode(),
+                false => self.take_over(),
             }
         }
         let state = &self.rings[index];
