@@ -217,6 +217,10 @@ impl Controller {
         if pending == 0 {
             return false;
         }
+        // A fault that was asked for before these commands were submitted befalls them, and not only the next.
+        if self.faults.is_stale(&self.shared.faults) {
+            return true;
+        }
         let cq = sq.cq;
         let count = pending.min(BURST);
         let count = count.min(self.room(cq, count));

@@ -229,15 +229,22 @@ impl FaultState {
         }
     }
 
+    /// Whether there is a plan that was not taken over yet.
+    #[inline]
+    pub fn is_stale(&self, control: &FaultControl) -> bool {
+        // Acquire: pairs with the Release in `FaultControl::update`.
+        control.version.load(Ordering::Acquire) != self.version
+    }
+
     /// Takes a changed plan over; true if there was one.
     #[inline]
     pub fn refresh(&mut self, control: &FaultControl) -> bool {
-        // Acquire: pairs with the Release in `FaultControl::update`.
-        let version = control.version.load(Ordering::Acquire);
-        if version == self.version {
+        if !self.is_stale(control) {
             return false;
         }
         let held = control.plan.lock().unwrap_or_else(PoisonError::into_inner);
+        // Under the lock: it goes with the plan, or a later look finds it changed once more.
+        let version = control.version.load(Ordering::Acquire);
         let known = held.numbers.iter().any(|number| self.counts.contains_key(number));
         if self.version == 0 || self.plan.seed != held.plan.seed || !known {
             self.random = Random::new(held.plan.seed);

@@ -83,6 +83,18 @@ fn error_statuses_where_and_when_they_are_asked_for() {
 }
 
 #[test]
+fn a_fault_befalls_the_very_next_command() {
+    let (controller, mut host) = bring_up(FaultPlan::default());
+    let faults = controller.simulator.faults();
+    let once = || rule(FaultAction::Fail(Status::new(0, 6)), FaultMatch { limit: Some(1), ..on(FLUSH) });
+    for round in 0..5000 {
+        faults.set(FaultPlan { rules: vec![once()], ..Default::default() });
+        let results = [(); 2].map(|()| host.command(1, Sqe::new(FLUSH, 1)).status);
+        assert_eq!(results, [6, 0], "round {round}");
+    }
+}
+
+#[test]
 fn the_same_seed_makes_the_same_faults() {
     let run = |seed| {
         let when = FaultMatch { probability: 0.3, ..Default::default() };
