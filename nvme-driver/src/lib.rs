@@ -101,8 +101,8 @@ pub mod queue_pair;
 pub mod registers;
 mod split;
 pub mod status;
-#[cfg(test)]
-mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod work;
 
 pub use blocking::BlockingNamespace;

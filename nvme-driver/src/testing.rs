@@ -1,9 +1,9 @@
-//! What the crate's tests share.
+//! What tests share, this crate's and those of others (feature `testing`).
 
 use crate::Namespace;
 
-/// A namespace with every command and no limits but the specification's.
-pub(crate) fn namespace(block_shift: u8, blocks: u64) -> Namespace {
+/// A namespace with every command and no limits but the specification's: `blocks` logical blocks of `1 << block_shift` bytes.
+pub fn namespace(block_shift: u8, blocks: u64) -> Namespace {
     let block = 1u32 << block_shift;
     Namespace {
         id: 1,

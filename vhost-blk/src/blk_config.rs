@@ -221,7 +221,7 @@ mod tests {
             optimal_io_bytes: 128 << 10,
             discard_granularity_bytes: 4096,
             discard_alignment_bytes: 4096,
-            ..crate::disk::tests::namespace(block_shift, 1 << 20)
+            ..nvme_driver::testing::namespace(block_shift, 1 << 20)
         }
     }
 

@@ -95,4 +95,4 @@ impl Disk {
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+mod tests;

@@ -8,6 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use nvme_driver::testing::namespace;
 use nvme_driver::{Namespace, Segment};
 use vhost_blk::disk::Disk;
 use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach, RegionDescription};
@@ -41,34 +42,7 @@ const INDIRECT: u16 = 4;
 const MOST: usize = 16;
 
 fn disk(read_only: bool, block_shift: u8) -> Disk {
-    let block = 1 << block_shift;
-    let namespace = Namespace {
-        id: 1,
-        blocks: 1000,
-        block_shift,
-        boundary_blocks: 0,
-        physical_block_bytes: block,
-        write_alignment_bytes: block,
-        optimal_io_bytes: 0,
-        discard_granularity_bytes: block,
-        discard_alignment_bytes: block,
-        max_discard_ranges: 256,
-        max_discard_range_blocks: u32::MAX,
-        max_discard_blocks: u64::MAX,
-        max_write_zeroes_blocks: 65536,
-        max_verify_blocks: 65536,
-        volatile_write_cache: true,
-        discard: true,
-        write_zeroes: true,
-        write_zeroes_deallocates: true,
-        discard_reads_zeroes: true,
-        compare: true,
-        verify: true,
-        read_only,
-        eui64: None,
-        nguid: None,
-        uuid: None,
-    };
+    let namespace = Namespace { read_only, ..namespace(block_shift, 1000) };
     Disk {
         namespace,
         read_only,

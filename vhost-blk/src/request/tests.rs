@@ -14,7 +14,7 @@ const DATA: u64 = 0x10_0000;
 pub(crate) fn disk(block_shift: u8, blocks: u64) -> Disk {
     Disk {
         flushes: Default::default(),
-        namespace: crate::disk::tests::namespace(block_shift, blocks),
+        namespace: nvme_driver::testing::namespace(block_shift, blocks),
         read_only: false,
         serial: *b"serial-0123456789abc",
         features: 1 << 9,
