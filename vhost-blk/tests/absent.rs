@@ -74,9 +74,7 @@ fn check_disk(path: &Path) {
     let front = Front::on(stream.unwrap());
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(8);
     ring.stop(&front);
 }
@@ -120,9 +118,7 @@ fn a_drive_that_came_late_is_looked_after_like_any_other() {
     let front = Front::connect(&lab.path("a"));
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     drop(drive);
     program.wait_for("requests wait for it");

@@ -578,9 +578,7 @@ fn a_front_end_leaves_while_the_drive_is_slow() {
     for _ in 0..3 {
         let front = bench.connect("a");
         let region = Region::new(0, MIB);
-        region.add(&front);
-        let mut ring = Ring::new(&region, 0, 0x10000);
-        ring.start(&front);
+        let mut ring = Ring::first(&front, &region);
         ring.check_io(0);
         let fired = bench.simulator().faults().fired();
         bench.fault(FaultAction::Delay(Duration::from_millis(100)..=Duration::from_millis(150)));

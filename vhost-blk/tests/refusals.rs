@@ -43,9 +43,7 @@ fn a_read_only_disk() {
     let front = served.connect();
     assert_ne!(front.negotiate() & 1 << 5, 0);
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     assert_eq!(ring.write_one(0), 1, "IOERR");
     assert_eq!(ring.read_one(0), 0);
     front.refuse(SET_CONFIG, &config(32, &[0]), &[]);
@@ -57,9 +55,7 @@ fn wrong_messages_are_refused_and_nothing_is_lost() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     let event = ring.kick.as_raw_fd();
     let (_pipe, pipe) = std::io::pipe().unwrap();

@@ -14,9 +14,7 @@ fn a_disk_is_written_and_read() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     (0..20).for_each(|at| ring.check_io(at * 64));
     assert_eq!(ring.flush(), 0);
     ring.stop(&front);
@@ -106,9 +104,7 @@ fn a_disabled_ring_rests_and_goes_on() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     ring.enable(&front, false);
     ring.submit(4, 0, (0, 0));
@@ -148,9 +144,7 @@ fn descriptors_change_under_a_running_ring() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     // No call descriptor: the guest polls.
     ring.set_event(&front, SET_VRING_CALL, None);
@@ -177,9 +171,7 @@ fn memory_comes_while_rings_run() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     // Requests run all the time; each new region is used at once.
     let mut regions = Vec::new();
     for number in 0..20u64 {
@@ -313,9 +305,7 @@ fn reset_owner_disables_the_rings() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     front.accept(RESET_OWNER, &[], &[]);
     ring.start(&front);
@@ -333,9 +323,7 @@ fn the_write_cache_mode() {
     front.accept(SET_CONFIG, &config(32, &[0]), &[]);
     assert_eq!(front.config(32, 1), [0]);
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     front.accept(SET_CONFIG, &config(32, &[1]), &[]);
     ring.check_io(8);
@@ -366,9 +354,7 @@ fn a_switch_to_writethrough_makes_earlier_writes_durable() {
         let front = served.connect();
         front.negotiate();
         let region = Region::new(0, MIB);
-        region.add(&front);
-        let mut ring = Ring::new(&region, 0, 0x10000);
-        ring.start(&front);
+        let mut ring = Ring::first(&front, &region);
         assert_eq!(ring.write_one(8), 0);
         front.accept(SET_CONFIG, &common::config(32, &[0]), &[]);
         assert_eq!(ring.write_one(16), 0);
@@ -431,9 +417,7 @@ fn blocks_of_4096_bytes() {
     front.negotiate();
     assert_eq!(front.config(20, 4), 4096u32.to_le_bytes());
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(8);
     assert_eq!(ring.read_one(1), 1, "not a multiple of the block");
 }
@@ -444,9 +428,7 @@ fn stopping_the_target_finishes_requests() {
     let front = served.connect();
     front.negotiate();
     let region = Region::new(0, MIB);
-    region.add(&front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(&front);
+    let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
     ring.submit(4, 0, (0, 0));
     let Served { target, folder } = served;

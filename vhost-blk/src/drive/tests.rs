@@ -3,21 +3,9 @@
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
 
 use super::*;
-use crate::lane::testing::{Client, DATA, DEADLINE, LAYOUT, disk};
+use crate::lane::testing::{Client, DATA, LAYOUT, disk, until};
 use crate::request::{IOERR, OK};
 use crate::ring::model::{Guest, writable};
-
-/// Waits for something that other threads bring about.
-fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        if let Some(result) = ready() {
-            return result;
-        }
-        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
-        std::thread::yield_now();
-    }
-}
 
 fn read(client: &mut Client, guest: &Guest) {
     client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();

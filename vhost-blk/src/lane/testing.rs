@@ -208,6 +208,18 @@ pub(crate) fn wait<T>(group: &mut Group, mut ready: impl FnMut() -> Option<T>) -
     }
 }
 
+/// Waits for something that other threads bring about.
+pub(crate) fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + DEADLINE;
+    loop {
+        if let Some(result) = ready() {
+            return result;
+        }
+        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
+        std::thread::yield_now();
+    }
+}
+
 pub(crate) fn pattern(seed: u64, bytes: usize) -> Vec<u8> {
     let mut random = Random(seed);
     let mut data: Vec<u8> = (0..bytes.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).collect();

@@ -8,25 +8,13 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 use super::*;
 use crate::disk::Disk;
 use crate::guest_memory::Reach;
-use crate::lane::testing::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern};
+use crate::lane::testing::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern, until};
 use crate::request::{IOERR, OK};
 use crate::ring::model::{Guest, Random, readable, writable};
 
 fn config() -> Config {
     let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
     Config { namespaces: vec![namespace], ..Config::default() }
-}
-
-/// Waits for something that other threads bring about.
-fn until<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + DEADLINE;
-    loop {
-        if let Some(result) = ready() {
-            return result;
-        }
-        assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");
-        std::thread::yield_now();
-    }
 }
 
 /// A guest's driver that kicks when it is asked to.
