@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use nvme_driver::Controller;
+use nvme_driver::{Controller, Error};
 
 use super::namespaces::{Difference, ExportedNamespace, Found, difference};
 use super::{Condition, Drive, NoWay, NotOpened, Present};
@@ -33,13 +33,16 @@ impl NotBack {
 impl From<NotOpened> for NotBack {
     fn from(error: NotOpened) -> NotBack {
         use vfio::Error::{Kernel, Memory, NotUsable};
+        let is_withheld = |error: &vfio::Error| matches!(error, NotUsable { .. } | Kernel { .. } | Memory { .. });
         match error {
-            NotOpened::Device(error @ (NotUsable { .. } | Kernel { .. } | Memory { .. })) => {
-                NotBack::Withheld(error.to_string())
-            }
+            NotOpened::Device(error) if is_withheld(&error) => NotBack::Withheld(error.to_string()),
             NotOpened::Device(error) => NotBack::Nothing(error.to_string()),
             NotOpened::Controller(error) if error.is_gone() => NotBack::Nothing(error.to_string()),
-            NotOpened::Controller(error) => NotBack::Unfit(error.to_string()),
+            // Memory for its queues may be withheld, too.
+            NotOpened::Controller(error) => match &error {
+                Error::Device { source, .. } if is_withheld(source) => NotBack::Withheld(error.to_string()),
+                _ => NotBack::Unfit(error.to_string()),
+            },
         }
     }
 }
