@@ -30,9 +30,7 @@ fn folder() -> (tempfile::TempDir, PathBuf) {
 fn check_disk(front: &Front) {
     front.negotiate();
     let region = Region::new(0, 1 << 20);
-    region.add(front);
-    let mut ring = Ring::new(&region, 0, 0x10000);
-    ring.start(front);
+    let mut ring = Ring::first(front, &region);
     ring.check_io(8);
     ring.stop(front);
 }
@@ -285,10 +283,11 @@ impl Ear {
 /// The program as a service manager starts it: what it hands over begins at descriptor 3, and its number is the program's own.
 fn activated(args: &[&str], sockets: &[&UnixListener], names: &str) -> Command {
     let mut command = Command::new("bash");
-    // First out of the way, lest one be overwritten before it is in place.
+    // First out of the way, to where nothing else is, lest one be overwritten before it is in place.
     let numbers = sockets.iter().map(|socket| socket.as_raw_fd());
-    let away: String = numbers.clone().zip(6..).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
-    let placed: String = (6..).zip(3..).take(sockets.len()).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
+    let away: String = numbers.zip(500..).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
+    let placed: String =
+        (500..).zip(3..).take(sockets.len()).map(|(from, to)| format!("exec {to}<&{from}; ")).collect();
     let script = format!("{away}{placed}LISTEN_PID=$$ exec \"$0\" \"$@\"");
     command.args(["-c", &script, env!("CARGO_BIN_EXE_vhost-blk")]).args(args).stdin(Stdio::null());
     command.env_remove("RUST_LOG").env("LISTEN_FDS", sockets.len().to_string()).env("LISTEN_FDNAMES", names);
