@@ -35,7 +35,7 @@ pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
 pub use keeper::Keeper;
-pub(crate) use keeper::{FIRST_PAUSE, LONGEST_PAUSE, LOOK_PAUSE};
+pub(crate) use keeper::longer;
 pub use namespaces::{ExportedNamespace, Known};
 
 /// One NVMe controller in use.

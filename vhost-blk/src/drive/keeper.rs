@@ -13,11 +13,11 @@ use super::{Cause, Condition, Drive};
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
-pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
-pub(crate) const LOOK_PAUSE: Duration = Duration::from_millis(250);
+const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// A controller that fails again and again is reset less and less often, but no less often than this.
-pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What works for this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(1);
 /// How long the program's end waits for an attempt that is under way.
@@ -145,6 +145,22 @@ impl Drive {
     }
 }
 
+/// The next one of the pauses that grow.
+pub(crate) fn longer(pause: &mut Duration) -> Duration {
+    *pause = (*pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
+    *pause
+}
+
+impl NotBack {
+    /// Why, and how long it is before the next attempt: `growing` if there is something that does not work.
+    pub(crate) fn pause(self, growing: &mut Duration) -> (String, Duration) {
+        match self {
+            NotBack::Nothing(why) | NotBack::Withheld(why) => (why, LOOK_PAUSE),
+            NotBack::Unfit(why) => (why, longer(growing)),
+        }
+    }
+}
+
 /// When the next attempt is made, and what the last one said.
 #[derive(Default)]
 struct Attempts {
@@ -166,18 +182,13 @@ impl Attempts {
 
     /// Chooses the time of the next attempt. Tells why this one failed if it is something new.
     fn tried(&mut self, drive: &Drive, result: Result<(), NotBack>) {
-        let longer = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         let (why, pause) = match result {
             Ok(()) => {
-                self.pause = longer;
+                longer(&mut self.pause);
                 self.next = None;
                 return;
             }
-            Err(NotBack::Nothing(why) | NotBack::Withheld(why)) => (why, LOOK_PAUSE),
-            Err(NotBack::Unfit(why)) => {
-                self.pause = longer;
-                (why, longer)
-            }
+            Err(error) => error.pause(&mut self.pause),
         };
         if self.told.as_ref() != Some(&why) {
             log::warn!("{drive}: not back yet, which is tried again and again: {why}");

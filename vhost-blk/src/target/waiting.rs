@@ -15,7 +15,7 @@ use nvme_driver::Options;
 use super::Running;
 use crate::address::DeviceAddress;
 use crate::config::ExportSettings;
-use crate::drive::{Drive, FIRST_PAUSE, LONGEST_PAUSE, LOOK_PAUSE, NotBack};
+use crate::drive::{Drive, NotBack, longer};
 use crate::export::Export;
 use crate::listener::Listener;
 use crate::worker::WorkerPool;
@@ -194,17 +194,12 @@ impl Waiting {
 
     fn end(&mut self, result: Result<Found, NotBack>, running: &Running) -> Result<(), String> {
         self.is_setup = matches!(&result, Ok(_) | Err(NotBack::Withheld(_)));
-        let longer = (self.pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
-        let (why, pause) = match result {
-            Ok(found) => (self.serve(found, running)?, longer),
-            Err(NotBack::Nothing(why) | NotBack::Withheld(why)) => (Some(why), LOOK_PAUSE),
-            Err(NotBack::Unfit(why)) => (Some(why), longer),
+        let failed = match result {
+            Ok(found) => self.serve(found, running)?.map(|why| (why, longer(&mut self.pause))),
+            Err(error) => Some(error.pause(&mut self.pause)),
         };
-        match why {
-            Some(why) => {
-                if pause == longer {
-                    self.pause = longer;
-                }
+        match failed {
+            Some((why, pause)) => {
                 self.turn = Turn::At(Instant::now() + pause);
                 self.fails(why)?;
             }
