@@ -1,6 +1,7 @@
 //! A front-end written by hand: it sends any message in any order, also wrong ones, and drives a split ring.
 #![allow(dead_code)] // each test program uses a part of it
 
+pub mod raw;
 pub mod served;
 
 use std::fs::File;
@@ -135,7 +136,12 @@ impl Front {
 
     /// Owner, features and protocol features, as QEMU sends them. All that is offered is accepted but what [`Ring`] is not.
     pub fn negotiate(&self) -> u64 {
-        let features = self.ask_u64(GET_FEATURES) & !(F_EVENT_IDX | F_RING_PACKED);
+        self.negotiate_without(F_EVENT_IDX | F_RING_PACKED)
+    }
+
+    /// The same, with all features but these.
+    pub fn negotiate_without(&self, unwanted: u64) -> u64 {
+        let features = self.ask_u64(GET_FEATURES) & !unwanted;
         let protocol = self.ask_u64(GET_PROTOCOL_FEATURES);
         self.send(SET_PROTOCOL_FEATURES, 0, &protocol.to_ne_bytes(), &[]);
         self.accept(SET_OWNER, &[], &[]);

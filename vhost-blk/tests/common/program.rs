@@ -69,7 +69,12 @@ impl Program {
     }
 
     pub fn lines_with(&self, text: &str) -> usize {
-        self.log.lock().unwrap().iter().filter(|line| line.contains(text)).count()
+        self.lines_with_all(&[text])
+    }
+
+    /// How many lines have all of these in them.
+    pub fn lines_with_all(&self, texts: &[&str]) -> usize {
+        self.log.lock().unwrap().iter().filter(|line| texts.iter().all(|text| line.contains(text))).count()
     }
 
     #[track_caller]
