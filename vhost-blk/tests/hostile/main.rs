@@ -24,8 +24,8 @@
 //! ```
 //!
 //! Tests of this program run one after the other, since they measure time: [`Stand`](stand::Stand) holds a lock. Keep each within a
-//! second or so. Time in which the neighbour's requests waited because the machine had no CPU for the worker, the drive or the neighbour's
-//! own thread does not count (`/proc/*/schedstat`), so that a busy machine makes no difference.
+//! second or so. Time for which the machine had no CPU for the worker, the drive or the neighbour's own thread, whichever waited longest
+//! (`/proc/*/schedstat`), does not count, so that a busy machine makes little difference.
 
 #[path = "../common/mod.rs"]
 mod common;

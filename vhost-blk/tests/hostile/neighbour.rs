@@ -177,7 +177,7 @@ struct Request {
     version: u64,
     began: Instant,
     /// Of the threads that serve it, when it began.
-    starved: Duration,
+    starved: Waited,
 }
 
 struct Load<'a> {
@@ -284,7 +284,7 @@ impl<'a> Load<'a> {
         // A short one is no matter, however it came about.
         let mut own = took;
         if took > LIMIT / 10 {
-            own = took.saturating_sub(self.starved.now().saturating_sub(request.starved));
+            own = took.saturating_sub(self.starved.since(&request.starved));
         }
         let status = self.ring.status(REQUESTS + 64 * request.slot);
         if status != 0 {
@@ -309,44 +309,58 @@ impl<'a> Load<'a> {
     }
 }
 
-/// For how long the threads that serve the neighbour were ready to run and had no CPU, in sum (Documentation/scheduler/sched-stats.rst
-/// of Linux: the second figure of schedstat, in nanoseconds).
+/// For how long the threads that serve the neighbour were ready to run and had no CPU (Documentation/scheduler/sched-stats.rst of
+/// Linux: the second figure of schedstat, in nanoseconds).
 struct Starved {
     threads: Vec<File>,
-    last: (Instant, Duration),
+    last: Instant,
+    waited: Waited,
 }
+
+/// Of each thread.
+#[derive(Clone, Default)]
+struct Waited(Vec<u64>);
 
 impl Starved {
     /// Of the program's workers; the drive and the calling thread are of this process.
     fn new(program: u32) -> Starved {
         let mut threads = Vec::new();
-        for (process, names) in [(program, ["worker", "worker"]), (std::process::id(), ["nvme-sim", "neighbour"])] {
+        for (process, names) in [(program, &["worker"][..]), (std::process::id(), &["nvme-sim\n", "neighbour"])] {
             let Ok(tasks) = std::fs::read_dir(format!("/proc/{process}/task")) else { continue };
             for task in tasks.flatten() {
                 let name = std::fs::read_to_string(task.path().join("comm")).unwrap_or_default();
-                let wanted = names.iter().any(|start| name.starts_with(start)) && !name.starts_with("nvme-sim-msg");
+                let wanted = names.iter().any(|start| name.starts_with(start));
                 threads.extend(wanted.then(|| File::open(task.path().join("schedstat")).ok()).flatten());
             }
         }
-        let mut starved = Starved { threads, last: (Instant::now(), Duration::ZERO) };
-        starved.now();
+        let mut starved = Starved { threads, last: Instant::now(), waited: Waited::default() };
+        starved.look();
         starved
     }
 
-    fn now(&mut self) -> Duration {
+    fn look(&mut self) {
         let waited = |file: &File| {
             let mut text = [0; 96];
             let bytes = file.read_at(&mut text, 0).ok()?;
             std::str::from_utf8(&text[..bytes]).ok()?.split_whitespace().nth(1)?.parse::<u64>().ok()
         };
-        let nanoseconds: u64 = self.threads.iter().filter_map(waited).sum();
-        self.last = (Instant::now(), Duration::from_nanos(nanoseconds));
-        self.last.1
+        self.waited = Waited(self.threads.iter().map(|file| waited(file).unwrap_or(0)).collect());
+        self.last = Instant::now();
     }
 
     /// Of the last millisecond, which saves system calls.
-    fn recent(&mut self) -> Duration {
-        if self.last.0.elapsed() < Duration::from_millis(1) { self.last.1 } else { self.now() }
+    fn recent(&mut self) -> Waited {
+        if self.last.elapsed() > Duration::from_millis(1) {
+            self.look();
+        }
+        self.waited.clone()
+    }
+
+    /// The longest that one of them has waited since then. What others have waited may be the same time, so it is not added.
+    fn since(&mut self, then: &Waited) -> Duration {
+        self.look();
+        let waited = self.waited.0.iter().zip(&then.0).map(|(now, then)| now.saturating_sub(*then));
+        Duration::from_nanos(waited.max().unwrap_or(0))
     }
 }
 
