@@ -41,8 +41,8 @@ pub const F_RING_PACKED: u64 = 1 << 34;
 pub const SEG_MAX: u32 = 1022;
 /// Descriptors of a request with that many segments: header and status besides.
 pub const LONGEST_CHAIN: u32 = SEG_MAX + 2;
-/// Ranges in one discard or write-zeroes request (5.2.6.2 of virtio allows as many as the configuration space says); the
-/// limit of one Dataset Management command (NVM Command Set 1.0, section 3.2.3), so that a request stays one command.
+/// Ranges in one discard or write-zeroes request, whatever the drive takes: the limit of one Dataset Management command (NVM
+/// Command Set 1.0, section 3.2.3).
 pub const MAX_RANGES: u32 = 256;
 
 /// Bytes in a virtio sector, whatever the disk's block size is (5.2.4).
@@ -135,16 +135,41 @@ pub fn features(namespace: &Namespace, read_only: bool) -> u64 {
     features
 }
 
+/// What a driver may ask for in one discard or write-zeroes request (5.2.6.1). The configuration space offers it, and a request
+/// beyond it fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RangeLimits {
+    /// 512-byte sectors in one range; whole blocks.
+    pub sectors: u32,
+    /// Ranges in one request.
+    pub ranges: u32,
+}
+
+impl RangeLimits {
+    /// For discards: what one Dataset Management command takes. So a range is cut at most where a command is full, and a request
+    /// becomes hardly more commands than it has ranges.
+    pub fn discard(namespace: &Namespace) -> RangeLimits {
+        let blocks = u64::from(namespace.max_discard_range_blocks).min(namespace.max_discard_blocks);
+        Self::new(namespace, blocks, namespace.max_discard_ranges.into())
+    }
+
+    /// For write zeroes. A drive may take long for them: one command for each range keeps its deadline honest.
+    pub fn write_zeroes(namespace: &Namespace) -> RangeLimits {
+        Self::new(namespace, namespace.max_write_zeroes_blocks.into(), MAX_RANGES)
+    }
+
+    fn new(namespace: &Namespace, blocks: u64, ranges: u32) -> RangeLimits {
+        let sectors_per_block = namespace.block_bytes() / SECTOR_BYTES;
+        // Whole blocks, and no more than the field holds.
+        let blocks = blocks.min(namespace.blocks).min(u64::from(u32::MAX / sectors_per_block)) as u32;
+        RangeLimits { sectors: blocks * sectors_per_block, ranges: ranges.min(MAX_RANGES) }
+    }
+}
+
 /// The configuration space that goes with `features`; fields whose feature is not offered are zero.
 pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool) -> BlockConfig {
     let block = namespace.block_bytes();
-    let sectors_per_block = block / SECTOR_BYTES;
     let blocks = |bytes: u32| bytes / block;
-    // Whole blocks, and no more than the field holds.
-    let sectors = |blocks: u64| {
-        let most = u64::from(u32::MAX / sectors_per_block);
-        blocks.min(most).min(namespace.blocks) as u32 * sectors_per_block
-    };
     let mut config = BlockConfig {
         // `Namespace` promises that the size in bytes fits into 63 bits.
         capacity: U64::new(namespace.bytes() / u64::from(SECTOR_BYTES)),
@@ -168,15 +193,15 @@ pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool
         unused1: [0; 3],
     };
     if features & F_DISCARD != 0 {
-        // The driver splits what the drive takes in pieces only.
-        config.max_discard_sectors = U32::new(sectors(u64::MAX));
-        config.max_discard_seg = U32::new(MAX_RANGES);
+        let limits = RangeLimits::discard(namespace);
+        config.max_discard_sectors = U32::new(limits.sectors);
+        config.max_discard_seg = U32::new(limits.ranges);
         config.discard_sector_alignment = U32::new(namespace.discard_granularity_bytes.max(block) / SECTOR_BYTES);
     }
     if features & F_WRITE_ZEROES != 0 {
-        // A drive may take long to write zeroes: one command for each range keeps its deadline honest.
-        config.max_write_zeroes_sectors = U32::new(sectors(u64::from(namespace.max_write_zeroes_blocks)));
-        config.max_write_zeroes_seg = U32::new(MAX_RANGES);
+        let limits = RangeLimits::write_zeroes(namespace);
+        config.max_write_zeroes_sectors = U32::new(limits.sectors);
+        config.max_write_zeroes_seg = U32::new(limits.ranges);
         config.write_zeroes_may_unmap = u8::from(namespace.write_zeroes_deallocates);
     }
     config
@@ -315,6 +340,20 @@ mod tests {
         namespace.write_zeroes = true;
         namespace.write_zeroes_deallocates = false;
         assert_eq!(config(&namespace, features(&namespace, false), 1, true).write_zeroes_may_unmap, 0);
+    }
+
+    #[test]
+    fn a_request_is_no_more_than_the_drive_takes_at_once() {
+        let mut namespace = namespace(12);
+        (namespace.max_discard_ranges, namespace.max_discard_range_blocks) = (16, 1000);
+        namespace.max_write_zeroes_blocks = 256;
+        assert_eq!(RangeLimits::discard(&namespace), RangeLimits { sectors: 8000, ranges: 16 });
+        assert_eq!(RangeLimits::write_zeroes(&namespace), RangeLimits { sectors: 2048, ranges: 256 });
+        namespace.max_discard_blocks = 999;
+        assert_eq!(RangeLimits::discard(&namespace).sectors, 999 * 8);
+        let config = config(&namespace, features(&namespace, false), 1, true);
+        assert_eq!((config.max_discard_sectors.get(), config.max_discard_seg.get()), (999 * 8, 16));
+        assert_eq!((config.max_write_zeroes_sectors.get(), config.max_write_zeroes_seg.get()), (2048, 256));
     }
 
     #[test]

@@ -10,6 +10,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 
+use crate::blk_config::RangeLimits;
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::GuestView;
 use crate::ring::{Buffer, Chain, MAX_CHAIN, Triple, TripleRing};
@@ -192,12 +193,14 @@ impl Parser {
             VIRTIO_BLK_T_GET_ID => self.get_id(writable, tail, view, disk),
             VIRTIO_BLK_T_DISCARD if disk.namespace.discard => {
                 // For discard every flag is reserved (5.2.6.2: UNSUPP if any is set).
-                self.block_ranges(head, readable, 0, view, disk)?;
+                self.block_ranges(head, readable, 0, RangeLimits::discard(&disk.namespace), view, disk)?;
                 self.request.operation = Operation::Discard;
                 Ok(self.unless_empty())
             }
             VIRTIO_BLK_T_WRITE_ZEROES if disk.namespace.write_zeroes => {
-                let flags = self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, view, disk)?;
+                let limits = RangeLimits::write_zeroes(&disk.namespace);
+                let flags =
+                    self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, limits, view, disk)?;
                 // The flag is per segment; deallocation is a permission, so all have to give it.
                 self.request.operation = match flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP {
                     0 => Operation::WriteZeroes,
@@ -266,12 +269,13 @@ impl Parser {
     }
 
     /// Reads and checks the segments of a discard or write zeroes request into `self.ranges`. Returns the flags that all of
-    /// them have.
+    /// them have. Beyond the limits, which the driver has read (5.2.6.1), it fails as any error of the driver's (5.2.6).
     fn block_ranges(
         &mut self,
         head: Option<Buffer>,
         readable: &[Buffer],
         known_flags: u32,
+        limits: RangeLimits,
         view: &mut GuestView,
         disk: &Disk,
     ) -> Result<u32, Refused> {
@@ -280,7 +284,7 @@ impl Parser {
         for buffer in head.iter().chain(readable) {
             let start = self.payload.len();
             let end = start + buffer.bytes as usize;
-            if end > MAX_RANGES * RANGE_BYTES as usize {
+            if end > (limits.ranges * RANGE_BYTES) as usize {
                 return Err(FAILED);
             }
             self.payload.resize(end, 0);
@@ -299,6 +303,9 @@ impl Parser {
                 return Err(UNSUPPORTED);
             }
             common &= flags;
+            if sectors > limits.sectors {
+                return Err(FAILED);
+            }
             let range = disk.range(sector, sectors).ok_or(FAILED)?;
             if range.blocks != 0 {
                 self.ranges.push(range);

@@ -324,6 +324,31 @@ fn ranges_of_discard_and_write_zeroes() {
 }
 
 #[test]
+fn ranges_beyond_what_the_configuration_space_says_fail() {
+    let mut bench = Bench::new();
+    let mut disk = disk(9, 100_000);
+    disk.namespace.max_write_zeroes_blocks = 64;
+    (disk.namespace.max_discard_ranges, disk.namespace.max_discard_range_blocks) = (3, 1000);
+    let features = crate::blk_config::features(&disk.namespace, false);
+    let config = crate::blk_config::config(&disk.namespace, features, 1, true);
+    for (kind, sectors, ranges) in [
+        (11, config.max_discard_sectors.get(), config.max_discard_seg.get()),
+        (13, config.max_write_zeroes_sectors.get(), config.max_write_zeroes_seg.get()),
+    ] {
+        let mut answers = |ranges: u32, sectors: u32| {
+            let bytes: Vec<u8> = (0..ranges).flat_map(|at| range(u64::from(at % 8) * 8, sectors, 0)).collect();
+            bench.guest.write(DATA, &bytes);
+            bench.request(&disk, kind, 0, &[readable(DATA, bytes.len() as u32)])
+        };
+        let taken = bare(if kind == 11 { Operation::Discard } else { Operation::WriteZeroes });
+        assert_eq!(answers(ranges, sectors), taken, "kind {kind}");
+        assert_eq!(answers(1, sectors + 1), answer(IOERR), "kind {kind}: a block more");
+        assert_eq!(answers(ranges + 1, 8), answer(IOERR), "kind {kind}: a range more");
+        assert_eq!(answers(256, 100_000), answer(IOERR), "kind {kind}: all of the disk, time and again");
+    }
+}
+
+#[test]
 fn what_is_not_understood_is_answered_where_it_can_be() {
     let mut bench = Bench::new();
     let disk = disk(9, 1000);
