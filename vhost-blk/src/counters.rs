@@ -69,7 +69,7 @@ counters! {
     copies,
     /// Notifications received: times a kick of the driver ended a sleep.
     kicks,
-    /// Notifications sent to the driver: writes to the call eventfd.
+    /// Notifications sent to the driver: signals of the call eventfd.
     calls,
     /// Times a request was given to the drive again: after a status that allows it, or after the drive was away.
     again,

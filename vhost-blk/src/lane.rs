@@ -2,7 +2,7 @@
 //!
 //! The lane takes chains off the ring, turns them into work for the queue pair, and gives them back with a status when the
 //! drive has answered. It belongs to one thread at a time and shares nothing it writes: no lock, no allocation and no system
-//! call on a request's way, one publication and at most one eventfd write per batch.
+//! call on a request's way, one publication and at most one signal to the guest per batch.
 //!
 //! A ring with a log notes what it gives out and takes back. A lane whose ring was another process's before does first, in
 //! their order, the requests which that one has not answered.
@@ -10,11 +10,11 @@
 mod again;
 mod bounced;
 mod control;
+mod events;
 mod flush;
 mod slots;
 
 use std::fs::File;
-use std::io::Write;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -22,6 +22,7 @@ use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
 use again::{Again, Kept, work};
 use bounced::Bounced;
+use events::Events;
 use flush::Changes;
 use slots::{Answer, Slot, Slots};
 
@@ -44,11 +45,11 @@ pub struct LaneSetup {
     pub memory: Arc<GuestMemory>,
     /// The disk it serves.
     pub disk: Arc<Disk>,
-    /// Written by the driver's side when there is work for a sleeping lane; `None`: the lane has to be polled for ever.
+    /// Signalled by the driver's side when there is work for a sleeping lane; `None`: the lane has to be polled for ever.
     pub kick: Option<File>,
-    /// Written by the lane when the driver wants to hear of used chains; `None`: the driver polls.
+    /// Signalled by the lane when the driver wants to hear of used chains; `None`: the driver polls.
     pub call: Option<File>,
-    /// Written by the lane when it stops for good (VHOST_USER_SET_VRING_ERR).
+    /// Signalled by the lane when it stops for good (VHOST_USER_SET_VRING_ERR).
     pub error: Option<File>,
     /// Where it counts.
     pub counters: Arc<LaneCounters>,
@@ -117,9 +118,7 @@ pub struct Lane {
     disk: Arc<Disk>,
     /// The disk's.
     geometry: Geometry,
-    call: Option<File>,
-    kick: Option<File>,
-    error: Option<File>,
+    events: Events,
     counters: Arc<LaneCounters>,
     state: Arc<LaneState>,
     name: String,
@@ -129,16 +128,12 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// A lane that takes its first request when it is polled. The eventfds are made non-blocking: a front-end whose eventfd
-    /// is full must not stop a worker.
+    /// A lane that takes its first request when it is polled.
     pub fn new(setup: LaneSetup) -> Lane {
         let LaneSetup { name, ring, memory, disk, kick, call, error, counters } = setup;
         let size = ring.size();
-        for event in [&kick, &call, &error].into_iter().flatten() {
-            set_nonblocking(&name, event);
-        }
         let resuming = ring.resumed();
-        let mut lane = Lane {
+        Lane {
             ring,
             view: GuestView::new(memory),
             chain: Chain::new(),
@@ -156,19 +151,13 @@ impl Lane {
             tally: counters.read(),
             geometry: disk.geometry(),
             disk,
-            call,
-            kick,
-            error,
+            events: Events { kick, call, error },
             counters,
             state: Arc::default(),
             name,
             #[cfg(test)]
             lines: 0,
-        };
-        // Whoever had the ring before may have died between showing an answer and telling of it, with a log or without. One
-        // too many does no harm.
-        lane.notify();
-        lane
+        }
     }
 
     /// For the log: the export and the queue's index.
@@ -190,11 +179,6 @@ impl Lane {
     /// Where the ring's next user begins, see [`Ring::base`]; right only when nothing is in flight.
     pub fn base(&self) -> u32 {
         self.ring.base()
-    }
-
-    /// The eventfds, for a lane that goes on with another ring: kick, call, error.
-    pub fn into_events(mut self) -> [Option<File>; 3] {
-        [self.kick.take(), self.call.take(), self.error.take()]
     }
 
     /// Takes what the driver made available and hands it to `pair`, at most a batch; the caller rings the doorbell. `tag` is
@@ -407,15 +391,6 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    #[inline(never)]
-    fn notify(&mut self) {
-        if let Some(mut call) = self.call.as_ref() {
-            self.tally.calls += 1;
-            // An eventfd that is full (EAGAIN) is a notification already; any other error is the front-end's own doing.
-            let _ = call.write(&1u64.to_ne_bytes());
-        }
-    }
-
     /// What [`Lane::submit`] does where things are not as usual; returns how many chains were taken.
     #[cold]
     #[inline(never)]
@@ -499,10 +474,7 @@ impl Lane {
         // What the drive still has is waited for, and not answered.
         self.orphans.extend(self.slots.orphan_all());
         self.state.set_broken();
-        if let Some(mut error) = self.error.as_ref() {
-            // As for the call: an error here is the front-end's own doing.
-            let _ = error.write(&1u64.to_ne_bytes());
-        }
+        self.events.tell_broken();
     }
 }
 
@@ -590,14 +562,6 @@ impl Drop for Lane {
 #[derive(Debug, thiserror::Error)]
 #[error("the request at descriptor {0} has no status byte in guest memory")]
 struct NoStatus(u16);
-
-fn set_nonblocking(name: &str, event: &File) {
-    let set = rustix::fs::fcntl_getfl(event)
-        .and_then(|flags| rustix::fs::fcntl_setfl(event, flags | rustix::fs::OFlags::NONBLOCK));
-    if let Err(error) = set {
-        log::warn!("{name}: cannot make an eventfd of the front-end non-blocking: {error}");
-    }
-}
 
 #[cfg(test)]
 mod again_tests;

@@ -13,6 +13,7 @@ pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod drive;
+pub mod eventfd;
 pub mod export;
 pub mod journal;
 pub mod listener;

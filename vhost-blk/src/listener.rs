@@ -2,7 +2,7 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -208,13 +208,6 @@ fn own(number: i32) -> io::Result<OwnedFd> {
         (1, Some(file)) => Ok(file.into()),
         _ => Err(io::Error::other("the descriptor did not arrive")),
     }
-}
-
-/// Whether a file is an eventfd. A worker writes to what the front-end sends: anything else could block it.
-pub fn is_eventfd(file: &impl AsFd) -> bool {
-    use std::os::fd::AsRawFd;
-    std::fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
-        .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")
 }
 
 #[cfg(test)]
@@ -446,14 +439,5 @@ mod tests {
         assert!(Listener::open(&Listen::Fd(file.as_raw_fd())).is_err());
         let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
         assert!(Listener::open(&Listen::Fd(datagram.as_raw_fd())).is_err());
-    }
-
-    #[test]
-    fn eventfds_are_recognised() {
-        let event = rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap();
-        assert!(is_eventfd(&event));
-        let (pipe, _write) = std::io::pipe().unwrap();
-        assert!(!is_eventfd(&pipe));
-        assert!(!is_eventfd(&std::fs::File::open("/dev/null").unwrap()));
     }
 }

@@ -23,6 +23,7 @@ use nvme_driver::QueuePair;
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::disk::Disk;
+use crate::eventfd;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneState};
 use mailbox::{InUse, Mail, Mailbox};
@@ -86,7 +87,7 @@ pub enum Error {
         /// What the system says.
         source: io::Error,
     },
-    /// A thread or its eventfd could not be made.
+    /// A thread or its means to wake others and be woken could not be made.
     #[error("cannot start worker {worker}: {source}")]
     Start {
         /// Number of the worker.
@@ -192,16 +193,17 @@ impl WorkerPool {
         crowded: bool,
         events: Sender<WorkerEvent>,
     ) -> Result<Thread, Error> {
-        let failed = |source| Error::Start { worker: number, source };
+        let failed = move |source| Error::Start { worker: number, source };
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
         let (started, start) = mpsc::sync_channel(1);
         let mine = mailbox.clone();
         let body = move || {
-            let pinned = cpu.map_or(Ok(()), pin);
-            let go = pinned.is_ok();
+            let pinned = cpu.map_or(Ok(()), |cpu| pin(cpu).map_err(|source| Error::Pin { cpu, source }));
+            let ready = pinned.and_then(|()| eventfd::prepare().map_err(failed));
+            let go = ready.is_ok();
             // The starter waits for this.
-            let _ = started.send(pinned);
+            let _ = started.send(ready);
             if !go {
                 return 0;
             }
@@ -216,10 +218,10 @@ impl WorkerPool {
             })
         };
         let join = std::thread::Builder::new().name(format!("worker {number}")).spawn(body).map_err(failed)?;
-        match (start.recv(), cpu) {
-            (Ok(Err(source)), Some(cpu)) => Err(Error::Pin { cpu, source }),
-            _ => Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) }),
+        if let Ok(Err(error)) = start.recv() {
+            return Err(error);
         }
+        Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) })
     }
 
     /// Number of workers; they are numbered from 0.
@@ -418,7 +420,7 @@ impl LaneHandle {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: self.worker })
     }
 
-    /// Replaces the eventfd that notifies the driver. The new one is written once, lest a notification be lost between the two.
+    /// Replaces the eventfd that notifies the driver. The new one is signalled once, lest a notification be lost between the two.
     pub fn set_call(&self, call: Option<File>) {
         self.mailbox.send(Mail::SetCall { id: self.id, call });
     }

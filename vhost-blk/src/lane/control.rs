@@ -1,15 +1,21 @@
 //! What a worker does with a lane besides polling it: starting, sleeping, changing, ending.
 
-use std::fs::File;
 use std::sync::Arc;
 
 use nvme_driver::BouncePool;
 
-use super::{Drive, Lane, Mode, set_nonblocking};
+use super::{Drive, Lane, Mode};
 use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 
 impl Lane {
+    /// The first act on a worker. Whoever had the ring before may have died between showing an answer and telling of it, with a
+    /// log or without: the driver's side is woken. One time too many does no harm.
+    pub(crate) fn begin(&mut self) {
+        self.notify();
+        self.awake();
+    }
+
     /// Takes no more requests; those with the drive are still answered.
     pub(crate) fn begin_stop(&mut self) {
         if !self.resuming
@@ -95,42 +101,9 @@ impl Lane {
         self.again.write_protected = false;
     }
 
-    /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one
-    /// is written once: a notification too many is harmless, a lost one is not.
-    pub(crate) fn set_call(&mut self, call: Option<File>) {
-        if let Some(call) = &call {
-            set_nonblocking(&self.name, call);
-        }
-        self.call = call;
-        self.notify();
-    }
-
-    pub(crate) fn set_kick(&mut self, kick: Option<File>) {
-        if let Some(kick) = &kick {
-            set_nonblocking(&self.name, kick);
-        }
-        self.kick = kick;
-    }
-
-    pub(crate) fn set_error(&mut self, error: Option<File>) {
-        if let Some(error) = &error {
-            set_nonblocking(&self.name, error);
-        }
-        self.error = error;
-    }
-
-    pub(crate) fn kick(&self) -> Option<&File> {
-        self.kick.as_ref()
-    }
-
     /// Has to be polled even when nothing is in flight: nobody would wake it.
     pub(crate) fn needs_polling(&self) -> bool {
-        self.kick.is_none() && self.runs()
-    }
-
-    /// The kick eventfd ended a sleep.
-    pub(crate) fn count_kick(&mut self) {
-        self.tally.kicks += 1;
+        self.kick().is_none() && self.runs()
     }
 
     /// Asks the driver for notifications. True: there is work already, do not sleep.

@@ -16,9 +16,9 @@ use super::connection::Device;
 use super::ring_state::{Addresses, Notifier, RingState};
 use super::{MEMORY_SLOTS, RING_FEATURES, Session};
 use crate::blk_config;
+use crate::eventfd::is_eventfd;
 use crate::export::Export;
 use crate::guest_memory::RegionDescription;
-use crate::listener::is_eventfd;
 use crate::ring::InflightMemory;
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
@@ -128,16 +128,10 @@ impl Session {
     }
 
     fn notifier(what: &str, file: Option<File>) -> std::result::Result<Notifier, String> {
-        if let Some(file) = &file {
-            if !is_eventfd(file) {
-                return Err(format!("the {what} descriptor is no eventfd"));
-            }
-            // A worker must never wait for a front-end.
-            let flags = rustix::fs::fcntl_getfl(file).map_err(|error| format!("the {what} descriptor: {error}"))?;
-            rustix::fs::fcntl_setfl(file, flags | rustix::fs::OFlags::NONBLOCK)
-                .map_err(|error| format!("the {what} descriptor cannot be made non-blocking: {error}"))?;
+        match file {
+            Some(file) if !is_eventfd(&file) => Err(format!("the {what} descriptor is no eventfd")),
+            file => Ok(file.into()),
         }
-        Ok(file.into())
     }
 
     fn try_set_kick(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {

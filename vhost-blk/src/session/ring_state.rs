@@ -1,7 +1,8 @@
 //! What a front-end has said about one ring, and when that is enough to run it (vhost-user, "Starting and stopping rings").
 
 use std::fs::File;
-use std::io::Write;
+
+use crate::eventfd;
 
 /// Where the front-end waits to be woken, or wakes us.
 #[derive(Debug, Default)]
@@ -83,9 +84,8 @@ impl RingState {
     /// Tells the front-end that the ring is broken, if it wants to know.
     pub fn fail(&mut self) {
         self.failed = true;
-        if let Notifier::Event(file) = &mut self.error {
-            // Full: it knows already.
-            let _ = file.write(&1u64.to_ne_bytes());
+        if let Notifier::Event(event) = &self.error {
+            eventfd::signal(event);
         }
     }
 

@@ -51,7 +51,7 @@ impl Group {
         if self.given_up {
             lane.give_up();
         }
-        lane.awake();
+        lane.begin();
         let index = self.lanes.iter().position(Option::is_none).unwrap_or(self.lanes.len());
         match self.lanes.get_mut(index) {
             Some(free) => *free = Some(lane),

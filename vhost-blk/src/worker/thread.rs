@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::Read;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -195,17 +194,15 @@ impl Worker {
             let Some(lane) = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index)) else {
                 continue;
             };
-            if let Some(mut kick) = lane.kick() {
-                // Non-blocking, and of no consequence: the ring is looked at in any case.
-                let _ = kick.read(&mut [0; 8]);
-            }
+            // The kick is not read: the front-end may have made that block, or have given it to another ring, too.
             lane.count_kick();
         }
     }
 
     fn watch(epoll: &OwnedFd, id: LaneId, lane: &Lane) -> bool {
         let Some(kick) = lane.kick() else { return false };
-        // Edge-triggered: something that claims to be readable for ever cannot keep the worker awake.
+        // Edge-triggered: each kick is told once, whatever the counter says, and one from before counts as the first. So
+        // nobody has to read it, which could block, and what stays readable for ever does not keep the worker awake.
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
         match epoll::add(epoll, kick, epoll::EventData::new_u64(id), flags) {
             Ok(()) => true,

@@ -1,0 +1,67 @@
+//! The eventfds by which a lane and the driver's side wake each other.
+//!
+//! A front-end shares them and may do to them what it likes: the lane reads none of them, and signals them in a way that never
+//! blocks.
+
+use std::fs::File;
+
+use super::Lane;
+use crate::eventfd;
+
+/// What the front-end has given the ring; `None`: that side polls, or does not want to know.
+pub(super) struct Events {
+    /// Wakes the lane. It is only waited for, see `Worker::watch`.
+    pub kick: Option<File>,
+    /// Wakes the driver's side.
+    pub call: Option<File>,
+    /// Says that the ring has stopped for good.
+    pub error: Option<File>,
+}
+
+impl Events {
+    /// The ring has stopped for good.
+    pub(super) fn tell_broken(&self) {
+        self.error.iter().for_each(eventfd::signal);
+    }
+}
+
+impl Lane {
+    /// Wakes the driver's side, if there is an eventfd for it.
+    #[inline(never)]
+    pub(super) fn notify(&mut self) {
+        if let Some(call) = &self.events.call {
+            self.tally.calls += 1;
+            eventfd::signal(call);
+        }
+    }
+
+    /// The eventfds, for a lane that goes on with another ring: kick, call, error.
+    pub fn into_events(mut self) -> [Option<File>; 3] {
+        let Events { kick, call, error } = &mut self.events;
+        [kick.take(), call.take(), error.take()]
+    }
+
+    /// Replaces the call eventfd. The driver's side may have looked at the old one for the last time already, so the new one
+    /// is signalled once: a notification too many is harmless, a lost one is not.
+    pub(crate) fn set_call(&mut self, call: Option<File>) {
+        self.events.call = call;
+        self.notify();
+    }
+
+    pub(crate) fn set_kick(&mut self, kick: Option<File>) {
+        self.events.kick = kick;
+    }
+
+    pub(crate) fn set_error(&mut self, error: Option<File>) {
+        self.events.error = error;
+    }
+
+    pub(crate) fn kick(&self) -> Option<&File> {
+        self.events.kick.as_ref()
+    }
+
+    /// The kick eventfd ended a sleep.
+    pub(crate) fn count_kick(&mut self) {
+        self.tally.kicks += 1;
+    }
+}
