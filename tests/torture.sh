@@ -8,7 +8,8 @@
 #   tests/torture.sh --ring packed       the other format
 #   tests/torture.sh --fault FAULT       kill; or what befalls the drive: reset (it reports a fatal status), lost (completions
 #                                        never come), removal (it is pulled out, and put back), power (it loses its power
-#                                        with the target, and what was not flushed)
+#                                        with the target, and what was not flushed); or neighbour: a front-end of another
+#                                        disk of the same drive and worker is hostile, another one each time
 #   tests/torture.sh --seed S            the requests and moments of an earlier run (the processes' own timing differs)
 #   tests/torture.sh --json              kills, errors, lost, duplicates, pause_ms_median, pause_ms_worst and more
 #   tests/torture.sh --pause-limit MS    the longest pause that is no failure (5000)

@@ -197,7 +197,7 @@ impl Client {
         if known != info {
             return Err(std::io::Error::other(format!("the disk was {known:?} and is {info:?}")));
         }
-        let blocks = info.sectors * 512 / u64::from(info.block_bytes);
+        let blocks = (info.sectors * 512).min(crate::rounds::MIB << 20) / u64::from(info.block_bytes);
         self.disk.get_or_insert_with(|| Blocks::new(blocks as usize, info.block_bytes as usize));
         self.connected = Instant::now();
         self.front_end = Some(front_end);

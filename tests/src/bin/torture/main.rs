@@ -4,6 +4,7 @@
 
 mod client;
 mod front_end;
+mod hostile;
 mod memory;
 mod packed;
 mod random;
@@ -32,7 +33,7 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = RingFormat::Split)]
     ring: RingFormat,
     /// What befalls the target: it is killed, or its drive fails, loses completions, or is pulled out for a while, or both
-    /// lose their power and with it what was not flushed
+    /// lose their power and with it what was not flushed; or another disk of it has a hostile front-end
     #[arg(long, value_enum, default_value_t = Fault::Kill)]
     fault: Fault,
     /// Repeats the requests and moments of an earlier run [default: another one each time]
@@ -62,6 +63,7 @@ enum Fault {
     Lost,
     Removal,
     Power,
+    Neighbour,
 }
 
 /// Why a run came to no end.
@@ -126,9 +128,9 @@ fn print(options: &Options, report: &Report, seed: u64) {
     let mut pauses = report.pauses.clone();
     pauses.sort_unstable();
     let (median, worst) = (milliseconds(pauses.get(pauses.len() / 2)), milliseconds(pauses.last()));
-    let Report { kills, wrong, requests, resumed, blocks_lost, went_back, .. } = report;
+    let Report { kills, wrong, requests, resumed, blocks_lost, went_back, deeds, .. } = report;
     if options.json {
-        let value = serde_json::json!({
+        let mut value = serde_json::json!({
             "kills": kills,
             "errors": wrong.errors,
             "lost": wrong.lost,
@@ -143,6 +145,15 @@ fn print(options: &Options, report: &Report, seed: u64) {
             "blocks_lost": blocks_lost,
             "answers_lost": went_back,
         });
+        if let Some(deeds) = deeds {
+            value["hostile"] = serde_json::json!({
+                "sessions": deeds.sessions,
+                "requests": deeds.requests,
+                "answers": deeds.answers,
+                "refusals": deeds.refusals,
+                "habits": deeds.habits,
+            });
+        }
         println!("{value}");
         return;
     }
@@ -152,11 +163,23 @@ fn print(options: &Options, report: &Report, seed: u64) {
         Fault::Lost => "times of lost completions",
         Fault::Removal => "removals",
         Fault::Power => "power cuts",
+        Fault::Neighbour => "hostile front-ends",
     };
     println!("{kills} {what}, {} rings, seed {seed}", name(options.ring));
     println!("{requests} requests, {resumed} of them in flight at one of these moments");
     if options.fault == Fault::Power {
         println!("{blocks_lost} blocks lost; {went_back} were read that had lost what was answered and not flushed");
+    }
+    if let Some(deeds) = deeds {
+        let habits: Vec<_> = deeds.habits.iter().map(|(name, count)| format!("{name} {count}")).collect();
+        println!(
+            "the hostile: {} sessions, {} requests, {} answers, {} messages refused; {}",
+            deeds.sessions,
+            deeds.requests,
+            deeds.answers,
+            deeds.refusals,
+            habits.join(", ")
+        );
     }
     println!("{} errors, {} lost, {} duplicates", wrong.errors, wrong.lost, wrong.duplicates);
     println!("pause: median {median} ms, worst {worst} ms");

@@ -4,12 +4,15 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, Wrong};
+use crate::hostile::{Deeds, Hostile};
 use crate::random::Random;
 use crate::stand::{Drive, Signal, Target};
 use crate::{Failure, Fault, Options, Programs, RingFormat};
 
-/// The disk's size.
-const MIB: u64 = 32;
+/// What the client uses of its disk.
+pub const MIB: u64 = 32;
+/// A disk's size beside a hostile one, whose requests may be long.
+const LARGE_MIB: u64 = 512;
 /// The longest between two faults.
 const LOAD: Duration = Duration::from_millis(60);
 /// What a drive has to work for until the target no longer counts its failures.
@@ -44,6 +47,8 @@ pub struct Report {
     pub blocks_lost: u64,
     /// Blocks that were read and had lost what was answered.
     pub went_back: u64,
+    /// What the hostile has done, if there is one.
+    pub deeds: Option<Deeds>,
 }
 
 /// A folder that is removed, unless something went wrong.
@@ -76,23 +81,49 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
     let drive = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
     let socket = folder.path.join("disk.sock");
     let device = format!("vfio-user:{}", drive.socket().display());
-    let mut arguments =
-        ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec();
-    if options.fault == Fault::Lost {
-        arguments.extend(["--io-timeout", IO_TIMEOUT].map(String::from));
-    }
+    let mut hostile = None;
+    let arguments = if options.fault == Fault::Neighbour {
+        let other = folder.path.join("hostile.sock");
+        hostile = Some(Hostile::start(&other)?);
+        let file = folder.path.join("vhost-blk.toml");
+        let export = |namespace: u32, socket: &Path| {
+            let socket = socket.display();
+            format!("[[export]]\ndevice = \"{device}\"\nnamespace = {namespace}\nsocket-path = \"{socket}\"\n")
+        };
+        let text = [export(1, &socket), export(2, &other)].concat();
+        let failed = |error| Failure::Stand(format!("writing {}: {error}", file.display()));
+        std::fs::write(&file, text).map_err(failed)?;
+        vec!["--config".into(), file.display().to_string()]
+    } else {
+        let mut arguments =
+            ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec();
+        if options.fault == Fault::Lost {
+            arguments.extend(["--io-timeout", IO_TIMEOUT].map(String::from));
+        }
+        arguments
+    };
     let target = Target::start(&programs.target, &folder.path, arguments)?;
     let client = Client::new(random.next(), options.ring == RingFormat::Packed, options.rings)?;
     let (wrong, pauses) = (Wrong::default(), Vec::new());
-    let report =
-        Report { kills: 0, wrong, pauses, in_time: true, requests: 0, resumed: 0, blocks_lost: 0, went_back: 0 };
-    let mut run = Run { options, drive, target, client, random, socket, report, ready: false, broken: false };
+    let report = Report {
+        kills: 0,
+        wrong,
+        pauses,
+        in_time: true,
+        requests: 0,
+        resumed: 0,
+        blocks_lost: 0,
+        went_back: 0,
+        deeds: None,
+    };
+    let mut run = Run { options, drive, target, client, hostile, random, socket, report, ready: false, broken: false };
     run.rounds()?;
     run.end();
     let mut report = run.report;
     report.wrong = run.client.wrong;
     report.requests = run.client.requests;
     report.went_back = run.client.went_back();
+    report.deeds = run.hostile.map(|hostile| hostile.deeds);
     // A drive that loses nothing proves nothing.
     if options.fault == Fault::Power && report.blocks_lost == 0 {
         report.wrong.error("the drive has lost nothing in its power cuts");
@@ -105,11 +136,20 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
 /// A drive on which commands overtake each other.
 fn drive_arguments(options: &Options, seed: u64, folder: &Path) -> Vec<String> {
     let lba = if seed.is_multiple_of(3) { "4096" } else { "512" };
-    let size = format!("{MIB}M");
+    let neighbour = options.fault == Fault::Neighbour;
+    let size = format!("{}M", if neighbour { LARGE_MIB } else { MIB });
     let mut arguments =
         vec!["--size", &size, "--lba", lba, "--reorder"].into_iter().map(String::from).collect::<Vec<_>>();
     arguments.extend(["--seed".into(), seed.to_string()]);
     arguments.extend(UNEVEN.iter().flat_map(|rule| ["--fault".into(), (*rule).into()]));
+    if neighbour {
+        // Queue pairs to share or of one's own; data that has to be copied or not.
+        let pairs = ["1", "4", "16"][(seed / 3 % 3) as usize];
+        arguments.extend(["--namespaces", "2", "--queues", pairs].map(String::from));
+        if seed % 2 == 1 {
+            arguments.push("--no-sgl".into());
+        }
+    }
     match options.fault {
         // A drive that is pulled out loses what is in its cache, and nobody can do anything about that.
         Fault::Removal => arguments.extend(["--file".into(), folder.join("blocks").display().to_string()]),
@@ -129,6 +169,7 @@ struct Run<'a> {
     drive: Drive,
     target: Target,
     client: Client,
+    hostile: Option<Hostile>,
     random: Random,
     socket: PathBuf,
     report: Report,
@@ -147,6 +188,7 @@ impl Run<'_> {
         while self.report.kills < self.options.kills && !self.broken {
             match self.options.fault {
                 Fault::Kill | Fault::Power => self.kill()?,
+                Fault::Neighbour => self.hostile(),
                 fault => self.fail_drive(fault)?,
             }
         }
@@ -224,6 +266,33 @@ impl Run<'_> {
             self.client.wrong.error("no command has met the fault");
         }
         Ok(())
+    }
+
+    /// Has a hostile front-end do its worst on the other disk. The pause is the longest that any request had to wait.
+    fn hostile(&mut self) {
+        let (delay, seed) = (self.random.time(LOAD / 4), self.random.next());
+        self.work_for(delay);
+        let Some(mut hostile) = self.hostile.take() else { return };
+        self.report.kills += 1;
+        self.report.resumed += self.client.in_flight() as u64;
+        self.client.longest = Duration::ZERO;
+        hostile.begin(seed);
+        let began = Instant::now();
+        while !self.broken && !hostile.is_done() {
+            let more = self.client.answered + 1;
+            self.until(|client| client.answered >= more || client.in_flight() == 0);
+            // It waits for no answer longer than a moment.
+            if began.elapsed() > 2 * PATIENCE {
+                self.fail("the hostile front-end hangs");
+            }
+        }
+        self.hostile = Some(hostile);
+        let settled = self.client.requests;
+        self.settle(settled);
+        self.report.pauses.push(self.client.longest);
+        if let Some(why) = self.target.ended() {
+            self.fail(&why);
+        }
     }
 
     /// Pulls the drive out, and puts it back some time later: half of the time its registers are gone, half of the time
