@@ -113,6 +113,6 @@ pub use data_pointer::SglAlignment;
 pub use error::Error;
 pub use identify::ControllerIdentity;
 pub use namespace::Namespace;
-pub use queue_pair::{CommandId, Completed, Completions, Counters, Full, QueuePair, SubmitError};
+pub use queue_pair::{CommandId, Completed, Completions, Counters, Full, OWNER_SHIFT, QueuePair, SubmitError};
 pub use status::Status;
 pub use work::{LbaRange, Segment, Work};

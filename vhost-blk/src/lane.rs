@@ -285,7 +285,7 @@ impl Lane {
     #[inline(never)]
     fn not_submitted(&mut self, error: SubmitError, head: Head) -> bool {
         match error {
-            SubmitError::Full => {
+            SubmitError::Full | SubmitError::Crowded => {
                 self.tally.full += 1;
                 self.pending = Some(head);
                 return false;

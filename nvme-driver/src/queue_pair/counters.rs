@@ -17,7 +17,7 @@ pub struct Counters {
     pub splits: u64,
     /// Commands whose data pointer is an SGL.
     pub sgls: u64,
-    /// Requests that had to wait for slots with part of their commands.
+    /// Long requests: they had to share, and may have waited with a part of their commands.
     pub staged: u64,
     /// Requests refused because their data has to be copied.
     pub needs_bounce: u64,

@@ -29,7 +29,7 @@ enum Progress {
     /// Moves data: the next byte's place, its block, and the bytes left.
     Transfer { limits: Limits, position: Position, lba: u64, left: u64 },
     /// One command per stretch of a range (Write Zeroes, Verify).
-    Stretches { max_blocks: u32, ranges: Ranges },
+    Stretches { max_blocks: u32, block_shift: u8, ranges: Ranges },
     /// Many ranges per command (Dataset Management).
     Lists { max_ranges: u16, max_range_blocks: u32, max_blocks: u64, ranges: Ranges },
 }
@@ -54,6 +54,26 @@ impl Ranges {
         }
         Some(stretch)
     }
+
+    /// Takes the ranges of one command, with the limits on their number, on the blocks of each and on all blocks. Returns how
+    /// many; `each` gets their index and what they are.
+    fn take_list(
+        &mut self,
+        ranges: &[LbaRange],
+        (max_ranges, max_range_blocks, max_blocks): (u16, u32, u64),
+        mut each: impl FnMut(usize, LbaRange),
+    ) -> u16 {
+        let (mut left, mut count) = (max_blocks, 0);
+        while count < max_ranges
+            && left > 0
+            && let Some(stretch) = self.take(ranges, left.min(u64::from(max_range_blocks)) as u32)
+        {
+            each(usize::from(count), stretch);
+            left -= u64::from(stretch.blocks);
+            count += 1;
+        }
+        count
+    }
 }
 
 impl Job {
@@ -73,7 +93,8 @@ impl Job {
     }
 
     fn stretches(namespace: &Namespace, opcode: u8, flags: u32, max_blocks: u32) -> Job {
-        let progress = Progress::Stretches { max_blocks: max_blocks.clamp(1, MAX_COUNT), ranges: Ranges::default() };
+        let (max_blocks, block_shift) = (max_blocks.clamp(1, MAX_COUNT), namespace.block_shift);
+        let progress = Progress::Stretches { max_blocks, block_shift, ranges: Ranges::default() };
         Job { namespace: namespace.id, opcode, flags, progress }
     }
 
@@ -87,6 +108,11 @@ impl Job {
         Job { namespace: namespace.id, opcode: io::DATASET_MANAGEMENT, flags: 0, progress }
     }
 
+    /// Does it discard?
+    pub fn discards(&self) -> bool {
+        matches!(self.progress, Progress::Lists { .. })
+    }
+
     /// Has every command been made?
     pub fn is_done(&self, ranges: &[LbaRange]) -> bool {
         match &self.progress {
@@ -95,14 +121,37 @@ impl Job {
         }
     }
 
-    /// Makes the next command, writing what its data pointer needs into the slot's page. `None` when there is none left.
+    /// How many commands it takes, counted to `most`; only for one of ranges.
+    pub fn count(&self, ranges: &[LbaRange], most: usize) -> usize {
+        let mut rest = *self;
+        let mut count = 0;
+        while count < most && rest.skip(ranges) {
+            count += 1;
+        }
+        count
+    }
+
+    /// Passes over the next command; false if there is none.
+    fn skip(&mut self, ranges: &[LbaRange]) -> bool {
+        match &mut self.progress {
+            Progress::Transfer { .. } => false,
+            Progress::Stretches { max_blocks, ranges: at, .. } => at.take(ranges, *max_blocks).is_some(),
+            Progress::Lists { max_ranges, max_range_blocks, max_blocks, ranges: at } => {
+                let limits = (*max_ranges, *max_range_blocks, *max_blocks);
+                at.take_list(ranges, limits, |_, _| ()) > 0
+            }
+        }
+    }
+
+    /// Makes the next command, writing what its data pointer needs into the slot's page, and tells how many bytes it moves or
+    /// fills (`None`: it discards). `None` when there is none left.
     pub fn next(
         &mut self,
         segments: &[Segment],
         ranges: &[LbaRange],
         list: &[AtomicU64; LIST_WORDS],
         list_iova: u64,
-    ) -> Option<Command> {
+    ) -> Option<(Command, Option<u64>)> {
         match &mut self.progress {
             Progress::Transfer { limits, position, lba, left } => {
                 if *left == 0 {
@@ -121,30 +170,26 @@ impl Job {
                 *position = position.advanced(segments, piece.bytes);
                 *lba += blocks;
                 *left -= piece.bytes;
-                Some(command)
+                Some((command, Some(piece.bytes)))
             }
-            Progress::Stretches { max_blocks, ranges: at } => {
-                let stretch = at.take(ranges, *max_blocks)?;
-                Some(Command::blocks(self.opcode, self.namespace, stretch.lba, stretch.blocks, self.flags))
+            Progress::Stretches { max_blocks, block_shift, ranges: at } => {
+                let LbaRange { lba, blocks } = at.take(ranges, *max_blocks)?;
+                let command = Command::blocks(self.opcode, self.namespace, lba, blocks, self.flags);
+                Some((command, Some(u64::from(blocks) << *block_shift)))
             }
             Progress::Lists { max_ranges, max_range_blocks, max_blocks, ranges: at } => {
-                let mut left = *max_blocks;
-                let mut count = 0;
-                for entry in list.chunks_exact(2).take(usize::from(*max_ranges)) {
-                    if left == 0 {
-                        break;
+                let limits = (*max_ranges, *max_range_blocks, *max_blocks);
+                let count = at.take_list(ranges, limits, |index, stretch| {
+                    // At most 256, which the page holds.
+                    if let Some([first, second]) = list.get(2 * index..2 * index + 2) {
+                        // Context attributes 0, length in blocks, starting LBA (NVM Command Set 1.0, figure 44). Relaxed:
+                        // ordered before the controller's read by the doorbell.
+                        first.store(u64::from(stretch.blocks) << 32, Ordering::Relaxed);
+                        second.store(stretch.lba, Ordering::Relaxed);
                     }
-                    let most = left.min(u64::from(*max_range_blocks)) as u32;
-                    let Some(stretch) = at.take(ranges, most) else { break };
-                    // Context attributes 0, length in blocks, starting LBA (NVM Command Set 1.0, figure 44). Relaxed: ordered
-                    // before the controller's read by the doorbell.
-                    entry[0].store(u64::from(stretch.blocks) << 32, Ordering::Relaxed);
-                    entry[1].store(stretch.lba, Ordering::Relaxed);
-                    left -= u64::from(stretch.blocks);
-                    count += 1;
-                }
+                });
                 // The page holds the ranges; at most 4 KiB, page aligned: PRP1 alone.
-                (count > 0).then(|| Command::deallocate(self.namespace, count).with_prps(list_iova, 0))
+                (count > 0).then(|| (Command::deallocate(self.namespace, count).with_prps(list_iova, 0), None))
             }
         }
     }
@@ -160,11 +205,13 @@ mod tests {
     fn commands(mut job: Job, ranges: &[LbaRange]) -> Vec<(Command, Vec<(u64, u64)>)> {
         let list = [const { AtomicU64::new(0) }; LIST_WORDS];
         let mut all = Vec::new();
-        while let Some(command) = job.next(&[], ranges, &list, LIST) {
+        let count = job.count(ranges, usize::MAX);
+        while let Some((command, _)) = job.next(&[], ranges, &list, LIST) {
             let words: Vec<_> = list.iter().map(|word| word.load(Ordering::Relaxed)).collect();
             all.push((command, words.chunks(2).map(|pair| (pair[1], pair[0] >> 32)).collect()));
         }
         assert!(job.is_done(ranges));
+        assert_eq!(all.len(), count);
         all
     }
 

@@ -10,6 +10,7 @@ mod doorbell;
 mod job;
 mod requests;
 mod slots;
+mod staged;
 mod submission;
 mod submit;
 
@@ -24,13 +25,15 @@ use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, SglAlignmen
 use crate::{Command, Status};
 use completion::{CompletionEntry, CompletionQueue};
 use doorbell::Bell;
-use requests::{Outcome, Requests, Staged};
-use slots::{NO_REQUEST, Slots};
+use requests::{Outcome, Requests};
+use slots::{NO_REQUEST, Released, Slots};
+use staged::{MOST_PLACES, Staged};
 use submission::{SubmissionEntry, SubmissionQueue};
 
 pub use counters::Counters;
 pub(crate) use doorbell::{ShadowDoorbell, ShadowDoorbells};
 pub use slots::CommandId;
+pub use staged::OWNER_SHIFT;
 pub use submit::SubmitError;
 
 /// Every slot is in use: reap first.
@@ -89,7 +92,7 @@ pub struct QueuePair {
     lists: DmaSlice<[AtomicU64; LIST_WORDS]>,
     max_bytes: u32,
     /// A transfer of one segment that ends within this many bytes from the start of its first page takes no list: two pages
-    /// (or nothing, if one command may not even move that much, or while a request waits in the staging place).
+    /// (or nothing, if one command may not even move that much).
     plain_bytes: u32,
     id: u16,
     sgl: Option<SglAlignment>,
@@ -149,21 +152,22 @@ impl QueuePair {
             None => (None, None),
         };
         let max_bytes = settings.max_transfer.min(MAX_COMMAND_BYTES);
+        let two_pages = 2 * PAGE_BYTES as u32;
         let timeout = u32::try_from(settings.timeout.as_millis()).unwrap_or(u32::MAX / 4).clamp(1, u32::MAX / 4);
-        let mut pair = QueuePair {
+        Ok(QueuePair {
             submission: SubmissionQueue::new(part(&memory, 0, entries)),
             completion: CompletionQueue::new(part(&memory, completion_at, entries)),
             slots: Slots::new(slots as u16, settings.id),
             lists: part(&memory, lists_at, slots),
             max_bytes,
-            plain_bytes: 0,
+            plain_bytes: if max_bytes < two_pages { 0 } else { two_pages },
             id: settings.id,
             sgl: settings.sgl,
-            staged: Staged::new(),
+            staged: Staged::new(slots),
             counters: Counters::default(),
             submission_bell: Bell::new(submission, submission_bell),
             completion_bell: Bell::new(completion, completion_bell),
-            requests: Requests::new(slots),
+            requests: Requests::new(slots + MOST_PLACES),
             stale: Stale::default(),
             clock: Clock { start: Instant::now(), now: 0, timeout, next_look: 0 },
             completions: Completions::Polling,
@@ -173,9 +177,7 @@ impl QueuePair {
             completion_iova: memory.iova() + completion_at as u64,
             memory,
             lease: Arc::new(()),
-        };
-        pair.set_plain_bytes();
-        Ok(pair)
+        })
     }
 
     /// Queue identifier of both queues.
@@ -220,6 +222,12 @@ impl QueuePair {
         self.slots.len()
     }
 
+    /// Would [`QueuePair::submit`] refuse any request, as [`SubmitError::Full`]?
+    #[inline]
+    pub fn is_full(&self) -> bool {
+        self.slots.next().is_none()
+    }
+
     /// What has been done so far.
     pub fn counters(&self) -> &Counters {
         &self.counters
@@ -248,8 +256,8 @@ impl QueuePair {
         }
     }
 
-    /// Takes every completion there is and frees their slots with one doorbell; returns how many there were. Goes on with a
-    /// request that was waiting for slots, and announces its commands.
+    /// Takes every completion there is and frees their slots with one doorbell; returns how many there were. Goes on with long
+    /// requests, and announces their commands.
     ///
     /// `done` is called once per request. A completion that answers no command of this pair is counted and dropped.
     #[inline(always)]
@@ -261,7 +269,7 @@ impl QueuePair {
                 Some(released) if released.request == NO_REQUEST => {
                     Completed { token: released.token, status: completion.status(), result: completion.result() }
                 }
-                Some(released) => match part_completed(requests, staged, released.request, completion.status()) {
+                Some(released) => match part_completed(requests, staged, released, completion.status()) {
                     Outcome::Finished { token, status } => Completed { token, status, result: 0 },
                     _ => return,
                 },
@@ -283,8 +291,7 @@ impl QueuePair {
             if self.completion_bell.announce(self.completion.head()) {
                 self.counters.completion_doorbells += 1;
             }
-            // So it is while a request waits for slots: one look at what is in the cache anyway.
-            if self.plain_bytes == 0 {
+            if !self.staged.is_empty() {
                 self.issue_staged();
                 self.ring();
             }
@@ -344,7 +351,8 @@ impl QueuePair {
     }
 
     /// Lets commands age: `expired` gets the token of each request that has had a command out for longer than the timeout, once.
-    /// Call it every few milliseconds or less often, with the time; nothing else here reads a clock. A command is told at most an
+    /// Call it every few milliseconds or less often, with the time; nothing else here reads a clock. (With a single slot, long
+    /// requests need it to go on when somebody was refused that slot and then does not take it.) A command is told at most an
     /// eighth of the timeout and one interval of calls late, never early.
     ///
     /// Expired requests stay outstanding: the controller may still write to their memory until it has been reset
@@ -352,6 +360,11 @@ impl QueuePair {
     pub fn tick(&mut self, now: Instant, mut expired: impl FnMut(u64)) {
         self.clock.now = now.saturating_duration_since(self.clock.start).as_millis() as u32;
         self.tell_stale();
+        // Nothing will be reaped that would do it.
+        if self.outstanding() == 0 && !self.staged.is_empty() {
+            self.issue_staged();
+            self.ring();
+        }
         if self.outstanding() == 0 || (self.clock.now.wrapping_sub(self.clock.next_look) as i32) < 0 {
             return;
         }
@@ -394,8 +407,16 @@ impl QueuePair {
     ///
     /// Before that, the controller may still write to the requests' memory.
     pub fn drain_after_reset(&mut self, mut abandoned: impl FnMut(u64)) {
-        self.staged.clear();
         let requests = &mut self.requests;
+        self.staged.forget_all(
+            |_| true,
+            |request| {
+                if let Some((token, _)) = requests.end(request, Status::ABORTED_BY_HOST) {
+                    abandoned(token);
+                }
+            },
+        );
+        self.staged.reset();
         self.slots.release_all(|command| {
             let token = match command.request {
                 NO_REQUEST => Some(command.token),
@@ -406,7 +427,6 @@ impl QueuePair {
             }
         });
         self.counters.completions = self.counters.commands;
-        self.set_plain_bytes();
         self.submission.reset();
         self.completion.reset();
         self.submission_bell.reset();
@@ -427,10 +447,13 @@ impl std::fmt::Debug for QueuePair {
 /// A command of a request of several has completed.
 #[cold]
 #[inline(never)]
-fn part_completed(requests: &mut Requests, staged: &mut Staged, request: u16, status: Status) -> Outcome {
+fn part_completed(requests: &mut Requests, staged: &mut Staged, released: Released, status: Status) -> Outcome {
+    let Released { token: weight, request } = released;
+    staged.answered(weight);
     let outcome = requests.completed(request, status);
-    if requests.failed(request) && staged.is(request) {
-        staged.clear();
+    // Also one that has ended and is free again has this status still.
+    if !status.is_success() && requests.failed(request) {
+        staged.forget(request);
     }
     outcome
 }

@@ -1,11 +1,7 @@
-//! Requests of several commands: one completion for all of them, and the one request that waits for slots.
+//! Requests of several commands: one completion for all of them.
 
-use super::job::Job;
 use super::slots::NO_REQUEST;
-use crate::{LbaRange, Segment, Status};
-
-/// Segments, or ranges, for which the staging place has room from the start.
-const STAGED_ENTRIES: usize = 1024;
+use crate::Status;
 
 /// One request of several commands.
 #[derive(Clone, Copy, Debug)]
@@ -36,10 +32,9 @@ pub(crate) struct Requests {
 }
 
 impl Requests {
-    /// Room for one request per slot: each has at least one command out while it lives (what waits in the staging place
-    /// is issued as soon as slots become free).
-    pub fn new(slots: usize) -> Requests {
-        let count = slots.min(usize::from(NO_REQUEST)) as u16;
+    /// Room for `count` requests: each has a command out while it lives, or a place among the long ones.
+    pub fn new(count: usize) -> Requests {
+        let count = count.min(usize::from(NO_REQUEST)) as u16;
         let empty = Request { token: 0, outstanding: 0, more: false, status: Status::SUCCESS, reported: false };
         Requests { requests: vec![empty; usize::from(count)].into_boxed_slice(), free: (0..count).rev().collect() }
     }
@@ -87,6 +82,21 @@ impl Requests {
         (!std::mem::replace(&mut request.reported, true)).then_some(request.token)
     }
 
+    /// No further command of the request is issued; `status`: what became of it, unless a command has failed before. Its token and
+    /// its status if none is out, which ends it.
+    pub fn end(&mut self, at: u16, status: Status) -> Option<(u64, Status)> {
+        let request = self.requests.get_mut(usize::from(at))?;
+        request.more = false;
+        if request.status.is_success() {
+            request.status = status;
+        }
+        if request.outstanding > 0 {
+            return None;
+        }
+        self.free.push(at);
+        Some((request.token, request.status))
+    }
+
     /// A command of a request that is being given up; the token when it was the last one.
     pub fn abandon(&mut self, at: u16) -> Option<u64> {
         let request = self.requests.get_mut(usize::from(at))?;
@@ -95,52 +105,6 @@ impl Requests {
             Outcome::Finished { token, .. } => Some(token),
             Outcome::Continues => None,
         }
-    }
-}
-
-/// The place for the one request whose commands did not all find a slot.
-#[derive(Default)]
-pub(crate) struct Staged {
-    /// The request, and what it still has to do.
-    job: Option<(u16, Job)>,
-    segments: Vec<Segment>,
-    ranges: Vec<LbaRange>,
-}
-
-impl Staged {
-    /// An empty place with room for most requests; the default has none and only stands in for a moment.
-    pub fn new() -> Staged {
-        Staged { job: None, segments: Vec::with_capacity(STAGED_ENTRIES), ranges: Vec::with_capacity(STAGED_ENTRIES) }
-    }
-
-    #[inline]
-    pub fn is_empty(&self) -> bool {
-        self.job.is_none()
-    }
-
-    /// Is it this request that waits here?
-    pub fn is(&self, request: u16) -> bool {
-        self.job.as_ref().is_some_and(|(at, _)| *at == request)
-    }
-
-    /// Keeps the rest of a request. The lists are copied, since the caller's are gone when `submit` returns; lists longer than
-    /// any before make the storage grow once.
-    pub fn put(&mut self, request: u16, job: Job, segments: &[Segment], ranges: &[LbaRange]) {
-        self.segments.clear();
-        self.segments.extend_from_slice(segments);
-        self.ranges.clear();
-        self.ranges.extend_from_slice(ranges);
-        self.job = Some((request, job));
-    }
-
-    /// The request, its job, and its lists.
-    pub fn parts(&mut self) -> Option<(u16, &mut Job, &[Segment], &[LbaRange])> {
-        let (request, job) = self.job.as_mut()?;
-        Some((*request, job, &self.segments, &self.ranges))
-    }
-
-    pub fn clear(&mut self) {
-        self.job = None;
     }
 }
 
@@ -177,5 +141,29 @@ mod tests {
         assert_eq!((requests.report(at), requests.report(at)), (Some(2), None));
         requests.issued(at, true);
         assert_eq!((requests.abandon(at), requests.abandon(at)), (None, Some(2)));
+    }
+
+    #[test]
+    fn a_request_that_is_given_up_ends_when_nothing_of_it_is_out() {
+        let mut requests = Requests::new(1);
+        let aborted = Status::ABORTED_BY_HOST;
+        let at = requests.begin(1).unwrap();
+        assert_eq!(requests.end(at, aborted), Some((1, aborted)), "none was issued");
+        for (answer, status) in [(Status::SUCCESS, aborted), (Status::WRITE_FAULT, aborted)] {
+            let at = requests.begin(2).unwrap();
+            requests.issued(at, true);
+            requests.issued(at, true);
+            assert_eq!(requests.end(at, aborted), None);
+            assert_eq!(requests.completed(at, answer), Outcome::Continues);
+            assert_eq!(requests.completed(at, answer), Outcome::Finished { token: 2, status });
+        }
+        let at = requests.begin(3).unwrap();
+        requests.issued(at, true);
+        requests.issued(at, true);
+        assert_eq!(requests.completed(at, Status::WRITE_FAULT), Outcome::Continues);
+        assert_eq!(requests.end(at, aborted), None);
+        let finished = Outcome::Finished { token: 3, status: Status::WRITE_FAULT };
+        assert_eq!(requests.completed(at, Status::SUCCESS), finished, "the first error stays");
+        assert!(requests.begin(4).is_some());
     }
 }

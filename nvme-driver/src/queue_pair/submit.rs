@@ -3,19 +3,32 @@
 use std::sync::atomic::AtomicU64;
 
 use super::job::Job;
-use super::{Full, QueuePair};
+use super::staged::Next;
+use super::{Completed, Full, QueuePair};
 use crate::command::{CDW0_PSDT_SGL, CDW12_FUA, io};
-use crate::data_pointer::{LIST_WORDS, PAGE_BYTES, Position, prp};
+use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, Position, prp};
 use crate::split::Limits;
-use crate::{Command, LbaRange, Namespace, Segment, Work};
+use crate::{Command, LbaRange, Namespace, Segment, Status, Work};
+
+/// A request of no more commands and bytes than these is issued whole: most large requests of operating systems are. What is
+/// longer shares the queue pair with others of its kind.
+const SHORT_COMMANDS: usize = 16;
+const SHORT_BYTES: u64 = 2 << 20;
+
+// What is one command is no long transfer.
+const _: () = assert!(MAX_COMMAND_BYTES as u64 <= SHORT_BYTES);
 
 /// Why a request was not taken. Nothing of it has been sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SubmitError {
-    /// No slot is free, or an earlier request is waiting for slots: try again after [`QueuePair::reap`].
+    /// No slot is free: try again after [`QueuePair::reap`].
     #[error("the queue pair is full; try again after the next completions")]
     Full,
+    /// The request takes many commands, and as many of that kind as there may be, or as its owner may have, are under way: try
+    /// again when one of them has completed. Others can be submitted meanwhile. [`QueuePair::admits`] tells when it is worth it.
+    #[error("as many long requests as there may be are under way; try again when one of them has completed")]
+    Crowded,
     /// No data pointer of this controller can say where the data lies: copy it (see [`crate::BouncePool`]).
     #[error("the controller's data pointers cannot describe the buffers; the data has to be copied")]
     NeedsBounce,
@@ -47,6 +60,11 @@ impl QueuePair {
     ///
     /// A request that is refused has had no effect. `work`'s lists are not needed after the call; the memory the segments name
     /// has to stay mapped until the request has completed.
+    ///
+    /// A *long* request (more than 16 commands or 2 MiB, or more commands than there are free slots) has only some of its
+    /// commands out at once; the others follow with [`QueuePair::reap`]. All long requests of the pair together have at most half
+    /// of its slots, at most 32 commands and about 16 MiB out. They share that by the bytes they move: first their owners, which
+    /// bits 63:32 of `token` name ([`super::OWNER_SHIFT`]), then the requests of one owner. Other requests go on beside them.
     #[inline(always)]
     pub fn submit(&mut self, namespace: &Namespace, work: Work<'_>, token: u64) -> Result<(), SubmitError> {
         let (opcode, flags, lba, segments) = match work {
@@ -57,7 +75,7 @@ impl QueuePair {
         // One segment in at most two pages is nearly every small request, and done here.
         if let &[Segment { iova, bytes }] = segments
             && let offset = iova % PAGE_BYTES
-            // Two pages need no list. Nothing is plain while a request waits for slots.
+            // Two pages need no list.
             && offset + u64::from(bytes) <= u64::from(self.plain_bytes)
             // Anything else cannot be a PRP.
             && iova.is_multiple_of(4)
@@ -71,10 +89,25 @@ impl QueuePair {
             let spills = offset + u64::from(bytes) > PAGE_BYTES;
             let prp2 = if spills { (iova | (PAGE_BYTES - 1)).wrapping_add(1) } else { 0 };
             let command = Command::blocks(opcode, namespace.id, lba, last as u32 + 1, flags).with_prps(iova, prp2);
-            self.push(command, token)?;
-            return Ok(());
+            return self.push_or_refuse(command, token);
         }
         self.transfer(namespace, opcode, flags, lba, segments, token)
+    }
+
+    #[inline(always)]
+    fn push_or_refuse(&mut self, command: Command, token: u64) -> Result<(), SubmitError> {
+        match self.push(command, token) {
+            Ok(_) => Ok(()),
+            Err(Full) => self.refuse(),
+        }
+    }
+
+    /// There is no slot.
+    #[cold]
+    #[inline(never)]
+    fn refuse(&mut self) -> Result<(), SubmitError> {
+        self.staged.refused = true;
+        Err(SubmitError::Full)
     }
 
     #[inline(never)]
@@ -88,13 +121,7 @@ impl QueuePair {
                 supported(namespace.compare, "the drive does not support Compare")?;
                 self.transfer(namespace, io::COMPARE, 0, lba, segments, token)
             }
-            Work::Flush => {
-                if !self.staged.is_empty() {
-                    return Err(SubmitError::Full);
-                }
-                self.push(Command::flush(namespace.id), token)?;
-                Ok(())
-            }
+            Work::Flush => self.push_or_refuse(Command::flush(namespace.id), token),
             Work::Verify(range) => {
                 supported(namespace.verify, "the drive does not support Verify")?;
                 self.submit_ranges(namespace, Job::verify(namespace), &[range], token)
@@ -121,6 +148,8 @@ impl QueuePair {
         segments: &[Segment],
         token: u64,
     ) -> Result<(), SubmitError> {
+        // First: whoever is told so comes again, each time.
+        let Some(slot) = self.slots.next() else { return self.refuse() };
         // 32-bit lengths: the sum of as many as fit into memory does not overflow.
         let bytes: u64 = segments.iter().map(|segment| u64::from(segment.bytes)).sum();
         if bytes == 0 {
@@ -131,13 +160,16 @@ impl QueuePair {
             return Err(SubmitError::Invalid("a transfer's length is not a multiple of the block size"));
         }
         check_range(namespace, lba, blocks)?;
-        let Some(slot) = self.slots.next().filter(|_| self.staged.is_empty()) else { return Err(SubmitError::Full) };
+        // Known to be so before anything is counted.
+        let long = bytes > SHORT_BYTES || bytes > SHORT_COMMANDS as u64 * u64::from(self.max_bytes);
+        if long && !self.staged.admits(token, segments.len()) {
+            return Err(SubmitError::Crowded);
+        }
         if bytes <= u64::from(self.max_bytes) && !crosses_boundary(namespace, lba, blocks as u32) {
             let (list, list_iova) = self.list(slot);
             if let Some(prps) = prp::describe(segments, Position::default(), bytes, list, list_iova) {
                 let command = Command::blocks(opcode, namespace.id, lba, blocks as u32, flags);
-                self.push(command.with_prps(prps.prp1, prps.prp2), token)?;
-                return Ok(());
+                return self.push_or_refuse(command.with_prps(prps.prp1, prps.prp2), token);
             }
         }
         let limits = Limits {
@@ -146,12 +178,16 @@ impl QueuePair {
             boundary_blocks: namespace.boundary_blocks,
             sgl: self.sgl,
         };
-        let Some(pieces) = limits.count_pieces(segments, lba, bytes) else {
+        let pieces = match long {
+            true => limits.expressible(segments, bytes).then_some(usize::MAX),
+            false => limits.count_pieces(segments, lba, bytes),
+        };
+        let Some(pieces) = pieces else {
             self.counters.needs_bounce += 1;
             return Err(SubmitError::NeedsBounce);
         };
         let job = Job::transfer(namespace, limits, opcode, flags, lba, bytes);
-        self.issue(job, segments, &[], pieces == 1, token)
+        self.issue(job, segments, &[], pieces, long, token)
     }
 
     fn submit_ranges(
@@ -161,97 +197,119 @@ impl QueuePair {
         ranges: &[LbaRange],
         token: u64,
     ) -> Result<(), SubmitError> {
+        if self.is_full() {
+            return self.refuse();
+        }
         if ranges.is_empty() || ranges.iter().any(|range| range.blocks == 0) {
             return Err(SubmitError::Invalid("a range of no blocks"));
         }
         for range in ranges {
             check_range(namespace, range.lba, range.blocks.into())?;
         }
-        if self.slots.next().is_none() || !self.staged.is_empty() {
-            return Err(SubmitError::Full);
-        }
-        self.issue(job, &[], ranges, false, token)
+        let pieces = job.count(ranges, SHORT_COMMANDS + 1);
+        let blocks: u64 = ranges.iter().map(|range| u64::from(range.blocks)).sum();
+        // How long a drive takes to fill blocks, or to check them, goes by their number; a discard is a matter of its tables.
+        let long = !job.discards() && blocks > SHORT_BYTES >> namespace.block_shift;
+        self.issue(job, &[], ranges, pieces, long, token)
     }
 
-    /// Issues as much of a request as there are slots for (at least one) and stages the rest. `single`: it is known to be one
-    /// command.
+    /// Issues a request that takes `pieces` commands, or more of them than a short one has. `long`: it is a long one even if they
+    /// are few.
     fn issue(
+        &mut self,
+        job: Job,
+        segments: &[Segment],
+        ranges: &[LbaRange],
+        pieces: usize,
+        long: bool,
+        token: u64,
+    ) -> Result<(), SubmitError> {
+        let free = self.slots.len().saturating_sub(self.outstanding());
+        if !long && pieces <= free.min(SHORT_COMMANDS) {
+            return self.issue_whole(job, segments, ranges, pieces, token);
+        }
+        if !self.staged.admits(token, segments.len() + ranges.len()) {
+            return Err(SubmitError::Crowded);
+        }
+        let request = self.requests.begin(token).ok_or(SubmitError::Full)?;
+        self.counters.staged += 1;
+        self.staged.put(request, token, job, segments, ranges);
+        self.issue_staged();
+        Ok(())
+    }
+
+    /// Issues a request for whose commands there are slots.
+    fn issue_whole(
         &mut self,
         mut job: Job,
         segments: &[Segment],
         ranges: &[LbaRange],
-        single: bool,
+        pieces: usize,
         token: u64,
     ) -> Result<(), SubmitError> {
-        if single {
+        let request = if pieces > 1 { Some(self.requests.begin(token).ok_or(SubmitError::Full)?) } else { None };
+        self.counters.splits += u64::from(pieces > 1);
+        while !job.is_done(ranges) {
             let slot = self.slots.next().ok_or(SubmitError::Full)?;
-            let command = self.next_command(&mut job, slot, segments, ranges)?;
-            self.push(command, token)?;
-            return Ok(());
-        }
-        let request = self.requests.begin(token).ok_or(SubmitError::Full)?;
-        let issued = self.issue_some(request, &mut job, segments, ranges);
-        if issued > 1 || !job.is_done(ranges) {
-            self.counters.splits += 1;
-        }
-        if !job.is_done(ranges) {
-            self.counters.staged += 1;
-            self.staged.put(request, job, segments, ranges);
-            self.plain_bytes = 0;
+            let (list, list_iova) = self.list(slot);
+            // Everything was found expressible before the first command, so a job that is not done has a next command.
+            let (command, _) = job.next(segments, ranges, list, list_iova).ok_or(SubmitError::NeedsBounce)?;
+            self.counters.sgls += u64::from(command.dword(0) & CDW0_PSDT_SGL != 0);
+            // Such a command belongs to no long request: see `Staged::answered`.
+            let id = self.push(command, if request.is_some() { 0 } else { token })?;
+            if let Some(request) = request {
+                self.slots.assign(id, request);
+                self.requests.issued(request, !job.is_done(ranges));
+            }
         }
         Ok(())
     }
 
-    /// Writes commands of a request until it is done or no slot is free; returns how many.
-    fn issue_some(&mut self, request: u16, job: &mut Job, segments: &[Segment], ranges: &[LbaRange]) -> usize {
-        let mut issued = 0;
-        while !job.is_done(ranges)
-            && let Some(slot) = self.slots.next()
-            && let Ok(command) = self.next_command(job, slot, segments, ranges)
-            && let Ok(id) = self.push(command, 0)
-        {
-            self.slots.assign(id, request);
-            self.requests.issued(request, !job.is_done(ranges));
-            issued += 1;
-        }
-        issued
-    }
-
-    /// The next command of a job, its data pointer written into the page of the slot it will take.
-    fn next_command(
-        &mut self,
-        job: &mut Job,
-        slot: u16,
-        segments: &[Segment],
-        ranges: &[LbaRange],
-    ) -> Result<Command, SubmitError> {
-        let (list, list_iova) = self.list(slot);
-        // Everything was found expressible before the first command, so a job that is not done has a next command.
-        let command = job.next(segments, ranges, list, list_iova).ok_or(SubmitError::NeedsBounce)?;
-        self.counters.sgls += u64::from(command.dword(0) & CDW0_PSDT_SGL != 0);
-        Ok(command)
-    }
-
-    /// Goes on with the request that waits for slots.
+    /// Issues commands of long requests, as many as there may be and as there are slots for.
     #[cold]
     #[inline(never)]
     pub(super) fn issue_staged(&mut self) {
-        let mut staged = std::mem::take(&mut self.staged);
-        if let Some((request, job, segments, ranges)) = staged.parts() {
-            self.issue_some(request, job, segments, ranges);
-            if job.is_done(ranges) {
-                staged.clear();
-            }
+        let QueuePair { staged, slots, lists, requests, submission, counters, .. } = self;
+        // Where there is but one slot, whoever was refused it has every other turn. If they do not take it, `tick` goes on.
+        if slots.len() == 1 && staged.yields() {
+            return;
         }
-        self.staged = staged;
-        self.set_plain_bytes();
+        while staged.has_room()
+            && let Some(slot) = slots.next()
+            && let Some((at, Next { request, job, segments, ranges })) = staged.next()
+        {
+            let (list, list_iova) = (&lists[usize::from(slot)], lists.iova() + u64::from(slot) * PAGE_BYTES);
+            // As in `issue_whole`.
+            let Some((command, bytes)) = job.next(segments, ranges, list, list_iova) else { break };
+            let more = !job.is_done(ranges);
+            counters.sgls += u64::from(command.dword(0) & CDW0_PSDT_SGL != 0);
+            let (weight, splits) = staged.issued(at, bytes);
+            counters.splits += u64::from(splits);
+            let Some(id) = slots.take(weight) else { break };
+            submission.write(&command.with_id(id.0));
+            slots.assign(id, request);
+            requests.issued(request, more);
+        }
     }
 
-    /// See the field: what the short way of `submit` may take now.
-    pub(super) fn set_plain_bytes(&mut self) {
-        let two_pages = 2 * PAGE_BYTES as u32;
-        let plain = self.staged.is_empty() && self.max_bytes >= two_pages;
-        self.plain_bytes = if plain { two_pages } else { 0 };
+    /// Would a long request with this token be taken, if it has `entries` segments or ranges? Where it is not, there is no need
+    /// to make one: [`SubmitError::Crowded`].
+    pub fn admits(&self, token: u64, entries: usize) -> bool {
+        self.staged.admits(token, entries)
+    }
+
+    /// Issues nothing more of the long requests whose token `which` picks. Each completes when its commands that are out have
+    /// been answered, as [`Status::ABORTED_BY_HOST`] unless a command has failed before, with [`QueuePair::reap`] as usual; one that
+    /// has none out at once: `done` gets it. Other requests with such a token are as before.
+    ///
+    /// What of such a request has been done, and what not, is unknown.
+    pub fn give_up(&mut self, which: impl FnMut(u64) -> bool, mut done: impl FnMut(Completed)) {
+        let QueuePair { staged, requests, .. } = self;
+        staged.forget_all(which, |request| {
+            if let Some((token, status)) = requests.end(request, Status::ABORTED_BY_HOST) {
+                done(Completed { token, status, result: 0 });
+            }
+        });
     }
 
     /// The page of a slot, and where the controller finds it.

@@ -65,6 +65,28 @@ impl Limits {
         }
     }
 
+    /// Can a transfer be expressed, in however many commands? Takes no longer than the list of segments is, whatever the limits
+    /// on a command are: they do not matter, see [`Limits::next_piece`].
+    pub fn expressible(&self, segments: &[Segment], bytes: u64) -> bool {
+        let block = 1u64 << self.block_shift;
+        let mut position = Position::default();
+        let mut left = bytes;
+        while left > 0 {
+            let by_prp = prp::reach(segments, position, left) & !(block - 1);
+            let by_sgl = match self.sgl {
+                Some(alignment) if by_prp < left => sgl::reach(segments, position, left, block, alignment),
+                _ => 0,
+            };
+            let reached = by_prp.max(by_sgl);
+            if reached == 0 {
+                return false;
+            }
+            position = position.advanced(segments, reached);
+            left -= reached;
+        }
+        true
+    }
+
     /// How many commands a transfer takes. `None`: some block cannot be expressed, the data has to be copied.
     pub fn count_pieces(&self, segments: &[Segment], lba: u64, bytes: u64) -> Option<usize> {
         let mut position = Position::default();

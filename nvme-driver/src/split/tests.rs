@@ -153,6 +153,7 @@ fn check(case: &Case) -> Result<bool, TestCaseError> {
     let possible = model.chunks(block).all(|block| expressible(block, limits.sgl));
     let count = limits.count_pieces(segments, *lba, model.len() as u64);
     prop_assert_eq!(count.is_some(), possible, "a copy is needed exactly when some block cannot be said");
+    prop_assert_eq!(limits.expressible(segments, model.len() as u64), possible);
     let Some(count) = count else { return Ok(false) };
 
     let list = Box::new([const { AtomicU64::new(0) }; LIST_WORDS]);

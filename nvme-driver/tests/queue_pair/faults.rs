@@ -49,7 +49,7 @@ fn one_failing_piece_fails_the_whole_request_once() {
     let rig = rig(config, &impatient());
     rig.simulator.faults().add(on_blocks(FaultAction::Fail(read_error()), 100..=100));
     for entries in [3, 64] {
-        // With few slots the failing piece is issued from the staging place, and the rest of the request is dropped.
+        // With few slots the failing piece is issued later, and the rest of the request is dropped.
         let mut pair = rig.pair(entries);
         let buffer = rig.buffer(1 << 20);
         let all = [segment(&buffer, 0, 1 << 20)];

@@ -2,5 +2,6 @@
 
 mod faults;
 mod interrupts;
+mod long;
 mod setup;
 mod transfers;

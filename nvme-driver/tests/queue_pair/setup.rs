@@ -1,5 +1,6 @@
 //! A controller in this process, a queue pair on it, and waiting with deadlines.
 
+use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use nvme_driver::controller::{Options, QueuePairOptions};
@@ -94,4 +95,28 @@ pub fn wait_expired(pair: &mut QueuePair, count: usize) -> Vec<u64> {
     }
     tokens.sort();
     tokens
+}
+
+/// A small generator, so that a printed seed repeats a run.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new() -> Random {
+        let given = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
+        let seed = given.unwrap_or_else(|| RandomState::new().hash_one(1));
+        println!("seed: SEED={seed}");
+        Random(seed | 1)
+    }
+
+    pub fn below(&mut self, limit: usize) -> usize {
+        // xorshift64*.
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit as u64) as usize
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.below(256) as u8).collect()
+    }
 }

@@ -1,36 +1,10 @@
 //! Requests of every shape arrive as what they are: checked by the bytes on the simulated drive.
 
-use std::hash::{BuildHasher, RandomState};
-
 use nvme_driver::controller::Options;
 use nvme_driver::{BouncePool, LbaRange, Namespace, QueuePair, Segment, Status, SubmitError, Work};
 use vfio::DmaBuffer;
 
-use crate::setup::{Rig, carry_out, config, rig, segment, wait, wait_all};
-
-/// A small generator, so that a printed seed repeats a run.
-struct Random(u64);
-
-impl Random {
-    fn new() -> Random {
-        let given = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
-        let seed = given.unwrap_or_else(|| RandomState::new().hash_one(1));
-        println!("seed: SEED={seed}");
-        Random(seed | 1)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        // xorshift64*.
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit as u64) as usize
-    }
-
-    fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.below(256) as u8).collect()
-    }
-}
+use crate::setup::{Random, Rig, carry_out, config, rig, segment, wait, wait_all};
 
 /// Cuts `bytes` bytes of `buffer` into segments that do not overlap, in random order of address.
 fn cut(random: &mut Random, buffer: &DmaBuffer, bytes: usize, fine: usize, most: usize) -> Vec<Segment> {
@@ -293,32 +267,6 @@ fn one_token_may_be_used_many_times() {
     pair.ring();
     assert!(wait(&mut pair, 21).iter().all(|completed| completed.token == 9));
     assert_eq!(pair.outstanding(), 0);
-}
-
-#[test]
-fn while_a_request_waits_for_slots_others_do_not_pass_it() {
-    let mut config = config(512);
-    config.max_transfer = Some(8192);
-    let rig = rig(config, &options());
-    let mut pair = rig.pair(4);
-    let buffer = rig.buffer(1 << 20);
-    let all = [segment(&buffer, 0, 1 << 20)];
-    pair.submit(&rig.namespace, Work::Read { lba: 0, segments: &all }, 1).unwrap();
-    assert_eq!(pair.outstanding(), 3);
-    for work in [
-        Work::Flush,
-        Work::Read { lba: 0, segments: &all },
-        Work::Discard { ranges: &[LbaRange { lba: 0, blocks: 1 }] },
-    ] {
-        assert_eq!(pair.submit(&rig.namespace, work, 2), Err(SubmitError::Full));
-    }
-    pair.ring();
-    assert_eq!(wait(&mut pair, 1)[0].token, 1);
-    assert_eq!(pair.counters().commands, 128);
-    assert_eq!(pair.counters().splits, 1);
-    pair.submit(&rig.namespace, Work::Flush, 2).unwrap();
-    pair.ring();
-    assert_eq!(wait(&mut pair, 1)[0].token, 2);
 }
 
 #[test]

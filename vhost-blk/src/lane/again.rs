@@ -226,7 +226,7 @@ impl Lane {
                 self.tally.again += 1;
                 Attempt::Made
             }
-            Err(SubmitError::Full) => Attempt::Full,
+            Err(SubmitError::Full | SubmitError::Crowded) => Attempt::Full,
             Err(SubmitError::NeedsBounce) if self.bounced.len() >= bounced::MOST => Attempt::Later,
             Err(SubmitError::NeedsBounce) => {
                 let buffers = buffers.to_vec();

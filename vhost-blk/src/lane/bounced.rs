@@ -229,7 +229,7 @@ impl Bounced {
                 None
             }
             // In the next turn, as it is.
-            Err(SubmitError::Full) => None,
+            Err(SubmitError::Full | SubmitError::Crowded) => None,
             Err(error) => {
                 self.give_back(turn);
                 Some(End::Failed(error.to_string()))

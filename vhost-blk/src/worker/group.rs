@@ -2,12 +2,13 @@
 
 use std::time::Instant;
 
-use nvme_driver::{BouncePool, QueuePair};
+use nvme_driver::{BouncePool, OWNER_SHIFT, QueuePair};
 
 use crate::lane::Lane;
 
-/// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot.
-const LANE_SHIFT: u32 = 32;
+/// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot. So the
+/// lanes are the owners between whom long requests share the queue pair.
+const LANE_SHIFT: u32 = OWNER_SHIFT;
 
 /// The way to the drive.
 pub struct Way {

@@ -207,7 +207,7 @@ pub fn run(
             };
             match lane.pair.submit(namespace, work, at as u64) {
                 Ok(()) => {}
-                Err(SubmitError::Full) => break,
+                Err(SubmitError::Full | SubmitError::Crowded) => break,
                 Err(error) => return Err(error.into()),
             }
             free.pop();
