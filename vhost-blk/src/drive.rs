@@ -540,6 +540,10 @@ const BOUNCE_BYTES: usize = 128 << 10;
 /// How long a worker may take to end what does not depend on the drive.
 const ABANDON_TURN: Duration = Duration::from_secs(1);
 
+/// How long a lane that stops goes on with requests of many commands. A guest that is paused does not see an error for a few of
+/// them; one that asks for terabytes of zeroes does.
+const LONG_PATIENCE: Duration = Duration::from_secs(3);
+
 /// How much longer than a command a lane may take to stop.
 const STOP_MARGIN: Duration = Duration::from_secs(10);
 
@@ -571,10 +575,17 @@ impl Lease {
         Instant::now() + self.drive.options.io_timeout.max(self.drive.hold) + STOP_MARGIN
     }
 
-    /// Takes a lane when all its requests have ended; `None` if its worker died with it. A controller that does not let them end
-    /// until `deadline` is reset, and they end with an error.
+    /// Takes a lane when all its requests have ended; `None` if its worker died with it. Requests of many commands end in the middle
+    /// after a few seconds. A controller that does not let requests end until `deadline` is reset, and they end with an error.
     pub fn finish_stop(&self, lane: StoppingLane, deadline: Instant) -> Option<StoppedLane> {
-        match lane.wait(deadline.saturating_duration_since(Instant::now())) {
+        let until = |time: Instant| time.saturating_duration_since(Instant::now());
+        let patience = lane.since() + LONG_PATIENCE;
+        let lane = match lane.wait(until(patience.min(deadline))) {
+            Err(StopError::StillBusy(busy)) => busy.lane,
+            stopped => return Self::stopped(stopped),
+        };
+        lane.end_long();
+        match lane.wait(until(deadline)) {
             Ok(stopped) => Some(stopped),
             Err(StopError::StillBusy(mut busy)) => {
                 busy.lane.abandon(true);

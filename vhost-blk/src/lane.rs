@@ -13,6 +13,7 @@ mod control;
 mod events;
 mod flush;
 mod slots;
+mod turns;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use bounced::Bounced;
 use events::Events;
 use flush::Changes;
 use slots::{Answer, Slot, Slots};
+use turns::Turns;
 
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::{Disk, Geometry};
@@ -107,6 +109,7 @@ pub struct Lane {
     /// Whoever stops the lane waits only for what is with the drive; true: all else is still to be answered.
     abandoned: Option<bool>,
     again: Again,
+    turns: Turns,
     changes: Changes,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
@@ -144,6 +147,7 @@ impl Lane {
             drive: Drive::Present,
             abandoned: None,
             again: Again::default(),
+            turns: Turns::default(),
             changes: Changes::default(),
             pending: None,
             bounced: Vec::new(),
@@ -204,7 +208,7 @@ impl Lane {
             return self.submit_specially(pair, tag);
         }
         if let Some(head) = self.pending.take()
-            && !self.submit_parsed(pair, tag, head)
+            && !self.submit_pending(pair, tag, head)
         {
             return 0;
         }
@@ -286,6 +290,7 @@ impl Lane {
     fn not_submitted(&mut self, error: SubmitError, head: Head) -> bool {
         match error {
             SubmitError::Full | SubmitError::Crowded => {
+                self.turns.crowded = error == SubmitError::Crowded;
                 self.tally.full += 1;
                 self.pending = Some(head);
                 return false;
@@ -395,10 +400,11 @@ impl Lane {
     #[cold]
     #[inline(never)]
     fn submit_specially(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
+        self.stop_long(pair, tag);
         if !self.resuming {
             return 0;
         }
-        self.take_all(|lane, head| lane.submit_parsed(pair, tag, head))
+        self.take_all(|lane, head| lane.submit_pending(pair, tag, head))
     }
 
     /// A turn without a drive: if nobody waits for it any more, takes requests only to answer them with an error. Returns how
@@ -471,6 +477,7 @@ impl Lane {
         self.resuming = false;
         self.pending = None;
         self.forget_waiting();
+        self.turns.over = true;
         // What the drive still has is waited for, and not answered.
         self.orphans.extend(self.slots.orphan_all());
         self.state.set_broken();
@@ -569,3 +576,5 @@ mod again_tests;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod turns_tests;

@@ -392,7 +392,8 @@ impl LaneHandle {
     pub fn begin_stop(self) -> StoppingLane {
         let (reply, lane) = mpsc::channel();
         self.mailbox.send(Mail::Stop { id: self.id, reply });
-        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox, let_go: false }
+        let since = Instant::now();
+        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox, let_go: false, since }
     }
 
     /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
@@ -454,6 +455,8 @@ pub struct StoppingLane {
     mailbox: Arc<Mailbox>,
     /// Nobody is there for answers.
     let_go: bool,
+    /// When it was asked for.
+    since: Instant,
 }
 
 impl std::fmt::Debug for StoppingLane {
@@ -463,6 +466,16 @@ impl std::fmt::Debug for StoppingLane {
 }
 
 impl StoppingLane {
+    /// When it was asked for.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Has its requests of many commands end in the middle, with an error, when the drive has answered the commands that it has.
+    pub fn end_long(&self) {
+        self.mailbox.send(Mail::EndLong { id: self.id });
+    }
+
     /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
     /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight. What was once
     /// let go in this way is not answered later.

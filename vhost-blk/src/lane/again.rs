@@ -259,7 +259,7 @@ impl Lane {
     }
 
     /// Answers the request in a slot with an error.
-    fn fail_slot(&mut self, number: u16) {
+    pub(super) fn fail_slot(&mut self, number: u16) {
         if let Some((request, head)) = self.kept_request(number) {
             self.slots.answer_any(number);
             self.give_back(head, request::IOERR, request.status, request.written);
@@ -272,6 +272,9 @@ impl Lane {
     pub(super) fn complete_badly(&mut self, number: u16, status: Status) {
         if self.slots.get_mut(number).is_none() {
             return self.complete_specially(number, status);
+        }
+        if self.ends_given_up(number, status) {
+            return;
         }
         if self.may_try_again(number, status) {
             self.again.waiting.push(Waiting { slot: number, pause: Pause::after(status) });

@@ -145,9 +145,9 @@ impl Lane {
     #[inline(never)]
     pub(super) fn advance_bounced(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
         let (mut index, mut now) = (0, None);
-        // Nothing more from a guest that broke its ring.
-        let ends = if self.mode == Mode::Broken { Some(false) } else { self.abandoned };
-        while let Some(bounced) = self.bounced.get_mut(index) {
+        while let Some(bytes) = self.bounced.get(index).map(|bounced| bounced.request.bytes) {
+            let ends = self.ends_copied(bytes);
+            let Some(bounced) = self.bounced.get_mut(index) else { break };
             let Lane { view, disk, tally, .. } = self;
             let Some(end) = bounced.advance(&mut Turn { view, pair, pool, disk, tally, tag, ends, now: &mut now })
             else {

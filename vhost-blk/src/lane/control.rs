@@ -58,6 +58,7 @@ impl Lane {
     /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
     pub(crate) fn abandon(&mut self, answer: bool) {
         self.abandoned = Some(answer);
+        self.turns.over = true;
         match self.drive {
             Drive::Present => self.end_waiting(),
             Drive::Held => self.end_if_abandoned(),

@@ -285,9 +285,11 @@ impl Session {
         self.settle()
     }
 
-    /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only.
+    /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only. Nobody needs answers
+    /// that the drive has not given yet.
     fn try_reset(&mut self) -> std::result::Result<(), String> {
-        self.pause_all();
+        let running: Vec<usize> = self.running.keys().copied().collect();
+        self.pause_these(&running, true);
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
         self.inflight.iter().for_each(InflightMemory::clear);

@@ -242,7 +242,7 @@ impl Session {
     }
 
     /// Stops rings: all at once, so that a drive that does not answer is waited for once.
-    fn pause_these(&mut self, rings: &[usize], forsaken: bool) -> Vec<(usize, Lease)> {
+    pub(super) fn pause_these(&mut self, rings: &[usize], forsaken: bool) -> Vec<(usize, Lease)> {
         let running = rings.iter().filter_map(|index| Some((*index, self.running.remove(index)?)));
         let stopping: Vec<_> = running
             .map(|(index, Running { handle, lease, .. })| (index, lease.begin_stop(handle, forsaken), lease))

@@ -76,6 +76,9 @@ pub(super) enum Mail {
         id: LaneId,
         answer: bool,
     },
+    EndLong {
+        id: LaneId,
+    },
     RestorePair {
         index: usize,
         way: Way,

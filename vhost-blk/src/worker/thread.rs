@@ -275,6 +275,7 @@ impl Worker {
                 }
                 Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(Group::give_up),
                 Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
+                Mail::EndLong { id } => self.lane_mut(id).into_iter().for_each(Lane::end_long),
                 Mail::RestorePair { index, way } => {
                     if let Some(group) = self.group_mut(index) {
                         group.regain_drive(way);

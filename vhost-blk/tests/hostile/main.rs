@@ -36,3 +36,4 @@ mod neighbour;
 mod stand;
 
 mod basics;
+mod long;
