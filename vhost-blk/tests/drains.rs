@@ -5,6 +5,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
+use common::raw::*;
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
@@ -43,15 +44,20 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
+        Bench::with(|_| {})
+    }
+
+    fn with(change: impl FnOnce(&mut Config)) -> Bench {
         let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
             .is_test(true)
             .try_init();
         let folder = tempfile::tempdir().unwrap();
-        let config = Config {
+        let mut config = Config {
             namespaces: vec![NamespaceConfig { bytes: 64 * MIB, ..NamespaceConfig::default() }],
             ready_timeout: READY_TIMEOUT,
             ..Config::default()
         };
+        change(&mut config);
         let simulator = Simulator::start(config, &folder.path().join("nvme")).unwrap();
         let export = ExportSettings {
             device: DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned())),
@@ -213,6 +219,51 @@ fn an_idle_drive_that_never_answers_is_reset() {
         ring.start(&front);
         eventually("the drive works", || ring.read_one(0) == 0);
         ring.stop(&front);
+    }
+    bench.target.stop().unwrap();
+}
+
+/// A ring is stopped while a request of it waits for a place with the drive: whoever has the ring next finds it, once.
+#[test]
+fn a_request_that_waits_for_room_is_there_after_a_stop() {
+    // Three commands at a time.
+    let bench = Bench::with(|config| config.queue_entries = 4);
+    let region = Region::new(0, MIB);
+    for format in [Format::Split, Format::Packed] {
+        let front = Front::connect(&bench.folder.path().join("s"));
+        front.negotiate_without(F_EVENT_IDX | if format == Format::Split { F_RING_PACKED } else { 0 });
+        region.add(&front);
+        let mut ring = RawRing::new(&region, 0, 0, format, 64);
+        ring.start(&front);
+        for round in 0..5 {
+            let fired = bench.simulator.faults().fired();
+            let time = Duration::from_millis(100);
+            bench
+                .simulator
+                .faults()
+                .add(FaultRule { action: FaultAction::Delay(time..=time), when: FaultMatch::default() });
+            for at in 0..10 {
+                let chain = ring.request(0x40000 + 64 * at, 0, 8 * at, &[writable(0x50000 + 0x1000 * at, 4096)]);
+                ring.offer(&chain).unwrap();
+            }
+            ring.kick();
+            // The next one is taken from the ring, too, and waits.
+            eventually("all places are taken", || bench.simulator.faults().fired() >= fired + 3);
+            let stopped_at = front.vring_base(0);
+            bench.simulator.faults().clear();
+            // What was answered before.
+            let mut answered: u32 = std::iter::from_fn(|| ring.used()).map(|_| 1).sum();
+            assert!(answered < 10, "{format:?}, round {round}: the ring was stopped too late");
+            ring.start_at(&front, stopped_at);
+            ring.kick();
+            while answered < 10 {
+                ring.wait_used();
+                answered += 1;
+            }
+            (0..10).for_each(|at| assert_eq!(ring.status(0x40000 + 64 * at), 0, "{format:?}, round {round}"));
+            std::thread::sleep(Duration::from_millis(5));
+            assert_eq!(ring.used(), None, "{format:?}, round {round}: an answer too many");
+        }
     }
     bench.target.stop().unwrap();
 }

@@ -9,6 +9,7 @@ use std::os::unix::fs::FileExt;
 
 use common::served::*;
 use common::*;
+use vm_memory::{Bytes, GuestAddress};
 
 /// A drive with a volatile cache that outlives targets.
 struct Cached {
@@ -18,10 +19,15 @@ struct Cached {
 
 impl Cached {
     fn new() -> Cached {
+        Cached::with(true)
+    }
+
+    /// Without SGLs data at odd addresses is copied.
+    fn with(sgl: bool) -> Cached {
         let folder = tempfile::tempdir().unwrap();
         let namespace = nvme_sim::NamespaceConfig { bytes: 64 * MIB, ..Default::default() };
         let namespaces = vec![namespace];
-        let config = nvme_sim::Config { namespaces, volatile_write_cache: true, ..Default::default() };
+        let config = nvme_sim::Config { namespaces, volatile_write_cache: true, sgl, ..Default::default() };
         let simulator = nvme_sim::Simulator::start(config, &folder.path().join("nvme")).unwrap();
         Cached { simulator, _folder: folder }
     }
@@ -225,4 +231,38 @@ fn a_packed_ring_that_begins_anew_has_had_no_other_server() {
         ring.enable(&front, true);
         assert_eq!(front.config(32, 1), [writeback], "base {base:#x}");
     }
+}
+
+/// A write that the drive refused once, or lost in a reset, is promised as much when it is issued again.
+#[test]
+fn a_write_that_is_issued_again_goes_through_too() {
+    use nvme_sim::{FaultAction, FaultMatch, FaultRule, Status};
+    const OUT: u32 = 1;
+    const WRITE_ZEROES: u32 = 13;
+    let drive = Cached::with(false);
+    let served = drive.serve();
+    let region = Region::new(0, MIB);
+    let front = served.connect();
+    front.negotiate();
+    let mut ring = Ring::first(&front, &region);
+    front.accept(SET_CONFIG, &config(32, &[0]), &[]);
+    let (data, range) = (ring.data(), 0x8000);
+    let mut sector = 0u64;
+    for action in [FaultAction::Fail(Status::new(0, 6)), FaultAction::Fatal] {
+        // As it lies, copied, and without data of its own.
+        for (kind, opcode, place) in
+            [(OUT, 1, (data, 4096)), (OUT, 1, (data + 2, 4096)), (WRITE_ZEROES, 8, (range, 16))]
+        {
+            sector += 8;
+            // A range: this sector, 8 sectors, no flags.
+            let words = [sector.to_le_bytes(), 8u64.to_le_bytes()].concat();
+            region.memory.write_slice(&words, GuestAddress(range)).unwrap();
+            let fired = drive.simulator.faults().fired();
+            let when = FaultMatch { opcode: Some(opcode), limit: Some(1), ..FaultMatch::default() };
+            drive.simulator.faults().add(FaultRule { action: action.clone(), when });
+            assert_eq!(ring.request(kind, sector, place), 0, "{action:?}, {kind}, {place:x?}");
+            assert_eq!(drive.simulator.faults().fired(), fired + 1, "{action:?}, {kind}, {place:x?}");
+        }
+    }
+    assert_eq!(drive.simulator.power_cut().unwrap(), 0, "all of it was answered");
 }

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -25,6 +26,8 @@ pub fn command(args: &[&str]) -> Command {
 pub struct Program {
     pub child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// Reads what it logs until it has ended.
+    reader: Option<JoinHandle<()>>,
 }
 
 impl Program {
@@ -43,13 +46,13 @@ impl Program {
         }
         let log = Arc::new(Mutex::new(Vec::new()));
         let (lines, stderr) = (log.clone(), child.stderr.take().unwrap());
-        std::thread::spawn(move || {
+        let reader = std::thread::spawn(move || {
             for line in BufReader::new(stderr).lines().map_while(Result::ok) {
                 eprintln!("program: {line}");
                 lines.lock().unwrap().push(line);
             }
         });
-        Program { child, log }
+        Program { child, log, reader: Some(reader) }
     }
 
     /// One that serves a small disk on `socket`, and is ready.
@@ -86,11 +89,14 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Waits until it has ended, and everything that it logged can be looked at.
     #[track_caller]
     pub fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + DEADLINE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
+                // Nobody else has the other end of its pipe.
+                self.reader.take().map(JoinHandle::join);
                 return status;
             }
             assert!(Instant::now() < deadline, "the program does not end");

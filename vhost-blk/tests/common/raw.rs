@@ -121,9 +121,14 @@ impl<'a> RawRing<'a> {
 
     /// The messages that start it, in QEMU's order.
     pub fn start(&self, front: &Front) {
+        self.start_at(front, self.base());
+    }
+
+    /// The same, at what the back-end has said when it stopped it.
+    pub fn start_at(&self, front: &Front, base: u32) {
         front.set_ring(SET_VRING_ENABLE, self.index, 1);
         front.set_ring(SET_VRING_NUM, self.index, self.size.into());
-        front.set_ring(SET_VRING_BASE, self.index, self.base());
+        front.set_ring(SET_VRING_BASE, self.index, base);
         front.accept(SET_VRING_ADDR, &self.addresses(), &[]);
         let index = u64::from(self.index).to_ne_bytes();
         front.accept(SET_VRING_KICK, &index, &[self.kick.as_raw_fd()]);
