@@ -13,6 +13,7 @@ use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
 use crate::drive::{Drive, ExportedNamespace};
 use crate::listener::Listener;
+use crate::log_limit::LogLimit;
 use crate::session::Session;
 use crate::session::connection::{self, End};
 use crate::worker::panic_message;
@@ -41,6 +42,8 @@ pub struct Export {
     first_worker: usize,
     workers: usize,
     counters: Vec<Arc<LaneCounters>>,
+    /// How many lines its front-ends and guests may cause, over all sessions.
+    pub log: Arc<LogLimit>,
 }
 
 impl Export {
@@ -72,6 +75,7 @@ impl Export {
             first_worker: number,
             workers,
             counters,
+            log: Arc::default(),
         })
     }
 
@@ -100,6 +104,11 @@ impl Export {
         let mut sum = Tally::default();
         self.counters.iter().for_each(|counters| sum += counters.read());
         sum
+    }
+
+    /// Tells of lines that were not written, see [`LogLimit::tell_left_out`].
+    pub fn tell_left_out(&self, end: bool) {
+        self.log.tell_left_out(&self.name, end);
     }
 
     /// Logs the counters of every ring that ever did anything.

@@ -7,6 +7,7 @@
 //! A ring with a log notes what it gives out and takes back. A lane whose ring was another process's before does first, in
 //! their order, the requests which that one has not answered.
 
+mod advice;
 mod again;
 mod bounced;
 mod control;
@@ -21,6 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
+use advice::Advice;
 use again::{Again, Kept, work};
 use bounced::Bounced;
 use events::Events;
@@ -31,6 +33,7 @@ use turns::Turns;
 use crate::counters::{LaneCounters, Tally};
 use crate::disk::{Disk, Geometry};
 use crate::guest_memory::{GuestMemory, GuestView};
+use crate::log_limit::{Kind, LogLimit};
 use crate::request::{self, Operation, Parsed, Parser, Request};
 use crate::ring::{Chain, Head, Ring, TripleRing};
 
@@ -55,6 +58,8 @@ pub struct LaneSetup {
     pub error: Option<File>,
     /// Where it counts.
     pub counters: Arc<LaneCounters>,
+    /// How many lines it may write to the log: the disk's.
+    pub log: Arc<LogLimit>,
 }
 
 /// What others may know of a lane that a worker owns.
@@ -122,7 +127,9 @@ pub struct Lane {
     /// The disk's.
     geometry: Geometry,
     events: Events,
+    advice: Advice,
     counters: Arc<LaneCounters>,
+    log: Arc<LogLimit>,
     state: Arc<LaneState>,
     name: String,
     /// See [`Lane::count_line`].
@@ -133,10 +140,12 @@ pub struct Lane {
 impl Lane {
     /// A lane that takes its first request when it is polled.
     pub fn new(setup: LaneSetup) -> Lane {
-        let LaneSetup { name, ring, memory, disk, kick, call, error, counters } = setup;
+        let LaneSetup { name, ring, memory, disk, kick, call, error, counters, log } = setup;
         let size = ring.size();
         let resuming = ring.resumed();
+        let tally = counters.read();
         Lane {
+            advice: Advice::new(&ring, tally.batches),
             ring,
             view: GuestView::new(memory),
             chain: Chain::new(),
@@ -152,11 +161,12 @@ impl Lane {
             pending: None,
             bounced: Vec::new(),
             orphans: Vec::new(),
-            tally: counters.read(),
+            tally,
             geometry: disk.geometry(),
             disk,
-            events: Events { kick, call, error },
+            events: Events::new(kick, call, error),
             counters,
+            log,
             state: Arc::default(),
             name,
             #[cfg(test)]
@@ -167,6 +177,11 @@ impl Lane {
     /// For the log: the export and the queue's index.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// How many lines it may write to the log.
+    pub(crate) fn log(&self) -> &LogLimit {
+        &self.log
     }
 
     /// What others may watch while a worker owns the lane.
@@ -224,15 +239,19 @@ impl Lane {
                 }
             };
             taken += 1;
+            self.note_length();
             match self.parser.parse(&self.chain, &mut self.view, &self.disk) {
                 Parsed::Submit => {
                     if !self.submit_parsed(pair, tag, head) {
                         break;
                     }
                 }
-                Parsed::Answer(code) => self.answer(head, code),
+                Parsed::Answer(code) => {
+                    self.note_refused(code);
+                    self.answer(head, code);
+                }
                 Parsed::NoStatus => {
-                    self.break_down(&NoStatus(head.id()));
+                    self.break_down_without_status(head);
                     break;
                 }
             }
@@ -449,7 +468,7 @@ impl Lane {
                     Parsed::Submit => return taken + 1,
                     Parsed::Answer(code) => self.answer(head, code),
                     Parsed::NoStatus => {
-                        self.break_down(&NoStatus(head.id()));
+                        self.break_down_without_status(head);
                         return taken;
                     }
                 },
@@ -470,7 +489,9 @@ impl Lane {
     #[cold]
     #[inline(never)]
     fn break_down(&mut self, why: &dyn std::fmt::Display) {
-        log::error!("{}: the guest broke its virtqueue, the device needs a reset: {why}", self.name);
+        if let Some(more) = self.log.admit(Kind::Broken) {
+            log::error!("{}: the guest broke its virtqueue, the device needs a reset: {why}{more}", self.name);
+        }
         self.publish();
         self.counters.write(&self.tally);
         self.mode = Mode::Broken;
@@ -564,11 +585,6 @@ impl Drop for Lane {
         }
     }
 }
-
-/// A chain without a place for its status.
-#[derive(Debug, thiserror::Error)]
-#[error("the request at descriptor {0} has no status byte in guest memory")]
-struct NoStatus(u16);
 
 #[cfg(test)]
 mod again_tests;

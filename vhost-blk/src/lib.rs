@@ -17,6 +17,7 @@ pub mod eventfd;
 pub mod export;
 pub mod journal;
 pub mod listener;
+pub mod log_limit;
 pub mod service_manager;
 pub mod session;
 pub mod target;

@@ -196,6 +196,7 @@ impl Target {
     /// Stops serving, and logs the counters at the end of it all. The error is why serving had ended before.
     pub fn stop(mut self) -> Result<(), String> {
         let exports = self.halt();
+        exports.iter().for_each(|export| export.tell_left_out(true));
         exports.iter().for_each(|export| export.log_counters());
         self.running.end.fatal.get().cloned().map_or(Ok(()), Err)
     }
@@ -297,6 +298,7 @@ impl Watch {
                 pool.events().into_iter().for_each(|event| running.hear(event));
                 running.look_after_keepers();
                 running.parts().drives.iter().for_each(|drive| drive.mind_patience());
+                running.parts().servers.iter().for_each(|server| server.export().tell_left_out(false));
                 for drive in &mut waiting {
                     if let Err(why) = drive.step(&running) {
                         running.end.fatal(why);

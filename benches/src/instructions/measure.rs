@@ -88,6 +88,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
         call: None,
         error: None,
         counters: Arc::new(LaneCounters::default()),
+        log: Arc::default(),
     });
     let sectors = drive.namespace.bytes() / 512;
     let pool = BouncePool::new(drive.device.dma(), 1 << 20).expect("some memory");

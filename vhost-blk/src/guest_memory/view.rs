@@ -256,6 +256,13 @@ impl GuestView {
         })
     }
 
+    /// The first byte of a range that is in no region; `None`: all of them are in some.
+    pub fn first_outside(&self, address: u64, bytes: u64) -> Option<u64> {
+        let mut inside = 0;
+        let result = self.pieces(address, bytes, |_, _, piece| inside += piece);
+        result.err().map(|_| address.wrapping_add(inside))
+    }
+
     /// Visits the pieces of a range, region by region: (region, offset in it, length of the piece).
     fn pieces(&self, address: u64, bytes: u64, mut visit: impl FnMut(&Region, u64, u64)) -> Result<(), OutsideMemory> {
         let outside = OutsideMemory { address, bytes };

@@ -48,6 +48,7 @@ impl Bench {
             call: None,
             error: None,
             counters: client.counters.clone(),
+            log: Arc::default(),
         });
         Bench { client, lane, pair, pool, log, machine }
     }

@@ -110,7 +110,11 @@ impl Lane {
     /// Asks the driver for notifications. True: there is work already, do not sleep.
     #[must_use]
     pub(crate) fn prepare_sleep(&mut self) -> bool {
-        self.drive != Drive::Held && self.resuming || self.runs() && self.ring.enable_notifications()
+        let work = self.drive != Drive::Held && self.resuming || self.runs() && self.ring.enable_notifications();
+        if !work && self.runs() {
+            self.note_empty();
+        }
+        work
     }
 
     /// Tells the driver that its ring is polled (again).

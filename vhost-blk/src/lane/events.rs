@@ -5,6 +5,8 @@
 
 use std::fs::File;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::Lane;
 use crate::eventfd;
 
@@ -16,9 +18,16 @@ pub(super) struct Events {
     pub call: Option<File>,
     /// Says that the ring has stopped for good.
     pub error: Option<File>,
+    /// Nobody reads a kick, so one that an earlier ring got ends this one's first sleep.
+    earlier_kick: bool,
 }
 
 impl Events {
+    pub(super) fn new(kick: Option<File>, call: Option<File>, error: Option<File>) -> Events {
+        let earlier_kick = kick.as_ref().is_some_and(is_readable);
+        Events { kick, call, error, earlier_kick }
+    }
+
     /// The ring has stopped for good.
     pub(super) fn tell_broken(&self) {
         self.error.iter().for_each(eventfd::signal);
@@ -37,7 +46,7 @@ impl Lane {
 
     /// The eventfds, for a lane that goes on with another ring: kick, call, error.
     pub fn into_events(mut self) -> [Option<File>; 3] {
-        let Events { kick, call, error } = &mut self.events;
+        let Events { kick, call, error, .. } = &mut self.events;
         [kick.take(), call.take(), error.take()]
     }
 
@@ -49,6 +58,7 @@ impl Lane {
     }
 
     pub(crate) fn set_kick(&mut self, kick: Option<File>) {
+        self.events.earlier_kick = kick.as_ref().is_some_and(is_readable);
         self.events.kick = kick;
     }
 
@@ -63,5 +73,14 @@ impl Lane {
     /// The kick eventfd ended a sleep.
     pub(crate) fn count_kick(&mut self) {
         self.tally.kicks += 1;
+        if !std::mem::take(&mut self.events.earlier_kick) {
+            self.advice.count_kick();
+        }
     }
+}
+
+/// Has the eventfd been signalled, and not been read?
+fn is_readable(event: &File) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready != 0)
 }

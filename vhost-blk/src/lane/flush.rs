@@ -1,6 +1,7 @@
 //! What a lane does for the promise that a flush is: see [`FlushPromise`](crate::disk::FlushPromise).
 
 use super::{Drive, Lane};
+use crate::log_limit::Kind;
 use crate::request::Operation;
 
 /// What a lane has told of its changes to the disk.
@@ -86,8 +87,10 @@ impl Lane {
     }
 
     fn warn_of_loss(&self, number: Option<u64>) -> Option<u64> {
-        if number.is_none() {
-            log::error!("{}: a flush fails: the drive has lost writes that were not flushed before", self.name);
+        if number.is_none()
+            && let Some(more) = self.log.admit(Kind::Drive)
+        {
+            log::error!("{}: a flush fails: the drive has lost writes that were not flushed before{more}", self.name);
         }
         number
     }

@@ -151,6 +151,7 @@ impl Client {
             call: Some(self.call.try_clone().unwrap()),
             error: Some(self.error.try_clone().unwrap()),
             counters: self.counters.clone(),
+            log: Arc::default(),
         })
     }
 

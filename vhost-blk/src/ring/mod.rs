@@ -231,6 +231,13 @@ impl Chain {
         &self.buffers[self.readable..]
     }
 
+    /// Its buffers.
+    #[inline(always)]
+    #[allow(clippy::len_without_is_empty)] // no chain is
+    pub fn len(&self) -> usize {
+        self.buffers.len()
+    }
+
     #[inline(always)]
     fn clear(&mut self) {
         self.buffers.clear();
@@ -483,6 +490,21 @@ impl Ring {
     /// Descriptors in the ring.
     pub fn size(&self) -> u16 {
         either!(self, r => r.size())
+    }
+
+    /// May its driver use indirect tables?
+    pub fn indirect(&self) -> bool {
+        either!(self, r => r.takes_indirect())
+    }
+
+    /// Is the next chain where that of a ring is which nobody has used? It is there again after each 65536 chains (split) or two
+    /// rounds (packed).
+    pub fn is_at_its_beginning(&self) -> bool {
+        match self {
+            Ring::Split(ring) => ring.base() == 0,
+            // The first descriptor, with its wrap counter 1 (virtio 1.2, 2.8.1).
+            Ring::Packed(ring) => ring.base() & 0xffff == 0x8000,
+        }
     }
 
     /// Takes the next available chain, its buffers into `chain`; `None`: there is none now.

@@ -230,6 +230,10 @@ impl PackedRing {
         Ok(())
     }
 
+    pub(super) fn takes_indirect(&self) -> bool {
+        self.indirect
+    }
+
     pub(super) fn resumed(&self) -> bool {
         self.resumed
     }

@@ -135,6 +135,10 @@ impl SplitRing {
         Ok(())
     }
 
+    pub(super) fn takes_indirect(&self) -> bool {
+        self.indirect
+    }
+
     pub(super) fn resumed(&self) -> bool {
         self.resumed
     }

@@ -19,6 +19,7 @@ use crate::blk_config;
 use crate::eventfd::is_eventfd;
 use crate::export::Export;
 use crate::guest_memory::RegionDescription;
+use crate::log_limit::Kind;
 use crate::ring::InflightMemory;
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
@@ -260,10 +261,13 @@ impl Session {
         let flushes = &self.export.namespace.flushes;
         match memory.note() {
             Some(note) if flushes.attach(note) => {
-                log::error!(
-                    "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to say so",
-                    self.export.name
-                );
+                if let Some(more) = self.export.log.admit(Kind::Drive) {
+                    log::error!(
+                        "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to \
+                         say so{more}",
+                        self.export.name
+                    );
+                }
             }
             Some(_) => {}
             None => flushes.detach(),

@@ -20,6 +20,7 @@ use crate::drive::{Known, Lease};
 use crate::export::Export;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneSetup};
+use crate::log_limit::Kind;
 use crate::ring::{InflightMemory, Ring, RingSetup};
 use crate::worker::LaneHandle;
 use resize::BackChannel;
@@ -107,10 +108,13 @@ impl Session {
         self.export.namespace.flushes.taken_over();
         // Which mode it has chosen is unknown, too. A guest that believes in write-through does not flush; one that believes in
         // write-back loses some speed.
-        if self.export.features & blk_config::F_CONFIG_WCE != 0 && self.disk.writeback.swap(false, Ordering::Relaxed) {
+        if self.export.features & blk_config::F_CONFIG_WCE != 0
+            && self.disk.writeback.swap(false, Ordering::Relaxed)
+            && let Some(more) = self.export.log.admit(Kind::Ring)
+        {
             log::info!(
                 "{}: the write cache mode that the guest has chosen is not known; every write is written through until it \
-                 chooses again",
+                 chooses again{more}",
                 self.export.name
             );
         }
@@ -165,8 +169,10 @@ impl Session {
         let (Some(descriptors), Some(driver), Some(device)) =
             (guest(addresses.descriptors), guest(addresses.driver), guest(addresses.device))
         else {
-            if !std::mem::replace(&mut self.rings[index].told_waiting, true) {
-                log::info!("{}: ring {index} waits for the memory it lies in", self.export.name);
+            if !std::mem::replace(&mut self.rings[index].told_waiting, true)
+                && let Some(more) = self.export.log.admit(Kind::Ring)
+            {
+                log::info!("{}: ring {index} waits for the memory it lies in{more}", self.export.name);
             }
             return Ok(());
         };
@@ -206,6 +212,7 @@ impl Session {
             call: duplicate("call", state.call.try_clone())?,
             error: duplicate("error", state.error.try_clone())?,
             counters: self.export.counters(index),
+            log: self.export.log.clone(),
         });
         let lease = match lease {
             Some(lease) => lease,
@@ -213,16 +220,6 @@ impl Session {
         };
         let handle = lease.start(lane);
         log::debug!("{}: ring {index} runs: {setup:?}", self.export.name);
-        if !setup.indirect && u32::from(setup.size) < blk_config::LONGEST_CHAIN {
-            // Firmware does this, too, and never sends a long request: no warning.
-            log::info!(
-                "{}: ring {index} has {} entries and no indirect descriptors; a guest that sends long requests needs \
-                 indirect_desc=on or queue-size={}",
-                self.export.name,
-                setup.size,
-                blk_config::LONGEST_CHAIN
-            );
-        }
         self.rings[index].told_waiting = false;
         self.served = true;
         self.running.insert(index, Running { handle, lease, addresses });

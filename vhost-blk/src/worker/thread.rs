@@ -15,6 +15,7 @@ use super::group::Group;
 use super::mailbox::{InUse, LaneId, Mail, Mailbox};
 use super::{PairId, WorkerEvent};
 use crate::lane::Lane;
+use crate::log_limit::Kind;
 
 /// With nothing in flight for this long a worker goes to sleep.
 const IDLE_BEFORE_SLEEP: Duration = Duration::from_millis(2);
@@ -157,7 +158,7 @@ impl Worker {
     }
 
     /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
-    fn sleep(&mut self) {
+    pub(super) fn sleep(&mut self) {
         let unwatched = self.lanes.values().any(|place| {
             let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
             lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
@@ -207,7 +208,12 @@ impl Worker {
         match epoll::add(epoll, kick, epoll::EventData::new_u64(id), flags) {
             Ok(()) => true,
             Err(error) => {
-                log::warn!("{}: cannot wait for the kick eventfd, polling without sleep: {error}", lane.name());
+                if let Some(more) = lane.log().admit(Kind::Ring) {
+                    log::warn!(
+                        "{}: cannot wait for the kick eventfd, polling without sleep: {error}{more}",
+                        lane.name()
+                    );
+                }
                 false
             }
         }
@@ -225,7 +231,7 @@ impl Worker {
         self.groups.get_mut(place.pair)?.as_mut()?.lane_mut(place.index)
     }
 
-    fn read_mail(&mut self) {
+    pub(super) fn read_mail(&mut self) {
         for mail in self.mailbox.take() {
             // A reply that nobody waits for any more is dropped.
             match mail {

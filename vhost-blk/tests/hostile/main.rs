@@ -36,4 +36,6 @@ mod neighbour;
 mod stand;
 
 mod basics;
+mod events;
+mod log;
 mod long;
