@@ -370,3 +370,7 @@ impl Worker {
         self.leak();
     }
 }
+
+#[cfg(test)]
+#[path = "thread_tests.rs"]
+mod tests;
