@@ -207,9 +207,20 @@ pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool
     config
 }
 
-/// The bytes a front-end sees from `offset` on; `None`: beyond what a configuration space can be.
+/// Where the device's own part begins in the configuration space of a virtio-mmio device (4.2.2). Some front-ends count from
+/// there, Cloud Hypervisor before 2026 among them. It is as far as a configuration space reaches, so the two cannot be mixed up.
+pub const MMIO_OFFSET: u32 = 0x100;
+const _: () = assert!(MMIO_OFFSET as usize == MAX_CONFIG_BYTES);
+
+/// Where something begins in [`BlockConfig`], whichever way the front-end counts.
+fn start(offset: u32) -> usize {
+    offset.checked_sub(MMIO_OFFSET).unwrap_or(offset) as usize
+}
+
+/// The bytes a front-end sees from `offset` on; `None`: beyond what a configuration space can be. Offsets from
+/// [`MMIO_OFFSET`] on count from there.
 pub fn read(config: &BlockConfig, offset: u32, bytes: u32) -> Option<Vec<u8>> {
-    let start = usize::try_from(offset).ok()?;
+    let start = start(offset);
     let end = start.checked_add(usize::try_from(bytes).ok()?).filter(|end| *end <= MAX_CONFIG_BYTES)?;
     let known = config.as_bytes();
     Some((start..end).map(|at| known.get(at).copied().unwrap_or(0)).collect())
@@ -220,7 +231,7 @@ pub fn read(config: &BlockConfig, offset: u32, bytes: u32) -> Option<Vec<u8>> {
 pub fn written_mode(config: &BlockConfig, offset: u32, data: &[u8]) -> Result<bool, &'static str> {
     let current = read(config, offset, data.len() as u32).ok_or("it lies outside the configuration space")?;
     let at = WRITEBACK_OFFSET
-        .checked_sub(offset as usize)
+        .checked_sub(start(offset))
         .filter(|at| *at < data.len())
         .ok_or("only the writeback byte can be written")?;
     let mut rest = data.to_vec();
@@ -367,6 +378,12 @@ mod tests {
         assert_eq!(read(&config, 60, 4).unwrap(), [0; 4]);
         assert_eq!(read(&config, 0, 257), None);
         assert_eq!(read(&config, u32::MAX, u32::MAX), None);
+        // Counted from where virtio-mmio has it.
+        assert_eq!(read(&config, 0x100, 60).unwrap(), config.as_bytes());
+        assert_eq!(read(&config, 0x100 + 20, 4).unwrap(), 512u32.to_le_bytes());
+        assert_eq!(read(&config, 0x100, 256).unwrap(), long);
+        assert_eq!(read(&config, 0xff, 2), None, "neither the one nor the other");
+        assert_eq!((read(&config, 0x100, 257), read(&config, 0x200, 1)), (None, None));
     }
 
     #[test]
@@ -375,6 +392,7 @@ mod tests {
         let config = config(&namespace, features(&namespace, false), 1, true);
         assert_eq!(written_mode(&config, 32, &[0]), Ok(false));
         assert_eq!(written_mode(&config, 32, &[1]), Ok(true));
+        assert_eq!(written_mode(&config, 0x100 + 32, &[0]), Ok(false));
         assert!(written_mode(&config, 32, &[2]).is_err());
         let mut whole = config.as_bytes().to_vec();
         whole[32] = 0;
