@@ -305,8 +305,7 @@ impl Drive {
             }
         };
         let namespace = controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))?;
-        let exported = ExportedNamespace::new(namespace).map_err(|error| format!("cannot make an eventfd: {error}"))?;
-        let exported = Arc::new(exported);
+        let exported = Arc::new(ExportedNamespace::new(namespace));
         let mut state = self.state();
         if let Condition::Present(present) = &state.condition {
             exported.flushes.set_losses(present.losses());

@@ -1,22 +1,17 @@
-//! One disk on one socket: front-ends come, one at a time, and go.
+//! One disk on one socket: front-ends come and go, and the rings of one at a time run.
 
-use std::io;
-use std::os::unix::net::UnixStream;
-use std::panic::{AssertUnwindSafe, catch_unwind};
+mod server;
+pub mod turns;
+
 use std::sync::{Arc, Mutex, PoisonError};
 
-use rustix::event::{PollFd, PollFlags, poll};
-
-use crate::bell::Bell;
 use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
 use crate::drive::{Drive, ExportedNamespace};
-use crate::listener::Listener;
 use crate::log_limit::LogLimit;
-use crate::session::Session;
-use crate::session::connection::{self, End};
-use crate::worker::panic_message;
+pub use server::Server;
+use turns::Turns;
 
 /// What the sessions of one export have in common.
 pub struct Export {
@@ -39,6 +34,8 @@ pub struct Export {
     /// The mode of the write cache as its front-ends know it, true for write-back; `None`: this process has not served any yet.
     /// It outlives sessions: a front-end that comes again shows its guest the mode that was set, and does not set it again.
     mode: Mutex<Option<bool>>,
+    /// The order of its front-ends.
+    pub turns: Arc<Turns>,
     first_worker: usize,
     workers: usize,
     counters: Vec<Arc<LaneCounters>>,
@@ -66,6 +63,7 @@ impl Export {
             name: settings.listen.to_string(),
             features: blk_config::features(&known, read_only),
             mode: Mutex::new(None),
+            turns: Arc::default(),
             drive,
             namespace,
             read_only,
@@ -127,139 +125,4 @@ impl Export {
             log::info!("{}: no ring has been used yet", self.name);
         }
     }
-}
-
-/// The thread that serves an export.
-pub struct Server {
-    export: Arc<Export>,
-    stop: Arc<Stop>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-/// How a thread is told to stop, wherever it waits.
-struct Stop {
-    bell: Bell,
-    /// The present front-end; shutting it down ends a read or write in the middle of a message.
-    stream: Mutex<Option<UnixStream>>,
-}
-
-impl Stop {
-    fn set_stream(&self, stream: Option<UnixStream>) {
-        *self.stream.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = stream;
-    }
-}
-
-impl Server {
-    /// Starts to accept front-ends; `ended` is called when there will be no more of them, with an error, in one line, if there
-    /// should be.
-    pub fn start(
-        export: Arc<Export>,
-        listener: Listener,
-        ended: impl FnOnce(Result<(), String>) + Send + 'static,
-    ) -> Result<Server, String> {
-        let cannot = |error: io::Error| format!("{}: cannot start serving: {error}", export.name);
-        let bell = Bell::new().map_err(cannot)?;
-        let stop = Arc::new(Stop { bell, stream: Mutex::new(None) });
-        let thread = {
-            let (export, stop) = (export.clone(), stop.clone());
-            let run = move || {
-                // Its disk would be gone for as long as the program lives.
-                let end = catch_unwind(AssertUnwindSafe(|| accept(&export, listener, &stop)));
-                ended(end.unwrap_or_else(|panic| {
-                    Err(format!("the thread that serves {} died: {}", export.name, panic_message(panic.as_ref())))
-                }));
-            };
-            std::thread::Builder::new().name("vhost-user".into()).spawn(run).map_err(cannot)?
-        };
-        Ok(Server { export, stop, thread: Some(thread) })
-    }
-
-    /// The export it serves.
-    pub fn export(&self) -> &Arc<Export> {
-        &self.export
-    }
-
-    /// Asks the thread to stop; dropping the server waits for it.
-    pub fn ask_to_stop(&self) {
-        self.stop.bell.ring();
-        if let Some(stream) = &*self.stop.stream.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        self.ask_to_stop();
-        if let Some(thread) = self.thread.take() {
-            // It catches its panics.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Accepts front-ends until told to stop.
-fn accept(export: &Arc<Export>, listener: Listener, stop: &Stop) -> Result<(), String> {
-    // Dropped in this order: the file, then the socket, on which nobody else can take the file for a stale one.
-    let (socket, _bound) = match listener {
-        Listener::Connected(stream) => {
-            serve(export, stream, stop);
-            return Ok(());
-        }
-        Listener::Listening(bound, socket) => (socket, bound),
-    };
-    log::info!("{}: {} is ready for a front-end", export.name, describe(export));
-    loop {
-        let mut sources = [PollFd::new(&stop.bell, PollFlags::IN), PollFd::new(&socket, PollFlags::IN)];
-        if let Err(error) = poll(&mut sources, None)
-            && error != rustix::io::Errno::INTR
-        {
-            return Err(format!("{}: cannot wait for front-ends: {error}", export.name));
-        }
-        if !sources[0].revents().is_empty() {
-            return Ok(());
-        }
-        match socket.accept() {
-            Ok((stream, _)) => serve(export, stream, stop),
-            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
-            Err(error) => {
-                log::error!("{}: cannot accept a front-end: {error}", export.name);
-                // Out of descriptors, most likely: give others time to release some, but hear a stop.
-                let pause = rustix::event::Timespec { tv_sec: 1, tv_nsec: 0 };
-                let _ = poll(&mut [PollFd::new(&stop.bell, PollFlags::IN)], Some(&pause));
-            }
-        }
-    }
-}
-
-/// Serves one front-end until it goes.
-fn serve(export: &Arc<Export>, stream: UnixStream, stop: &Stop) {
-    let prepared = stream.set_nonblocking(false).and_then(|()| stream.try_clone());
-    match prepared {
-        Ok(clone) => stop.set_stream(Some(clone)),
-        Err(error) => return log::error!("{}: cannot use a front-end's socket: {error}", export.name),
-    }
-    log::info!("{}: a front-end connected", export.name);
-    #[cfg(test)]
-    crate::target::tests::panic_if_asked(&export.name, "server panics");
-    let session = Arc::new(Mutex::new(Session::new(export.clone())));
-    let end = connection::serve(stream, session, &stop.bell, export.namespace.changed(), &export.name);
-    stop.set_stream(None);
-    match end {
-        End::Closed => log::info!("{}: the front-end disconnected", export.name),
-        End::Stopped => log::debug!("{}: the front-end is left", export.name),
-        End::Broken(why) => log::warn!("{}: the front-end was disconnected: {why}", export.name),
-    }
-}
-
-fn describe(export: &Export) -> String {
-    let namespace = export.namespace.known().namespace;
-    format!(
-        "namespace {} of {}, {} blocks of {} bytes{}",
-        namespace.id,
-        export.drive,
-        namespace.blocks,
-        namespace.block_bytes(),
-        if export.read_only { ", read-only" } else { "" }
-    )
 }

@@ -197,14 +197,36 @@ impl GuestMemory {
         Self::default()
     }
 
-    /// This table and one region more, mapped into this process, and for the device if that is there.
+    /// This table and one region more, mapped into this process, and for the device if that is there. One that is in the
+    /// table already, at the same addresses and the same place of the same file, changes nothing.
     ///
     /// # Errors
     /// The region is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
     /// be mapped. This table stays as it is.
     pub fn with_region(&self, reach: &Reach, region: RegionDescription, file: File) -> Result<GuestMemory, Error> {
+        self.with_region_like(self, reach, region, file)
+    }
+
+    /// The same; a region that is in `earlier` is shared with that table instead of mapped anew.
+    ///
+    /// # Errors
+    /// As [`with_region`](Self::with_region).
+    pub fn with_region_like(
+        &self,
+        earlier: &GuestMemory,
+        reach: &Reach,
+        region: RegionDescription,
+        file: File,
+    ) -> Result<GuestMemory, Error> {
+        if self.find_same(&region, &file).is_some() {
+            return Ok(GuestMemory { regions: self.regions.clone() });
+        }
         self.check(&region)?;
-        Ok(self.insert(Self::map_for_dma(reach, region, file)?))
+        let region = match earlier.find_same(&region, &file) {
+            Some(region) => region,
+            None => Self::map_for_dma(reach, region, file)?,
+        };
+        Ok(self.insert(region))
     }
 
     /// This table without a region. Addresses and length have to match; the file offset does not (vhost-user, REM_MEM_REG).

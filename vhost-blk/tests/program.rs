@@ -118,6 +118,7 @@ fn sigterm_in_the_middle_of_a_message() {
     let (_folder, socket) = folder();
     let mut program = Program::serve(&socket, &[]);
     let front = Front::connect(&socket);
+    assert_ne!(front.ask_u64(GET_FEATURES), 0);
     // A header without its body.
     front.raw(&[&8u32.to_ne_bytes()[..], &1u32.to_ne_bytes(), &8u32.to_ne_bytes()].concat());
     program.wait_for("a front-end connected");

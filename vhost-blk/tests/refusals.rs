@@ -15,12 +15,17 @@ fn memory_that_cannot_be_is_refused() {
     let region = Region::new(MIB, MIB);
     region.add(&front);
     let add = |region: &Region| (region.single(), [region.file.as_raw_fd()]);
-    // Twice the same; overlapping; longer than its file; not at a page; without a descriptor.
-    let (body, fd) = add(&region);
+    // Overlapping, also another place of the same file, and the same place of another; longer than its file; not at a page;
+    // without a descriptor.
+    let (mut body, fd) = add(&region);
+    body[32..].copy_from_slice(&0x1000u64.to_ne_bytes());
+    region.file.set_len(2 * MIB).unwrap();
     front.refuse(ADD_MEM_REG, &body, &fd);
-    let overlapping = Region::new(MIB + 0x1000, MIB);
-    let (body, fd) = add(&overlapping);
-    front.refuse(ADD_MEM_REG, &body, &fd);
+    for guest in [MIB, MIB + 0x1000] {
+        let overlapping = Region::new(guest, MIB);
+        let (body, fd) = add(&overlapping);
+        front.refuse(ADD_MEM_REG, &body, &fd);
+    }
     let short = Region::new(16 * MIB, MIB);
     short.file.set_len(0x1000).unwrap();
     let (body, fd) = add(&short);
@@ -31,6 +36,8 @@ fn memory_that_cannot_be_is_refused() {
     front.refuse(ADD_MEM_REG, &body, &fd);
     front.refuse(ADD_MEM_REG, &Region::new(64 * MIB, MIB).single(), &[]);
     front.refuse(REM_MEM_REG, &Region::new(64 * MIB, MIB).single(), &[]);
+    // The same once more is no other one.
+    region.add(&front);
     // What was there works.
     let mut ring = Ring::new(&region, 0, MIB);
     ring.start(&front);
@@ -100,8 +107,6 @@ fn wrong_messages_are_refused_and_nothing_is_lost() {
     front.refuse(SEND_RARP, &0u64.to_ne_bytes(), &[]);
     front.refuse(1000, &[7; 4000], &[event]);
     front.refuse(0, &[], &[]);
-    // Unasked-for replies are not expected and not read.
-    front.send(SEND_RARP, 0, &[0; 8], &[]);
     assert!(front.config(0, 4000).is_empty(), "no configuration there");
     // The ring has not noticed any of it.
     ring.check_io(8);
@@ -133,6 +138,57 @@ fn messages_beyond_repair_end_the_connection_only() {
         ring.start(&next);
         ring.check_io(0);
     }
+}
+
+#[test]
+fn a_refusal_that_cannot_be_said_ends_the_connection_only() {
+    let served = one();
+    let region = Region::new(0, MIB);
+    let overlapping = Region::new(0x1000, MIB);
+    let fd = [overlapping.file.as_raw_fd()];
+    let single = overlapping.single();
+    let messages: [(u32, u32, &[u8], &[std::os::fd::RawFd]); 7] = [
+        (ADD_MEM_REG, 0, &single, &fd),
+        (REM_MEM_REG, 0, &single, &[]),
+        (SET_VRING_NUM, 0, &state(0, 512), &[]),
+        (SET_VRING_NUM, 0, &[0; 4], &[]),
+        (SET_CONFIG, 0, &config(0, &[1]), &[]),
+        (SEND_RARP, 0, &[0; 8], &[]),
+        (1000, 0, &[7; 4000], &fd),
+    ];
+    for (request, flags, body, fds) in messages {
+        let front = served.connect();
+        front.negotiate();
+        region.add(&front);
+        front.send(request, flags, body, fds);
+        front.wait_for_end();
+    }
+    // An acknowledgement is asked for, and none was agreed on.
+    let front = served.connect();
+    assert_ne!(front.ask_u64(GET_FEATURES), 0);
+    front.send(SET_VRING_NUM, NEED_REPLY, &state(0, 512), &[]);
+    front.wait_for_end();
+    // Agreed on without a look at the features, which the acknowledgement depends on.
+    let front = served.connect();
+    front.send(SET_PROTOCOL_FEATURES, 0, &(1u64 << 3).to_ne_bytes(), &[]);
+    front.send(SET_VRING_NUM, NEED_REPLY, &state(0, 512), &[]);
+    front.wait_for_end();
+    // The next one has its disk.
+    let next = served.connect();
+    next.negotiate();
+    Ring::first(&next, &region).check_io(0);
+}
+
+#[test]
+fn a_configuration_space_counted_from_virtio_mmio() {
+    let served = with_cache();
+    let front = served.connect();
+    front.negotiate();
+    assert_eq!(front.config(0x100, 60), front.config(0, 60));
+    assert_eq!(front.config(0x100, 8), (64 * MIB / 512).to_le_bytes());
+    front.accept(SET_CONFIG, &config(0x100 + 32, &[0]), &[]);
+    assert_eq!((front.config(0x100 + 32, 1), front.config(32, 1)), (vec![0], vec![0]));
+    assert!(front.config(0x80, 0x100).is_empty() && front.config(0x200, 8).is_empty());
 }
 
 #[test]

@@ -265,17 +265,6 @@ fn a_hundred_front_ends_one_after_the_other() {
 }
 
 #[test]
-fn front_ends_wait_for_their_turn() {
-    let served = one();
-    let (first, second) = (served.connect(), served.connect());
-    first.negotiate();
-    second.send(GET_FEATURES, 0, &[], &[]);
-    first.negotiate();
-    drop(first);
-    assert!(second.reply(GET_FEATURES).is_some());
-}
-
-#[test]
 fn reset_device_begins_anew_and_keeps_memory() {
     let served = one();
     let front = served.connect();

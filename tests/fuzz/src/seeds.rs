@@ -156,7 +156,8 @@ pub fn session() -> Seeds {
     vec![
         ("split", join(&[HELLO, ACKNOWLEDGE, CONFIG, MEMORY, READ, START, WRITE, START_SECOND, BASE])),
         ("packed", join(&[HELLO_PACKED, ACKNOWLEDGE, CONFIG, MEMORY, READ, START, BASE])),
-        ("in-any-order", join(&[START, READ, MEMORY, HELLO, START_SECOND, BASE, RESET, START])),
+        ("in-any-order", join(&[HELLO, START, READ, MEMORY, HELLO, START_SECOND, BASE, RESET, START])),
+        ("anew", join(&[HELLO, MEMORY, READ, START, BASE, HELLO, MEMORY, MORE_MEMORY, READ, START, WRITE, BASE])),
         (
             "memory",
             join(&[HELLO, ACKNOWLEDGE, MEMORY, READ, START, MORE_MEMORY, REMOVE, MEMORY, TABLE, &[5, 5], &[5, 6]]),

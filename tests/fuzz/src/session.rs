@@ -17,7 +17,7 @@ use vhost_blk::config::{ExportSettings, Listen};
 use vhost_blk::drive::Drive;
 use vhost_blk::export::Export;
 use vhost_blk::session::Session;
-use vhost_blk::session::connection::{End, serve};
+use vhost_blk::session::connection::{End, Wakers, serve};
 use vhost_blk::worker::WorkerPool;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -123,8 +123,11 @@ fn talk(served: &Served, data: &[u8]) {
     }
     drop(front_end);
     ours.shutdown(Shutdown::Write).expect("a socket can be shut down");
+    let changed = served.export.namespace.listen().expect("an eventfd can be made");
     let session = Arc::new(Mutex::new(Session::new(served.export.clone())));
-    let end = serve(theirs, session, &served.stop, served.export.namespace.changed(), "fuzz");
+    let turn = served.export.turns.join().expect("an eventfd can be made");
+    let wakers = Wakers { stop: &served.stop, changed: &changed, turn: &turn, log: &served.export.log };
+    let end = serve(theirs, session, &wakers, "fuzz", |_| {});
     assert_ne!(end, End::Stopped, "nobody has asked it to stop");
 }
 
@@ -157,7 +160,8 @@ impl<'a> FrontEnd<'a> {
             raw: 0,
             features,
             packed: false,
-            flags: 0,
+            // What is refused without an answer ends the session, and nothing more would be tried.
+            flags: NEED_REPLY,
             short_by: 0,
             guest: Region::new(0, GUEST_BYTES),
             small: Region::new(0x10_0000, SMALL_BYTES),

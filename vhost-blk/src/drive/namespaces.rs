@@ -1,7 +1,7 @@
 //! The namespaces that are exported, as the drive has them now: they may be resized, write-protected, taken away and returned
 //! while front-ends use them.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use nvme_driver::{Controller, Error, Namespace};
 
@@ -28,22 +28,22 @@ impl Known {
     }
 }
 
-/// An exported namespace. The keeper of its drive writes it, the session of the export's front-end reads it.
+/// An exported namespace. The keeper of its drive writes it, the sessions of the export's front-ends read it.
 pub struct ExportedNamespace {
     /// Its identifier.
     pub id: u32,
     /// What its flushes have promised, to whatever front-end.
     pub flushes: Arc<FlushPromise>,
     known: Mutex<Known>,
-    changed: Bell,
+    listeners: Mutex<Vec<Weak<Bell>>>,
 }
 
 impl ExportedNamespace {
     /// One that is there.
-    pub fn new(namespace: Namespace) -> std::io::Result<ExportedNamespace> {
+    pub fn new(namespace: Namespace) -> ExportedNamespace {
         let id = namespace.id;
         let known = Mutex::new(Known { namespace, absent: None });
-        Ok(ExportedNamespace { id, flushes: Arc::default(), known, changed: Bell::new()? })
+        ExportedNamespace { id, flushes: Arc::default(), known, listeners: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -55,9 +55,16 @@ impl ExportedNamespace {
         self.lock().clone()
     }
 
-    /// Rings when something else is known of it.
-    pub fn changed(&self) -> &Bell {
-        &self.changed
+    /// A bell that rings when something else is known of it, as long as the caller has it.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub fn listen(&self) -> std::io::Result<Arc<Bell>> {
+        let bell = Arc::new(Bell::new()?);
+        let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.retain(|listener| listener.strong_count() > 0);
+        listeners.push(Arc::downgrade(&bell));
+        Ok(bell)
     }
 
     /// The drive has lost its cache, so often by now, and no lane has it yet. `drive`: its name.
@@ -109,7 +116,8 @@ impl ExportedNamespace {
             _ => {}
         }
         drop(known);
-        self.changed.ring();
+        let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.iter().filter_map(Weak::upgrade).for_each(|bell| bell.ring());
     }
 }
 
@@ -209,26 +217,29 @@ mod tests {
         }
     }
 
-    fn rings(exported: &ExportedNamespace) -> bool {
+    fn rings(bell: &Bell) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let rings = poll(&mut [PollFd::new(exported.changed(), PollFlags::IN)], Some(&now)).unwrap() == 1;
-        exported.changed().silence();
+        let rings = poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&now)).unwrap() == 1;
+        bell.silence();
         rings
     }
 
     #[test]
     fn what_is_no_news_rings_nothing() {
-        let exported = ExportedNamespace::new(namespace()).unwrap();
+        let exported = ExportedNamespace::new(namespace());
+        let (bell, other) = (exported.listen().unwrap(), exported.listen().unwrap());
         let there = |blocks| Found::There(Namespace { blocks, ..namespace() });
         exported.learn("drive", there(1000));
-        assert!(!rings(&exported));
+        assert!(!rings(&bell));
         exported.learn("drive", there(2000));
-        assert!(rings(&exported));
+        assert!(rings(&bell));
+        assert!(rings(&other), "whoever listens hears it");
+        drop(other);
         assert_eq!(exported.known().usable().blocks, 2000);
         exported.learn("drive", Found::Gone);
-        assert!(rings(&exported));
+        assert!(rings(&bell));
         exported.learn("drive", Found::Gone);
-        assert!(!rings(&exported));
+        assert!(!rings(&bell));
         let known = exported.known();
         assert_eq!(
             (known.usable().blocks, known.namespace.blocks),
@@ -238,9 +249,9 @@ mod tests {
         // Another one in its place is not it.
         exported.learn("drive", Found::There(Namespace { uuid: Some([9; 16]), ..namespace() }));
         assert!(exported.known().absent.is_some_and(|why| why.contains("unique identifiers")));
-        assert!(rings(&exported));
+        assert!(rings(&bell));
         exported.learn("drive", there(1500));
-        assert!(rings(&exported));
+        assert!(rings(&bell));
         assert_eq!(exported.known(), Known { namespace: Namespace { blocks: 1500, ..namespace() }, absent: None });
     }
 }

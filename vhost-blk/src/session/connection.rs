@@ -2,7 +2,8 @@
 //!
 //! The `vhost` crate reads and answers the messages; this loop looks at each header first. It keeps messages away from
 //! the crate which we do not offer (the crate would leave their bodies in the stream), and sends the error reply where
-//! the crate refuses a message without one, so that a wrong message costs the front-end that message and no more.
+//! the crate refuses a message without one, so that a wrong message costs the front-end that message and no more. Where
+//! there is no way to say "no", the connection ends: a front-end that believes in what was refused waits for ever.
 
 use std::collections::HashSet;
 use std::io::{IoSliceMut, Read, Write};
@@ -19,6 +20,8 @@ use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
 use crate::bell::Bell;
+use crate::export::turns::{Asked, Turn};
+use crate::log_limit::{Kind, LogLimit};
 
 /// What the loop needs of the device besides the handling of messages.
 pub trait Device: VhostUserBackendReqHandlerMut {
@@ -28,6 +31,8 @@ pub trait Device: VhostUserBackendReqHandlerMut {
     fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>);
     /// What is known of the namespace may have changed.
     fn look_at_namespace(&mut self);
+    /// Its turn on the disk has come. The error says what cannot be done now of what was said before.
+    fn take_turn(&mut self) -> Result<(), String>;
     /// Whether REPLY_ACK is negotiated.
     fn reply_ack(&self) -> bool;
 }
@@ -51,8 +56,8 @@ const REPLY: u32 = 1 << 2;
 const NEED_REPLY: u32 = 1 << 3;
 /// The longest body the `vhost` crate takes; longer than any message we know.
 const MAX_BODY: u32 = 4096;
-/// How long the rest of a header may take.
-const HEADER_DEADLINE: Duration = Duration::from_secs(1);
+/// How long the rest of a message may take.
+const MESSAGE_DEADLINE: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
 struct Header {
@@ -65,6 +70,11 @@ impl Header {
     fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Header {
         let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
         Header { request: word(0), flags: word(4), size: word(8) }
+    }
+
+    /// Whether it can be the header of a message at all.
+    fn is_proper(&self) -> bool {
+        self.flags & VERSION_MASK == VERSION && self.size <= MAX_BODY
     }
 
     /// The request, if it is one we serve; everything else never reaches the crate.
@@ -150,23 +160,45 @@ impl Header {
     }
 }
 
-/// Serves one front-end until it goes away or `stop` becomes readable. `changed` rings when the namespace is to be looked at.
-pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: &Bell, changed: &Bell, name: &str) -> End {
+/// What a connection listens to besides its socket.
+pub struct Wakers<'a> {
+    /// Readable when the connection has to end.
+    pub stop: &'a Bell,
+    /// Rings when the namespace is to be looked at.
+    pub changed: &'a Bell,
+    /// The front-end's place in the order of its disk.
+    pub turn: &'a Turn,
+    /// How many lines its disk may cause.
+    pub log: &'a LogLimit,
+}
+
+/// Serves one front-end until it goes away or is to be left. Its turn is asked for with its first message, upon which
+/// `spoken` is called with what it was told.
+pub fn serve<D: Device>(
+    stream: UnixStream,
+    device: Arc<Mutex<D>>,
+    wakers: &Wakers,
+    name: &str,
+    spoken: impl FnOnce(Asked),
+) -> End {
+    let Wakers { stop, changed, turn, log } = *wakers;
     let own = match stream.try_clone() {
         Ok(own) => own,
         Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
     };
     let handler = BackendReqHandler::from_stream(stream, device.clone());
-    let mut connection = Connection { stream: own, handler, device, name, complained: HashSet::new() };
+    let complained = HashSet::new();
+    let mut connection = Connection { stream: own, handler, device, name, log, complained, features_asked: false };
+    let mut spoken = Some(spoken);
     loop {
-        let mut sources = [stop.as_fd(), connection.stream.as_fd(), changed.as_fd()]
+        let mut sources = [stop.as_fd(), connection.stream.as_fd(), changed.as_fd(), turn.bell().as_fd()]
             .map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
         match poll(&mut sources, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(error) => return End::Broken(format!("cannot wait for messages: {error}")),
         }
-        let [stopped, message, news] = sources.map(|source| !source.revents().is_empty());
+        let [stopped, message, news, begins] = sources.map(|source| !source.revents().is_empty());
         if stopped {
             return End::Stopped;
         }
@@ -175,11 +207,23 @@ pub fn serve<D: Device>(stream: UnixStream, device: Arc<Mutex<D>>, stop: &Bell, 
             changed.silence();
             connection.device().look_at_namespace();
         }
+        if begins {
+            turn.bell().silence();
+            let result = connection.device().take_turn();
+            if let Err(why) = result
+                && let Some(more) = log.admit(Kind::Ring)
+            {
+                log::error!("{name}: {why}{more}");
+            }
+        }
         if !message {
             continue;
         }
         if let Err(end) = connection.message() {
             return end;
+        }
+        if let Some(spoken) = spoken.take() {
+            spoken(turn.ask());
         }
     }
 }
@@ -189,15 +233,18 @@ struct Connection<'a, D: Device> {
     handler: BackendReqHandler<Mutex<D>>,
     device: Arc<Mutex<D>>,
     name: &'a str,
+    log: &'a LogLimit,
     /// Requests whose refusal has been logged.
     complained: HashSet<u32>,
+    /// GET_FEATURES was answered: the crate acknowledges nothing before.
+    features_asked: bool,
 }
 
 impl<D: Device> Connection<'_, D> {
     /// Handles the message at the front of the stream.
     fn message(&mut self) -> Result<(), End> {
         let header = self.peek()?;
-        if header.flags & VERSION_MASK != VERSION || header.size > MAX_BODY {
+        if !header.is_proper() {
             return Err(End::Broken(format!(
                 "message {} with flags {:#x} and {} bytes is no vhost-user message",
                 header.request, header.flags, header.size
@@ -215,15 +262,24 @@ impl<D: Device> Connection<'_, D> {
             let channel = self.descriptor(header);
             self.device().offer_back_channel(channel);
         }
-        let Err(error) = self.handler.handle_request() else { return Ok(()) };
-        match error {
-            Error::Disconnected => return Err(End::Closed),
-            Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage => {
+        let result = self.handler.handle_request();
+        let refusal = self.device().take_refusal();
+        let error = match (result, &refusal) {
+            (Ok(()), None) => {
+                self.features_asked |= request == FrontendReq::GET_FEATURES;
+                return Ok(());
+            }
+            // GET_CONFIG: an empty answer is a "no" (vhost-user, "Virtio device config space").
+            (Ok(()), Some(why)) => {
+                self.complain(header, why);
+                return Ok(());
+            }
+            (Err(Error::Disconnected), _) => return Err(End::Closed),
+            (Err(error @ (Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage)), _) => {
                 return Err(End::Broken(error.to_string()));
             }
-            _ => {}
-        }
-        let refusal = self.device().take_refusal();
+            (Err(error), _) => error,
+        };
         // The crate acknowledges what a method refused, and whatever goes wrong inside these three messages, but nothing
         // that it finds wrong before.
         let acknowledged = refusal.is_some()
@@ -238,24 +294,42 @@ impl<D: Device> Connection<'_, D> {
         self.device.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// The next header, left in the stream.
+    /// The next header, left in the stream. The whole message is there: nothing waits for a part of it later.
     fn peek(&self) -> Result<Header, End> {
-        let deadline = Instant::now() + HEADER_DEADLINE;
+        let deadline = Instant::now() + MESSAGE_DEADLINE;
         loop {
             let mut bytes = [0; HEADER_BYTES];
-            match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
+            let part = match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
                 Ok((_, 0)) => return Err(End::Closed),
-                Ok((_, HEADER_BYTES)) => return Ok(Header::from_bytes(bytes)),
-                // What a front-end left behind in the stream hides its end from a look ahead.
-                Ok(_) if self.has_hung_up() => return Err(End::Closed),
-                // The header comes in pieces: nobody does that, and nobody may hold us up with it.
-                Ok(_) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),
-                Ok(_) => return Err(End::Broken("a message's header stays incomplete".into())),
-                Err(Errno::INTR) => {}
+                Ok((_, HEADER_BYTES)) => {
+                    let header = Header::from_bytes(bytes);
+                    if !header.is_proper() || self.has_whole(header)? {
+                        return Ok(header);
+                    }
+                    header.name()
+                }
+                Ok(_) => "a message's header".into(),
+                Err(Errno::INTR) => continue,
                 Err(Errno::CONNRESET) => return Err(End::Closed),
                 Err(error) => return Err(End::Broken(format!("cannot read from the socket: {error}"))),
+            };
+            // What a front-end left behind in the stream hides its end from a look ahead.
+            if self.has_hung_up() {
+                return Err(End::Closed);
             }
+            // The message comes in pieces: nobody does that, and nobody may hold us up with it.
+            if Instant::now() >= deadline {
+                return Err(End::Broken(format!("{part} stays incomplete")));
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
+    }
+
+    /// Whether all of the message of which this is the header can be read.
+    fn has_whole(&self, header: Header) -> Result<bool, End> {
+        rustix::io::ioctl_fionread(&self.stream)
+            .map(|bytes| bytes >= HEADER_BYTES as u64 + u64::from(header.size))
+            .map_err(|error| End::Broken(format!("cannot look into the socket: {error}")))
     }
 
     /// Whether nothing more can come.
@@ -302,19 +376,26 @@ impl<D: Device> Connection<'_, D> {
         })
     }
 
-    /// Logs a refused message once for each kind, and tells the front-end where it waits for an answer.
-    fn refuse(&mut self, header: Header, why: &str, acknowledge: bool) -> Result<(), End> {
+    /// Logs a refused message once for each kind.
+    fn complain(&mut self, header: Header, why: &str) {
         let request = header.name();
-        if header.has_own_reply() {
-            // Its reply cannot say "no": an end of the connection is the only answer that leaves nobody waiting.
-            return Err(End::Broken(format!("{request} cannot be answered: {why}")));
-        }
-        if self.complained.insert(header.request) {
-            log::warn!("{}: {request} refused: {why}", self.name);
-        } else {
+        if !self.complained.insert(header.request) {
             log::debug!("{}: {request} refused again: {why}", self.name);
+        } else if let Some(more) = self.log.admit(Kind::Refusal) {
+            log::warn!("{}: {request} refused: {why}{more}", self.name);
         }
-        if acknowledge && header.flags & NEED_REPLY != 0 && self.device().reply_ack() {
+    }
+
+    /// Tells the front-end that a message is refused; without a way to do so the connection ends, which leaves nobody waiting.
+    fn refuse(&mut self, header: Header, why: &str, acknowledge: bool) -> Result<(), End> {
+        if header.has_own_reply() {
+            return Err(End::Broken(format!("{} cannot be answered: {why}", header.name())));
+        }
+        if header.flags & NEED_REPLY == 0 || !self.features_asked || !self.device().reply_ack() {
+            return Err(End::Broken(format!("{} refused: {why}", header.name())));
+        }
+        self.complain(header, why);
+        if acknowledge {
             let mut reply = [0; HEADER_BYTES + 8];
             let words = [header.request, VERSION | REPLY, 8, 1, 0];
             for (bytes, word) in reply.chunks_exact_mut(4).zip(words) {

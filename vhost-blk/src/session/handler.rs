@@ -18,8 +18,7 @@ use super::{MEMORY_SLOTS, RING_FEATURES, Session};
 use crate::blk_config;
 use crate::eventfd::is_eventfd;
 use crate::export::Export;
-use crate::guest_memory::RegionDescription;
-use crate::log_limit::Kind;
+use crate::guest_memory::{GuestMemory, RegionDescription};
 use crate::ring::InflightMemory;
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
@@ -42,6 +41,10 @@ impl Device for Session {
 
     fn look_at_namespace(&mut self) {
         self.take_news();
+    }
+
+    fn take_turn(&mut self) -> std::result::Result<(), String> {
+        Session::take_turn(self)
     }
 
     fn reply_ack(&self) -> bool {
@@ -143,6 +146,7 @@ impl Session {
         }
         self.rings[index].kick = kick;
         self.rings[index].changed();
+        self.used = true;
         self.settle()
     }
 
@@ -182,22 +186,30 @@ impl Session {
         let regions = regions.iter().map(description).zip(files).collect();
         let memory =
             self.memory.replaced(self.export.drive.memory(), regions).map_err(|error| format!("memory: {error}"))?;
+        self.memory_before = None;
         self.set_memory(memory)
     }
 
     fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<(), String> {
-        if self.memory.region_count() >= MEMORY_SLOTS {
+        let empty = GuestMemory::new();
+        let (table, earlier) = match &self.memory_before {
+            Some(before) if !before.replaced => (&empty, &*before.memory),
+            Some(before) => (&*self.memory, &*before.memory),
+            None => (&*self.memory, &*self.memory),
+        };
+        if table.region_count() >= MEMORY_SLOTS {
             return Err(format!("there are {MEMORY_SLOTS} memory regions already"));
         }
-        let memory = self
-            .memory
-            .with_region(self.export.drive.memory(), description(region), file)
+        let memory = table
+            .with_region_like(earlier, self.export.drive.memory(), description(region), file)
             .map_err(|error| format!("memory: {error}"))?;
+        self.memory_before.iter_mut().for_each(|before| before.replaced = true);
         self.set_memory(memory)
     }
 
     fn try_remove_region(&mut self, region: &VhostUserMemoryRegion) -> std::result::Result<(), String> {
         let memory = self.memory.without_region(&description(region)).map_err(|error| format!("memory: {error}"))?;
+        self.memory_before = None;
         self.set_memory(memory)
     }
 
@@ -207,6 +219,11 @@ impl Session {
         }
         let writeback = blk_config::written_mode(&self.config(), offset, data)?;
         let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
+        if !self.standing.serves {
+            self.standing.mode_chosen = true;
+            self.note_choice();
+            return Ok(());
+        }
         let done = if before && !writeback { self.write_through() } else { Ok(()) };
         self.keep_mode();
         done
@@ -214,7 +231,7 @@ impl Session {
 
     /// Writes that were answered under writeback must not stay volatile when the driver, which now counts on writethrough,
     /// flushes no more (virtio 1.2, 5.2.6.2).
-    fn write_through(&mut self) -> std::result::Result<(), String> {
+    pub(super) fn write_through(&mut self) -> std::result::Result<(), String> {
         let export = self.export.clone();
         // The queue pair of a ring will do if the controller has no other left.
         let flush = || flush(&export);
@@ -256,34 +273,11 @@ impl Session {
         }
         let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
             .map_err(|error| error.to_string())?;
-        let in_use = memory.in_use();
-        let mode = memory.note().and_then(|note| note.mode());
-        let flushes = &self.export.namespace.flushes;
-        match memory.note() {
-            Some(note) if flushes.attach(note) => {
-                if let Some(more) = self.export.log.admit(Kind::Drive) {
-                    log::error!(
-                        "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to \
-                         say so{more}",
-                        self.export.name
-                    );
-                }
-            }
-            Some(_) => {}
-            None => flushes.detach(),
-        }
-        if !in_use && !self.served {
-            flushes.forget_loss();
-        }
         self.inflight = Some(memory);
-        match mode {
-            Some(writeback) => {
-                // The stricter one, should this session know another.
-                self.disk.writeback.fetch_and(writeback, Ordering::Relaxed);
-                self.keep_mode();
-            }
-            None if in_use && self.export.mode().is_none() => self.take_over(),
-            None => self.keep_known_mode(),
+        self.standing.log_to_clear = false;
+        match self.standing.serves {
+            true => self.adopt_log(),
+            false => self.note_choice(),
         }
         self.rings.iter_mut().for_each(RingState::changed);
         self.settle()
@@ -296,7 +290,11 @@ impl Session {
         self.pause_these(&running, true);
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
-        self.inflight.iter().for_each(InflightMemory::clear);
+        if self.standing.serves {
+            self.inflight.iter().for_each(InflightMemory::clear);
+        } else {
+            self.standing.log_to_clear = self.inflight.is_some();
+        }
         // The mode of the write cache stays, as it may (virtio 1.2, 5.2.5: it can be either after a reset, and the driver has to
         // read it). Front-ends go on showing the guest what it chose before, QEMU among them, and tell us of changes only.
         Ok(())
@@ -331,7 +329,7 @@ fn not_offered<T>() -> Result<T> {
 
 impl VhostUserBackendReqHandlerMut for Session {
     fn set_owner(&mut self) -> Result<()> {
-        // Repeated by some front-ends; the connection's owner is who it is.
+        self.begin_anew();
         Ok(())
     }
 

@@ -2,12 +2,14 @@
 //!
 //! A ring *is wanted* when the front-end has said all there is to say about it (`ring_state`); it *runs* when, besides,
 //! its addresses lie in memory that has arrived. Every message only changes what is wanted, and `Session::settle`
-//! starts what can run, so the order of the messages does not matter.
+//! starts what can run, so the order of the messages does not matter. Nothing runs before it is the front-end's turn
+//! (`turn`).
 
 pub mod connection;
 mod handler;
 mod resize;
 mod ring_state;
+mod turn;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,6 +27,7 @@ use crate::ring::{InflightMemory, Ring, RingSetup};
 use crate::worker::LaneHandle;
 use resize::BackChannel;
 use ring_state::{Addresses, RingState};
+use turn::{MemoryBefore, Standing};
 
 /// Memory regions a front-end may add one by one. QEMU uses at most 512 slots and keeps a few for itself.
 pub const MEMORY_SLOTS: usize = 509;
@@ -53,6 +56,11 @@ pub struct Session {
     running: HashMap<usize, Running>,
     /// A ring has run.
     served: bool,
+    /// A ring was started, if only in words.
+    used: bool,
+    standing: Standing,
+    /// SET_OWNER has come again, and no ring has run since.
+    memory_before: Option<MemoryBefore>,
     /// Where rings note what is in flight (SET_INFLIGHT_FD).
     inflight: Option<InflightMemory>,
     /// The channel to the front-end (SET_BACKEND_REQ_FD).
@@ -64,7 +72,7 @@ pub struct Session {
 const RING_FEATURES: u64 = blk_config::F_RING_PACKED | blk_config::F_EVENT_IDX | blk_config::F_INDIRECT_DESC;
 
 impl Session {
-    /// A session that has not heard anything yet.
+    /// A session that has not heard anything yet, and whose turn it is not.
     pub fn new(export: Arc<Export>) -> Session {
         // Without a cache in the drive every write is written through; the driver may ask for the same.
         let known = export.namespace.known();
@@ -77,6 +85,9 @@ impl Session {
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
             served: false,
+            used: false,
+            standing: Standing::default(),
+            memory_before: None,
             inflight: None,
             back_channel: BackChannel::default(),
             known,
@@ -137,8 +148,11 @@ impl Session {
         }
     }
 
-    /// Starts every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
+    /// Starts, in its turn, every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
     fn settle(&mut self) -> Result<(), String> {
+        if !self.standing.serves {
+            return Ok(());
+        }
         let mut result = Ok(());
         for index in 0..self.rings.len() {
             let outcome = match (self.rings[index].wanted(), self.running.contains_key(&index)) {
@@ -222,6 +236,7 @@ impl Session {
         log::debug!("{}: ring {index} runs: {setup:?}", self.export.name);
         self.rings[index].told_waiting = false;
         self.served = true;
+        self.memory_before = None;
         self.running.insert(index, Running { handle, lease, addresses });
         Ok(())
     }
@@ -292,7 +307,9 @@ impl Drop for Session {
     fn drop(&mut self) {
         let running: Vec<usize> = self.running.keys().copied().collect();
         self.pause_these(&running, true);
-        self.export.namespace.flushes.detach();
+        if self.standing.serves {
+            self.export.namespace.flushes.detach();
+        }
     }
 }
 

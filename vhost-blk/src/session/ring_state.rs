@@ -75,6 +75,11 @@ impl RingState {
         self.addresses.filter(|_| started && self.enabled && self.size != 0 && !self.failed && !self.broken)
     }
 
+    /// The front-end has not started it, or it could not be.
+    pub fn rests(&self) -> bool {
+        matches!(self.kick, Notifier::Unset) || self.failed
+    }
+
     /// Something changed: another attempt to start it is worth while, and worth a word if it fails.
     pub fn changed(&mut self) {
         self.failed = false;

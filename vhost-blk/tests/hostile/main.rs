@@ -37,5 +37,6 @@ mod stand;
 
 mod basics;
 mod events;
+mod front_ends;
 mod log;
 mod long;
