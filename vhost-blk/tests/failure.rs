@@ -585,8 +585,10 @@ fn a_front_end_leaves_while_the_drive_is_slow() {
         ring.submit(0, 0, (ring.data(), 4096));
         eventually("the command is with the drive", || bench.simulator().faults().fired() > fired);
         drop(front);
-        // The next one is served only when nothing of the last one is under way any more.
-        bench.connect("a");
+        // The rings of the next one run only when nothing of the last one is under way any more.
+        let next = bench.connect("a");
+        let region = Region::new(0, MIB);
+        Ring::first(&next, &region).check_io(8);
         assert_eq!(ring.poll(), Some(0));
         bench.simulator().faults().clear();
     }
