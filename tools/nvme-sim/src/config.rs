@@ -52,8 +52,11 @@ pub struct NamespaceConfig {
     pub block_bytes: u32,
     /// Metadata bytes per block: 0, or 8 if [`Config::metadata_formats`]. Such a namespace refuses I/O.
     pub metadata_bytes: u16,
-    /// The file that holds the blocks, made if there is none; `None`: anonymous memory.
+    /// The file that holds the blocks, made if there is none; `None`: anonymous memory. One that is there has the size of the
+    /// namespace, or is empty, or is refused: it may be another file than was meant.
     pub file: Option<PathBuf>,
+    /// Take a file of another size, too. A shorter one grows, of a longer one only the beginning is used.
+    pub resize: bool,
     /// Write protected.
     pub read_only: bool,
 }
@@ -82,7 +85,14 @@ impl Default for Config {
 
 impl Default for NamespaceConfig {
     fn default() -> NamespaceConfig {
-        NamespaceConfig { bytes: 1 << 30, block_bytes: 512, metadata_bytes: 0, file: None, read_only: false }
+        NamespaceConfig {
+            bytes: 1 << 30,
+            block_bytes: 512,
+            metadata_bytes: 0,
+            file: None,
+            resize: false,
+            read_only: false,
+        }
     }
 }
 
@@ -128,12 +138,24 @@ impl Config {
 }
 
 impl NamespaceConfig {
+    /// Checks whether its file can be used: what it is, its size, and the permission to read and write it. Nothing is made or
+    /// changed, and whether another controller uses it is not looked at.
+    ///
+    /// # Errors
+    /// Why it cannot be used.
+    pub fn check_file(&self) -> Result<(), Error> {
+        crate::backing::check_file(self)
+    }
+
     pub(crate) fn check(&self, config: &Config) -> Result<(), Error> {
         if !matches!(self.block_bytes, 512 | 4096) {
             return Err(invalid(format!("the block size is {}: give 512 or 4096", self.block_bytes)));
         }
         if self.bytes < u64::from(self.block_bytes) || self.bytes > 1 << 46 {
             return Err(invalid(format!("the namespace size is {} bytes: give one block to 64 TiB", self.bytes)));
+        }
+        if self.resize && self.file.is_none() {
+            return Err(invalid("resize is for a file, and none is given: add file=PATH".into()));
         }
         match self.metadata_bytes {
             0 => Ok(()),
@@ -163,7 +185,7 @@ pub fn parse_size(text: &str) -> Result<u64, Error> {
 /// The text form of a [`Config`]: `SIZE[,key=value]…`.
 ///
 /// `SIZE` is the size of each namespace (see [`parse_size`]). Keys: `lba` (512 or 4096), `file` (path; namespace *n* > 1
-/// uses `PATH.n`), `namespaces`, `queues` (I/O queue pairs), `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks),
+/// uses `PATH.n`), `resize` (without a value: the file may have another size), `namespaces`, `queues` (I/O queue pairs), `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks),
 /// and, with the values `on` and `off`, `sgl`, `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`.
 ///
 /// ```
@@ -187,6 +209,10 @@ impl FromStr for SimAddress {
             NamespaceConfig { bytes: parse_size(parts.next().unwrap_or_default())?, ..Default::default() };
         let mut count = 1;
         for part in parts {
+            if part == "resize" {
+                namespace.resize = true;
+                continue;
+            }
             let (key, value) = part.split_once('=').ok_or_else(|| {
                 invalid(format!("{part:?} is not KEY=VALUE (in {text:?}; the form is SIZE[,KEY=VALUE]…)"))
             })?;
@@ -194,6 +220,7 @@ impl FromStr for SimAddress {
                 "lba" => namespace.block_bytes = number(key, value)?,
                 "file" if value.is_empty() => return Err(invalid("file= needs a path".into())),
                 "file" => namespace.file = Some(value.into()),
+                "resize" => namespace.resize = switch(key, value)?,
                 "namespaces" => count = number(key, value)?,
                 "queues" => config.max_queue_pairs = number(key, value)?,
                 "queue-entries" => config.queue_entries = number(key, value)?,
@@ -207,8 +234,8 @@ impl FromStr for SimAddress {
                 "serial" => config.serial = value.into(),
                 _ => {
                     return Err(invalid(format!(
-                        "{key:?} is not known (in {text:?}); known: lba, file, namespaces, queues, queue-entries, \
-                         max-transfer, noiob, sgl, shadow-doorbells, write-cache, metadata-formats, read-only, serial"
+                        "{key:?} is not known (in {text:?}); known: lba, file, resize, namespaces, queues, \
+                         queue-entries, max-transfer, noiob, sgl, shadow-doorbells, write-cache, metadata-formats, read-only, serial"
                     )));
                 }
             }
@@ -277,6 +304,10 @@ mod tests {
         assert_eq!(config.namespaces[1].file.as_deref(), Some(std::path::Path::new("/tmp/a.2")));
         assert_eq!((config.sgl, config.max_transfer), (false, Some(128 << 10)));
         assert_eq!(config.mdts(), 5);
+        assert!(!config.namespaces[0].resize);
+        for text in ["1G,file=/tmp/a,resize", "1G,resize=on,file=/tmp/a"] {
+            assert!(text.parse::<SimAddress>().unwrap().config.namespaces[0].resize);
+        }
         for (text, said) in [
             ("", "size"),
             ("64M,lba=1000", "1000"),
@@ -288,6 +319,7 @@ mod tests {
             ("64M,max-transfer=5000", "power of two"),
             ("64M,namespaces=5000", "5000"),
             ("64M,file=", "path"),
+            ("64M,resize", "file=PATH"),
             ("100T", "64 TiB"),
         ] {
             let error = text.parse::<SimAddress>().unwrap_err().to_string();

@@ -60,11 +60,11 @@ fn prepare(controller: &mut Controller, command: &Command, direction: Direction)
 #[inline]
 fn read(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let (mut offset, len) = prepare(controller, command, Direction::ToHost)?;
-    let media = namespace(&mut controller.namespaces, command)?.backing.bytes();
+    let media = &namespace(&mut controller.namespaces, command)?.backing;
     for piece in &controller.pointers.pieces {
         let bytes = piece.bytes as usize;
         if let Some(iova) = piece.iova {
-            controller.view.copy_out(iova, bytes, media, offset).map_err(transfer_error)?;
+            media.copy_out(&controller.view, iova, bytes, offset)?;
         }
         offset += bytes;
     }
@@ -87,11 +87,11 @@ fn write(controller: &mut Controller, command: &Command) -> Result<(), Status> {
         }
     }
     namespace.before_write(command.lba(), command.blocks().into(), command.force_unit_access());
-    let media = namespace.backing.bytes();
+    let media = &namespace.backing;
     for piece in &controller.pointers.pieces {
         let bytes = piece.bytes as usize;
         if let Some(iova) = piece.iova {
-            controller.view.copy_in(iova, bytes, media, offset).map_err(transfer_error)?;
+            media.copy_in(&controller.view, iova, bytes, offset)?;
         }
         offset += bytes;
     }
@@ -102,11 +102,11 @@ fn write(controller: &mut Controller, command: &Command) -> Result<(), Status> {
 
 fn compare(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let (mut offset, _) = prepare(controller, command, Direction::FromHost)?;
-    let media = namespace(&mut controller.namespaces, command)?.backing.bytes();
+    let media = &namespace(&mut controller.namespaces, command)?.backing;
     for piece in &controller.pointers.pieces {
         let bytes = piece.bytes as usize;
         if let Some(iova) = piece.iova
-            && !controller.view.equals(iova, bytes, media, offset).map_err(transfer_error)?
+            && !media.equals(&controller.view, iova, bytes, offset)?
         {
             return Err(Status::COMPARE_FAILURE);
         }
@@ -135,10 +135,10 @@ fn write_zeroes(namespace: &mut Namespace, command: &Command) -> Result<(), Stat
     let (lba, blocks, durable) = (command.lba(), command.blocks().into(), command.force_unit_access());
     if command.dword(12) & 1 << 25 != 0 {
         namespace.before_deallocate(lba, blocks, durable);
-        namespace.backing.deallocate(offset, len);
+        namespace.backing.deallocate(offset, len)?;
     } else {
         namespace.before_write(lba, blocks, durable);
-        namespace.backing.bytes().zero(offset, len).ok_or(Status::INTERNAL_ERROR)?;
+        namespace.backing.zero(offset, len)?;
     }
     Ok(())
 }
@@ -163,7 +163,7 @@ fn dataset_management(controller: &mut Controller, command: &Command) -> Result<
     }
     for (lba, blocks, offset, bytes) in ranges.into_iter().take(count).filter(|range| deallocate && range.1 > 0) {
         namespace.before_deallocate(lba, blocks, false);
-        namespace.backing.deallocate(offset, bytes);
+        namespace.backing.deallocate(offset, bytes)?;
     }
     Ok(())
 }

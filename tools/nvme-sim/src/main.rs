@@ -29,6 +29,9 @@ struct Arguments {
     /// Keep the blocks in this file (namespace n > 1: PATH.n) instead of memory
     #[arg(long)]
     file: Option<PathBuf>,
+    /// Take a file that has another size, too: a shorter one grows, of a longer one only the beginning is used
+    #[arg(long, requires = "file")]
+    resize: bool,
     /// Number of namespaces
     #[arg(long, default_value_t = 1)]
     namespaces: u32,
@@ -102,6 +105,7 @@ impl Arguments {
             block_bytes: self.lba,
             metadata_bytes: 0,
             file: self.file,
+            resize: self.resize,
             read_only: self.read_only,
         };
         let mut config = Config {

@@ -73,7 +73,7 @@ impl Namespace {
             // The cache reads what is there first. Reading a page that was never written maps the system's page of
             // zeroes, and replacing that one afterwards interrupts every other processor: it must be writable at once.
             let shift = self.format.block_shift;
-            self.backing.bytes().make_writable((lba << shift) as usize, (blocks << shift) as usize);
+            self.backing.make_writable((lba << shift) as usize, (blocks << shift) as usize);
         }
         self.before_change(lba, blocks, durable);
     }
@@ -87,7 +87,7 @@ impl Namespace {
     #[inline]
     fn before_change(&mut self, lba: u64, blocks: u64, durable: bool) {
         if let Some(cache) = &mut self.cache {
-            cache.before_write(self.backing.bytes(), lba, blocks, durable);
+            cache.before_write(&self.backing, lba, blocks, durable);
         }
     }
 
@@ -110,12 +110,13 @@ impl Namespace {
 
     /// Takes unflushed blocks back to what they were when last durable: all of them, or a random subset.
     pub fn power_cut(&mut self, random: Option<&mut Random>) -> usize {
-        self.cache.as_mut().map_or(0, |cache| cache.power_cut(self.backing.bytes(), random))
+        self.cache.as_mut().map_or(0, |cache| cache.power_cut(&self.backing, random))
     }
 
     /// Formats: all blocks read zero after it.
     pub fn reformat(&mut self, format: Format) -> Result<(), Error> {
-        self.backing.deallocate(0, self.bytes as usize);
+        let failed = |status| crate::error::invalid(format!("the blocks cannot be formatted: {status:?}"));
+        self.backing.deallocate(0, self.bytes as usize).map_err(failed)?;
         self.format = format;
         self.blocks = self.bytes >> format.block_shift;
         let cached = self.cache.take().is_some();

@@ -251,7 +251,11 @@ impl ServerBackend for FrontEnd {
             log::warn!("DMA unmap of {size} bytes at {address:#x}: nothing is mapped there");
         }
         // The answer promises that the memory is not touched any more.
-        self.shared.ask(Request::RefreshDma).map(drop).map_err(io::Error::other)
+        match self.shared.ask(Request::RefreshDma) {
+            // A front-end that lets go of a controller which has ended is not to wait for an answer until its patience is over.
+            Err(_) if self.shared.is_over() => Ok(()),
+            refreshed => refreshed.map(drop).map_err(io::Error::other),
+        }
     }
 
     fn reset(&mut self) -> io::Result<()> {

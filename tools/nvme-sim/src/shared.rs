@@ -165,6 +165,11 @@ impl Shared {
         lock(&self.requests).as_mut()?.pop_front()
     }
 
+    /// Whether the data thread has ended, which touches no memory of the host's any more.
+    pub fn is_over(&self) -> bool {
+        lock(&self.requests).is_none()
+    }
+
     /// Nobody answers requests any more; whoever waits sees that at once.
     pub fn refuse_requests(&self) {
         *lock(&self.requests) = None;

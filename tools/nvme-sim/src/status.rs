@@ -32,6 +32,7 @@ impl Status {
     pub(crate) const PRP_OFFSET_INVALID: Status = Status::refusal(GENERIC, 0x13);
     pub(crate) const WRITE_PROTECTED: Status = Status::refusal(GENERIC, 0x20);
     pub(crate) const LBA_OUT_OF_RANGE: Status = Status::refusal(GENERIC, 0x80);
+    pub(crate) const CAPACITY_EXCEEDED: Status = Status::refusal(GENERIC, 0x81);
     pub(crate) const CQ_INVALID: Status = Status::refusal(SPECIFIC, 0x00);
     pub(crate) const INVALID_QUEUE_ID: Status = Status::refusal(SPECIFIC, 0x01);
     pub(crate) const INVALID_QUEUE_SIZE: Status = Status::refusal(SPECIFIC, 0x02);
@@ -41,6 +42,8 @@ impl Status {
     pub(crate) const INVALID_FORMAT: Status = Status::refusal(SPECIFIC, 0x0a);
     pub(crate) const INVALID_QUEUE_DELETION: Status = Status::refusal(SPECIFIC, 0x0c);
     pub(crate) const NOT_SAVEABLE: Status = Status::refusal(SPECIFIC, 0x0d);
+    pub(crate) const WRITE_FAULT: Status = Status::refusal(MEDIA, 0x80);
+    pub(crate) const UNRECOVERED_READ_ERROR: Status = Status::refusal(MEDIA, 0x81);
     pub(crate) const COMPARE_FAILURE: Status = Status::refusal(MEDIA, 0x85);
 
     /// A status of code type `code_type` (0–7) and code `code`, which the host may retry.

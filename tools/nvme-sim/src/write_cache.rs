@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
+use crate::backing::Backing;
 use crate::dma::SharedBytes;
 use crate::error::Error;
 use crate::random::Random;
@@ -69,7 +70,7 @@ impl WriteCache {
 
     /// Blocks are about to change in `media`; with `durable` they survive a power cut from then on.
     #[inline]
-    pub fn before_write(&mut self, media: &SharedBytes, lba: u64, blocks: u64, durable: bool) {
+    pub fn before_write(&mut self, media: &Backing, lba: u64, blocks: u64, durable: bool) {
         // A range larger than the cache goes straight through it.
         if durable || blocks > self.slots as u64 {
             self.commit(lba, blocks);
@@ -129,14 +130,14 @@ impl WriteCache {
     }
 
     /// Puts the old contents back: of all unflushed blocks, or of a random half. Returns how many blocks were lost.
-    pub fn power_cut(&mut self, media: &SharedBytes, mut random: Option<&mut Random>) -> usize {
+    pub fn power_cut(&mut self, media: &Backing, mut random: Option<&mut Random>) -> usize {
         let mut lost = 0;
         // In the order of writing, so that the same seed loses the same blocks.
         for (block, sequence) in std::mem::take(&mut self.order) {
             let Some(old) = self.old.get(&block).filter(|old| old.sequence == sequence) else { continue };
             if random.as_mut().is_none_or(|random| random.chance(0.5)) {
                 let size = 1 << self.shift;
-                self.arena.copy_to((old.slot as usize) << self.shift, media, (block as usize) << self.shift, size);
+                media.copy_from(&self.arena, (old.slot as usize) << self.shift, (block as usize) << self.shift, size);
                 lost += 1;
             }
         }
@@ -151,14 +152,14 @@ mod tests {
 
     const SHIFT: u8 = 9;
 
-    fn write(cache: &mut WriteCache, media: &SharedBytes, lba: u64, blocks: u64, value: u8, durable: bool) {
+    fn write(cache: &mut WriteCache, media: &Backing, lba: u64, blocks: u64, value: u8, durable: bool) {
         cache.before_write(media, lba, blocks, durable);
-        media.write((lba as usize) << SHIFT, &vec![value; (blocks as usize) << SHIFT]).unwrap();
+        media.write((lba as usize) << SHIFT, &vec![value; (blocks as usize) << SHIFT]);
     }
 
-    fn values(media: &SharedBytes, blocks: usize) -> Vec<u8> {
+    fn values(media: &Backing, blocks: usize) -> Vec<u8> {
         let mut bytes = vec![0; blocks << SHIFT];
-        media.read(0, &mut bytes).unwrap();
+        media.read(0, &mut bytes);
         bytes
             .chunks(1 << SHIFT)
             .map(|block| if block.iter().all(|b| *b == block[0]) { block[0] } else { 0xff })
@@ -167,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_power_cut_takes_what_was_not_flushed() {
-        let media = SharedBytes::anonymous(1 << 20).unwrap();
+        let media = Backing::Memory(SharedBytes::anonymous(1 << 20).unwrap());
         let mut cache = WriteCache::new(SHIFT, 1 << 20).unwrap();
         write(&mut cache, &media, 0, 4, 1, false);
         cache.flush();
@@ -182,7 +183,7 @@ mod tests {
     #[test]
     fn a_random_cut_is_repeatable() {
         let cut = |seed| {
-            let media = SharedBytes::anonymous(1 << 20).unwrap();
+            let media = Backing::Memory(SharedBytes::anonymous(1 << 20).unwrap());
             let mut cache = WriteCache::new(SHIFT, 1 << 20).unwrap();
             write(&mut cache, &media, 0, 100, 1, false);
             let lost = cache.power_cut(&media, Some(&mut Random::new(seed)));
@@ -197,7 +198,7 @@ mod tests {
 
     #[test]
     fn a_full_cache_writes_the_oldest_back() {
-        let media = SharedBytes::anonymous(1 << 20).unwrap();
+        let media = Backing::Memory(SharedBytes::anonymous(1 << 20).unwrap());
         let mut cache = WriteCache::new(SHIFT, 4 << SHIFT).unwrap();
         write(&mut cache, &media, 0, 4, 1, false);
         write(&mut cache, &media, 0, 1, 2, false);

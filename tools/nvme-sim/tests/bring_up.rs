@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 
 use nvme_sim::{Config, Error, NamespaceConfig, Simulator};
-use support::{Host, Sqe, await_some, pattern, start};
+use support::{Controller, DEADLINE, Host, MEMORY, MEMORY_BYTES, Sqe, await_some, pattern, start};
 use vmm_sys_util::eventfd::EventFd;
 
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
@@ -343,6 +343,17 @@ fn unmapped_memory_is_let_go() {
         }
         assert_eq!(host.command(1, read).status, 4, "Data Transfer Error");
     }
+}
+
+/// A front-end lets go of its memory when it wants, and is not kept waiting.
+#[test]
+fn memory_is_unmapped_after_the_end_too() {
+    let Controller { simulator, directory: _directory } = start(Config::default());
+    let mut host = Host::bring_up(simulator.socket());
+    simulator.stop();
+    let (told, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || told.send(host.client.dma_unmap(MEMORY, MEMORY_BYTES).is_ok()));
+    assert_eq!(ended.recv_timeout(DEADLINE), Ok(true));
 }
 
 #[test]

@@ -44,13 +44,8 @@ pub fn arguments(socket: &Path, bytes: u64, namespaces: u32, queues: u32) -> Vec
 /// Serves the drive until SIGTERM.
 pub fn serve(socket: &Path, options: &DriveOptions) -> Result<(), Error> {
     let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(Error::system("watching for signals"))?;
-    let namespace = NamespaceConfig {
-        bytes: options.drive_bytes,
-        block_bytes: BLOCK_BYTES,
-        metadata_bytes: 0,
-        file: None,
-        read_only: false,
-    };
+    let namespace =
+        NamespaceConfig { bytes: options.drive_bytes, block_bytes: BLOCK_BYTES, ..NamespaceConfig::default() };
     let config = Config {
         namespaces: replicate(&namespace, options.drive_namespaces),
         max_queue_pairs: options.drive_queues,

@@ -261,26 +261,16 @@ impl DmaView {
         })
     }
 
-    /// Copies from host memory straight into `media`.
+    /// Calls `part(region bytes, offset in region, offset in the range, length)` for each mapped piece of a data transfer.
     #[inline]
-    pub fn copy_in(&self, iova: u64, len: usize, media: &SharedBytes, offset: usize) -> Result<(), DmaFault> {
-        self.walk(iova, len, false, Use::Data, |bytes, at, done, piece| bytes.copy_to(at, media, offset + done, piece))
-    }
-
-    /// Copies from `media` straight into host memory.
-    #[inline]
-    pub fn copy_out(&self, iova: u64, len: usize, media: &SharedBytes, offset: usize) -> Result<(), DmaFault> {
-        self.walk(iova, len, true, Use::Data, |bytes, at, done, piece| media.copy_to(offset + done, bytes, at, piece))
-    }
-
-    /// Whether host memory equals the bytes of `media`.
-    pub fn equals(&self, iova: u64, len: usize, media: &SharedBytes, offset: usize) -> Result<bool, DmaFault> {
-        let mut same = true;
-        self.walk(iova, len, false, Use::Data, |bytes, at, done, piece| {
-            same &= bytes.equals(at, media, offset + done, piece)?;
-            Some(())
-        })?;
-        Ok(same)
+    pub fn data(
+        &self,
+        iova: u64,
+        len: usize,
+        write: bool,
+        part: impl FnMut(&SharedBytes, usize, usize, usize) -> Option<()>,
+    ) -> Result<(), DmaFault> {
+        self.walk(iova, len, write, Use::Data, part)
     }
 }
 

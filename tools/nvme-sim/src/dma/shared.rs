@@ -6,7 +6,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -159,6 +159,28 @@ impl SharedBytes {
         Some(unsafe { libc::memcmp(a.cast(), b.cast(), len) } == 0)
     }
 
+    /// Fills `len` bytes from a file. The system copies: memory that cannot be written is an error here, and no signal.
+    pub fn fill_from(&self, offset: usize, file: &File, from: u64, len: usize) -> io::Result<()> {
+        let into = self.at(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
+        whole(len, |done| {
+            let at = position(from, done)?;
+            // SAFETY: `into` has `len` mapped bytes (checked), of which `done` are filled; `file` is open.
+            let count = unsafe { libc::pread(file.as_raw_fd(), into.wrapping_add(done).cast(), len - done, at) };
+            usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        })
+    }
+
+    /// Writes `len` bytes to a file, in the same way.
+    pub fn write_to(&self, offset: usize, file: &File, to: u64, len: usize) -> io::Result<()> {
+        let from = self.at(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
+        whole(len, |done| {
+            let at = position(to, done)?;
+            // SAFETY: `from` has `len` mapped bytes (checked), of which `done` are written; `file` is open.
+            let count = unsafe { libc::pwrite(file.as_raw_fd(), from.wrapping_add(done).cast(), len - done, at) };
+            usize::try_from(count).map_err(|_| io::Error::last_os_error())
+        })
+    }
+
     /// Has the system give the pages of a range for writing now, with their contents as they are. A range outside is left
     /// alone.
     #[inline]
@@ -201,6 +223,24 @@ impl SharedBytes {
     }
 }
 
+fn position(start: u64, done: usize) -> io::Result<libc::off_t> {
+    start.checked_add(done as u64).and_then(|at| at.try_into().ok()).ok_or(io::ErrorKind::InvalidInput.into())
+}
+
+/// Repeats a part of a transfer, which says how much it has done, until all of it is.
+fn whole(len: usize, mut part: impl FnMut(usize) -> io::Result<usize>) -> io::Result<()> {
+    let mut done = 0;
+    while done < len {
+        match part(done) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => done += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -230,6 +270,27 @@ mod tests {
         assert_eq!(&got, b"here");
         assert!(piece.read(97, &mut got).is_none());
         assert!(SharedBytes::of_file(&file, 8192, 8193, true).is_err());
+    }
+
+    #[test]
+    fn files_are_read_and_written_whole_or_not() {
+        let (file, whole) = SharedBytes::memory_file(c"test", 8192).unwrap();
+        let bytes = SharedBytes::anonymous(8192).unwrap();
+        bytes.write(100, b"there").unwrap();
+        bytes.write_to(100, &file, 8187, 5).unwrap();
+        let mut got = [0; 5];
+        whole.read(8187, &mut got).unwrap();
+        assert_eq!(&got, b"there");
+        bytes.fill_from(0, &file, 8187, 5).unwrap();
+        bytes.read(0, &mut got).unwrap();
+        assert_eq!(&got, b"there");
+        let kind = |result: io::Result<()>| result.unwrap_err().kind();
+        assert_eq!(kind(bytes.fill_from(0, &file, 8187, 6)), io::ErrorKind::UnexpectedEof);
+        assert_eq!(kind(bytes.fill_from(8190, &file, 0, 3)), io::ErrorKind::InvalidInput);
+        assert_eq!(kind(bytes.write_to(0, &file, u64::MAX, 1)), io::ErrorKind::InvalidInput);
+        // Memory behind which there is no file any more.
+        file.set_len(4096).unwrap();
+        assert!(whole.fill_from(4096, &file, 0, 8).is_err() && whole.write_to(4096, &file, 0, 8).is_err());
     }
 
     #[test]

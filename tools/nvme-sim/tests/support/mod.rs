@@ -12,7 +12,7 @@ use nvme_sim::{Config, Simulator};
 use vfio_user::Client;
 
 /// Every wait of a test ends here.
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 /// Where the host's memory begins for DMA.
 pub const MEMORY: u64 = 0x1_0000_0000;
 pub const MEMORY_BYTES: u64 = 256 << 20;
