@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::Error;
+use crate::backend::kernel::sysfs::{Roots, files};
 
 /// The prefix that tells a vfio-user socket from a PCI address.
 const VFIO_USER_PREFIX: &str = "vfio-user:";
@@ -40,6 +41,15 @@ impl PciAddress {
     /// An address from its parts; `None` if `device` exceeds 31 or `function` exceeds 7.
     pub fn new(domain: u32, bus: u8, device: u8, function: u8) -> Option<PciAddress> {
         (device < 32 && function < 8).then_some(PciAddress { domain, bus, device, function })
+    }
+
+    /// Looks, without opening anything, by which files this machine's kernel would let the function be opened: one way after the
+    /// other, each with all the files that have to be opened for reading and writing.
+    ///
+    /// # Errors
+    /// There is no such function, or nobody can open it as the machine is set up: no IOMMU, another driver, a shared IOMMU group.
+    pub fn device_files(&self) -> Result<Vec<Vec<PathBuf>>, Error> {
+        files(&Roots::default(), *self)
     }
 
     /// The PCI domain (segment); 0 on most machines.

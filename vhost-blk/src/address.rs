@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
+use crate::config::socket_path;
+
 /// Where the NVMe controller of an export is. Two exports with equal addresses share one controller.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -30,10 +32,68 @@ impl FromStr for DeviceAddress {
                 Ok(()) => Ok(DeviceAddress::Sim(rest.to_owned())),
                 Err(why) => Err(format!("device address \"{text}\": {why}")),
             },
-            None => vfio::Address::from_str(text)
-                .map(DeviceAddress::Vfio)
-                .map_err(|_| format!("device address \"{text}\" is not one: {FORMS}")),
+            None => {
+                let address = vfio::Address::from_str(text)
+                    .map_err(|_| format!("device address \"{text}\" is not one: {FORMS}"))?;
+                if let vfio::Address::VfioUser(path) = &address {
+                    socket_path(path).map_err(|why| format!("device address \"{text}\": {why}"))?;
+                }
+                Ok(DeviceAddress::Vfio(address))
+            }
         }
+    }
+}
+
+impl DeviceAddress {
+    /// How many namespaces an embedded controller has. Of other controllers their address does not say.
+    pub fn namespaces(&self) -> Option<u64> {
+        self.simulated(|namespaces| namespaces.len() as u64)
+    }
+}
+
+#[cfg(feature = "sim")]
+impl DeviceAddress {
+    /// The files in which an embedded controller keeps its blocks.
+    pub fn files(&self) -> Vec<std::path::PathBuf> {
+        self.simulated(|namespaces| namespaces.into_iter().filter_map(|namespace| namespace.file).collect())
+            .unwrap_or_default()
+    }
+
+    /// What is wrong with these files, in one line each.
+    pub fn check_files(&self) -> Vec<String> {
+        let checked = |namespaces: Vec<nvme_sim::NamespaceConfig>| {
+            namespaces
+                .iter()
+                .filter_map(|namespace| namespace.check_file().err())
+                .map(|error| error.to_string())
+                .collect()
+        };
+        self.simulated(checked).unwrap_or_default()
+    }
+
+    fn simulated<T>(&self, of: impl FnOnce(Vec<nvme_sim::NamespaceConfig>) -> T) -> Option<T> {
+        match self {
+            DeviceAddress::Vfio(_) => None,
+            // It was read once before, when the address was made.
+            DeviceAddress::Sim(text) => text.parse::<nvme_sim::SimAddress>().ok().map(|sim| of(sim.config.namespaces)),
+        }
+    }
+}
+
+#[cfg(not(feature = "sim"))]
+impl DeviceAddress {
+    /// The files in which an embedded controller keeps its blocks: there is none.
+    pub fn files(&self) -> Vec<std::path::PathBuf> {
+        Vec::new()
+    }
+
+    /// What is wrong with these files: nothing.
+    pub fn check_files(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn simulated<T>(&self, _of: impl FnOnce(Vec<()>) -> T) -> Option<T> {
+        None
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::address::DeviceAddress;
-use crate::config::{self, CpuList, ExportSettings, Listen, Patience, Serial, Settings};
+use crate::config::{self, Configuration, CpuList, ExportSettings, Listen, Patience, Serial, Settings};
 
 /// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
 #[derive(Debug, Parser)]
@@ -30,6 +30,7 @@ Environment:
   RUST_LOG          what is logged: error, warn, info (the default), debug or trace, also by part, such as info,vhost_blk=debug
 Signals:
   SIGUSR1           log the counters of every queue
+  SIGHUP, SIGUSR2   nothing, with a line in the log: the configuration is read when the program starts
   SIGTERM, SIGINT   finish the requests under way, tell the drives to shut down, and exit; a second one exits at once
 Exit status:
   0  done; 1  something could not be opened or has failed; 2  the command line or the configuration makes no sense;
@@ -87,12 +88,22 @@ pub struct ServeArgs {
     /// Read the exports from a TOML file instead
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Print what would be served, a line for each export, and exit; no drive and no socket is opened
-    #[arg(long)]
-    pub check: bool,
+    /// Print what would be served, a line for each export, and everything that is wrong, and exit; no drive and no socket is
+    /// opened. With =machine it also looks whether this machine has what is needed
+    #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "file")]
+    pub check: Option<Check>,
     /// Print what this back-end can do as JSON, and exit (QEMU's conventions for vhost-user back-end programs)
     #[arg(long)]
     pub print_capabilities: bool,
+}
+
+/// What `--check` looks at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Check {
+    /// The command line and the file
+    File,
+    /// This machine, too
+    Machine,
 }
 
 type Parsed<T> = fn(&str) -> Result<T, String>;
@@ -120,17 +131,23 @@ fn seconds(check: fn(f64) -> Result<Duration, String>) -> impl clap::builder::Ty
 const HOW: &str = "use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)";
 
 impl ServeArgs {
-    /// The settings these options mean; reads the file of `--config`. The error is one line.
-    pub fn settings(self) -> Result<Settings, String> {
-        if let Some(path) = &self.config {
-            return config::load(path);
+    /// What these options mean; reads the file of `--config`. The errors are one line each.
+    pub fn configuration(self) -> Result<Configuration, Vec<String>> {
+        match &self.config {
+            Some(path) => config::load(path),
+            None => {
+                self.settings().map(|settings| Configuration { settings, refused: vec![] }).map_err(|why| vec![why])
+            }
         }
+    }
+
+    /// The one export that is described by options.
+    fn settings(self) -> Result<Settings, String> {
         let Some(device) = self.device else {
             return Err(format!("no device to serve: {HOW}"));
         };
         let listen = match (self.socket_path, self.fd) {
-            (Some(path), _) if path.as_os_str().is_empty() => return Err(format!("the socket path is empty: {HOW}")),
-            (Some(path), _) => Listen::Path(path),
+            (Some(path), _) => config::socket_path(&path).map(|()| Listen::Path(path))?,
             (None, Some(number)) => Listen::Fd(number),
             (None, None) => return Err(format!("no socket to serve on: {HOW}")),
         };
@@ -143,6 +160,9 @@ impl ServeArgs {
             read_only: self.read_only,
             serial: self.serial,
         };
+        if let Some(why) = export.mistake() {
+            return Err(why);
+        }
         let patience = Patience::with(self.io_timeout, self.hold);
         Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, exports: vec![export] })
     }

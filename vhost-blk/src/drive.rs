@@ -200,7 +200,7 @@ impl Drive {
         let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
-                let embedded = Embedded::start(sim).map_err(NotBack::Unfit)?;
+                let embedded = Embedded::start(sim).map_err(NotBack::Withheld)?;
                 (embedded.address(), Some(embedded))
             }
         };

@@ -8,6 +8,7 @@
 pub mod address;
 pub mod bell;
 pub mod blk_config;
+pub mod check;
 pub mod cli;
 pub mod config;
 #[cfg(feature = "demo")]

@@ -34,6 +34,11 @@ impl Listener {
         Listener::open_by(listen, Instant::now() + PATIENCE)
     }
 
+    /// The same, without waiting for anybody.
+    pub fn open_now(listen: &Listen) -> Result<Listener, String> {
+        Listener::open_by(listen, Instant::now())
+    }
+
     fn open_by(listen: &Listen, deadline: Instant) -> Result<Listener, String> {
         match listen {
             Listen::Path(path) => bind_by(path, deadline),
@@ -47,36 +52,38 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is looked for.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// The sockets of exports, in their order: those that the service manager hands over, and ours. The error is one line; it is one
-/// if something is handed over that no export wants.
-pub fn open_all(exports: &[ExportSettings], mut handed: Vec<Handed>) -> Result<Vec<Listener>, String> {
-    let mut listeners = Vec::new();
-    let deadline = Instant::now() + PATIENCE;
-    for export in exports {
+/// The sockets of exports.
+pub struct Sockets {
+    /// In the exports' order; or why there is none, in one line.
+    pub listeners: Vec<Result<Listener, String>>,
+    /// What the service manager hands over and no export wants.
+    pub unwanted: Vec<Handed>,
+}
+
+/// Opens the sockets of exports: those that the service manager hands over, and ours. A process that is going is waited for
+/// if there is nothing to serve without it.
+pub fn open_all(exports: &[ExportSettings], mut handed: Vec<Handed>) -> Sockets {
+    let mut open = |export: &ExportSettings| {
         let is_wanted = |handed: &Handed| match &export.listen {
             Listen::Path(path) => handed.is_at(path),
             Listen::Fd(number) => handed.number == *number,
         };
-        listeners.push(match handed.iter().position(is_wanted) {
-            Some(at) => {
-                let Handed { path, listener, .. } = handed.swap_remove(at);
-                let cannot = |error| format!("cannot use the service manager's socket {}: {error}", path.display());
-                listener.set_nonblocking(true).map_err(cannot)?;
-                log::info!("{}: the service manager hands its socket over", export.listen);
-                // Its file is not ours to remove.
-                Listener::Listening(None, listener)
-            }
-            None => Listener::open_by(&export.listen, deadline)?,
-        });
+        let Some(at) = handed.iter().position(is_wanted) else { return Listener::open_now(&export.listen) };
+        let Handed { path, listener, .. } = handed.swap_remove(at);
+        let cannot = |error| format!("cannot use the service manager's socket {}: {error}", path.display());
+        listener.set_nonblocking(true).map_err(cannot)?;
+        log::info!("{}: the service manager hands its socket over", export.listen);
+        // Its file is not ours to remove.
+        Ok(Listener::Listening(None, listener))
+    };
+    let mut listeners: Vec<_> = exports.iter().map(&mut open).collect();
+    if listeners.iter().all(Result::is_err) {
+        let deadline = Instant::now() + PATIENCE;
+        for (listener, export) in listeners.iter_mut().zip(exports) {
+            *listener = Listener::open_by(&export.listen, deadline);
+        }
     }
-    match handed.first() {
-        None => Ok(listeners),
-        Some(Handed { name, path, .. }) => Err(format!(
-            "the service manager hands over the socket {} ({name}), and no export is left that has it as socket-path; \
-             change its ListenStream= or the export",
-            path.display()
-        )),
-    }
+    Sockets { listeners, unwanted: handed }
 }
 
 /// A socket file, removed on drop if it is still the one we made.

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
-use vhost_blk::cli::{self, Cli, Command, Stop};
-use vhost_blk::config::Settings;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
+use vhost_blk::check::Findings;
+use vhost_blk::cli::{self, Check, Cli, Command, Stop};
+use vhost_blk::config::Configuration;
 use vhost_blk::target::Target;
 use vhost_blk::{journal, service_manager};
 
@@ -19,36 +20,47 @@ const DEFAULT_LOG: &str = "info,nvme_sim=warn,vfio_user=warn";
 
 fn main() -> ExitCode {
     let is_journal = journal::is_journal(std::io::stderr(), std::env::var_os("JOURNAL_STREAM").as_deref());
-    let fail = |line: String, status: u8| {
-        eprintln!("{}vhost-blk: {line}", if is_journal { journal::prefix(log::Level::Error) } else { "" });
+    let fail = |lines: &[String], status: u8| {
+        let prefix = if is_journal { journal::prefix(log::Level::Error) } else { "" };
+        lines.iter().for_each(|line| eprintln!("{prefix}vhost-blk: {line}"));
         ExitCode::from(status)
     };
     let cli = match cli::parse(std::env::args_os()) {
         Ok(cli) => cli,
         Err(Stop::Print(text)) => return print(&text),
-        Err(Stop::Usage(line)) => return fail(line, WRONG_USAGE),
+        Err(Stop::Usage(line)) => return fail(&[line], WRONG_USAGE),
     };
     start_log(is_journal);
     let result = match cli {
         #[cfg(feature = "demo")]
         Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::demo::run(args),
         Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => {
-            let check = args.check;
-            let settings = match args.settings() {
-                Ok(settings) => settings,
-                Err(line) => return fail(line, WRONG_USAGE),
+            let (check, file) = (args.check, args.config.clone());
+            let configuration = match args.configuration() {
+                Ok(configuration) => configuration,
+                Err(lines) => return fail(&lines, WRONG_USAGE),
             };
-            settings.warnings().iter().for_each(|warning| log::warn!("{warning}"));
-            if check {
-                let lines: Vec<String> = settings.exports.iter().map(|export| format!("{export}\n")).collect();
-                return print(&lines.concat());
+            configuration.settings.warnings().iter().for_each(|warning| log::warn!("{warning}"));
+            if let Some(check) = check {
+                let found = match check {
+                    Check::File => Findings::default(),
+                    Check::Machine => vhost_blk::check::machine(&configuration, file.as_deref()),
+                };
+                let exports = configuration.settings.exports.iter().map(|export| format!("{export}\n"));
+                print(&exports.chain(found.notes.iter().map(|note| format!("# {note}\n"))).collect::<String>());
+                let wrong: Vec<String> = configuration.mistakes().map(str::to_owned).collect();
+                return match (wrong.is_empty(), found.mistakes.is_empty()) {
+                    (true, true) => ExitCode::SUCCESS,
+                    (true, false) => fail(&found.mistakes, 1),
+                    (false, _) => fail(&[wrong, found.mistakes].concat(), WRONG_USAGE),
+                };
             }
-            serve(&settings)
+            serve(&configuration)
         }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(line) => fail(line, 1),
+        Err(line) => fail(&[line], 1),
     }
 }
 
@@ -71,11 +83,17 @@ fn start_log(is_journal: bool) {
     log.init();
 }
 
+/// How a configuration is read again.
+const AFRESH: &str = "the configuration is read when the program starts; to have it read again, check it (--check=machine) and \
+                      restart the program, as by systemctl restart vhost-blk: guests that reconnect notice a pause";
+
 /// Serves until a signal ends it, or until no front-end can come any more.
-fn serve(settings: &Settings) -> Result<(), String> {
+fn serve(configuration: &Configuration) -> Result<(), String> {
     let cannot = |error: std::io::Error| format!("cannot handle signals: {error}");
     // Before anything is opened: a signal in between has to find us ready.
     let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(cannot)?);
+    // A terminal that is closed, or somebody who wants the configuration read again, must not cost a disk.
+    let (hangup, other) = (signal(SIGHUP).map_err(cannot)?, signal(SIGUSR2).map_err(cannot)?);
     let stopping = Arc::new(AtomicBool::new(false));
     for number in [SIGTERM, SIGINT] {
         // The second one ends the program at once, whatever the first one is waiting for.
@@ -86,10 +104,11 @@ fn serve(settings: &Settings) -> Result<(), String> {
     raise_descriptor_limit();
     // Before there are other threads.
     let handed = service_manager::sockets()?;
-    let target = Target::start_on(settings, handed)?;
+    let target = Target::start_on(configuration, handed)?;
     target.tell_ready();
     loop {
-        let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN), PollFd::new(&counters, PollFlags::IN)];
+        let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN)];
+        sources.extend([&counters, &hangup, &other].map(|signal| PollFd::new(signal, PollFlags::IN)));
         sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));
         match poll(&mut sources, None) {
             Err(rustix::io::Errno::INTR) => continue,
@@ -100,7 +119,15 @@ fn serve(settings: &Settings) -> Result<(), String> {
             drain(&counters);
             target.log_counters();
         }
-        if !sources[0].revents().is_empty() || sources[2..].iter().any(|signal| !signal.revents().is_empty()) {
+        if !sources[2].revents().is_empty() {
+            drain(&hangup);
+            log::warn!("SIGHUP changes nothing: {AFRESH}");
+        }
+        if !sources[3].revents().is_empty() {
+            drain(&other);
+            log::warn!("SIGUSR2 changes nothing: SIGUSR1 logs the counters, SIGTERM ends the program");
+        }
+        if !sources[0].revents().is_empty() || sources[4..].iter().any(|signal| !signal.revents().is_empty()) {
             break;
         }
     }

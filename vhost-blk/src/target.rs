@@ -1,5 +1,6 @@
 //! Everything one program serves: controllers, workers, exports, and the thread that listens to the workers.
 
+mod unserved;
 mod waiting;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -10,13 +11,14 @@ use std::time::Duration;
 use nvme_driver::Options;
 
 use crate::bell::Bell;
-use crate::config::Settings;
+use crate::config::{Configuration, RefusedExport, Settings};
 use crate::counters::Tally;
 use crate::drive::{Drive, Keeper, Presence};
 use crate::export::{Export, Server};
-use crate::listener::{self, Listener};
+use crate::listener::{self, Listener, Sockets};
 use crate::service_manager::{self, Handed};
 use crate::worker::{WorkerEvent, WorkerPool, panic_message};
+use unserved::Unserved;
 use waiting::{Means, Waiting};
 
 /// A running target. Dropping it stops serving: rings are drained, controllers shut down, sockets removed.
@@ -30,7 +32,7 @@ pub struct Target {
 
 /// What is served, and how that ends. A drive that is waited for joins it later.
 struct Running {
-    /// Exports, those that are waited for included.
+    /// Exports, those that are waited for or refused included.
     total: usize,
     parts: Mutex<Parts>,
     end: Arc<End>,
@@ -123,32 +125,46 @@ const WATCH_INTERVAL: Duration = Duration::from_millis(50);
 
 impl Target {
     /// Opens every controller once, binds every socket and starts to serve. A drive that is not there, or does not come up, is
-    /// waited for: only its exports are not served yet. The error is one line: what is wrong with the settings, or with the set-up
-    /// of this machine if nothing can be served for it.
+    /// waited for, and so is a socket that cannot be bound: only those exports are not served yet. A CPU that cannot be had is
+    /// done without. The error is one line: what is wrong with the set-up of this machine if nothing can be served for it.
     pub fn start(settings: &Settings) -> Result<Target, String> {
-        Target::start_on(settings, Vec::new())
+        let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
+        Target::start_with(settings, &options)
     }
 
-    /// The same, with sockets that the service manager hands over.
-    pub fn start_on(settings: &Settings, handed: Vec<Handed>) -> Result<Target, String> {
+    /// The same, with sockets that the service manager hands over. Exports that make no sense are told, and not served.
+    pub fn start_on(configuration: &Configuration, handed: Vec<Handed>) -> Result<Target, String> {
+        let Configuration { settings, refused } = configuration;
         let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
-        Target::run(settings, &options, handed)
+        Target::run(settings, refused, &options, handed)
     }
 
     /// The same, with the controllers opened in another way: other deadlines, say. What `options` says about the time for a
     /// command counts.
     pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
-        Target::run(settings, options, Vec::new())
+        Target::run(settings, &[], options, Vec::new())
     }
 
-    fn run(settings: &Settings, options: &Options, handed: Vec<Handed>) -> Result<Target, String> {
+    fn run(
+        settings: &Settings,
+        refused: &[RefusedExport],
+        options: &Options,
+        handed: Vec<Handed>,
+    ) -> Result<Target, String> {
         // The cheap and likely errors first: sockets before drives.
-        let listeners = listener::open_all(&settings.exports, handed)?;
+        let Sockets { listeners, unwanted } = listener::open_all(&settings.exports, handed);
+        let mut unserved = Unserved::new(refused, unwanted);
+        if let Some(Err(why)) = listeners.first().filter(|_| listeners.iter().all(Result::is_err)) {
+            listeners[1..].iter().flat_map(|listener| listener.as_ref().err()).for_each(|why| log::error!("{why}"));
+            return Err(why.clone());
+        }
         let pool = WorkerPool::start(&settings.cpus).map_err(|error| format!("cannot start the workers: {error}"))?;
         let pool = Arc::new(pool);
+        unserved.lacks_workers(pool.unpinned());
         let bell = Bell::new().map_err(|error| format!("cannot start: {error}"))?;
         let end = Arc::new(End { bell, left: AtomicUsize::new(settings.exports.len()), fatal: OnceLock::new() });
-        let running = Arc::new(Running { total: settings.exports.len(), parts: Mutex::default(), end });
+        let total = settings.exports.len() + refused.len();
+        let running = Arc::new(Running { total, parts: Mutex::default(), end });
         let status = Arc::<Mutex<Status>>::default();
         // Whatever fails from here on, what has started is stopped in its order.
         let mut target = Target { running: running.clone(), watch: None, status, _pool: pool.clone() };
@@ -165,18 +181,19 @@ impl Target {
             std::thread::park_timeout(WATCH_INTERVAL);
         }
         waiting.retain(|drive| !drive.done());
-        // Nothing is served, and no drive can be waited for.
+        // Nothing is served, and nothing can be waited for.
         let nothing = running.parts().servers.is_empty();
         if let Some(why) = waiting.first().filter(|_| nothing).and_then(Waiting::why)
             && waiting.iter().all(Waiting::is_setup)
         {
+            waiting[1..].iter().filter_map(Waiting::why).for_each(|why| log::error!("{why}"));
             return Err(why.to_owned());
         }
         waiting.iter_mut().for_each(Waiting::tell);
-        if let Some(text) = describe(&running, &waiting) {
+        if let Some(text) = describe(&running, &waiting, &unserved) {
             target.status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
         }
-        target.watch = Some(Watch::start(running, waiting, pool, target.status.clone())?);
+        target.watch = Some(Watch::start(running, waiting, unserved, pool, target.status.clone())?);
         Ok(target)
     }
 
@@ -257,8 +274,9 @@ impl Status {
 }
 
 /// How the target does, in one line; `None` while a drive is just going or coming.
-fn describe(running: &Running, waiting: &[Waiting]) -> Option<String> {
+fn describe(running: &Running, waiting: &[Waiting], unserved: &Unserved) -> Option<String> {
     let mut reasons: Vec<String> = waiting.iter().filter_map(Waiting::why).map(str::to_owned).collect();
+    reasons.extend_from_slice(unserved.reasons());
     let parts = running.parts();
     for drive in &parts.drives {
         match drive.presence() {
@@ -286,6 +304,7 @@ impl Watch {
     fn start(
         running: Arc<Running>,
         mut waiting: Vec<Waiting>,
+        unserved: Unserved,
         pool: Arc<WorkerPool>,
         status: Arc<Mutex<Status>>,
     ) -> Result<Watch, String> {
@@ -305,7 +324,8 @@ impl Watch {
                     }
                 }
                 waiting.retain(|drive| !drive.done());
-                if let Some(text) = describe(&running, &waiting) {
+                unserved.turn_away();
+                if let Some(text) = describe(&running, &waiting, &unserved) {
                     status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
                 }
                 std::thread::park_timeout(WATCH_INTERVAL);

@@ -166,13 +166,15 @@ pub struct WorkerPool {
     next_lane: AtomicU64,
     next_pair: AtomicU64,
     events: Mutex<Receiver<WorkerEvent>>,
+    unpinned: Vec<Error>,
 }
 
 impl WorkerPool {
-    /// Starts a worker on each of these CPUs; none given: one worker, wherever the scheduler puts it.
+    /// Starts a worker on each of these CPUs; none given: one worker, wherever the scheduler puts it. A CPU that does not exist or
+    /// is not allowed to this process is left out.
     ///
     /// # Errors
-    /// A CPU that does not exist or is not allowed to this process, or no resources for a thread.
+    /// There is no such CPU at all, or no resources for a thread.
     pub fn start(cpus: &[usize]) -> Result<WorkerPool, Error> {
         let (events, receiver) = mpsc::channel();
         let places: Vec<Option<usize>> =
@@ -180,11 +182,24 @@ impl WorkerPool {
         // Whoever drives the workers and the drive needs a core, too.
         let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
         let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
-        let mut pool = WorkerPool { threads: Vec::new(), next_lane, next_pair, events: Mutex::new(receiver) };
-        for (number, cpu) in places.into_iter().enumerate() {
-            pool.threads.push(Self::start_thread(number, cpu, crowded, events.clone())?);
+        let mut pool =
+            WorkerPool { threads: Vec::new(), next_lane, next_pair, events: Mutex::new(receiver), unpinned: vec![] };
+        for cpu in places {
+            match Self::start_thread(pool.threads.len(), cpu, crowded, events.clone()) {
+                Ok(thread) => pool.threads.push(thread),
+                Err(error @ Error::Pin { .. }) => pool.unpinned.push(error),
+                Err(error) => return Err(error),
+            }
         }
-        Ok(pool)
+        match pool.unpinned.pop_if(|_| pool.threads.is_empty()) {
+            Some(error) => Err(error),
+            None => Ok(pool),
+        }
+    }
+
+    /// Why there is no worker on some of the CPUs.
+    pub fn unpinned(&self) -> &[Error] {
+        &self.unpinned
     }
 
     fn start_thread(
@@ -362,6 +377,16 @@ fn pin(cpu: usize) -> io::Result<()> {
     let mut set = CpuSet::new();
     set.set(cpu);
     Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Whether a worker could run on a CPU.
+///
+/// # Errors
+/// It does not exist, or is not allowed to this process.
+pub fn try_cpu(cpu: usize) -> Result<(), Error> {
+    let tried = std::thread::Builder::new().name("try CPU".into()).spawn(move || pin(cpu));
+    let pinned = tried.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread died"))));
+    pinned.map_err(|source| Error::Pin { cpu, source })
 }
 
 /// What a thread has panicked with.

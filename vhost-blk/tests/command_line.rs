@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::PoisonError;
 
+use nvme_sim::{Config, Simulator};
 use program::*;
 use rustix::process::Signal;
 
@@ -68,11 +69,15 @@ fn checking_tells_what_would_be_served_and_opens_nothing() {
 #[test]
 fn what_is_wrong_with_a_configuration_has_the_status_of_wrong_usage() {
     let one = export("sim:64M", Path::new("/nowhere/a"), "");
-    for (contents, why) in [
-        ("cpus = \n".to_owned(), "line 1: "),
-        (one.clone() + "queus = 1\n", "line 5: unknown field `queus`"),
-        (one.repeat(2), "two exports use the socket /nowhere/a"),
-        (String::new(), "no export: add an [[export]] section"),
+    for (contents, whys) in [
+        ("cpus = \n".to_owned(), &["line 1: "][..]),
+        (one.clone() + "queus = 1\n", &["line 5: unknown field `queus`"]),
+        (
+            one.repeat(2),
+            &["line 3: two exports use the socket /nowhere/a", "line 7: two exports use the socket /nowhere/a"],
+        ),
+        (String::new(), &["no export: add an [[export]] section"]),
+        ("hold = -1\n".to_owned() + &one + "queues = 0\n", &["line 1: -1 seconds to wait", "line 6: 0 queues"]),
     ] {
         let (_folder, file) = configured(&contents);
         let file = file.to_str().unwrap();
@@ -80,9 +85,11 @@ fn what_is_wrong_with_a_configuration_has_the_status_of_wrong_usage() {
         for check in [&["--check"][..], &[]] {
             let output = run(&[&["--config", file], check].concat());
             assert_eq!(output.status.code(), Some(2), "{output:?}");
-            let line = text(&output.stderr);
-            assert!(line.starts_with(&format!("vhost-blk: {file}")) && line.contains(why), "{line}");
-            assert_eq!((line.lines().count(), text(&output.stdout).as_str()), (1, ""), "{line}");
+            let lines = text(&output.stderr);
+            assert_eq!((lines.lines().count(), text(&output.stdout).as_str()), (whys.len(), ""), "{lines}");
+            for (line, why) in lines.lines().zip(whys) {
+                assert!(line.starts_with(&format!("vhost-blk: {file}")) && line.contains(why), "{lines}");
+            }
         }
     }
     for args in [&["--config", "/nowhere/c.toml"][..], &["--check"], &["--device", "sim:64M"], &[]] {
@@ -90,6 +97,65 @@ fn what_is_wrong_with_a_configuration_has_the_status_of_wrong_usage() {
     }
     // What is not there may be there later.
     assert_eq!(run(&["--device", "sim:64M", "--socket-path", "/nowhere/s"]).status.code(), Some(1));
+}
+
+#[test]
+fn checking_tells_what_would_be_served_and_everything_that_is_wrong() {
+    let too_long = format!("/{}", "x".repeat(107));
+    let contents = [
+        export("sim:64M", Path::new("/nowhere/a"), "queues = 0\nserial = \"\""),
+        export("sim:64M", Path::new("/nowhere/b"), ""),
+        export("sim:64M", Path::new(&too_long), ""),
+    ];
+    let (_folder, file) = configured(&contents.concat());
+    let output = run(&["--config", file.to_str().unwrap(), "--check"]);
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+    let served = "/nowhere/b: the only namespace of sim:64M, 64 queues of up to 1024 entries\n";
+    assert_eq!(text(&output.stdout), served);
+    let lines = text(&output.stderr);
+    let whys = ["line 4: 0 queues", "line 5: serial \"\"", "has 108 bytes"];
+    assert_eq!(lines.lines().count(), whys.len(), "{lines}");
+    lines.lines().zip(whys).for_each(|(line, why)| assert!(line.contains(why), "{lines}"));
+}
+
+#[test]
+fn checking_the_machine_tells_what_it_lacks_and_disturbs_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let config = |exports: &[String]| {
+        std::fs::write(path("c.toml"), exports.concat()).unwrap();
+        path("c.toml").to_str().unwrap().to_owned()
+    };
+    let check = |config: &str| run(&["--config", config, "--check=machine"]);
+    let good = export("sim:64M", &path("good"), "");
+    let file = config(&[good.clone(), export("vfio-user:/nowhere/n", Path::new("/nowhere/s"), "")]);
+    let output = check(&file);
+    // The file is right.
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let lines = text(&output.stderr);
+    assert!(lines.lines().count() == 2 && lines.lines().all(|line| line.starts_with("vhost-blk: ")), "{lines}");
+    assert!(lines.contains("/nowhere does not exist") && lines.contains("vfio-user:/nowhere/n cannot be opened"));
+    assert!(text(&output.stdout).contains("\n# not looked at: "), "{output:?}");
+    // Both, and all of it.
+    let output = check(&config(&[good.clone(), export("vfio-user:/nowhere/n", Path::new("/nowhere/s"), "queues = 0")]));
+    assert_eq!((output.status.code(), text(&output.stderr).lines().count()), (Some(2), 1), "{output:?}");
+
+    // What serves it by now may be started again; it hears nothing of that. Another configuration has to do without its socket.
+    let file = config(std::slice::from_ref(&good));
+    let mut program = Program::start(&["--config", &file], None);
+    program.wait_for("is ready for a front-end");
+    let output = check(&file);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(text(&output.stdout).contains("serves this configuration there now"), "{output:?}");
+    let socket = path("good");
+    let args = ["--device", "sim:64M", "--socket-path", socket.to_str().unwrap()];
+    let output = run(&[&args[..], &["--check=machine"]].concat());
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    assert!(text(&output.stderr).contains(&format!("(process {}) does already", program.child.id())), "{output:?}");
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    program.wait_for("no ring has been used yet");
+    assert_eq!(program.lines_with("a front-end connected"), 0);
 }
 
 #[test]
@@ -128,8 +194,11 @@ fn logged(args: &[&str], is_journal: bool) -> String {
 #[test]
 fn the_journal_is_told_the_level_of_a_line() {
     let folder = tempfile::tempdir().unwrap();
+    let _drive = Simulator::start(Config::default(), &folder.path().join("nvme")).unwrap();
+    let device = format!("vfio-user:{}", folder.path().join("nvme").display());
+    // One export that is refused, and one for which the program ends.
     let (_file, config) = configured(
-        &(export("sim:64M", &folder.path().join("a"), "")
+        &(export(&device, &folder.path().join("a"), "namespace = 9")
             + &export("sim:64M", &folder.path().join("b"), "namespace = 9")),
     );
     let args = ["--config", config.to_str().unwrap()];
@@ -138,7 +207,9 @@ fn the_journal_is_told_the_level_of_a_line() {
     for line in log.lines() {
         assert!(priorities.iter().any(|priority| line.starts_with(priority)), "{line}");
     }
-    assert!(log.lines().last().unwrap().starts_with("<3>vhost-blk: sim:64M: namespace 9 is not active"), "{log}");
+    assert!(log.lines().last().unwrap().starts_with("<3>vhost-blk: vfio-user:"), "{log}");
+    assert!(log.lines().last().unwrap().contains("namespace 9 is not active"), "{log}");
+    assert!(log.lines().next().unwrap().contains("line 8: sim:64M has no namespace 9"), "{log}");
     assert!(
         log.contains("\n<6>nvme_driver::controller: vfio-user:") || log.starts_with("<6>nvme_driver::controller"),
         "{log}"

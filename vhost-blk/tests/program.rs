@@ -60,7 +60,7 @@ fn what_is_wrong_is_one_line_and_a_status() {
         (vec!["--config", config], 2, format!("vhost-blk: {config}, line 4: unknown field `queus`, expected one of")),
         (vec!["--device", "sim:64M", "--socket-path", busy], 1, format!("vhost-blk: cannot listen on {busy}: another process does already; stop it or choose another path")),
         (vec!["--device", "sim:64M", "--socket-path", "/nowhere/s"], 1, "vhost-blk: cannot listen on /nowhere/s: its directory does not exist; create it first".into()),
-        (vec!["--device", "sim:64M", "--namespace", "9", "--socket-path", socket], 1, "vhost-blk: sim:64M: namespace 9 is not active".into()),
+        (vec!["--device", "sim:64M", "--namespace", "9", "--socket-path", socket], 2, "vhost-blk: sim:64M has no namespace 9: use 1 to 1".into()),
         (vec!["--device", "sim:64M", "--cpus", "8191", "--socket-path", socket], 1, "vhost-blk: cannot start the workers: cannot pin a worker to CPU 8191".into()),
         (vec!["--device", "sim:64M,file=/nowhere/disk", "--socket-path", socket], 1, "vhost-blk: cannot start the embedded controller: ".into()),
         (vec!["--device", "sim:64M", "--fd", "77"], 1, "vhost-blk: --fd 77 cannot be used: ".into()),
@@ -149,6 +149,27 @@ fn a_second_signal_ends_it_at_once() {
     assert!(program.child.try_wait().unwrap().is_none());
     program.signal(Signal::TERM);
     assert_eq!(program.wait().code(), Some(128 + 15));
+}
+
+#[test]
+fn signals_that_mean_nothing_cost_no_disk() {
+    let (_folder, socket) = folder();
+    let mut program = Program::serve(&socket, &[]);
+    let front = Front::connect(&socket);
+    front.negotiate();
+    let region = Region::new(0, 1 << 20);
+    let mut ring = Ring::first(&front, &region);
+    for (signal, told) in [(Signal::HUP, "SIGHUP changes nothing: "), (Signal::USR2, "SIGUSR2 changes nothing: ")] {
+        for times in 1..=2 {
+            program.signal(signal);
+            eventually("it is told each time", || program.lines_with(told) == times);
+            ring.check_io(8);
+        }
+    }
+    assert!(program.child.try_wait().unwrap().is_none());
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    assert!(!socket.exists());
 }
 
 #[test]
@@ -242,6 +263,154 @@ fn several_exports_by_a_file() {
     assert!(["a", "b", "c"].iter().all(|name| !path(name).exists()));
 }
 
+/// A CPU that this process may use.
+fn a_cpu() -> usize {
+    let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+    (0..rustix::thread::CpuSet::MAX_CPU).find(|cpu| allowed.is_set(*cpu)).unwrap()
+}
+
+#[test]
+fn whatever_is_wrong_with_an_export_costs_that_export_only() {
+    let (folder, _) = folder();
+    let path = |name: &str| folder.path().join(name);
+    let export = |device: &str, socket: &Path, more: &str| {
+        format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"{}\"\n{more}\n", socket.display())
+    };
+    let rest = 108 - folder.path().as_os_str().len() - 1;
+    let too_long = path(&"x".repeat(rest));
+    std::fs::write(path("text"), "127.0.0.1 localhost\n").unwrap();
+    let in_use = UnixListener::bind(path("in-use")).unwrap();
+    let text = format!("sim:64M,file={}", path("text").display());
+    let exports = [
+        export("sim:64M", &path("good"), ""),
+        export("sim:64M", &path("later/s"), "read-only = true"),
+        export("sim:64M", &path("in-use"), "read-only = true"),
+        export("sim:64M", &too_long, ""),
+        export("sim:64M", &path("wrong"), "queues = 0"),
+        export("sim:64M", &path("no-namespace"), "namespace = 7"),
+        export(&text, &path("on-text"), ""),
+        export("sim:32M", &path("twice"), ""),
+        export("sim:16M", &path("twice"), ""),
+        export("sim:8M", &path("good-too"), ""),
+    ];
+    std::fs::write(path("c.toml"), format!("cpus = \"8191,{}\"\n", a_cpu()) + &exports.concat()).unwrap();
+    let ear = Ear::at(&path("notify"));
+    let mut command = command(&["--config", path("c.toml").to_str().unwrap()]);
+    command.env("NOTIFY_SOCKET", path("notify"));
+    let mut program = Program::spawn(command, &[]);
+    // Ready with what there is.
+    let first = ear.hears();
+    assert!(first.starts_with("READY=1\nSTATUS=serving 2 of 10 sockets; "), "{first}");
+    let served = ["good", "good-too"];
+    served.iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+    for told in [
+        "/later/s: its directory does not exist; create it first",
+        "/in-use: another process does already",
+        " has 108 bytes: use at most 107",
+        "0 queues: use 1 to 256",
+        "sim:64M has no namespace 7",
+        "with 20 bytes instead of",
+        "cannot pin a worker to CPU 8191",
+    ] {
+        eventually(told, || program.lines_with("ERROR") > 0 && program.lines_with(told) == 1);
+    }
+    eventually("both", || program.lines_with(&format!("two exports use the socket {}", path("twice").display())) == 2);
+    // What can be mended while it runs is found.
+    drop(in_use);
+    check_disk_at(&path("in-use"));
+    std::fs::create_dir(path("later")).unwrap();
+    check_disk_at(&path("later/s"));
+    assert_eq!(std::fs::read(path("text")).unwrap(), b"127.0.0.1 localhost\n");
+    std::fs::remove_file(path("text")).unwrap();
+    check_disk_at(&path("on-text"));
+    served.iter().for_each(|name| check_disk(&Front::connect(&path(name))));
+    for name in ["wrong", "no-namespace", "twice"] {
+        assert!(!path(name).exists(), "{name}");
+    }
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+    assert!(["in-use", "later/s", "good"].iter().all(|name| !path(name).exists()));
+}
+
+/// The same, on a socket that is served soon, read-only or not.
+fn check_disk_at(path: &Path) {
+    let mut stream = None;
+    eventually("its socket is served", || {
+        stream = UnixStream::connect(path).ok();
+        stream.is_some()
+    });
+    let front = Front::on(stream.unwrap());
+    front.negotiate();
+    let region = Region::new(0, 1 << 20);
+    let mut ring = Ring::first(&front, &region);
+    assert_eq!(ring.read_one(8), 0);
+    ring.stop(&front);
+}
+
+/// A small file system; nothing where none can be mounted.
+struct SmallFileSystem<'a>(&'a Path);
+
+impl SmallFileSystem<'_> {
+    fn mount(at: &Path) -> Option<SmallFileSystem<'_>> {
+        std::fs::create_dir(at).unwrap();
+        let mut mount = Command::new("mount");
+        mount.args(["-t", "tmpfs", "-o", "size=1m", "vhost-blk-test"]).arg(at).stderr(Stdio::null());
+        mount.status().is_ok_and(|status| status.success()).then_some(SmallFileSystem(at))
+    }
+}
+
+impl Drop for SmallFileSystem<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(self.0).status();
+    }
+}
+
+#[test]
+fn a_file_that_cannot_take_more_is_an_io_error_and_no_more() {
+    let (folder, _) = folder();
+    let path = |name: &str| folder.path().join(name);
+    let mounted = path("small");
+    let small = SmallFileSystem::mount(&mounted);
+    // Elsewhere a file in memory whose pages nobody may write.
+    let sealed = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::ALLOW_SEALING).unwrap();
+    rustix::fs::ftruncate(&sealed, 64 << 20).unwrap();
+    rustix::fs::fcntl_add_seals(&sealed, rustix::fs::SealFlags::WRITE).unwrap();
+    let (file, limit) = match &small {
+        Some(_) => (mounted.join("disk"), 256),
+        None => (PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), sealed.as_raw_fd())), 0),
+    };
+    let export = |device: &str, name: &str| {
+        format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"{}\"\n", path(name).display())
+    };
+    let device = format!("sim:64M,file={}", file.display());
+    std::fs::write(path("c.toml"), export(&device, "full") + &export("sim:64M", "beside")).unwrap();
+    let mut program = Program::start(&["--config", path("c.toml").to_str().unwrap()], None);
+    eventually("both", || program.lines_with("is ready for a front-end") == 2);
+    let (front, beside) = (Front::connect(&path("full")), Front::connect(&path("beside")));
+    let (region, other) = (Region::new(0, 1 << 20), Region::new(0, 1 << 20));
+    front.negotiate();
+    beside.negotiate();
+    let (mut ring, mut good) = (Ring::first(&front, &region), Ring::first(&beside, &other));
+    // Pages of 4 KiB, in different places.
+    let written = (0..1000).take_while(|block| ring.write_one(block * 128) == 0).count();
+    assert!(written <= limit, "{written} pages of a file system of {limit}");
+    assert!(limit == 0 || written > limit / 2, "{written}");
+    assert_eq!(ring.write_one(1 << 16), 1, "an I/O error, and not for once");
+    // What was never written can be read there all the same, and nobody else is concerned.
+    assert_eq!(ring.read_one(1 << 16), 0);
+    good.check_io(8);
+    if small.is_some() {
+        // What was deallocated makes room.
+        std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(0).unwrap();
+        std::fs::OpenOptions::new().write(true).open(&file).unwrap().set_len(64 << 20).unwrap();
+        ring.check_io(8);
+    }
+    assert!(program.child.try_wait().unwrap().is_none());
+    program.wait_for("commands for it fail until it can");
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
+}
+
 #[test]
 fn sharing_is_told_once_and_wrong_messages_once() {
     let (_folder, socket) = folder();
@@ -311,8 +480,12 @@ fn the_service_manager_hears_when_the_disks_are_ready_how_they_do_and_when_it_st
         command.env("NOTIFY_SOCKET", path("notify"));
         Program::spawn(command, &[])
     };
-    // What is wrong with the configuration: it is not ready, and says no such thing.
-    assert_eq!(start("sim:64M,file=/nowhere/disk").wait().code(), Some(1));
+    // Nothing can be served: it is not ready, and says no such thing.
+    std::fs::write(path("c.toml"), format!("[[export]]\ndevice = \"{device}\"\nsocket-path = \"/nowhere/s\"\n"))
+        .unwrap();
+    let mut nothing = command(&["--config", path("c.toml").to_str().unwrap()]);
+    nothing.env("NOTIFY_SOCKET", path("notify"));
+    assert_eq!(Program::spawn(nothing, &[]).wait().code(), Some(1));
     let mut program = start(&device);
     // Ready is what can be: one disk waits for its drive.
     let away = format!("serving 1 of 2 sockets; cannot open {device}: ");
@@ -358,17 +531,18 @@ fn sockets_of_the_service_manager_are_used_and_outlive_the_program() {
 }
 
 #[test]
-fn a_socket_of_the_service_manager_that_no_export_wants_is_an_error() {
+fn a_socket_of_the_service_manager_that_no_export_wants_is_told_and_front_ends_there_are_left() {
     let (folder, socket) = folder();
     let other = folder.path().join("other");
     let listener = UnixListener::bind(&other).unwrap();
     let args = ["--device", "sim:64M", "--socket-path", socket.to_str().unwrap()];
     let mut program = Program::spawn(activated(&args, &[&listener], "disk9"), &[&listener]);
-    assert_eq!(program.wait().code(), Some(1));
-    program.wait_for(&format!(
-        "vhost-blk: the service manager hands over the socket {} (disk9), and no export",
-        other.display()
-    ));
+    let path = other.display();
+    program.wait_for(&format!("the service manager hands over the socket {path} (disk9), and no export"));
+    check_disk(&Front::connect(&socket));
+    Front::connect(&other).wait_for_end();
+    program.signal(Signal::TERM);
+    assert_eq!(program.wait().code(), Some(0));
     assert!(!socket.exists() && other.exists());
 
     // Meant for another process: nothing of it is used.

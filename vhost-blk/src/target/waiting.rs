@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::Options;
 
 use super::Running;
+use super::unserved::leave;
 use crate::address::DeviceAddress;
 use crate::config::ExportSettings;
 use crate::drive::{Drive, NotBack, longer};
@@ -22,9 +23,6 @@ use crate::worker::WorkerPool;
 
 /// How long the sockets of a drive are open while it comes up for the first time, and how long the program's start waits for it.
 const PATIENCE: Duration = Duration::from_secs(5);
-
-/// Front-ends left in one go, lest one that comes again and again keep others waiting.
-const LEFT_AT_ONCE: usize = 64;
 
 /// How drives are opened.
 pub struct Means {
@@ -67,6 +65,8 @@ struct WaitingDisk {
     settings: ExportSettings,
     export: Option<Arc<Export>>,
     listener: Option<Listener>,
+    /// Why it has none.
+    unbound: Option<String>,
 }
 
 /// What an attempt has found.
@@ -80,16 +80,23 @@ struct FoundDisk {
     export: Option<Arc<Export>>,
     /// If it was asked for.
     listener: Option<Listener>,
-    /// Why something is missing.
+    /// Why there is no such namespace.
     why: Option<String>,
+    /// Why there is no such socket.
+    unbound: Option<String>,
 }
 
 impl Waiting {
     /// The drives of these exports, each with all that are of it; `listeners` are in the order of the exports.
-    pub fn all(exports: &[ExportSettings], listeners: Vec<Listener>, means: &Arc<Means>) -> Vec<Waiting> {
+    pub fn all(
+        exports: &[ExportSettings],
+        listeners: Vec<Result<Listener, String>>,
+        means: &Arc<Means>,
+    ) -> Vec<Waiting> {
         let mut all: Vec<Waiting> = Vec::new();
         for (number, (settings, listener)) in exports.iter().zip(listeners).enumerate() {
-            let disk = WaitingDisk { number, settings: settings.clone(), export: None, listener: Some(listener) };
+            let (listener, unbound) = listener.map_or_else(|why| (None, Some(why)), |listener| (Some(listener), None));
+            let disk = WaitingDisk { number, settings: settings.clone(), export: None, listener, unbound };
             match all.iter_mut().find(|waiting| waiting.address == settings.device) {
                 Some(waiting) => waiting.disks.push(disk),
                 None => all.push(Waiting {
@@ -162,18 +169,16 @@ impl Waiting {
         Ok(())
     }
 
-    /// Whether the program ends without it: our own controller fails for what is wrong with its description, and a front-end
-    /// that was handed over connected cannot come again.
+    /// Whether the program ends without it: a front-end that was handed over connected cannot come again.
     fn is_vital(&self) -> bool {
-        let is_connected = |disk: &WaitingDisk| matches!(disk.listener, Some(Listener::Connected(_)));
-        matches!(self.address, DeviceAddress::Sim(_)) || self.disks.iter().any(is_connected)
+        self.disks.iter().any(|disk| matches!(disk.listener, Some(Listener::Connected(_))))
     }
 
     /// Begins an attempt. It has a thread of its own, as a controller may take minutes.
     fn begin(&mut self) -> Result<(), String> {
         let (address, means, drive) = (self.address.clone(), self.means.clone(), self.drive.clone());
         let wanted = self.disks.iter().map(|disk| {
-            let WaitingDisk { number, settings, export, listener } = disk;
+            let WaitingDisk { number, settings, export, listener, .. } = disk;
             Wanted { number: *number, settings: settings.clone(), export: export.clone(), bind: listener.is_none() }
         });
         let wanted: Vec<Wanted> = wanted.collect();
@@ -196,7 +201,12 @@ impl Waiting {
         self.is_setup = matches!(&result, Ok(_) | Err(NotBack::Withheld(_)));
         let failed = match result {
             Ok(found) => self.serve(found, running)?.map(|why| (why, longer(&mut self.pause))),
-            Err(error) => Some(error.pause(&mut self.pause)),
+            Err(error) => {
+                let (why, pause) = error.pause(&mut self.pause);
+                let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_deref());
+                let reasons: Vec<&str> = std::iter::once(why.as_str()).chain(unbound).collect();
+                Some((reasons.join("; "), pause))
+            }
         };
         match failed {
             Some((why, pause)) => {
@@ -220,9 +230,11 @@ impl Waiting {
         }
         let mut reasons = Vec::new();
         for (mut disk, found) in std::mem::take(&mut self.disks).into_iter().zip(found.disks) {
+            let unbound = found.unbound.or(disk.unbound.take().filter(|_| found.listener.is_none()));
+            reasons.extend(unbound.clone().filter(|why| !reasons.contains(why)));
             match (found.export, disk.listener.take().or(found.listener)) {
                 (Some(export), Some(listener)) => running.serve(export, listener)?,
-                (export, listener) => self.disks.push(WaitingDisk { export, listener, ..disk }),
+                (export, listener) => self.disks.push(WaitingDisk { export, listener, unbound, ..disk }),
             }
             reasons.extend(found.why.filter(|why| !reasons.contains(why)));
         }
@@ -250,7 +262,7 @@ impl Waiting {
     fn turn_away(&self) {
         for disk in &self.disks {
             let Some(Listener::Listening(None, socket)) = &disk.listener else { continue };
-            let left = (0..LEFT_AT_ONCE).take_while(|_| socket.accept().is_ok()).count();
+            let left = leave(socket);
             if left > 0 {
                 log::debug!("{}: {left} front-ends have to come again: the drive is not there", disk.settings.listen);
             }
@@ -286,10 +298,10 @@ fn attempt(
             Ok(export) => (Some(export), None),
             Err(why) => (None, Some(why)),
         };
-        match (bind && export.is_some()).then(|| Listener::open(&settings.listen)) {
-            None => FoundDisk { export, listener: None, why },
-            Some(Ok(listener)) => FoundDisk { export, listener: Some(listener), why },
-            Some(Err(why)) => FoundDisk { export, listener: None, why: Some(why) },
+        match (bind && export.is_some()).then(|| Listener::open_now(&settings.listen)) {
+            None => FoundDisk { export, listener: None, why, unbound: None },
+            Some(Ok(listener)) => FoundDisk { export, listener: Some(listener), why, unbound: None },
+            Some(Err(unbound)) => FoundDisk { export, listener: None, why, unbound: Some(unbound) },
         }
     };
     let disks = wanted.into_iter().map(look).collect();

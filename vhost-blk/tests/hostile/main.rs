@@ -37,6 +37,7 @@ mod stand;
 
 mod basics;
 mod events;
+mod exports;
 mod front_ends;
 mod log;
 mod long;

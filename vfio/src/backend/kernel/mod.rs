@@ -40,7 +40,7 @@ use crate::{Error, IovaRange, PciAddress};
 mod explain;
 mod layout;
 mod space;
-mod sysfs;
+pub(crate) mod sysfs;
 
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE.into(), VFIO_BASE + 11);
 ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE.into(), VFIO_BASE + 12);

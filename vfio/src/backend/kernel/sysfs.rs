@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::{Error, PciAddress};
 
 /// Where the kernel shows its devices; other directories in tests.
-pub(super) struct Roots {
+pub(crate) struct Roots {
     pub sys: PathBuf,
     pub dev: PathBuf,
 }
@@ -90,6 +90,24 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
     // The kernel says -1 where it does not know.
     let numa_node = numa_node.and_then(|node| node.trim().parse().ok());
     Ok(Found { path, ways, group, numa_node })
+}
+
+/// The files by which a device would be opened, without opening any: one way after the other, each with all files that it takes.
+/// The error is why the device cannot be opened by anybody.
+pub(crate) fn files(roots: &Roots, address: PciAddress) -> Result<Vec<Vec<PathBuf>>, Error> {
+    let Found { ways, group, .. } = find(roots, address)?;
+    let others = unviable(roots, group);
+    if !others.is_empty() {
+        return Err(Error::NotUsable {
+            device: address.to_string(),
+            reason: format!("the kernel drives other devices of its IOMMU group {group}: {}", others.join(", ")),
+            advice: "bind all devices of the group to vfio-pci, or put the device into a slot of its own".into(),
+        });
+    }
+    let cdev = ways.cdev.map(|cdev| vec![cdev, roots.dev.join("iommu")]);
+    let group =
+        ways.group.map(|group| vec![roots.dev.join("vfio").join(group.to_string()), roots.dev.join("vfio/vfio")]);
+    Ok(cdev.into_iter().chain(group).collect())
 }
 
 /// The devices of an IOMMU group that keep it from being used: those the kernel drives.
@@ -214,6 +232,23 @@ mod tests {
         assert!(error.contains("vfio/vfio"), "{error}");
         let error = Machine::new().driver("vfio-pci").group(7).node("vfio/noiommu-7").refusal();
         assert!(error.contains("no-IOMMU"), "{error}");
+    }
+
+    #[test]
+    fn the_files_of_both_ways_are_told_unless_the_group_is_spoiled() {
+        let machine = Machine::new().driver("vfio-pci").group(7).cdev("vfio0");
+        let machine = machine.node("iommu").node("vfio/devices/vfio0").node("vfio/vfio").node("vfio/7");
+        let dev = |names: [&str; 2]| names.map(|name| machine.roots.dev.join(name)).to_vec();
+        let address: PciAddress = NAME.parse().unwrap();
+        assert_eq!(
+            files(&machine.roots, address).unwrap(),
+            [dev(["vfio/devices/vfio0", "iommu"]), dev(["vfio/7", "vfio/vfio"])]
+        );
+        let other = machine.roots.sys.join("kernel/iommu_groups/7/devices/0000:01:00.1");
+        fs::create_dir_all(&other).unwrap();
+        symlink("/drivers/nvme", other.join("driver")).unwrap();
+        let error = files(&machine.roots, address).unwrap_err().to_string();
+        assert!(error.contains("0000:01:00.1 (nvme)"), "{error}");
     }
 
     #[test]

@@ -1,0 +1,161 @@
+//! The values of options, each with its rule.
+
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+/// Virtqueues offered to a front-end unless told otherwise: QEMU asks for one per virtual CPU and refuses a back-end with
+/// fewer. Queues that no guest starts cost nothing.
+pub const DEFAULT_QUEUES: u16 = 64;
+/// A vring's index is one byte in the messages that carry its file descriptors.
+pub const MAX_QUEUES: u16 = 256;
+/// Largest virtqueue accepted unless told otherwise.
+pub const DEFAULT_QUEUE_SIZE: u16 = 1024;
+/// virtio 1.2, section 2.6: a virtqueue has at most 32768 entries.
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+/// virtio 1.2, section 5.2.6: the device ID string has 20 bytes.
+pub const SERIAL_BYTES: usize = 20;
+/// unix(7): a socket address has 108 bytes, and the last one of a path is zero.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// 1 to 20 printable ASCII characters.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct Serial(String);
+
+impl Serial {
+    /// The device ID string of virtio 1.2, section 5.2.6: padded with zeroes, no terminator when it fills all 20 bytes.
+    pub fn to_bytes(&self) -> [u8; SERIAL_BYTES] {
+        let mut bytes = [0; SERIAL_BYTES];
+        // Its length was checked when it was made.
+        bytes.iter_mut().zip(self.0.bytes()).for_each(|(to, from)| *to = from);
+        bytes
+    }
+}
+
+impl fmt::Display for Serial {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Serial {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let fits = !text.is_empty() && text.len() <= SERIAL_BYTES;
+        if fits && text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
+            Ok(Serial(text.into()))
+        } else {
+            Err(format!("serial \"{text}\": use 1 to {SERIAL_BYTES} printable ASCII characters"))
+        }
+    }
+}
+
+impl TryFrom<String> for Serial {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// A list of CPUs such as `2,4-7`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub struct CpuList(pub Vec<usize>);
+
+/// Linux's own limit on CPU numbers (CONFIG_NR_CPUS on the biggest kernels).
+const MAX_CPU: usize = 8191;
+
+impl FromStr for CpuList {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = |why: &str| format!("CPU list \"{text}\": {why}; use numbers and ranges such as 2,4-7");
+        let number = |part: &str| match part.parse::<usize>() {
+            Ok(cpu) if cpu <= MAX_CPU && part.bytes().all(|byte| byte.is_ascii_digit()) => Ok(cpu),
+            _ => Err(wrong(&format!("\"{part}\" is not a CPU number"))),
+        };
+        let mut cpus = Vec::new();
+        for part in text.split(',') {
+            let (first, last) = match part.split_once('-') {
+                Some((first, last)) => (number(first)?, number(last)?),
+                None => (number(part)?, number(part)?),
+            };
+            if first > last {
+                return Err(wrong(&format!("the range {part} runs backwards")));
+            }
+            for cpu in first..=last {
+                if cpus.contains(&cpu) {
+                    return Err(wrong(&format!("CPU {cpu} is there twice")));
+                }
+                cpus.push(cpu);
+            }
+        }
+        Ok(CpuList(cpus))
+    }
+}
+
+impl TryFrom<String> for CpuList {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+/// Checks the number of virtqueues.
+pub fn queues(count: u64) -> Result<u16, String> {
+    u16::try_from(count)
+        .ok()
+        .filter(|count| (1..=MAX_QUEUES).contains(count))
+        .ok_or_else(|| format!("{count} queues: use 1 to {MAX_QUEUES}"))
+}
+
+/// Checks the size of the largest virtqueue.
+pub fn queue_size(entries: u64) -> Result<u16, String> {
+    u16::try_from(entries)
+        .ok()
+        .filter(|entries| (2..=MAX_QUEUE_SIZE).contains(entries) && entries.is_power_of_two())
+        .ok_or_else(|| format!("queue size {entries}: use a power of two from 2 to {MAX_QUEUE_SIZE}"))
+}
+
+/// Checks a namespace identifier (NVMe Base 2.0, section 3.2.1: 0 is none, all ones is all).
+pub fn namespace(id: u64) -> Result<u32, String> {
+    u32::try_from(id)
+        .ok()
+        .filter(|id| (1..u32::MAX).contains(id))
+        .ok_or_else(|| format!("namespace {id}: use 1 to {}", u32::MAX - 1))
+}
+
+/// Checks the time for a command, in seconds.
+pub fn io_timeout(seconds: f64) -> Result<Duration, String> {
+    duration(seconds, 0.01).ok_or_else(|| format!("{seconds} seconds for a command: use 0.01 to {MOST_SECONDS}"))
+}
+
+/// Checks how long requests wait for a drive, in seconds.
+pub fn hold(seconds: f64) -> Result<Duration, String> {
+    duration(seconds, 0.0).ok_or_else(|| format!("{seconds} seconds to wait for a drive: use 0 to {MOST_SECONDS}"))
+}
+
+const MOST_SECONDS: f64 = 86400.0;
+
+fn duration(seconds: f64, least: f64) -> Option<Duration> {
+    (least..=MOST_SECONDS).contains(&seconds).then(|| Duration::from_secs_f64(seconds))
+}
+
+/// Checks the path of a socket.
+pub fn socket_path(path: &Path) -> Result<(), String> {
+    let bytes = path.as_os_str().as_bytes();
+    match bytes.len() {
+        0 => Err("the socket path is empty: give one, such as /run/vhost-blk/disk0.sock".into()),
+        1..=MAX_SOCKET_PATH if !bytes.contains(&0) => Ok(()),
+        1..=MAX_SOCKET_PATH => Err("a socket path with a zero byte in it: no file can be called so".into()),
+        length => Err(format!("the socket path {} has {length} bytes: use at most {MAX_SOCKET_PATH}", path.display())),
+    }
+}
