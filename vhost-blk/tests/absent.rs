@@ -17,8 +17,8 @@ use rustix::process::Signal;
 
 const MIB: u64 = 1 << 20;
 
-/// How long the program may take to end with nothing to finish.
-const PROMPT: Duration = Duration::from_secs(4);
+/// How long the program may take to end with nothing to finish: less than what it may wait for here (a drive's 30 seconds or more).
+const PROMPT: Duration = Duration::from_secs(15);
 
 /// A folder with the sockets of controllers and exports in it.
 struct Lab(tempfile::TempDir);
@@ -147,15 +147,16 @@ fn a_controller_that_never_becomes_ready_costs_its_own_disk_only() {
     let slow = Simulator::start(config, &lab.path("slow")).unwrap();
     slow.faults().set(FaultPlan { never_ready: true, ..FaultPlan::default() });
     let exports = [("slow", "s", ""), ("present", "p", "")];
-    let begin = Instant::now();
     let program = lab.start(&exports);
     check_disk(&lab.path("p"));
-    // Nobody is kept standing at its socket.
-    let mut early = UnixStream::connect(lab.path("s")).unwrap();
-    early.set_read_timeout(Some(DEADLINE)).unwrap();
-    assert!(begin.elapsed() < Duration::from_secs(5), "the others are served at once");
-    assert!(!matches!(early.read(&mut [0]), Ok(1..)));
+    // Nobody is kept standing at its socket, which is gone by now if this machine is slow.
+    if let Ok(mut early) = UnixStream::connect(lab.path("s")) {
+        early.set_read_timeout(Some(DEADLINE)).unwrap();
+        assert!(!matches!(early.read(&mut [0]), Ok(1..)));
+    }
     program.wait_for("there is no disk on");
+    let (ready, given_up) = (program.position("is ready for a front-end"), program.position("has not come up within"));
+    assert!(ready < given_up, "the others are served at once");
     eventually("its socket is gone", || !lab.path("s").exists());
     ends_promptly(program);
 

@@ -25,7 +25,7 @@ const HOLD: Duration = Duration::from_millis(700);
 const READY_TIMEOUT: Duration = Duration::from_millis(500);
 /// All of these, and time for busy machines: less than several rings would take one after the other, and less than the last
 /// resort, which is to wait no longer for a ring.
-const LIMIT: Duration = Duration::from_secs(5);
+const LIMIT: Duration = Duration::from_secs(9);
 
 /// In what way the drive does not answer.
 #[derive(Clone, Copy, Debug)]

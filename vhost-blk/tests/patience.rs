@@ -107,7 +107,7 @@ fn requests_wait_no_longer_than_was_said_while_the_controller_does_not_start() {
     let start = Instant::now();
     assert_eq!(ring.read_one(0), IOERR);
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert!(took < Duration::from_secs(15), "{took:?}");
     bench.simulators[0].faults().clear();
     eventually("the drive is back", || ring.read_one(0) == 0);
     bench.target.stop().unwrap();
@@ -129,7 +129,7 @@ fn a_drive_that_cannot_be_stopped_delays_no_other() {
         let start = Instant::now();
         assert_eq!(other.read_one(0), 0);
         let took = start.elapsed();
-        assert!(took < Duration::from_secs(4), "{took:?}");
+        assert!(took < Duration::from_secs(7), "{took:?}");
         bench.simulators[1].faults().clear();
     }
     assert_eq!(stuck.poll(), None);

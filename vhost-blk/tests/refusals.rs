@@ -266,5 +266,6 @@ fn front_ends_that_leave_in_the_middle_of_a_header_hold_nobody_up() {
         served.connect().raw(&[1, 0, 0, 0, 1, 0]);
     }
     served.connect().negotiate();
-    assert!(start.elapsed() < std::time::Duration::from_secs(5), "{:?}", start.elapsed());
+    // Each could hold them up for a second.
+    assert!(start.elapsed() < std::time::Duration::from_secs(15), "{:?}", start.elapsed());
 }

@@ -17,7 +17,10 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simu
 use vfio::{Address, Device, DmaBuffer};
 
 /// Every wait for something that is to happen ends here.
-const DEADLINE: Duration = Duration::from_secs(30);
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Less than any deadline that would be waited for by mistake: the shortest of those that tests do not set is 10 seconds.
+const PROMPT: Duration = Duration::from_secs(9);
 
 /// A running simulator and a device opened on it.
 struct Rig {

@@ -10,7 +10,7 @@ use tempfile::TempDir;
 use vfio::{Device, DmaBuffer};
 
 /// No test waits longer for anything.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 pub struct Rig {
     pub namespace: Namespace,

@@ -20,7 +20,7 @@ pub(crate) const DATA: u64 = 0x100_0000;
 pub(crate) const DATA_BYTES: u64 = 0x200_0000;
 /// A guest's memory: addresses and bytes.
 pub(crate) const LAYOUT: [(u64, u64); 2] = [(0, DATA), (DATA, DATA_BYTES)];
-pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// What a status byte says before the device has written it.
 const UNTOUCHED: u8 = 0xaa;

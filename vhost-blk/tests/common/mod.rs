@@ -52,7 +52,7 @@ pub const F_RING_PACKED: u64 = 1 << 34;
 pub const F_FLUSH: u64 = 1 << 9;
 pub const F_CONFIG_WCE: u64 = 1 << 11;
 
-pub const DEADLINE: Duration = Duration::from_secs(20);
+pub const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One connection.
 pub struct Front {

@@ -80,6 +80,12 @@ impl Program {
         self.log.lock().unwrap().iter().filter(|line| texts.iter().all(|text| line.contains(text))).count()
     }
 
+    /// Which line of the log says something first.
+    #[track_caller]
+    pub fn position(&self, text: &str) -> usize {
+        self.log.lock().unwrap().iter().position(|line| line.contains(text)).expect(text)
+    }
+
     #[track_caller]
     pub fn wait_for(&self, text: &str) {
         eventually(text, || self.lines_with(text) > 0);
