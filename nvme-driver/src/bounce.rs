@@ -3,6 +3,7 @@
 //! The pool only lends DMA memory. Whoever holds the caller's memory copies: into the buffer before a write is submitted
 //! with [`Bounce::segments`], out of it after a read has completed.
 
+use std::collections::VecDeque;
 use std::sync::atomic::AtomicU8;
 
 use vfio::{DmaBuffer, DmaSlice, DmaSpace};
@@ -27,6 +28,8 @@ pub struct BouncePool {
     /// Free pages, by number.
     free: Vec<u32>,
     pages: u32,
+    /// Who waits for a loan, in their order.
+    line: VecDeque<u64>,
     counters: BounceCounters,
 }
 
@@ -44,7 +47,8 @@ impl BouncePool {
     pub fn new(dma: &DmaSpace, bytes: usize) -> Result<BouncePool, vfio::Error> {
         let memory = dma.allocate(bytes.max(1).next_multiple_of(PAGE_BYTES as usize))?;
         let pages = u32::try_from(memory.len() / PAGE_BYTES as usize).unwrap_or(u32::MAX);
-        Ok(BouncePool { memory, free: (0..pages).rev().collect(), pages, counters: BounceCounters::default() })
+        let free = (0..pages).rev().collect();
+        Ok(BouncePool { memory, free, pages, line: VecDeque::new(), counters: BounceCounters::default() })
     }
 
     /// Lends `bytes` bytes. `None`: not now, something has to be given back first; or never, if it is more than
@@ -79,6 +83,24 @@ impl BouncePool {
         let pages =
             bounce.segments.iter().rev().map(|segment| ((segment.iova - self.memory.iova()) / PAGE_BYTES) as u32);
         self.free.extend(pages);
+    }
+
+    /// Has `who` wait for a loan, behind those that wait already. Where several share the pool, each takes one only when it is
+    /// [`BouncePool::first`], and leaves then: so they take turns. The pool itself does not insist on it.
+    pub fn wait(&mut self, who: u64) {
+        self.line.push_back(who);
+    }
+
+    /// Who is to have the next loan; `None`: nobody waits.
+    pub fn first(&self) -> Option<u64> {
+        self.line.front().copied()
+    }
+
+    /// `who` waits no longer. Cheap for the first; nothing happens if it does not wait.
+    pub fn leave(&mut self, who: u64) {
+        if let Some(at) = self.line.iter().position(|waiting| *waiting == who) {
+            self.line.remove(at);
+        }
     }
 
     /// Bytes in the pool, lent or not.

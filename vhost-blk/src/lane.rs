@@ -13,6 +13,7 @@ mod bounced;
 mod control;
 mod events;
 mod flush;
+mod kept;
 mod slots;
 mod turns;
 
@@ -23,10 +24,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
 use advice::Advice;
-use again::{Again, Kept, work};
-use bounced::Bounced;
+use again::{Again, work};
+use bounced::BouncedRequests;
 use events::Events;
 use flush::Changes;
+use kept::{Kept, Longs};
 use slots::{Answer, Slot, Slots};
 use turns::Turns;
 
@@ -115,13 +117,11 @@ pub struct Lane {
     abandoned: Option<bool>,
     again: Again,
     turns: Turns,
+    longs: Longs,
     changes: Changes,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
-    /// Requests whose data is copied; nearly always empty.
-    bounced: Vec<Bounced>,
-    /// After the guest broke its ring: slots of what the drive still had.
-    orphans: Vec<u16>,
+    bounced: BouncedRequests,
     tally: Tally,
     disk: Arc<Disk>,
     /// The disk's.
@@ -157,10 +157,10 @@ impl Lane {
             abandoned: None,
             again: Again::default(),
             turns: Turns::default(),
+            longs: Longs::default(),
             changes: Changes::default(),
             pending: None,
-            bounced: Vec::new(),
-            orphans: Vec::new(),
+            bounced: BouncedRequests::default(),
             tally,
             geometry: disk.geometry(),
             disk,
@@ -274,7 +274,8 @@ impl Lane {
 
     /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
     fn submit_parsed(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
-        if self.slots.all_taken() {
+        let (buffers, ranges) = (self.chain.readable().len() + self.chain.writable().len(), self.parser.ranges.len());
+        if self.slots.all_taken() || !self.longs.has_room(buffers, ranges) {
             self.pending = Some(head);
             return false;
         }
@@ -293,8 +294,8 @@ impl Lane {
         let Some(mut slot) = self.slots.reserve() else { return false };
         match pair.submit(&self.disk.namespace, work, tag | u64::from(slot.number())) {
             Ok(()) => {
-                self.again.keep(slot.number(), request, &self.chain, ranges);
-                slot.fill(request.status, request.written | Slot::LONG, Kept::long(flush));
+                self.longs.keep_parsed(slot.number(), request, &self.chain, ranges);
+                slot.fill(request.status, request.written | Slot::LONG, Kept::long(request.operation, flush));
                 slot.take(head);
                 count(&mut self.tally, request);
                 true
@@ -311,11 +312,6 @@ impl Lane {
             SubmitError::Full | SubmitError::Crowded => {
                 self.turns.crowded = error == SubmitError::Crowded;
                 self.tally.full += 1;
-                self.pending = Some(head);
-                return false;
-            }
-            // It waits for one of those to finish: each keeps a list of its buffers, and is looked at each turn.
-            SubmitError::NeedsBounce if self.bounced.len() >= bounced::MOST => {
                 self.pending = Some(head);
                 return false;
             }
@@ -374,13 +370,14 @@ impl Lane {
             if request.operation == Operation::Flush {
                 self.flush_succeeded(number);
             }
+            self.longs.drop_slot(number);
             self.slots.answer_any(number);
-            self.give_back(head, request::OK, request.status, request.written);
-        } else if self.bounced.iter().any(|bounced| bounced.is(number)) {
-            self.bounced_piece_done(number, status);
-        } else if let Some(orphan) = self.orphans.iter().position(|orphan| *orphan == number) {
-            self.orphans.swap_remove(orphan);
-            self.slots.free(number);
+            return self.give_back(head, request::OK, request.status, request.written);
+        }
+        match self.slots.elsewhere(number) {
+            Some(Slot::ORPHAN) => self.slots.free(number),
+            Some(place) => self.bounced_piece_done(place, number, status),
+            None => {}
         }
     }
 
@@ -500,7 +497,8 @@ impl Lane {
         self.forget_waiting();
         self.turns.over = true;
         // What the drive still has is waited for, and not answered.
-        self.orphans.extend(self.slots.orphan_all());
+        self.slots.orphan_all();
+        self.longs.drop_all();
         self.state.set_broken();
         self.events.tell_broken();
     }

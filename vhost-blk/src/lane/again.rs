@@ -6,103 +6,28 @@
 //! Requests that were under way when the drive went are given to it in no particular order: virtio promises none between
 //! requests in flight, and to know theirs would cost each request something.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::{Drive, Lane, Mode, bounced, flush};
+use super::kept::{FAILURE, RETRY};
+use super::slots::Slot;
+use super::{BATCH, Drive, Lane, Mode};
 use crate::guest_memory::GuestView;
 use crate::request::{self, Operation, Request};
-use crate::ring::{Buffer, Chain};
+use crate::ring::Buffer;
 
 /// How often a request is tried again because the drive's answer allows it (Do Not Retry is clear).
 const MOST_RETRIES: u8 = 5;
 /// How many failures of its controller a request may be a part of: it may well be their reason.
 const MOST_FAILURES: u8 = 5;
 
-/// What a slot keeps of a request, besides what its answer takes.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Kept {
-    /// First logical block.
-    pub lba: u64,
-    /// Guest address of the data.
-    pub data: u64,
-    /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
-    /// kept as a [`Long`] one. Bit 32: a write, else a read. Bits 47:40: tried again so often. Bits 55:48: with the drive when
-    /// that failed, so often.
-    word: u64,
-}
-
-const WRITE: u64 = 1 << 32;
-const RETRY: u64 = 1 << 40;
-const FAILURE: u64 = 1 << 48;
-
-impl Kept {
-    /// A read or write.
-    #[inline(always)]
-    pub fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
-        Kept { lba, data, word: if write { WRITE } else { 0 } | u64::from(bytes) }
-    }
-
-    /// Another request; `number`: of a flush.
-    pub fn long(number: u64) -> Kept {
-        Kept { lba: number, ..Kept::default() }
-    }
-
-    fn bytes(&self) -> u32 {
-        self.word as u32
-    }
-
-    fn is_write(&self) -> bool {
-        self.word & WRITE != 0
-    }
-
-    fn count(&mut self, what: u64, most: u8) -> bool {
-        let counted = (self.word / what) as u8;
-        if counted < most {
-            self.word += what;
-        }
-        counted < most
-    }
-}
-
-/// A request that is not a read or write of data in one place.
-#[derive(Default)]
-struct Long {
-    request: Option<Request>,
-    buffers: Vec<Buffer>,
-    ranges: Vec<LbaRange>,
-}
-
-/// How long the drive wants a request not to be given to it again.
-#[derive(Default)]
-pub(super) struct Pause {
-    /// Which of the controller's retry delays (NVMe Base 2.0, figure 94, CRD); 0: none.
-    delay: u8,
-    /// When it is over.
-    due: Option<Instant>,
-}
-
-impl Pause {
-    /// What the drive's answer asks for.
-    pub fn after(status: Status) -> Pause {
-        Pause { delay: status.retry_delay(), due: None }
-    }
-
-    /// `now`: the time, once it had to be read in this turn.
-    pub fn is_over(&mut self, pair: &QueuePair, now: &mut Option<Instant>) -> bool {
-        if self.delay == 0 {
-            return true;
-        }
-        let now = *now.get_or_insert_with(Instant::now);
-        now >= *self.due.get_or_insert_with(|| now + pair.retry_delay(self.delay))
-    }
-}
-
 /// A slot whose request is to be given to the drive.
 struct Waiting {
     slot: u16,
-    pause: Pause,
+    /// Which of the controller's retry delays (NVMe Base 2.0, figure 94, CRD) comes first; 0: none.
+    delay: u8,
 }
 
 /// Requests to be given to the drive once more.
@@ -110,9 +35,14 @@ struct Waiting {
 pub(super) struct Again {
     /// Answers that allowed another try.
     allowed: u64,
-    waiting: Vec<Waiting>,
-    /// By slot, as far as there were any.
-    longs: Vec<Long>,
+    /// How many there are.
+    count: usize,
+    /// In their order: as soon as the drive has room.
+    ready: VecDeque<Waiting>,
+    /// Of many commands, when the queue pair has room for one more of these.
+    crowded: VecDeque<u16>,
+    /// Not before it is time.
+    paused: Paused,
     segments: Vec<Segment>,
     /// A request was with the drive in too many failures.
     pub worn: bool,
@@ -124,93 +54,109 @@ impl Again {
     /// Nothing waits.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
-        self.waiting.is_empty()
+        self.count == 0
     }
 
-    /// Keeps a request from a parser for its slot. Storage grows to what the guest's requests need, once.
-    pub fn keep(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
-        let index = usize::from(slot);
-        if self.longs.len() <= index {
-            self.longs.resize_with(index + 1, Long::default);
-        }
-        let long = &mut self.longs[index];
-        long.request = Some(*request);
-        long.buffers.clear();
-        long.ranges.clear();
-        match request.operation {
-            Operation::Read | Operation::Write => {
-                long.buffers.extend(request::data_buffers(chain, request.operation));
-            }
-            Operation::Flush => {}
-            Operation::Discard | Operation::WriteZeroes | Operation::WriteZeroesUnmap => {
-                long.ranges.extend_from_slice(ranges);
-            }
-        }
+    fn push(&mut self, slot: u16, delay: u8) {
+        self.count += 1;
+        self.ready.push_back(Waiting { slot, delay });
     }
 
-    /// Does the request kept for this slot change the disk, or did it if it has been answered since?
-    pub fn changes(&self, slot: u16, kept: &Kept) -> bool {
-        match kept.bytes() {
-            0 => {
-                let long = self.longs.get(usize::from(slot)).and_then(|long| long.request);
-                long.is_some_and(|request| flush::changes(request.operation))
-            }
-            _ => kept.is_write(),
-        }
+    /// All that wait; none waits any longer.
+    fn take_all(&mut self) -> impl Iterator<Item = u16> + use<> {
+        self.count = 0;
+        let (ready, crowded) = (std::mem::take(&mut self.ready), std::mem::take(&mut self.crowded));
+        let paused = std::mem::take(&mut self.paused);
+        ready.into_iter().map(|waiting| waiting.slot).chain(crowded).chain(paused.into_slots())
     }
 }
 
-/// What became of an attempt.
-enum Attempt {
-    /// It is with the drive, or answered.
-    Made,
-    /// Not yet.
-    Later,
-    /// The queue pair has no room.
-    Full,
+/// Slots whose requests wait for a time to pass. Nothing is done for them before.
+#[derive(Default)]
+pub(super) struct Paused {
+    slots: Vec<(Instant, u16)>,
+    /// When the first is due.
+    soonest: Option<Instant>,
+}
+
+impl Paused {
+    /// Has a request wait until then.
+    pub fn push(&mut self, due: Instant, slot: u16) {
+        self.soonest = Some(self.soonest.map_or(due, |soonest| soonest.min(due)));
+        self.slots.push((due, slot));
+    }
+
+    /// Calls `over` with each slot whose time has come.
+    pub fn look(&mut self, mut over: impl FnMut(u16)) {
+        let Some(soonest) = self.soonest else { return };
+        let now = Instant::now();
+        if now < soonest {
+            return;
+        }
+        self.slots.retain(|&(due, slot)| {
+            let waits = now < due;
+            if !waits {
+                over(slot);
+            }
+            waits
+        });
+        self.soonest = self.slots.iter().map(|&(due, _)| due).min();
+    }
+
+    /// The slots, whatever the time.
+    pub fn into_slots(self) -> impl Iterator<Item = u16> {
+        self.slots.into_iter().map(|(_, slot)| slot)
+    }
 }
 
 impl Lane {
-    /// Gives the drive what waits for that; false if there was no room for all of it.
+    /// Gives the drive what waits for that, at most a batch; false if more is to come before anything else.
     #[cold]
     #[inline(never)]
     pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
-        let (mut full, mut now) = (false, None);
-        let mut waiting = std::mem::take(&mut self.again.waiting);
-        waiting.retain_mut(|entry| {
-            full || match self.try_again(pair, tag, entry, &mut now) {
-                Attempt::Made => false,
-                Attempt::Later => true,
-                Attempt::Full => {
-                    full = true;
-                    true
-                }
+        let Again { ready, crowded, paused, .. } = &mut self.again;
+        paused.look(|slot| ready.push_back(Waiting { slot, delay: 0 }));
+        // One is enough to look at.
+        if let Some(&slot) = crowded.front()
+            && pair.admits(tag, self.longs.entries(slot))
+        {
+            crowded.pop_front();
+            ready.push_front(Waiting { slot, delay: 0 });
+        }
+        for _ in 0..BATCH {
+            // Before anything is done for it: it may wait for long.
+            if pair.is_full() {
+                break;
             }
-        });
-        self.again.waiting = waiting;
-        !full
+            let Some(entry) = self.again.ready.pop_front() else { return true };
+            if entry.delay != 0 {
+                self.again.paused.push(Instant::now() + pair.retry_delay(entry.delay), entry.slot);
+            } else if self.try_again(pair, tag, entry.slot) {
+                self.again.count -= 1;
+            } else {
+                self.again.ready.push_front(entry);
+                break;
+            }
+        }
+        self.again.ready.is_empty()
     }
 
-    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, entry: &mut Waiting, now: &mut Option<Instant>) -> Attempt {
-        if !entry.pause.is_over(pair, now) {
-            return Attempt::Later;
-        }
-        entry.pause = Pause::default();
-        let number = entry.slot;
-        let Some((request, head)) = self.kept_request(number) else { return Attempt::Made };
+    /// Gives the drive the request in a slot once more; false if there is no room for it.
+    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, number: u16) -> bool {
+        let Some((request, head)) = self.kept_request(number) else { return true };
         if request.operation == Operation::Flush {
             let begun = self.begin_flush_again(number);
             match (begun, self.slots.get_mut(number)) {
                 (Some(flush), Some(slot)) => slot.kept.lba = flush,
                 _ => {
                     self.fail_slot(number);
-                    return Attempt::Made;
+                    return true;
                 }
             }
         }
-        let Lane { again: Again { longs, segments, .. }, slots, view, disk, .. } = self;
+        let Lane { again: Again { segments, .. }, longs, slots, view, disk, .. } = self;
         let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
-        let long = longs.get(usize::from(number));
+        let long = longs.get(number);
         let one = [Buffer { address: kept.data, bytes: kept.bytes() }];
         let buffers = if kept.bytes() != 0 { &one } else { long.map_or(&[][..], |long| &long.buffers) };
         let ranges = long.map_or(&[][..], |long| &long.ranges);
@@ -224,25 +170,26 @@ impl Lane {
         match submitted {
             Ok(()) => {
                 self.tally.again += 1;
-                Attempt::Made
             }
-            Err(SubmitError::Full | SubmitError::Crowded) => Attempt::Full,
-            Err(SubmitError::NeedsBounce) if self.bounced.len() >= bounced::MOST => Attempt::Later,
+            Err(SubmitError::Full) => return false,
+            Err(SubmitError::Crowded) => {
+                self.again.crowded.push_back(number);
+                self.again.count += 1;
+            }
             Err(SubmitError::NeedsBounce) => {
-                let buffers = buffers.to_vec();
+                let long = longs.take(number).unwrap_or_else(|| longs.keep(request, one.into_iter(), &[]));
                 // Its slot goes on as a bounced request's.
                 if let Some(slot) = self.slots.get_mut(number) {
                     slot.written = 0;
                 }
-                self.bounce_in(number, head, request, buffers, Some(Pause::default()));
-                Attempt::Made
+                self.bounce_in(number, head, long, true);
             }
             Err(error) => {
                 self.warn(&format_args!("the drive cannot be given a request again: {error}"));
                 self.fail_slot(number);
-                Attempt::Made
             }
         }
+        true
     }
 
     /// The request in a slot that waits for an answer, and its chain.
@@ -250,10 +197,9 @@ impl Lane {
         let slot = *self.slots.get_mut(number)?;
         let kept = slot.kept;
         if kept.bytes() == 0 {
-            let long = self.again.longs.get(usize::from(number)).and_then(|long| long.request)?;
-            return Some((long, slot.head));
+            return Some((self.longs.get(number)?.request, slot.head));
         }
-        let operation = if kept.is_write() { Operation::Write } else { Operation::Read };
+        let operation = if kept.changes() { Operation::Write } else { Operation::Read };
         let (lba, bytes) = (kept.lba, kept.bytes());
         Some((Request { operation, lba, bytes, status: slot.status, written: slot.written }, slot.head))
     }
@@ -261,6 +207,7 @@ impl Lane {
     /// Answers the request in a slot with an error.
     pub(super) fn fail_slot(&mut self, number: u16) {
         if let Some((request, head)) = self.kept_request(number) {
+            self.longs.drop_slot(number);
             self.slots.answer_any(number);
             self.give_back(head, request::IOERR, request.status, request.written);
         }
@@ -277,7 +224,7 @@ impl Lane {
             return;
         }
         if self.may_try_again(number, status) {
-            self.again.waiting.push(Waiting { slot: number, pause: Pause::after(status) });
+            self.again.push(number, status.retry_delay());
             return self.end_waiting();
         }
         self.warn_of(status);
@@ -315,8 +262,8 @@ impl Lane {
     pub(crate) fn unanswered(&mut self, token: u64, failed: bool) {
         let number = token as u16;
         if self.slots.get_mut(number).is_some() {
-            self.again.waiting.push(Waiting { slot: number, pause: Pause::default() });
-        } else if !self.bounced.iter().any(|bounced| bounced.is(number)) {
+            self.again.push(number, 0);
+        } else if self.slots.elsewhere(number).is_none_or(|place| place == Slot::ORPHAN) {
             return self.complete_specially(number, Status::ABORTED_BY_HOST);
         }
         if failed && let Some(kept) = self.slots.kept_mut(number) {
@@ -335,7 +282,7 @@ impl Lane {
     }
 
     fn fail_waiting(&mut self) {
-        for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
+        for slot in self.again.take_all() {
             self.fail_slot(slot);
         }
     }
@@ -365,7 +312,8 @@ impl Lane {
 
     /// What waits is not asked again.
     pub(super) fn forget_waiting(&mut self) {
-        for Waiting { slot, .. } in std::mem::take(&mut self.again.waiting) {
+        for slot in self.again.take_all() {
+            self.longs.drop_slot(slot);
             // Given back to nobody: the ring is not touched any more.
             self.slots.answer_any(slot);
         }

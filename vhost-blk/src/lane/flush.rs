@@ -10,11 +10,17 @@ pub(super) struct Changes {
     settled: u64,
     /// The last flush that had begun when it told of changes; `u64::MAX`: it never has.
     told: u64,
+    /// A search for changes that are still to be answered: how many it had been asked for when it began, and the slot where it
+    /// goes on. None before it waits for the drive's answer, for there were no new ones meanwhile.
+    looked: (u64, u16),
 }
+
+/// Slots that a lane looks at in one turn.
+const LOOK: usize = 64;
 
 impl Default for Changes {
     fn default() -> Changes {
-        Changes { settled: 0, told: u64::MAX }
+        Changes { settled: 0, told: u64::MAX, looked: (0, 0) }
     }
 }
 
@@ -46,14 +52,20 @@ impl Lane {
         if self.drive != Drive::Present {
             return;
         }
-        let Lane { slots, again, bounced, .. } = self;
         // Those that failed, too: they may have changed something.
-        if slots.freed().any(|(number, slot)| again.changes(number, &slot.kept)) {
-            self.tell_changes(now);
-        } else if !slots.waiting().any(|(number, slot)| again.changes(number, &slot.kept))
-            && !bounced.iter().any(|bounced| bounced.changes())
-        {
-            self.changes.settled = all;
+        if self.slots.freed().any(|(_, slot)| slot.kept.changes()) {
+            return self.tell_changes(now);
+        }
+        let Lane { slots, changes, bounced, .. } = self;
+        if changes.looked.0 != all {
+            changes.looked = (all, 0);
+        }
+        // Only some, and the same one first as long as it waits: a ring may have thousands of slots.
+        let (mut waiting, end) = slots.waiting(changes.looked.1, LOOK);
+        let found = waiting.find(|(_, slot)| slot.kept.changes()).map(|(number, _)| number);
+        changes.looked.1 = found.unwrap_or(end as u16);
+        if found.is_none() && slots.is_end(end) && !bounced.any_changes() {
+            changes.settled = all;
         }
     }
 

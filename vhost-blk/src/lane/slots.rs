@@ -1,6 +1,6 @@
 //! What a lane keeps of each request the drive works on.
 
-use super::again::Kept;
+use super::kept::Kept;
 use crate::ring::Head;
 
 /// What is needed to answer a request.
@@ -13,7 +13,7 @@ pub(super) struct Slot {
     /// Length for the used element, see [`crate::request::Request::written`]; at least 1. With [`Slot::LONG`] it is not as usual
     /// and stands elsewhere. 0: the slot is free, or its request is among the bounced ones or the orphans.
     pub written: u32,
-    /// Of a free slot: the next free one.
+    /// Of a free slot: the next free one. Of a slot that is taken while its `written` is 0: see [`Slots::elsewhere`].
     next: u16,
     /// What to ask the drive again, should it not answer.
     pub kept: Kept,
@@ -22,6 +22,9 @@ pub(super) struct Slot {
 impl Slot {
     /// A bit of `written`: the answer takes more than usual.
     pub const LONG: u32 = 1 << 31;
+
+    /// See [`Slots::elsewhere`]. A ring has 32768 entries at most: no slot's number, nor a place among as many.
+    pub const ORPHAN: u16 = u16::MAX - 1;
 }
 
 /// What is needed to answer a request: see [`Slot`].
@@ -157,9 +160,18 @@ impl Slots {
         free.take_while(|(number, _)| *number != self.marked).take(self.slots.len())
     }
 
-    /// The slots that [`Slots::answer_any`] would free.
-    pub fn waiting(&self) -> impl Iterator<Item = (u16, &Slot)> {
-        (0..).zip(&self.slots).filter(|(_, slot)| slot.written != 0)
+    /// The slots that [`Slots::answer_any`] would free, from this number on, and `most` slots at most: those that are, and the
+    /// number after the last one looked at.
+    pub fn waiting(&self, from: u16, most: usize) -> (impl Iterator<Item = (u16, &Slot)>, usize) {
+        let slots = self.slots.get(usize::from(from)..).unwrap_or_default();
+        let slots = &slots[..slots.len().min(most)];
+        let end = usize::from(from) + slots.len();
+        ((from..).zip(slots).filter(|(_, slot)| slot.written != 0), end)
+    }
+
+    /// Is it the number after the last slot?
+    pub fn is_end(&self, number: usize) -> bool {
+        number >= self.slots.len()
     }
 
     /// A slot that [`Slots::answer_any`] would free.
@@ -172,10 +184,23 @@ impl Slots {
         self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.kept)
     }
 
-    /// Sets `written` to 0 where it is not; gives these slots' numbers.
-    pub fn orphan_all(&mut self) -> impl Iterator<Item = u16> + '_ {
-        (0..)
-            .zip(&mut self.slots)
-            .filter_map(|(number, slot)| (std::mem::take(&mut slot.written) != 0).then_some(number))
+    /// Where else the request is whose slot is taken and has a `written` of 0: its place among the bounced ones, or
+    /// [`Slot::ORPHAN`]. `None`: the slot is not like that.
+    pub fn elsewhere(&self, number: u16) -> Option<u16> {
+        self.slots.get(usize::from(number)).filter(|slot| slot.written == 0).map(|slot| slot.next)
+    }
+
+    /// Says where the request is whose slot has a `written` of 0.
+    pub fn set_elsewhere(&mut self, number: u16, place: u16) {
+        if let Some(slot) = self.slots.get_mut(usize::from(number)) {
+            slot.next = place;
+        }
+    }
+
+    /// Nobody is to be given an answer in any slot that has a `written`.
+    pub fn orphan_all(&mut self) {
+        for slot in self.slots.iter_mut().filter(|slot| slot.written != 0) {
+            (slot.written, slot.next) = (0, Slot::ORPHAN);
+        }
     }
 }

@@ -64,6 +64,7 @@ impl Lane {
         }
         if self.abandoned == Some(false) {
             // In the ring, and in its log, it is as before.
+            self.longs.drop_slot(number);
             self.slots.answer_any(number);
             return true;
         }
@@ -76,8 +77,7 @@ impl Lane {
         true
     }
 
-    /// Does a request of so many bytes whose data is copied end early? As [`Bounced::advance`](super::bounced) wants it: true, with
-    /// an error; false, without an answer.
+    /// Does a request of so many bytes whose data is copied end early? True: with an error; false: without an answer.
     pub(super) fn ends_copied(&self, bytes: u32) -> Option<bool> {
         match self.mode {
             // Nothing more from a guest that broke its ring.

@@ -111,6 +111,9 @@ impl Group {
         let place = self.lanes.get_mut(index)?;
         place.as_ref().filter(|lane| lane.drained())?;
         let mut lane = place.take()?;
+        if let Some(Way { pool, .. }) = &mut self.way {
+            pool.leave((index as u64) << LANE_SHIFT);
+        }
         lane.end();
         Some(lane)
     }
