@@ -30,7 +30,7 @@ use crate::address::DeviceAddress;
 use crate::bell::Bell;
 use crate::guest_memory::Reach;
 use crate::lane::Lane;
-use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way, WorkerPool};
+use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Suspicion, Trial, Way, WorkerPool};
 pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
@@ -73,6 +73,10 @@ struct State {
     granted: u16,
     /// The namespaces in use.
     namespaces: Vec<Arc<ExportedNamespace>>,
+    /// When it is back, some requests are tried alone there.
+    last_tries: bool,
+    /// Just now, or before.
+    trial: Option<Arc<Trial>>,
 }
 
 enum Condition {
@@ -228,6 +232,8 @@ impl Drive {
                 condition: Condition::Present(present),
                 places: Vec::new(),
                 namespaces: Vec::new(),
+                last_tries: false,
+                trial: None,
             }),
             told_sharing: AtomicBool::new(false),
             reports: Mutex::default(),
@@ -322,7 +328,10 @@ impl Drive {
         let mut state = self.state();
         let made = match &state.condition {
             Condition::Present(present) => match self.make_way(present, entries) {
-                Ok(way) => Some(self.pool.add_queue_pair(worker, way)),
+                Ok(way) => Some(match &state.trial {
+                    Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, way, trial.onlooker()),
+                    _ => self.pool.add_queue_pair(worker, way),
+                }),
                 Err(NoWay::NoneLeft) => None,
                 Err(NoWay::Error(error)) => {
                     let health = present.controller.in_operation();
@@ -462,22 +471,27 @@ impl Drive {
         state.condition = Condition::Away(away);
         let mut lost = Vec::new();
         for place in &state.places {
-            match self.pool.fail_queue_pair(place.id, failed) {
+            match self.pool.fail_queue_pair(place.id) {
                 Ok(place) => lost.extend(place),
                 Err(error) => log::error!("{}: {error}", self.name),
             }
         }
         self.memory.detach();
-        let worn = lost.iter().any(|place| place.worn);
+        let suspicion = match failed {
+            true => Suspicion::of(&lost, since, self.options.io_timeout),
+            false => Suspicion::Nobody,
+        };
+        // All of them are asked.
+        let judged = state.places.iter().map(|place| self.pool.judge(place.id, suspicion));
+        state.last_tries = judged.fold(false, |some, last_tries| some | last_tries.unwrap_or(false));
+        state.trial = None;
         // The controller's own memory goes last, when it has been told once more to leave it alone.
         drop(lost);
         drop(controller);
         if !device.close() {
             log::debug!("{}: it is closed when those who look at it just now are done", self.name);
         }
-        if worn {
-            self.give_up(&mut state, "requests were not answered by several resets");
-        } else if self.hold.is_zero() {
+        if self.hold.is_zero() {
             self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
         }
         self.bell.ring();

@@ -15,6 +15,7 @@ mod events;
 mod flush;
 mod kept;
 mod slots;
+mod suspects;
 mod turns;
 
 use std::fs::File;
@@ -592,3 +593,5 @@ pub(crate) mod testing;
 mod tests;
 #[cfg(test)]
 mod turns_tests;
+#[cfg(test)]
+mod waiting_tests;

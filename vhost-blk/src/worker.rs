@@ -7,8 +7,10 @@
 mod group;
 mod mailbox;
 mod thread;
+mod trial;
 
 pub use group::{Group, Lost, Way};
+pub use trial::{Seat, Suspicion, Trial};
 
 use std::fs::File;
 use std::io;
@@ -272,6 +274,16 @@ impl WorkerPool {
         self.add(worker, Group::without_drive(given_up))
     }
 
+    /// A place whose lanes go on when the trial is over.
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_on_trial(&self, worker: usize, way: Way, seat: Seat) -> PairId {
+        let mut group = Group::without_drive(false);
+        group.regain_drive(way, Some(seat));
+        self.add(worker, group)
+    }
+
     fn add(&self, worker: usize, group: Group) -> PairId {
         let thread = &self.threads[worker];
         let index = {
@@ -323,13 +335,24 @@ impl WorkerPool {
 
     /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
     /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::give_up`], and they take nothing more. Gives back what
-    /// leads to the controller. `failed`: the controller is to blame for what is not answered.
+    /// leads to the controller.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, pair: PairId, failed: bool) -> Result<Option<Lost>, Error> {
+    pub fn fail_queue_pair(&self, pair: PairId) -> Result<Option<Lost>, Error> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, failed, reply });
+        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Says what the failure means in which an empty place has lost its queue pair: requests that had a part in too many fail. True:
+    /// some are to be tried alone when the drive is back ([`WorkerPool::restore_on_trial`]).
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn judge(&self, pair: PairId, suspicion: Suspicion) -> Result<bool, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Judge { index: pair.index, suspicion, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
     }
 
@@ -340,7 +363,12 @@ impl WorkerPool {
 
     /// Puts a queue pair into an empty place; its lanes go on with it.
     pub fn restore_queue_pair(&self, pair: PairId, way: Way) {
-        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way });
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: None });
+    }
+
+    /// The same; its lanes go on when the trial is over.
+    pub fn restore_on_trial(&self, pair: PairId, way: Way, seat: Seat) {
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: Some(seat) });
     }
 
     /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.

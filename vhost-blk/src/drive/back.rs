@@ -7,6 +7,7 @@ use nvme_driver::{Controller, Error};
 
 use super::namespaces::{Difference, ExportedNamespace, Found, difference};
 use super::{Condition, Drive, NoWay, NotOpened, Present};
+use crate::worker::Trial;
 
 /// Why a drive is not there, or not back.
 #[derive(Debug)]
@@ -83,8 +84,14 @@ impl Drive {
         }
         // From here on what is reported concerns this life.
         present.since = Instant::now();
-        for (place, way) in state.places.iter().zip(ways) {
-            self.pool.restore_queue_pair(place.id, way);
+        state.trial = state.last_tries.then(Arc::default);
+        // Before any place goes on.
+        let seats: Vec<_> = state.places.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
+        for ((place, way), seat) in state.places.iter().zip(ways).zip(seats) {
+            match seat {
+                Some(seat) => self.pool.restore_on_trial(place.id, way, seat),
+                None => self.pool.restore_queue_pair(place.id, way),
+            }
         }
         state.granted = present.controller.max_queue_pairs();
         state.condition = Condition::Present(present);

@@ -11,8 +11,7 @@ use std::time::Instant;
 
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::kept::{FAILURE, RETRY};
-use super::slots::Slot;
+use super::kept::RETRY;
 use super::{BATCH, Drive, Lane, Mode};
 use crate::guest_memory::GuestView;
 use crate::request::{self, Operation, Request};
@@ -20,8 +19,6 @@ use crate::ring::Buffer;
 
 /// How often a request is tried again because the drive's answer allows it (Do Not Retry is clear).
 const MOST_RETRIES: u8 = 5;
-/// How many failures of its controller a request may be a part of: it may well be their reason.
-const MOST_FAILURES: u8 = 5;
 
 /// A slot whose request is to be given to the drive.
 struct Waiting {
@@ -44,8 +41,6 @@ pub(super) struct Again {
     /// Not before it is time.
     paused: Paused,
     segments: Vec<Segment>,
-    /// A request was with the drive in too many failures.
-    pub worn: bool,
     /// The drive was last heard to refuse writes, and this was logged.
     pub write_protected: bool,
 }
@@ -57,9 +52,27 @@ impl Again {
         self.count == 0
     }
 
-    fn push(&mut self, slot: u16, delay: u8) {
+    /// Adds one; `delay`: which of the controller's retry delays comes first, 0: none.
+    pub fn push(&mut self, slot: u16, delay: u8) {
         self.count += 1;
         self.ready.push_back(Waiting { slot, delay });
+    }
+
+    /// Those that wait for nothing but the drive.
+    pub fn ready(&self) -> impl Iterator<Item = u16> {
+        self.ready.iter().map(|waiting| waiting.slot)
+    }
+
+    /// Takes the first of them that is as wanted.
+    pub fn take_one(&mut self, mut wanted: impl FnMut(u16) -> bool) -> Option<u16> {
+        let at = self.ready.iter().position(|waiting| wanted(waiting.slot))?;
+        self.count -= 1;
+        self.ready.remove(at).map(|waiting| waiting.slot)
+    }
+
+    /// It does not wait any longer.
+    pub fn forget(&mut self, slot: u16) {
+        self.take_one(|waiting| waiting == slot);
     }
 
     /// All that wait; none waits any longer.
@@ -142,7 +155,7 @@ impl Lane {
     }
 
     /// Gives the drive the request in a slot once more; false if there is no room for it.
-    fn try_again(&mut self, pair: &mut QueuePair, tag: u64, number: u16) -> bool {
+    pub(super) fn try_again(&mut self, pair: &mut QueuePair, tag: u64, number: u16) -> bool {
         let Some((request, head)) = self.kept_request(number) else { return true };
         if request.operation == Operation::Flush {
             let begun = self.begin_flush_again(number);
@@ -243,7 +256,8 @@ impl Lane {
 
     /// May the request in this slot be given to the drive once more, after this answer? It will be, and is counted.
     pub(super) fn may_try_again(&mut self, number: u16, status: Status) -> bool {
-        let kept = self.slots.kept_mut(number);
+        let mut kept = self.slots.kept_mut(number);
+        kept.iter_mut().for_each(|kept| kept.acquit());
         if status.do_not_retry() || !kept.is_some_and(|kept| kept.count(RETRY, MOST_RETRIES)) {
             return false;
         }
@@ -255,20 +269,6 @@ impl Lane {
             self.count_line();
         }
         true
-    }
-
-    /// The controller was stopped before it answered the request with this token. `failed`: it is to blame, not whoever took
-    /// it away.
-    pub(crate) fn unanswered(&mut self, token: u64, failed: bool) {
-        let number = token as u16;
-        if self.slots.get_mut(number).is_some() {
-            self.again.push(number, 0);
-        } else if self.slots.elsewhere(number).is_none_or(|place| place == Slot::ORPHAN) {
-            return self.complete_specially(number, Status::ABORTED_BY_HOST);
-        }
-        if failed && let Some(kept) = self.slots.kept_mut(number) {
-            self.again.worn |= !kept.count(FAILURE, MOST_FAILURES - 1);
-        }
     }
 
     /// Answers all that waits for the drive with an error, and from now on everything, until it is back.

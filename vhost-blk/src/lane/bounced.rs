@@ -10,10 +10,10 @@ use std::time::Instant;
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
 use super::again::Paused;
-use super::kept::{Kept, Long};
+use super::kept::{ALONE, Kept, Long};
 use super::{Lane, Mode, count, flush};
 use crate::guest_memory::OutsideMemory;
-use crate::request::{self, Operation};
+use crate::request::{self, Operation, Request};
 use crate::ring::Head;
 
 /// Most bytes that are copied at once, and about as many as a lane copies in one turn, each way: bounds what it can take from the
@@ -88,6 +88,11 @@ impl BouncedRequests {
         self.all.is_empty()
     }
 
+    /// The slots of all.
+    pub fn slots(&self) -> impl Iterator<Item = u16> {
+        self.all.iter().map(|bounced| bounced.slot)
+    }
+
     /// Does any of them change the disk?
     pub fn any_changes(&self) -> bool {
         self.changes != 0
@@ -100,6 +105,14 @@ impl BouncedRequests {
     /// Waits for a buffer from now on.
     fn wait(&mut self, slot: u16, is_long: bool) {
         if is_long { &mut self.long } else { &mut self.short }.push_back(slot);
+    }
+
+    /// Has a buffer, or ends. Cheap for the first.
+    fn waits_no_longer(&mut self, slot: u16, is_long: bool) {
+        let queue = if is_long { &mut self.long } else { &mut self.short };
+        if let Some(at) = queue.iter().position(|waiting| *waiting == slot) {
+            queue.remove(at);
+        }
     }
 
     /// The queue whose turn it is, if any waits.
@@ -283,6 +296,11 @@ impl Lane {
     /// buffer just now.
     fn fill_next(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
         let &slot = self.bounced.next_queue()?.front()?;
+        self.fill(slot, pair, pool, tag)
+    }
+
+    /// The same for a request that waits.
+    fn fill(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
         let place = self.slots.elsewhere(slot)?;
         let Lane { bounced: requests, view, disk, .. } = self;
         let bounced = requests.get_mut(place, slot)?;
@@ -302,7 +320,7 @@ impl Lane {
         let walked = bounced.stretches(bytes, copy);
         let is_long = bounced.is_long();
         bounced.piece = Some(Piece { bounce, bytes, end: bounced.at, status: None, out: false });
-        requests.next_queue()?.pop_front();
+        requests.waits_no_longer(slot, is_long);
         requests.long_first = !is_long;
         match walked {
             Ok(end) => {
@@ -380,6 +398,7 @@ impl Lane {
             false => Ok(end),
         };
         pool.give_back(bounce);
+        self.slots.kept_mut(slot).into_iter().for_each(|kept| kept.acquit());
         bounced.done += bytes;
         bounced.at = end;
         let (done, is_long) = (bounced.done == u64::from(bounced.long.request.bytes), bounced.is_long());
@@ -395,20 +414,52 @@ impl Lane {
         if is_read { bytes } else { 0 }
     }
 
-    /// A request ends that is in no queue and has no piece with the drive.
-    fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: End) {
-        let Some(place) = self.slots.elsewhere(slot).filter(|&place| self.bounced.get_mut(place, slot).is_some())
-        else {
-            return;
-        };
-        let Bounced { head, long, piece, .. } = self.bounced.all.swap_remove(usize::from(place));
+    /// What the bounced request in this slot asks for, if there is one.
+    pub(super) fn bounced_request(&mut self, slot: u16) -> Option<Request> {
+        self.bounced_mut(slot).map(|bounced| bounced.long.request)
+    }
+
+    /// Answers the bounced request in this slot with an error, while the drive is away; false if there is none.
+    pub(super) fn end_bounced_one(&mut self, slot: u16) -> bool {
+        let Some(is_long) = self.bounced_mut(slot).map(|bounced| bounced.is_long()) else { return false };
+        self.bounced.waits_no_longer(slot, is_long);
+        if let Some(Bounced { head, long, .. }) = self.remove_bounced(slot) {
+            let request = long.request;
+            self.longs.release(long);
+            self.give_back(head, request::IOERR, request.status, request.written);
+        }
+        true
+    }
+
+    /// Gives the drive one piece that has to be alone there; false: there is none. Nothing of the lane is there now.
+    pub(super) fn copy_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
+        while let Some(slot) = self.bounced.back.pop_front() {
+            self.take_back(slot, pair, pool);
+        }
+        let slots = &mut self.slots;
+        let mut waiting = self.bounced.short.iter().chain(&self.bounced.long).copied();
+        let alone = waiting.find(|slot| slots.kept_mut(*slot).is_some_and(|kept| kept.has(ALONE)));
+        alone.is_some_and(|slot| self.fill(slot, pair, pool, tag).is_some())
+    }
+
+    /// Takes a request out that is in no queue; its slot is free then.
+    fn remove_bounced(&mut self, slot: u16) -> Option<Bounced> {
+        let place = self.slots.elsewhere(slot)?;
+        self.bounced.get_mut(place, slot)?;
+        let removed = self.bounced.all.swap_remove(usize::from(place));
         if let Some(moved) = self.bounced.all.get(usize::from(place)) {
             self.slots.set_elsewhere(moved.slot, place);
         }
         self.slots.free(slot);
+        self.bounced.changes -= usize::from(flush::changes(removed.long.request.operation));
+        Some(removed)
+    }
+
+    /// A request ends that is in no queue and has no piece with the drive.
+    fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: End) {
+        let Some(Bounced { head, long, piece, .. }) = self.remove_bounced(slot) else { return };
         piece.into_iter().for_each(|piece| pool.give_back(piece.bounce));
         let request = long.request;
-        self.bounced.changes -= usize::from(flush::changes(request.operation));
         self.longs.release(long);
         if self.mode == Mode::Broken || matches!(end, End::LetGo) {
             return;

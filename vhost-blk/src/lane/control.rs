@@ -44,15 +44,13 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back. True: one
-    /// has waited too often.
-    pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) -> bool {
+    /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back.
+    pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) {
         self.drive = Drive::Held;
         if let Some(pool) = pool {
             self.hold_bounced(pool);
         }
         self.end_if_abandoned();
-        self.again.worn
     }
 
     /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
@@ -78,7 +76,7 @@ impl Lane {
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
     pub(crate) fn regain_drive(&mut self) {
         self.drive = Drive::Present;
-        (self.again.worn, self.again.write_protected) = (false, false);
+        self.again.write_protected = false;
         self.view.forget_device();
         self.find_pending();
     }

@@ -163,12 +163,12 @@ mod tests {
             wait(group, || (machine.sim.faults().fired() > fired).then_some(()));
         }
         machine.controller.reset().unwrap();
-        let lost: Vec<_> = groups.iter_mut().map(|group| group.lose_drive(true).unwrap()).collect();
+        let lost: Vec<_> = groups.iter_mut().map(|group| group.lose_drive().unwrap()).collect();
         assert!(disk.flushes.lose_cache(None));
         // Each is back before the lane with the write is.
         for ((client, group), mut lost) in clients.iter_mut().zip(&mut groups).zip(lost) {
             machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-            group.regain_drive(lost.way);
+            group.regain_drive(lost.way, None);
             if client.in_flight() != 0 {
                 assert_eq!(wait(group, || client.answer(guest)).1, IOERR);
             }

@@ -28,12 +28,18 @@ pub(super) struct Kept {
     /// Guest address of the data.
     pub data: u64,
     /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
-    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 47:40: tried again so often. Bits 55:48: with the drive when
-    /// that failed, so often.
+    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 35:33: [`LOST`], [`EXPIRED`], [`ALONE`]. Bits 47:40: tried again
+    /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
     word: u64,
 }
 
 const CHANGES: u64 = 1 << 32;
+/// It was with the controller when that was stopped just now.
+pub(super) const LOST: u64 = 1 << 33;
+/// The controller has not answered in time.
+pub(super) const EXPIRED: u64 = 1 << 34;
+/// Nothing else may be with the drive when it is given this once more.
+pub(super) const ALONE: u64 = 1 << 35;
 pub(super) const RETRY: u64 = 1 << 40;
 pub(super) const FAILURE: u64 = 1 << 48;
 
@@ -57,6 +63,28 @@ impl Kept {
     /// Does the request change the disk, or did it if it has been answered since?
     pub fn changes(&self) -> bool {
         self.word & CHANGES != 0
+    }
+
+    pub fn has(&self, flag: u64) -> bool {
+        self.word & flag != 0
+    }
+
+    pub fn set(&mut self, flag: u64) {
+        self.word |= flag;
+    }
+
+    pub fn clear(&mut self, flags: u64) {
+        self.word &= !flags;
+    }
+
+    /// In how many failures it has had a part.
+    pub fn failures(&self) -> u8 {
+        (self.word / FAILURE) as u8
+    }
+
+    /// The drive has answered: it does not make that fail.
+    pub fn acquit(&mut self) {
+        self.word &= !(LOST | EXPIRED | ALONE | (u64::from(u8::MAX) * FAILURE));
     }
 
     /// Counts one more ([`RETRY`], [`FAILURE`]), unless there were so many already: false.
@@ -96,7 +124,8 @@ pub(super) struct Longs {
     by_slot: Vec<Option<Box<Long>>>,
     /// What all of them take that were not released yet.
     used: usize,
-    /// Of requests that are done, for others.
+    /// Of requests that are done, for others; the boxes, too.
+    #[allow(clippy::vec_box)]
     spare: Vec<Box<Long>>,
     /// What these take.
     spared: usize,

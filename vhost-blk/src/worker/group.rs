@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use nvme_driver::{BouncePool, OWNER_SHIFT, QueuePair};
 
+use super::trial::{Seat, Suspicion};
 use crate::lane::Lane;
 
 /// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot. So the
@@ -24,6 +25,9 @@ pub struct Way {
 /// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
 pub struct Group {
     way: Option<Way>,
+    /// The same, while it is for requests that are tried alone.
+    on_trial: Option<Box<OnTrial>>,
+    answered: Answered,
     /// Nobody waits for the drive.
     given_up: bool,
     /// By index; an index stays free after its lane has gone until another takes it.
@@ -36,17 +40,18 @@ pub struct Group {
 impl Group {
     /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
     pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
-        Group { way: Some(Way { pair, pool }), given_up: false, lanes: Vec::new(), first: 0 }
+        Group { way: Some(Way { pair, pool }), ..Group::without_drive(false) }
     }
 
     /// A place for a queue pair that is not there yet.
     pub fn without_drive(given_up: bool) -> Self {
-        Group { way: None, given_up, lanes: Vec::new(), first: 0 }
+        let answered = Answered::default();
+        Group { way: None, on_trial: None, answered, given_up, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
     pub fn add(&mut self, mut lane: Lane) -> usize {
-        if self.way.is_none() {
+        if self.pair().is_none() {
             lane.lose_drive(None);
         }
         if self.given_up {
@@ -68,8 +73,8 @@ impl Group {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Group { way, lanes, first, .. } = self;
-        let Some(Way { pair, pool }) = way else { return refuse(lanes) };
+        let Some(Way { pair, pool }) = &mut self.way else { return self.poll_specially() };
+        let Group { lanes, first, .. } = self;
         let mut moved = 0;
         let mut index = *first;
         for _ in 0..lanes.len() {
@@ -93,7 +98,12 @@ impl Group {
 
     /// The queue pair, unless the drive is away.
     pub fn pair(&self) -> Option<&QueuePair> {
-        self.way.as_ref().map(|way| &way.pair)
+        let way = self.way.as_ref().or_else(|| self.on_trial.as_ref().map(|on_trial| &on_trial.way));
+        way.map(|way| &way.pair)
+    }
+
+    fn way_mut(&mut self) -> Option<&mut Way> {
+        self.way.as_mut().or(self.on_trial.as_mut().map(|on_trial| &mut on_trial.way))
     }
 
     /// The lane with this index.
@@ -111,7 +121,7 @@ impl Group {
         let place = self.lanes.get_mut(index)?;
         place.as_ref().filter(|lane| lane.drained())?;
         let mut lane = place.take()?;
-        if let Some(Way { pool, .. }) = &mut self.way {
+        if let Some(Way { pool, .. }) = self.way_mut() {
             pool.leave((index as u64) << LANE_SHIFT);
         }
         lane.end();
@@ -120,9 +130,11 @@ impl Group {
 
     /// Has any lane a request that is on its way to be answered?
     pub(crate) fn busy(&self) -> bool {
-        // Without a drive there is nothing to look for.
-        self.pair()
-            .is_some_and(|pair| pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained()))
+        // Without a drive there is nothing to look for; and nobody tells of a trial's end.
+        self.on_trial.is_some()
+            || self
+                .pair()
+                .is_some_and(|pair| pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained()))
     }
 
     /// Does any lane use the queue pair?
@@ -132,39 +144,59 @@ impl Group {
 
     /// The queue pair alone.
     pub(crate) fn into_pair(self) -> Option<QueuePair> {
-        self.way.map(|way| way.pair)
+        self.way.or(self.on_trial.map(|on_trial| on_trial.way)).map(|way| way.pair)
     }
 
     /// Lets commands age; returns how many requests have just been out for too long.
     pub(crate) fn tick(&mut self, now: Instant) -> usize {
         let mut expired = 0;
-        let Some(way) = &mut self.way else { return 0 };
-        way.pair.tick(now, |_| expired += 1);
+        let Group { way, on_trial, lanes, answered, .. } = self;
+        let way = way.as_mut().or(on_trial.as_mut().map(|on_trial| &mut on_trial.way));
+        let Some(way) = way else { return 0 };
+        answered.look(&way.pair, now);
+        way.pair.tick(now, |token| {
+            expired += 1;
+            if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
+                lane.expired(token);
+            }
+        });
         expired
     }
 
     /// The controller is stopped and touches no memory any more: what is in flight waits for [`Group::regain_drive`], as does
-    /// everything that comes. `failed`: the controller is to blame. Returns what leads to the controller.
-    pub(crate) fn lose_drive(&mut self, failed: bool) -> Option<Lost> {
-        let Group { way, lanes, .. } = self;
-        let mut way = way.take()?;
+    /// everything that comes. Returns what leads to the controller, and what it had.
+    pub(crate) fn lose_drive(&mut self) -> Option<Lost> {
+        let Group { way, on_trial, lanes, answered, .. } = self;
+        let mut way = way.take().or_else(|| on_trial.take().map(|on_trial| on_trial.way))?;
+        answered.look(&way.pair, Instant::now());
+        let (mut in_flight, mut expired) = (0, 0);
         way.pair.drain_after_reset(|token| {
+            in_flight += 1;
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
-                lane.unanswered(token, failed);
+                expired += usize::from(lane.unanswered(token));
             }
         });
-        let mut worn = false;
         for lane in lanes.iter_mut().flatten() {
-            worn |= lane.lose_drive(Some(&mut way.pool));
+            lane.lose_drive(Some(&mut way.pool));
             lane.publish();
         }
-        Some(Lost { way, worn })
+        Some(Lost { way, in_flight, expired, answered: std::mem::take(answered).at })
+    }
+
+    /// Says what the failure means for what was in flight then, see [`Lane::judge`].
+    pub(crate) fn judge(&mut self, suspicion: Suspicion) -> bool {
+        let mut alone = false;
+        for lane in self.lanes_mut() {
+            alone |= lane.judge(suspicion);
+            lane.publish();
+        }
+        alone
     }
 
     /// Nobody waits for the drive any longer: what waits is answered with an error, as is everything that comes until
     /// [`Group::regain_drive`].
     pub(crate) fn give_up(&mut self) {
-        if self.way.is_some() {
+        if self.pair().is_some() {
             return;
         }
         self.given_up = true;
@@ -174,11 +206,73 @@ impl Group {
         }
     }
 
-    /// The drive is back: the lanes go on with it.
-    pub(crate) fn regain_drive(&mut self, way: Way) {
-        self.way = Some(way);
+    /// The drive is back: the lanes go on with it; with a seat, when the trial is over.
+    pub(crate) fn regain_drive(&mut self, way: Way, seat: Option<Seat>) {
+        match seat {
+            Some(seat) => self.on_trial = Some(Box::new(OnTrial { way, seat })),
+            None => self.way = Some(way),
+        }
+        self.answered = Answered::default();
         self.given_up = false;
         self.lanes_mut().for_each(Lane::regain_drive);
+    }
+
+    /// A turn while the drive is away, or requests are tried alone.
+    #[cold]
+    #[inline(never)]
+    fn poll_specially(&mut self) -> usize {
+        let Group { on_trial, lanes, .. } = self;
+        let mut moved = 0;
+        let Some(OnTrial { way: Way { pair, pool }, seat }) = on_trial.as_deref_mut() else {
+            for lane in lanes.iter_mut().flatten() {
+                moved += lane.refuse();
+                lane.publish();
+            }
+            return moved;
+        };
+        moved += pair.reap(|done| {
+            if let Some(Some(lane)) = lanes.get_mut((done.token >> LANE_SHIFT) as usize) {
+                lane.complete(done.token, done.status);
+            }
+        });
+        if pair.outstanding() == 0 && seat.has_drive() {
+            let mut all = (0u64..).zip(lanes.iter_mut());
+            let tried = all.any(|(index, lane)| {
+                lane.as_mut().is_some_and(|lane| lane.submit_alone(pair, pool, index << LANE_SHIFT))
+            });
+            pair.ring();
+            if !tried {
+                seat.finish();
+            }
+        }
+        lanes.iter_mut().flatten().for_each(Lane::publish);
+        if seat.is_over() && pair.outstanding() == 0 {
+            self.way = on_trial.take().map(|on_trial| on_trial.way);
+        }
+        moved
+    }
+}
+
+/// A queue pair on which requests are tried alone, for now.
+struct OnTrial {
+    way: Way,
+    seat: Seat,
+}
+
+/// When the controller was last seen to answer, roughly.
+#[derive(Default)]
+struct Answered {
+    /// Completions until then.
+    count: u64,
+    at: Option<Instant>,
+}
+
+impl Answered {
+    fn look(&mut self, pair: &QueuePair, now: Instant) {
+        let count = pair.counters().completions;
+        if count != self.count {
+            *self = Answered { count, at: Some(now) };
+        }
     }
 }
 
@@ -186,18 +280,10 @@ impl Group {
 pub struct Lost {
     /// The queue pair.
     pub way: Way,
-    /// A request was with the controller in too many of its failures.
-    pub worn: bool,
-}
-
-/// A turn without a drive.
-#[cold]
-#[inline(never)]
-fn refuse(lanes: &mut [Option<Lane>]) -> usize {
-    let mut moved = 0;
-    for lane in lanes.iter_mut().flatten() {
-        moved += lane.refuse();
-        lane.publish();
-    }
-    moved
+    /// Requests that the controller had.
+    pub in_flight: usize,
+    /// How many of them it had not answered in time.
+    pub expired: usize,
+    /// When it was last seen to answer one, roughly; `None`: it never was.
+    pub answered: Option<Instant>,
 }

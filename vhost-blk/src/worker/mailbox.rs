@@ -13,6 +13,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::PairId;
 use super::group::{Group, Lost, Way};
+use super::trial::{Seat, Suspicion};
 use crate::disk::Disk;
 use crate::guest_memory::GuestMemory;
 use crate::lane::Lane;
@@ -66,8 +67,12 @@ pub(super) enum Mail {
     },
     FailPair {
         index: usize,
-        failed: bool,
         reply: Sender<Option<Lost>>,
+    },
+    Judge {
+        index: usize,
+        suspicion: Suspicion,
+        reply: Sender<bool>,
     },
     GiveUp {
         index: usize,
@@ -82,6 +87,7 @@ pub(super) enum Mail {
     RestorePair {
         index: usize,
         way: Way,
+        seat: Option<Seat>,
     },
     End {
         deadline: Instant,

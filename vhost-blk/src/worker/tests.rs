@@ -84,10 +84,7 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let pair = pool.take_queue_pair(pair).expect("nobody uses it").expect("it is there");
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
-    assert!(matches!(
-        pool.fail_queue_pair(PairId { worker: 0, index: 0, number: 0 }, true),
-        Err(Error::Gone { worker: 0 })
-    ));
+    assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0, number: 0 }), Err(Error::Gone { worker: 0 })));
 }
 
 #[test]
@@ -295,8 +292,8 @@ fn a_dead_drive_is_told_and_waited_for() {
     });
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive may still write");
     machine.controller.reset().unwrap();
-    let mut lost = pool.fail_queue_pair(pair, true).unwrap().expect("it was there");
-    assert!(pool.fail_queue_pair(pair, true).unwrap().is_none(), "it has been taken");
+    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
+    assert!(pool.fail_queue_pair(pair).unwrap().is_none(), "it has been taken");
     // What the guest has said stays said: its buffers' content and place count, not what its ring says now.
     running.send(guest, 0, 8, &[writable(DATA + 8192, 8192)]).unwrap();
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive is away");
@@ -312,7 +309,7 @@ fn a_dead_drive_is_told_and_waited_for() {
 
     // Away once more, and this time for too long.
     machine.controller.reset().unwrap();
-    let mut lost = pool.fail_queue_pair(pair, true).unwrap().expect("it was there");
+    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     pool.give_up(pair);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);

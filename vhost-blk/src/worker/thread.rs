@@ -276,15 +276,18 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
-                Mail::FailPair { index, failed, reply } => {
-                    let _ = reply.send(self.group_mut(index).and_then(|group| group.lose_drive(failed)));
+                Mail::FailPair { index, reply } => {
+                    let _ = reply.send(self.group_mut(index).and_then(Group::lose_drive));
+                }
+                Mail::Judge { index, suspicion, reply } => {
+                    let _ = reply.send(self.group_mut(index).is_some_and(|group| group.judge(suspicion)));
                 }
                 Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(Group::give_up),
                 Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
                 Mail::EndLong { id } => self.lane_mut(id).into_iter().for_each(Lane::end_long),
-                Mail::RestorePair { index, way } => {
+                Mail::RestorePair { index, way, seat } => {
                     if let Some(group) = self.group_mut(index) {
-                        group.regain_drive(way);
+                        group.regain_drive(way, seat);
                     }
                 }
                 #[cfg(test)]

@@ -41,3 +41,4 @@ mod exports;
 mod front_ends;
 mod log;
 mod long;
+mod shared;
