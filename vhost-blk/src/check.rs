@@ -169,6 +169,7 @@ mod tests {
             namespace: None,
             queues: DEFAULT_QUEUES,
             queue_size: DEFAULT_QUEUE_SIZE,
+            queue_pairs: None,
             read_only: false,
             serial: None,
         };

@@ -70,6 +70,9 @@ pub struct ServeArgs {
     /// Largest virtqueue accepted, in entries [default: 1024]
     #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::queue_size))]
     pub queue_size: Option<u16>,
+    /// Queue pairs of the drive that the disk may count on [default: an even part of what the drive grants]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::queue_pairs))]
+    pub queue_pairs: Option<u16>,
     /// CPUs with a polled worker each, such as 2,4-7 [default: one worker, not pinned]
     #[arg(long, value_name = "LIST", conflicts_with = "config")]
     pub cpus: Option<CpuList>,
@@ -157,6 +160,7 @@ impl ServeArgs {
             namespace: self.namespace,
             queues: self.queues.unwrap_or(config::DEFAULT_QUEUES),
             queue_size: self.queue_size.unwrap_or(config::DEFAULT_QUEUE_SIZE),
+            queue_pairs: self.queue_pairs,
             read_only: self.read_only,
             serial: self.serial,
         };
@@ -232,6 +236,7 @@ mod tests {
                 namespace: None,
                 queues: 64,
                 queue_size: 1024,
+                queue_pairs: None,
                 read_only: false,
                 serial: None,
             }],
@@ -243,7 +248,7 @@ mod tests {
     #[test]
     fn every_option_arrives() {
         let settings = settings(
-            "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --cpus 1-2 --read-only --serial S \
+            "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --queue-pairs 4 --cpus 1-2 --read-only --serial S \
              --io-timeout 0.25 --hold 7",
         )
         .unwrap();
@@ -260,6 +265,7 @@ mod tests {
                 namespace: Some(3),
                 queues: 2,
                 queue_size: 64,
+                queue_pairs: Some(4),
                 read_only: true,
                 serial: Some("S".parse().unwrap()),
             }]

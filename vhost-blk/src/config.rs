@@ -13,7 +13,7 @@ use crate::address::DeviceAddress;
 pub use file::load;
 pub use values::{
     CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_BYTES, Serial, hold, io_timeout,
-    namespace, queue_size, queues, socket_path,
+    namespace, queue_pairs, queue_size, queues, socket_path,
 };
 
 /// What a run of the program is told to do: what makes sense of it, and what does not.
@@ -88,6 +88,8 @@ pub struct ExportSettings {
     pub queues: u16,
     /// Largest virtqueue accepted, in entries: a power of two, 2 to 32768.
     pub queue_size: u16,
+    /// Queue pairs of the controller that the disk may count on; `None`: an even part of what it grants.
+    pub queue_pairs: Option<u16>,
     /// Refuse every command that changes data.
     pub read_only: bool,
     /// What GET_ID tells the guest; `None`: the drive's serial number.

@@ -161,6 +161,7 @@ fn settings(args: &Args, socket: &Path) -> Result<Settings, String> {
         namespace: None,
         queues: args.queues,
         queue_size: DEFAULT_QUEUE_SIZE,
+        queue_pairs: None,
         read_only: false,
         serial: None,
     };

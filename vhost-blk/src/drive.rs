@@ -13,30 +13,32 @@ mod back;
 mod embedded;
 mod events;
 mod keeper;
+mod leases;
 mod namespaces;
+mod shares;
 #[cfg(test)]
 mod tests;
 
 use std::collections::HashSet;
 use std::fmt;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, Controller, Error, Options, QueuePairOptions};
+use nvme_driver::{Controller, Error, Options};
 use vfio::{Device, DmaAddresses, Notice};
 
 use crate::address::DeviceAddress;
 use crate::bell::Bell;
 use crate::guest_memory::Reach;
-use crate::lane::Lane;
-use crate::worker::{LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Suspicion, Trial, Way, WorkerPool};
+use crate::worker::{PairId, Suspicion, Trial, WorkerPool};
 pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
 pub use keeper::Keeper;
 pub(crate) use keeper::longer;
+pub use leases::{Lease, Share};
 pub use namespaces::{ExportedNamespace, Known};
+use shares::Shares;
 
 /// One NVMe controller in use.
 pub struct Drive {
@@ -54,7 +56,8 @@ pub struct Drive {
     memory: Reach,
     /// Taken before anything else that locks.
     state: Mutex<State>,
-    told_sharing: AtomicBool,
+    /// Who has which place. Taken after `state`.
+    shares: Mutex<Shares>,
     reports: Mutex<Reports>,
     /// Wakes the keeper.
     bell: Bell,
@@ -68,7 +71,6 @@ pub struct Drive {
 
 struct State {
     condition: Condition,
-    places: Vec<Place>,
     /// Queue pairs the controller has granted.
     granted: u16,
     /// The namespaces in use.
@@ -183,14 +185,6 @@ pub enum Presence {
     Changing,
 }
 
-/// A place for a queue pair on a worker.
-struct Place {
-    id: PairId,
-    worker: usize,
-    entries: u16,
-    lanes: usize,
-}
-
 impl Drive {
     /// Opens the controller at `address`. The error is one line.
     ///
@@ -230,12 +224,11 @@ impl Drive {
             state: Mutex::new(State {
                 granted: present.controller.max_queue_pairs(),
                 condition: Condition::Present(present),
-                places: Vec::new(),
                 namespaces: Vec::new(),
                 last_tries: false,
                 trial: None,
             }),
-            told_sharing: AtomicBool::new(false),
+            shares: Mutex::default(),
             reports: Mutex::default(),
             bell: Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))?,
             pairs: Mutex::default(),
@@ -320,95 +313,6 @@ impl Drive {
         Ok(exported)
     }
 
-    /// A place for one lane: on a queue pair of its own on `worker`, or, when the controller grants no more, on one that
-    /// it shares. `ring_size` is in entries. There is a place also while the drive is away.
-    pub fn lease(self: &Arc<Self>, worker: usize, ring_size: u16) -> Result<Lease, String> {
-        // A request may need several commands; twice the ring keeps the guest the limit, not the queue.
-        let entries = ring_size.saturating_mul(2).clamp(MIN_ENTRIES, MAX_ENTRIES);
-        let mut state = self.state();
-        let made = match &state.condition {
-            Condition::Present(present) => match self.make_way(present, entries) {
-                Ok(way) => Some(match &state.trial {
-                    Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, way, trial.onlooker()),
-                    _ => self.pool.add_queue_pair(worker, way),
-                }),
-                Err(NoWay::NoneLeft) => None,
-                Err(NoWay::Error(error)) => {
-                    let health = present.controller.in_operation();
-                    drop(state);
-                    // It has just failed, and the ring is served as all others are.
-                    if let Err(why) = health {
-                        self.leave(Cause::from(&why));
-                        return self.lease(worker, ring_size);
-                    }
-                    log::warn!("{error}; a ring shares another's queue pair");
-                    state = self.state();
-                    None
-                }
-            },
-            Condition::Away(away) if state.places.len() < usize::from(state.granted) => {
-                Some(self.pool.add_place(worker, away.given_up))
-            }
-            Condition::Away(_) => None,
-            Condition::Over => return Err(format!("{} is not used any more", self.name)),
-        };
-        if let Some(id) = made {
-            self.pairs().insert(id);
-            state.places.push(Place { id, worker, entries, lanes: 1 });
-            return Ok(Lease { drive: self.clone(), place: id });
-        }
-        let granted = state.granted;
-        // The one with the fewest lanes, on the wanted worker if there is any.
-        let place = state
-            .places
-            .iter_mut()
-            .min_by_key(|place| (place.worker != worker, place.lanes))
-            .ok_or_else(|| format!("{} has no queue pair for a ring", self.name))?;
-        place.lanes += 1;
-        if !self.told_sharing.swap(true, Ordering::Relaxed) {
-            log::warn!("{}: all {granted} queue pairs are in use; further rings share one", self.name);
-        }
-        Ok(Lease { drive: self.clone(), place: place.id })
-    }
-
-    /// A queue pair on the controller, and what belongs to it.
-    fn make_way(&self, present: &Present, entries: u16) -> Result<Way, NoWay> {
-        let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
-        let pair = present.controller.create_queue_pair(options).map_err(|error| match error {
-            Error::NoQueuePairsLeft { .. } => NoWay::NoneLeft,
-            error => NoWay::Error(format!("{}: cannot create a queue pair: {error}", self.name)),
-        })?;
-        let pool = BouncePool::new(present.device.dma(), BOUNCE_BYTES)
-            .map_err(|error| NoWay::Error(format!("{}: cannot allocate bounce buffers: {error}", self.name)))?;
-        Ok(Way { pair, pool })
-    }
-
-    /// One lane fewer on a queue pair; the last one gives it back to the controller.
-    fn release(&self, id: PairId) {
-        let mut state = self.state();
-        let Some(at) = state.places.iter().position(|place| place.id == id) else { return };
-        state.places[at].lanes -= 1;
-        if state.places[at].lanes > 0 {
-            return;
-        }
-        state.places.swap_remove(at);
-        self.pairs().remove(&id);
-        match (self.pool.take_queue_pair(id), &state.condition) {
-            (Ok(Some(pair)), Condition::Present(present)) => {
-                if let Err(error) = present.controller.delete_queue_pair(pair) {
-                    // A controller that does not work is reset; that ends its queues, too.
-                    let level = match present.controller.in_operation() {
-                        Ok(()) => log::Level::Warn,
-                        Err(_) => log::Level::Debug,
-                    };
-                    log::log!(level, "{}: cannot delete a queue pair: {error}", self.name);
-                }
-            }
-            (Ok(_), _) => {}
-            (Err(error), _) => log::error!("{}: {error}", self.name),
-        }
-    }
-
     fn pairs(&self) -> MutexGuard<'_, HashSet<PairId>> {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -470,7 +374,8 @@ impl Drive {
         let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses };
         state.condition = Condition::Away(away);
         let mut lost = Vec::new();
-        for place in &state.places {
+        let places = self.shares().places().to_vec();
+        for place in &places {
             match self.pool.fail_queue_pair(place.id) {
                 Ok(place) => lost.extend(place),
                 Err(error) => log::error!("{}: {error}", self.name),
@@ -482,7 +387,7 @@ impl Drive {
             false => Suspicion::Nobody,
         };
         // All of them are asked.
-        let judged = state.places.iter().map(|place| self.pool.judge(place.id, suspicion));
+        let judged = places.iter().map(|place| self.pool.judge(place.id, suspicion));
         state.last_tries = judged.fold(false, |some, last_tries| some | last_tries.unwrap_or(false));
         state.trial = None;
         // The controller's own memory goes last, when it has been told once more to leave it alone.
@@ -514,7 +419,7 @@ impl Drive {
         let Condition::Away(away @ Away { given_up: false, .. }) = &mut state.condition else { return };
         away.given_up = true;
         log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
-        state.places.iter().for_each(|place| self.pool.give_up(place.id));
+        self.shares().places().iter().for_each(|place| self.pool.give_up(place.id));
     }
 
     /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
@@ -528,101 +433,8 @@ impl Drive {
     }
 }
 
-/// Why there is no queue pair.
-enum NoWay {
-    /// All are in use.
-    NoneLeft,
-    /// Something else, in one line.
-    Error(String),
-}
-
 impl fmt::Display for Drive {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.name)
-    }
-}
-
-/// Entries of a queue pair, whatever the ring's size: enough to keep a drive busy, and no more memory than that is worth
-/// (a page for every entry).
-const MIN_ENTRIES: u16 = 64;
-const MAX_ENTRIES: u16 = 1024;
-
-/// Bounce buffers of a queue pair, for buffers the drive cannot reach where they are.
-const BOUNCE_BYTES: usize = 128 << 10;
-
-/// How long a worker may take to end what does not depend on the drive.
-const ABANDON_TURN: Duration = Duration::from_secs(1);
-
-/// How long a lane that stops goes on with requests of many commands. A guest that is paused does not see an error for a few of
-/// them; one that asks for terabytes of zeroes does.
-const LONG_PATIENCE: Duration = Duration::from_secs(3);
-
-/// How much longer than a command a lane may take to stop.
-const STOP_MARGIN: Duration = Duration::from_secs(10);
-
-/// A lane's place on a queue pair; given back when dropped.
-pub struct Lease {
-    drive: Arc<Drive>,
-    place: PairId,
-}
-
-impl Lease {
-    /// Puts a lane there.
-    pub fn start(&self, lane: Lane) -> LaneHandle {
-        self.drive.pool.start_lane(self.place, lane)
-    }
-
-    /// Asks for a lane back, see [`Lease::finish_stop`]. `forsaken`: the front-end is gone, and nobody needs answers that the
-    /// drive has not given; should it be away, it is not waited for.
-    pub fn begin_stop(&self, handle: LaneHandle, forsaken: bool) -> StoppingLane {
-        let mut lane = handle.begin_stop();
-        if forsaken {
-            lane.abandon(false);
-        }
-        lane
-    }
-
-    /// How long [`Lease::finish_stop`] may take in the usual case.
-    pub fn stop_deadline(&self) -> Instant {
-        // Every request under way has to end first, and the drive may have to be waited for.
-        Instant::now() + self.drive.options.io_timeout.max(self.drive.hold) + STOP_MARGIN
-    }
-
-    /// Takes a lane when all its requests have ended; `None` if its worker died with it. Requests of many commands end in the middle
-    /// after a few seconds. A controller that does not let requests end until `deadline` is reset, and they end with an error.
-    pub fn finish_stop(&self, lane: StoppingLane, deadline: Instant) -> Option<StoppedLane> {
-        let until = |time: Instant| time.saturating_duration_since(Instant::now());
-        let patience = lane.since() + LONG_PATIENCE;
-        let lane = match lane.wait(until(patience.min(deadline))) {
-            Err(StopError::StillBusy(busy)) => busy.lane,
-            stopped => return Self::stopped(stopped),
-        };
-        lane.end_long();
-        match lane.wait(until(deadline)) {
-            Ok(stopped) => Some(stopped),
-            Err(StopError::StillBusy(mut busy)) => {
-                busy.lane.abandon(true);
-                // Requests that only wait to be tried again need no reset to end.
-                match busy.lane.wait(ABANDON_TURN) {
-                    Err(StopError::StillBusy(busy)) => {
-                        self.drive.leave(Cause::Failed(busy.to_string()));
-                        // Nothing is left to wait for but the worker's turn.
-                        Self::stopped(busy.lane.wait(STOP_MARGIN))
-                    }
-                    stopped => Self::stopped(stopped),
-                }
-            }
-            Err(error) => Self::stopped(Err(error)),
-        }
-    }
-
-    fn stopped(result: Result<StoppedLane, StopError>) -> Option<StoppedLane> {
-        result.inspect_err(|error| log::error!("{error}")).ok()
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        self.drive.release(self.place);
     }
 }

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
-use crate::drive::{Drive, ExportedNamespace};
+use crate::drive::{Drive, ExportedNamespace, Lease, Share};
 use crate::log_limit::LogLimit;
 pub use server::Server;
 use turns::Turns;
@@ -19,6 +19,8 @@ pub struct Export {
     pub name: String,
     /// The controller.
     pub drive: Arc<Drive>,
+    /// Its part of the controller's queue pairs.
+    share: Share,
     /// The namespace served.
     pub namespace: Arc<ExportedNamespace>,
     /// The export, or the namespace when it was exported, refuses writes.
@@ -64,6 +66,7 @@ impl Export {
             features: blk_config::features(&known, read_only),
             mode: Mutex::new(None),
             turns: Arc::default(),
+            share: drive.share(settings.listen.to_string(), settings.queue_pairs),
             drive,
             namespace,
             read_only,
@@ -87,9 +90,9 @@ impl Export {
         *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = Some(writeback);
     }
 
-    /// The worker for a ring: round robin, so that the rings of one disk are spread.
-    pub fn worker_hint(&self, ring: usize) -> usize {
-        (self.first_worker + ring) % self.workers
+    /// A place for a ring's lane. Workers round robin, so that the rings of one disk are spread.
+    pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, String> {
+        self.share.lease((self.first_worker + ring) % self.workers, ring_size)
     }
 
     /// The counters of a ring; they go on over all sessions.

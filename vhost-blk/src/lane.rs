@@ -86,6 +86,8 @@ impl LaneState {
 enum Mode {
     /// Takes and answers requests.
     Running,
+    /// Answers what is in flight, takes nothing: it is to go on with another queue pair.
+    Moving,
     /// Answers what is in flight, takes nothing.
     Stopping,
     /// The guest broke its ring: touches it no more.
@@ -418,7 +420,7 @@ impl Lane {
     #[inline(never)]
     fn submit_specially(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
         self.stop_long(pair, tag);
-        if !self.resuming {
+        if !self.resuming || self.mode == Mode::Moving {
             return 0;
         }
         self.take_all(|lane, head| lane.submit_pending(pair, tag, head))
@@ -443,7 +445,7 @@ impl Lane {
             Mode::Running => true,
             // What an earlier process has taken cannot be left in the ring.
             Mode::Stopping => self.resuming,
-            Mode::Broken => false,
+            Mode::Moving | Mode::Broken => false,
         }
     }
 

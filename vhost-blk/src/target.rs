@@ -386,6 +386,7 @@ pub(crate) mod tests {
                 namespace: None,
                 queues: 1,
                 queue_size: 64,
+                queue_pairs: None,
                 read_only: false,
                 serial: None,
             };

@@ -46,11 +46,20 @@ pub struct PairId {
 }
 
 impl PairId {
+    #[cfg(test)]
+    pub(crate) fn made_up(worker: usize, number: usize) -> PairId {
+        PairId { worker, index: number, number: number as u64 }
+    }
+
     /// The worker it is on.
     pub fn worker(&self) -> usize {
         self.worker
     }
 }
+
+/// A lane on its worker; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneNumber(u64);
 
 /// What a worker has to tell unasked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -311,8 +320,14 @@ impl WorkerPool {
             state: lane.state().clone(),
             mailbox: mailbox.clone(),
         };
-        mailbox.send(Mail::Start { id, pair: pair.index, lane });
+        mailbox.send(Mail::Start { id, pair: pair.index, lane: Box::new(lane) });
         handle
+    }
+
+    /// Has a lane go on at another place of its worker. Its driver notices nothing: it takes no more requests, and moves when those
+    /// that it has are answered. Where it is not any more, or has to stop before, nothing happens.
+    pub fn move_lane(&self, lane: LaneNumber, to: PairId) {
+        self.threads[to.worker].mailbox.send(Mail::Move { id: lane.0, to: to.index });
     }
 
     /// Removes a place that no lane uses, and returns the queue pair that is there.
@@ -433,6 +448,11 @@ pub struct LaneHandle {
 }
 
 impl LaneHandle {
+    /// Names the lane.
+    pub fn number(&self) -> LaneNumber {
+        LaneNumber(self.id)
+    }
+
     /// Takes the lane back: it takes no more requests, and comes when those in flight are answered.
     ///
     /// # Errors

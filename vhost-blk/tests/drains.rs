@@ -65,6 +65,7 @@ impl Bench {
             namespace: None,
             queues: RINGS as u16,
             queue_size: 256,
+            queue_pairs: None,
             read_only: false,
             serial: None,
         };

@@ -50,6 +50,7 @@ impl Bench {
             namespace: None,
             queues: 4,
             queue_size: 256,
+            queue_pairs: None,
             read_only: false,
             serial: None,
         };

@@ -44,6 +44,7 @@ impl Bench {
                 namespace: None,
                 queues: 1,
                 queue_size: 256,
+                queue_pairs: None,
                 read_only: false,
                 serial: None,
             });

@@ -84,6 +84,7 @@ fn served() -> &'static Served {
             namespace: None,
             queues: RINGS as u16,
             queue_size: 256,
+            queue_pairs: None,
             read_only: false,
             serial: None,
         };

@@ -77,6 +77,7 @@ impl Export {
         let namespace = section.checked("namespace", values::namespace);
         let queues = section.checked("queues", values::queues);
         let queue_size = section.checked("queue-size", values::queue_size);
+        let queue_pairs = section.checked("queue-pairs", values::queue_pairs);
         let read_only = section.take::<bool>("read-only");
         let serial = section.take::<Serial>("serial");
         let mut mistakes = section.finish();
@@ -87,6 +88,7 @@ impl Export {
             namespace,
             queues: queues.unwrap_or(DEFAULT_QUEUES),
             queue_size: queue_size.unwrap_or(DEFAULT_QUEUE_SIZE),
+            queue_pairs,
             read_only: read_only.unwrap_or_default(),
             serial,
         });

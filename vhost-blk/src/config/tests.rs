@@ -40,6 +40,7 @@ fn a_file_with_everything() {
         namespace = 2
         queues = 4
         queue-size = 256
+        queue-pairs = 3
         read-only = true
         serial = "DISK-A"
         [[export]]
@@ -59,6 +60,7 @@ fn a_file_with_everything() {
             namespace: Some(2),
             queues: 4,
             queue_size: 256,
+            queue_pairs: Some(3),
             read_only: true,
             serial: Some("DISK-A".parse().unwrap()),
         }
@@ -71,6 +73,7 @@ fn a_file_with_everything() {
             namespace: None,
             queues: DEFAULT_QUEUES,
             queue_size: DEFAULT_QUEUE_SIZE,
+            queue_pairs: None,
             read_only: false,
             serial: None,
         }
@@ -100,7 +103,7 @@ fn the_example_is_right_and_so_are_the_lines_it_leaves_out() {
 fn errors_name_the_line() {
     assert_eq!(
         error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueus = 4\n"),
-        "c.toml, line 4: unknown field `queus`, expected one of `device`, `socket-path`, `namespace`, `queues`, `queue-size`, `read-only`, `serial`"
+        "c.toml, line 4: unknown field `queus`, expected one of `device`, `socket-path`, `namespace`, `queues`, `queue-size`, `queue-pairs`, `read-only`, `serial`"
     );
     assert_eq!(
         error("cpu = \"1\"\n"),
@@ -116,6 +119,10 @@ fn errors_name_the_line() {
     assert_eq!(
         error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueues = 0\n"),
         "c.toml, line 4: 0 queues: use 1 to 256"
+    );
+    assert_eq!(
+        error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueue-pairs = 0\n"),
+        "c.toml, line 4: 0 queue pairs: use 1 to 65534"
     );
     assert_eq!(
         error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueue-size = 100\n"),

@@ -125,6 +125,14 @@ pub fn queue_size(entries: u64) -> Result<u16, String> {
         .ok_or_else(|| format!("queue size {entries}: use a power of two from 2 to {MAX_QUEUE_SIZE}"))
 }
 
+/// Checks a disk's share of queue pairs (NVMe Base 2.0, 5.27.1.5: at most 65534 are granted).
+pub fn queue_pairs(count: u64) -> Result<u16, String> {
+    u16::try_from(count)
+        .ok()
+        .filter(|count| (1..u16::MAX).contains(count))
+        .ok_or_else(|| format!("{count} queue pairs: use 1 to {}", u16::MAX - 1))
+}
+
 /// Checks a namespace identifier (NVMe Base 2.0, section 3.2.1: 0 is none, all ones is all).
 pub fn namespace(id: u64) -> Result<u32, String> {
     u32::try_from(id)

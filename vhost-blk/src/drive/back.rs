@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use nvme_driver::{Controller, Error};
 
+use super::leases::NoWay;
 use super::namespaces::{Difference, ExportedNamespace, Found, difference};
-use super::{Condition, Drive, NoWay, NotOpened, Present};
+use super::{Condition, Drive, NotOpened, Present};
 use crate::worker::Trial;
 
 /// Why a drive is not there, or not back.
@@ -62,8 +63,9 @@ impl Drive {
         let Condition::Away(away) = &state.condition else { return Ok(()) };
         let cache_lost = away.cache_lost || away.unsafe_shutdowns != present.unsafe_shutdowns;
         self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
-        let wanted = state.places.len();
-        let ways = state.places.iter().map(|place| self.make_way(&present, place.entries));
+        let places = self.shares().places().to_vec();
+        let wanted = places.len();
+        let ways = places.iter().map(|place| self.make_way(&present, place.entries));
         let ways = match ways.collect::<Result<Vec<_>, _>>() {
             Ok(ways) => ways,
             Err(error) => {
@@ -86,8 +88,8 @@ impl Drive {
         present.since = Instant::now();
         state.trial = state.last_tries.then(Arc::default);
         // Before any place goes on.
-        let seats: Vec<_> = state.places.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
-        for ((place, way), seat) in state.places.iter().zip(ways).zip(seats) {
+        let seats: Vec<_> = places.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
+        for ((place, way), seat) in places.iter().zip(ways).zip(seats) {
             match seat {
                 Some(seat) => self.pool.restore_on_trial(place.id, way, seat),
                 None => self.pool.restore_queue_pair(place.id, way),

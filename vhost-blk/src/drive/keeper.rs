@@ -12,6 +12,8 @@ use super::{Cause, Condition, Drive};
 
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Between two looks at lanes that move.
+const DEAL_PAUSE: Duration = Duration::from_millis(5);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
@@ -69,11 +71,15 @@ impl Drop for Keeper {
 fn run(drive: &Drive, stop: &AtomicBool) {
     let mut attempts = Attempts::default();
     let mut next_check = Instant::now() + CHECK_INTERVAL;
+    let mut dealing = false;
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
         #[cfg(test)]
         crate::target::tests::panic_if_asked(&drive.name, "keeper panics");
-        let until = attempts.next.unwrap_or(next_check);
+        let mut until = attempts.next.unwrap_or(next_check);
+        if dealing {
+            until = until.min(Instant::now() + DEAL_PAUSE);
+        }
         wait(drive, until.saturating_duration_since(Instant::now()));
         let cause = drive.trouble();
         if let Some(cause) = cause {
@@ -91,12 +97,14 @@ fn run(drive: &Drive, stop: &AtomicBool) {
         match since {
             Some(since) => {
                 attempts.works(now.saturating_duration_since(since));
+                dealing = drive.deal();
                 if now >= next_check {
                     drive.check();
                     next_check = Instant::now() + CHECK_INTERVAL;
                 }
             }
             None => {
+                dealing = false;
                 let due = *attempts.next.get_or_insert(now + attempts.pause.max(FIRST_PAUSE));
                 if now >= due {
                     let result = drive.come_back();

@@ -2,6 +2,7 @@
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
 
+use super::leases::STOP_MARGIN;
 use super::*;
 use crate::lane::testing::{Client, DATA, LAYOUT, disk, until};
 use crate::request::{IOERR, OK};
@@ -29,7 +30,8 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
 
         simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
         let mut client = Client::new(&guest, 0, false, 16);
-        let lease = drive.lease(0, 16).unwrap();
+        let share = drive.share("test".into(), None);
+        let lease = share.lease(0, 16).unwrap();
         let handle = lease.start(client.lane(&guest, &disk));
         read(&mut client, &guest);
         until("the drive has it", || (simulator.faults().fired() > 0).then_some(()));
@@ -43,7 +45,7 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
 
         simulator.faults().clear();
         drive.come_back().unwrap();
-        let lease = drive.lease(0, 16).unwrap();
+        let lease = share.lease(0, 16).unwrap();
         if forsaken {
             client = Client::new(&guest, 0, false, 16);
         }

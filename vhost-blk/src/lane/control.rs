@@ -29,6 +29,31 @@ impl Lane {
         }
     }
 
+    /// Takes no more requests until [`Lane::end_move`]; false: it will stop anyway.
+    pub(crate) fn begin_move(&mut self) -> bool {
+        if self.mode == Mode::Running {
+            self.mode = Mode::Moving;
+        }
+        self.mode != Mode::Stopping
+    }
+
+    /// Is it on its way to another queue pair? What its guest has broken is, too.
+    pub(crate) fn is_moving(&self) -> bool {
+        matches!(self.mode, Mode::Moving | Mode::Broken)
+    }
+
+    /// Has the drive nothing of it, nor any buffer of its queue pair?
+    pub(crate) fn may_move(&self) -> bool {
+        self.in_flight() == 0
+    }
+
+    /// It has moved, and goes on.
+    pub(crate) fn end_move(&mut self) {
+        if self.mode == Mode::Moving {
+            self.mode = Mode::Running;
+        }
+    }
+
     /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
     pub(crate) fn drained(&self) -> bool {
         self.in_flight() == 0 && self.pending.is_none() && !self.resuming

@@ -230,7 +230,7 @@ impl Session {
         });
         let lease = match lease {
             Some(lease) => lease,
-            None => self.export.drive.lease(self.export.worker_hint(index), state.size)?,
+            None => self.export.lease(index, state.size)?,
         };
         let handle = lease.start(lane);
         log::debug!("{}: ring {index} runs: {setup:?}", self.export.name);

@@ -118,13 +118,18 @@ impl Group {
 
     /// Takes a lane out if it has nothing in flight.
     pub(crate) fn remove_drained(&mut self, index: usize) -> Option<Lane> {
-        let place = self.lanes.get_mut(index)?;
-        place.as_ref().filter(|lane| lane.drained())?;
-        let mut lane = place.take()?;
+        self.lanes.get(index)?.as_ref().filter(|lane| lane.drained())?;
+        let mut lane = self.remove(index)?;
+        lane.end();
+        Some(lane)
+    }
+
+    /// Takes a lane out of which the drive has nothing.
+    pub(crate) fn remove(&mut self, index: usize) -> Option<Lane> {
+        let lane = self.lanes.get_mut(index)?.take()?;
         if let Some(Way { pool, .. }) = self.way_mut() {
             pool.leave((index as u64) << LANE_SHIFT);
         }
-        lane.end();
         Some(lane)
     }
 

@@ -37,11 +37,15 @@ pub(super) enum Mail {
     Start {
         id: LaneId,
         pair: usize,
-        lane: Lane,
+        lane: Box<Lane>,
     },
     Stop {
         id: LaneId,
         reply: Sender<Lane>,
+    },
+    Move {
+        id: LaneId,
+        to: usize,
     },
     SetMemory {
         id: LaneId,

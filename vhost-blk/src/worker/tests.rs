@@ -213,6 +213,55 @@ fn stopping_waits_for_the_drive_and_the_ring_goes_on_from_its_base() {
     }
 }
 
+/// Its driver notices nothing.
+#[test]
+fn a_lane_moves_to_another_queue_pair_while_it_runs() {
+    for packed in [false, true] {
+        let machine = Machine::new(config());
+        let guest = &machine.guest;
+        let pool = WorkerPool::start(&[]).unwrap();
+        let places = [(); 2].map(|()| {
+            let (pair, bounce) = machine.pair(32);
+            pool.add_queue_pair(0, Way { pair, pool: bounce })
+        });
+        let disk = Arc::new(machine.disk());
+        let client = Client::new(guest, 0, packed, 32);
+        let mut running = Running::start(&pool, places[0], guest, client, &disk);
+        let lane = running.handle().number();
+        let (mut sent, mut done, mut moves) = (0, 0, 0);
+        until("200 moves", || {
+            for _ in 0..8 {
+                sent += u64::from(running.send(guest, 0, 8 * (sent % 64), &[writable(DATA, 4096)]).is_some());
+            }
+            while let Some((_, status, _)) = running.client.answer(guest) {
+                assert_eq!(status, OK);
+                done += 1;
+            }
+            if done > 20 * moves {
+                moves += 1;
+                pool.move_lane(lane, places[(moves % 2) as usize]);
+            }
+            (moves == 200).then_some(())
+        });
+        until("the rest", || {
+            while running.client.answer(guest).is_some() {
+                done += 1;
+            }
+            (done == sent).then_some(())
+        });
+        // It is where it was told to go last, and sleeps and wakes there.
+        until("the place it left", || pool.take_queue_pair(places[1]).ok());
+        until("sleep", || running.asleep(guest).then_some(()));
+        assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
+        // To a place that is not there any more, and while it stops.
+        pool.move_lane(lane, places[1]);
+        assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
+        running.handle.take().unwrap().stop(DEADLINE).unwrap();
+        pool.move_lane(lane, places[0]);
+        assert!(pool.take_queue_pair(places[0]).unwrap().is_some());
+    }
+}
+
 /// A worker looks at every place in each turn: there must not be more of them than are in use, however many there were.
 #[test]
 fn a_place_that_was_taken_away_is_used_again() {

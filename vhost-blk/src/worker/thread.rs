@@ -40,6 +40,14 @@ struct Place {
     watched: bool,
 }
 
+/// What a lane leaves its place for.
+enum Departure {
+    /// It stops; who waits for it.
+    Stops(Sender<Lane>),
+    /// It goes on at another place.
+    Moves(usize),
+}
+
 pub(super) struct Worker {
     number: usize,
     mailbox: Arc<Mailbox>,
@@ -49,8 +57,8 @@ pub(super) struct Worker {
     /// Of the groups, by the same index.
     ids: Vec<PairId>,
     lanes: HashMap<LaneId, Place>,
-    /// Lanes on their way out, and who waits for them.
-    stopping: Vec<(LaneId, Sender<Lane>)>,
+    /// Lanes on their way out of their place.
+    departing: Vec<(LaneId, Departure)>,
     /// Set by the last mail: the worker ends when everything in flight is answered, at this time at the latest.
     ending: Option<Instant>,
     crowded: bool,
@@ -77,7 +85,7 @@ impl Worker {
             groups: Vec::new(),
             ids: Vec::new(),
             lanes: HashMap::new(),
-            stopping: Vec::new(),
+            departing: Vec::new(),
             ending: None,
             crowded,
             turns: 0,
@@ -98,8 +106,8 @@ impl Worker {
             for group in self.groups.iter_mut().flatten() {
                 moved += group.poll();
             }
-            if !self.stopping.is_empty() {
-                self.hand_back_drained();
+            if !self.departing.is_empty() {
+                self.let_depart();
             }
             if let Some(deadline) = self.ending {
                 let busy = self.groups.iter().flatten().any(Group::busy);
@@ -146,7 +154,7 @@ impl Worker {
         }
         let now = Instant::now();
         self.tick(now);
-        if self.groups.iter().flatten().any(Group::busy) || !self.stopping.is_empty() {
+        if self.groups.iter().flatten().any(Group::busy) || !self.departing.is_empty() {
             self.idle_since = None;
         } else if now.duration_since(*self.idle_since.get_or_insert(now)) >= IDLE_BEFORE_SLEEP {
             self.sleep();
@@ -247,11 +255,16 @@ impl Worker {
                 Mail::TakePair { index, reply } => {
                     let _ = reply.send(self.take_pair(index));
                 }
-                Mail::Start { id, pair, lane } => self.start(id, pair, lane),
+                Mail::Start { id, pair, lane } => self.start(id, pair, *lane),
                 Mail::Stop { id, reply } => {
                     if let Some(lane) = self.lane_mut(id) {
                         lane.begin_stop();
-                        self.stopping.push((id, reply));
+                        self.departing.push((id, Departure::Stops(reply)));
+                    }
+                }
+                Mail::Move { id, to } => {
+                    if self.lane_mut(id).is_some_and(Lane::begin_move) {
+                        self.departing.push((id, Departure::Moves(to)));
                     }
                 }
                 Mail::SetMemory { id, memory, reply } => {
@@ -333,17 +346,49 @@ impl Worker {
         place.watched = Self::watch(&self.epoll, id, lane);
     }
 
-    fn hand_back_drained(&mut self) {
-        let Worker { stopping, lanes, groups, epoll, .. } = self;
-        stopping.retain(|(id, reply)| {
-            let Some(place) = lanes.get(id) else { return false };
-            let group = groups.get_mut(place.pair).and_then(Option::as_mut);
-            let Some(lane) = group.and_then(|group| group.remove_drained(place.index)) else { return true };
-            Self::unwatch(epoll, &lane);
-            lanes.remove(id);
-            // Whoever has given up waiting does not want the lane: it is dropped, drained.
-            let _ = reply.send(lane);
-            false
+    /// Lanes whose requests have been answered leave their places.
+    fn let_depart(&mut self) {
+        let Worker { departing, lanes, groups, epoll, .. } = self;
+        departing.retain(|(id, departure)| {
+            let Some(place) = lanes.get_mut(id) else { return false };
+            let has_drive = |index: usize| Some(groups.get(index)?.as_ref()?.pair().is_some());
+            let there = match departure {
+                Departure::Moves(to) if *to != place.pair => has_drive(*to),
+                _ => None,
+            };
+            let here = has_drive(place.pair);
+            let from = groups.get_mut(place.pair).and_then(Option::as_mut);
+            match departure {
+                Departure::Stops(reply) => {
+                    let Some(lane) = from.and_then(|group| group.remove_drained(place.index)) else { return true };
+                    Self::unwatch(epoll, &lane);
+                    lanes.remove(id);
+                    // Whoever has given up waiting does not want the lane: it is dropped, drained.
+                    let _ = reply.send(lane);
+                    false
+                }
+                Departure::Moves(to) => {
+                    let Some(lane) = from.and_then(|group| group.lane_mut(place.index)) else { return false };
+                    if !lane.is_moving() {
+                        // It has been told to stop.
+                        return false;
+                    }
+                    if there.is_none() {
+                        lane.end_move();
+                        return false;
+                    }
+                    // The drive may be going, or coming back: soon both places have it, or neither.
+                    if !lane.may_move() || there != here {
+                        return true;
+                    }
+                    let lane = groups[place.pair].as_mut().and_then(|group| group.remove(place.index));
+                    if let (Some(mut lane), Some(target)) = (lane, groups[*to].as_mut()) {
+                        lane.end_move();
+                        (place.pair, place.index) = (*to, target.add(lane));
+                    }
+                    false
+                }
+            }
         });
     }
 

@@ -39,6 +39,7 @@ pub fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Serve
                 namespace: None,
                 queues: 4,
                 queue_size: 256,
+                queue_pairs: None,
                 read_only: false,
                 serial: None,
             };

@@ -121,3 +121,42 @@ fn long_requests_that_are_copied() {
     assert!(longest < Duration::from_secs(1), "{longest:?} for a request that is copied");
     neighbour.verdict();
 }
+
+/// One guest's rings have all queue pairs when another comes, which gets its share of them while all go on.
+#[test]
+fn rings_that_take_all_queue_pairs() {
+    let stand = Stand::with(|setup| setup.drive.max_queue_pairs = 4);
+    let front = stand.hostile();
+    front.negotiate();
+    let region = Region::new(0, MIB);
+    region.add(&front);
+    let space = RawRing::bytes(64).next_multiple_of(0x1_0000);
+    let mut rings: Vec<_> =
+        (0..8).map(|index| RawRing::new(&region, index, space * u64::from(index), Format::Split, 64)).collect();
+    rings.iter().for_each(|ring| ring.start(&front));
+    let run_all = |rings: &mut [RawRing]| {
+        for (ring, k) in rings.iter_mut().zip(0..) {
+            assert_eq!(ring.run(0xc_0000 + 64 * k, READ, 8 * k, &[writable(0xd_0000 + 4096 * k, 4096)]), 0);
+        }
+    };
+    run_all(&mut rings);
+    assert_eq!(stand.program.lines_with("hostile: rings share a queue pair"), 1);
+    let mut neighbour = stand.neighbour();
+    // Its ring has one of its own, and nobody's requests were lost by that.
+    eventually("a queue pair for the neighbour", || {
+        run_all(&mut rings);
+        stand.program.lines_with("neighbour: a ring that shared a queue pair has one of its own now") == 1
+    });
+    assert_eq!(stand.program.lines_with("hostile: it has more queue pairs than its share of 2"), 1);
+    neighbour.measure_alone();
+    for _ in 0..20 {
+        run_all(&mut rings);
+    }
+    neighbour.answered(50);
+    // What the hostile has left is used by whoever comes next.
+    rings.iter().for_each(|ring| _ = front.vring_base(ring.index));
+    rings.iter().for_each(|ring| ring.start(&front));
+    run_all(&mut rings);
+    neighbour.verdict();
+    assert_eq!(stand.program.lines_with("neighbour: rings share a queue pair"), 1, "it was told once");
+}

@@ -94,7 +94,7 @@ fn what_came_before_kicks_were_asked_for_needs_none() {
         let id = PairId { worker: 0, index: 0, number: 0 };
         let mut client = Client::new(guest, 0, packed, 16);
         mailbox.send(Mail::AddPair { id, group: Group::new(pair, bounce) });
-        mailbox.send(Mail::Start { id: 1, pair: 0, lane: client.lane(guest, &Arc::new(machine.disk())) });
+        mailbox.send(Mail::Start { id: 1, pair: 0, lane: Box::new(client.lane(guest, &Arc::new(machine.disk()))) });
         worker.read_mail();
         mailbox.clear_event();
         client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();

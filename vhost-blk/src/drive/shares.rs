@@ -1,0 +1,414 @@
+//! Which disk has which of a drive's queue pairs.
+//!
+//! Each disk has a share of what the controller grants: as configured, else an even part. As long as some are free a disk may have
+//! more than that. When another one wants its share, the surplus goes back: rings of the one disk move together, on their worker,
+//! and a ring of the other gets the queue pair that becomes free. Until then, and when all have their share, rings share one, those
+//! of one disk with each other if they can.
+//!
+//! Here is only decided; see `leases` for what is done.
+
+use crate::worker::{LaneNumber, PairId};
+
+/// Names a disk.
+pub(super) type DiskNumber = u64;
+/// Names a lease.
+pub(super) type LeaseNumber = u64;
+
+/// A place for a queue pair on a worker.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub id: PairId,
+    pub entries: u16,
+    /// The disk that it counts for.
+    owner: DiskNumber,
+    /// It has no leases any more, and goes when its lanes have moved to another.
+    leaving: bool,
+}
+
+/// A ring's right to a place.
+struct Leased {
+    number: LeaseNumber,
+    disk: DiskNumber,
+    place: PairId,
+    entries: u16,
+    /// What runs there.
+    lane: Option<LaneNumber>,
+}
+
+struct Disk {
+    number: DiskNumber,
+    name: String,
+    /// Its share, if it is configured.
+    wanted: Option<u16>,
+    told: Told,
+}
+
+/// What was logged, once.
+#[derive(Default)]
+struct Told {
+    shares: bool,
+    has_own: bool,
+    gives_back: bool,
+}
+
+/// A ring that is to have a queue pair of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Gift {
+    pub lease: LeaseNumber,
+    pub worker: usize,
+    pub entries: u16,
+}
+
+/// Lanes that are to move to another place, so that theirs is free.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Merger {
+    pub lanes: Vec<LaneNumber>,
+    pub into: PairId,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Shares {
+    places: Vec<Place>,
+    leases: Vec<Leased>,
+    disks: Vec<Disk>,
+    next: u64,
+}
+
+impl Shares {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    /// A disk is there. `wanted`: its share, if it is configured.
+    pub fn add_disk(&mut self, name: String, wanted: Option<u16>) -> DiskNumber {
+        let number = self.number();
+        self.disks.push(Disk { number, name, wanted, told: Told::default() });
+        number
+    }
+
+    /// It is not there any more, nor has it leases.
+    pub fn remove_disk(&mut self, number: DiskNumber) {
+        self.disks.retain(|disk| disk.number != number);
+    }
+
+    /// All places.
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// A lease of a place of its own.
+    pub fn add(&mut self, disk: DiskNumber, entries: u16, id: PairId) -> LeaseNumber {
+        self.places.push(Place { id, entries, owner: disk, leaving: false });
+        let number = self.number();
+        self.leases.push(Leased { number, disk, place: id, entries, lane: None });
+        number
+    }
+
+    /// A lease of a place that others have, too; and a line for the log. `None`: there is no place at all.
+    pub fn join(
+        &mut self,
+        disk: DiskNumber,
+        worker: usize,
+        entries: u16,
+        granted: u16,
+    ) -> Option<(LeaseNumber, Option<String>)> {
+        let places = self.places.iter().filter(|place| !place.leaving);
+        // With rings of the same disk, for whom it makes least difference; then on the wanted worker.
+        let place = places
+            .min_by_key(|place| (place.owner != disk, place.id.worker() != worker, self.leases_at(place.id).count()))?
+            .id;
+        let number = self.number();
+        self.leases.push(Leased { number, disk, place, entries, lane: None });
+        let share = self.share(disk, granted);
+        let disk = self.disks.iter_mut().find(|known| known.number == disk);
+        let line = disk.filter(|disk| !disk.told.shares).map(|disk| {
+            disk.told.shares = true;
+            format!(
+                "{}: rings share a queue pair: all {granted} that the controller grants are in use; {share} of them are this disk's \
+                 share (queue-pairs)",
+                disk.name
+            )
+        });
+        Some((number, line))
+    }
+
+    /// Where a lease's lane is started.
+    pub fn place_of(&self, lease: LeaseNumber) -> Option<PairId> {
+        self.leases.iter().find(|leased| leased.number == lease).map(|leased| leased.place)
+    }
+
+    /// What runs there.
+    pub fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneNumber>) {
+        self.leases.iter_mut().filter(|leased| leased.number == lease).for_each(|leased| leased.lane = lane);
+    }
+
+    /// The lease ends. Returns its place if nobody has that any more: it is forgotten here.
+    pub fn remove(&mut self, lease: LeaseNumber) -> Option<PairId> {
+        let at = self.leases.iter().position(|leased| leased.number == lease)?;
+        let id = self.leases.swap_remove(at).place;
+        let heirs: Vec<DiskNumber> = self.leases_at(id).map(|leased| leased.disk).collect();
+        if heirs.is_empty() {
+            self.forget(id);
+            return Some(id);
+        }
+        let place = self.places.iter_mut().find(|place| place.id == id)?;
+        if !heirs.contains(&place.owner) {
+            place.owner = heirs[0];
+        }
+        None
+    }
+
+    /// A place is not there any more.
+    pub fn forget(&mut self, id: PairId) {
+        self.places.retain(|place| place.id != id);
+    }
+
+    /// Places that are to go when their lanes have gone.
+    pub fn leaving(&self) -> Vec<PairId> {
+        self.places.iter().filter(|place| place.leaving).map(|place| place.id).collect()
+    }
+
+    fn leases_at(&self, id: PairId) -> impl Iterator<Item = &Leased> {
+        self.leases.iter().filter(move |leased| leased.place == id)
+    }
+
+    /// How many queue pairs a disk may count on.
+    fn share(&self, disk: DiskNumber, granted: u16) -> u16 {
+        let wanted = |disk: &Disk| disk.wanted;
+        if let Some(wanted) = self.disks.iter().find(|known| known.number == disk).and_then(wanted) {
+            return wanted;
+        }
+        let fixed: u32 = self.disks.iter().filter_map(wanted).map(u32::from).sum();
+        let others = self.disks.iter().filter(|disk| disk.wanted.is_none()).count().max(1);
+        (u32::from(granted).saturating_sub(fixed) as usize / others).max(1) as u16
+    }
+
+    /// How many it has.
+    fn pairs(&self, disk: DiskNumber) -> u16 {
+        self.places.iter().filter(|place| place.owner == disk && !place.leaving).count() as u16
+    }
+
+    /// Its leases that share a place: all but the first of its own ones at a place of its own.
+    fn sharing(&self, disk: DiskNumber) -> impl Iterator<Item = &Leased> {
+        self.leases.iter().filter(move |leased| {
+            let place = self.places.iter().find(|place| place.id == leased.place);
+            let at_home = place.is_some_and(|place| place.owner == disk)
+                && self
+                    .leases_at(leased.place)
+                    .filter(|other| other.disk == disk)
+                    .all(|other| leased.number <= other.number);
+            leased.disk == disk && !at_home
+        })
+    }
+
+    /// Who is to have the next queue pair that is free.
+    pub fn next_gift(&self, granted: u16) -> Option<Gift> {
+        let disks = self.disks.iter().map(|disk| disk.number);
+        let wanting = disks.filter_map(|disk| Some((disk, self.sharing(disk).min_by_key(|leased| leased.number)?)));
+        let (_, leased) = wanting.min_by_key(|(disk, _)| {
+            let pairs = self.pairs(*disk);
+            (pairs >= self.share(*disk, granted), pairs, *disk)
+        })?;
+        Some(Gift { lease: leased.number, worker: leased.place.worker(), entries: leased.entries })
+    }
+
+    /// The gift is made: this place. Returns what has to move there, and a line for the log.
+    pub fn give(&mut self, gift: Gift, id: PairId) -> (Option<LaneNumber>, Option<String>) {
+        let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == gift.lease) else {
+            return (None, None);
+        };
+        leased.place = id;
+        let (owner, lane) = (leased.disk, leased.lane);
+        self.places.push(Place { id, entries: gift.entries, owner, leaving: false });
+        let disk = self.disks.iter_mut().find(|disk| disk.number == owner);
+        let line = disk.filter(|disk| !disk.told.has_own).map(|disk| {
+            disk.told.has_own = true;
+            format!("{}: a ring that shared a queue pair has one of its own now", disk.name)
+        });
+        (lane, line)
+    }
+
+    /// A ring that uses another disk's queue pair while its own has one on the same worker: what has to move where, as far as it
+    /// runs. `None`: there are none any more.
+    pub fn next_return(&mut self) -> Option<Merger> {
+        let own = |leased: &Leased| {
+            let mine = |place: &&Place| place.owner == leased.disk && !place.leaving;
+            let at = leased.place.worker();
+            let here = self.places.iter().filter(mine).filter(|place| place.id.worker() == at);
+            here.min_by_key(|place| self.leases_at(place.id).count()).map(|place| place.id)
+        };
+        let abroad = |leased: &Leased| {
+            let at = self.places.iter().find(|place| place.id == leased.place);
+            at.is_some_and(|place| place.owner != leased.disk)
+        };
+        let (at, into) =
+            (0..).zip(&self.leases).find_map(|(at, leased)| Some((at, own(leased).filter(|_| abroad(leased))?)))?;
+        let leased: &mut Leased = &mut self.leases[at];
+        leased.place = into;
+        Some(Merger { lanes: leased.lane.into_iter().collect(), into })
+    }
+
+    /// A place that a disk has beyond its share, while another has less and wants it: its lanes are to move. And a line for the log.
+    pub fn next_merger(&mut self, granted: u16) -> Option<(Merger, Option<String>)> {
+        let missing = |disk: &Disk| {
+            let short = self.share(disk.number, granted).saturating_sub(self.pairs(disk.number));
+            usize::from(short).min(self.sharing(disk.number).count())
+        };
+        // One more could be free than is granted to anybody, if too many moved.
+        if self.disks.iter().map(missing).sum::<usize>() <= self.leaving().len() {
+            return None;
+        }
+        let surplus = |disk: &Disk| self.pairs(disk.number).saturating_sub(self.share(disk.number, granted));
+        let mut givers: Vec<_> = self.disks.iter().filter(|disk| surplus(disk) > 0).collect();
+        givers.sort_by_key(|disk| std::cmp::Reverse(surplus(disk)));
+        let (owner, from, into) = givers.into_iter().find_map(|disk| {
+            let mut own: Vec<_> =
+                self.places.iter().filter(|place| place.owner == disk.number && !place.leaving).collect();
+            own.sort_by_key(|place| self.leases_at(place.id).count());
+            // Lanes stay on their worker.
+            let pairs =
+                own.iter().enumerate().flat_map(|(at, from)| own[at + 1..].iter().map(move |into| (*from, *into)));
+            let mut fitting = pairs.filter(|(from, into)| from.id.worker() == into.id.worker());
+            fitting.next().map(|(from, into)| (disk.number, from.id, into.id))
+        })?;
+        self.places.iter_mut().filter(|place| place.id == from).for_each(|place| place.leaving = true);
+        let moving = self.leases.iter_mut().filter(|leased| leased.place == from);
+        let lanes = moving.filter_map(|leased| {
+            leased.place = into;
+            leased.lane
+        });
+        let merger = Merger { lanes: lanes.collect(), into };
+        let share = self.share(owner, granted);
+        let disk = self.disks.iter_mut().find(|disk| disk.number == owner);
+        let line = disk.filter(|disk| !disk.told.gives_back).map(|disk| {
+            disk.told.gives_back = true;
+            format!(
+                "{}: it has more queue pairs than its share of {share} (queue-pairs), and gives back what others need: some of its \
+                 rings share one from now on",
+                disk.name
+            )
+        });
+        Some((merger, line))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A drive that grants some queue pairs, on which everything asked for is done at once.
+    struct Bench {
+        shares: Shares,
+        granted: u16,
+        made: usize,
+        workers: usize,
+    }
+
+    impl Bench {
+        fn new(granted: u16, workers: usize) -> Bench {
+            Bench { shares: Shares::default(), granted, made: 0, workers }
+        }
+
+        fn pair(&mut self, worker: usize) -> PairId {
+            self.made += 1;
+            PairId::made_up(worker, self.made)
+        }
+
+        fn is_free(&self) -> bool {
+            self.shares.places.len() < usize::from(self.granted)
+        }
+
+        fn start(&mut self, disk: DiskNumber, ring: usize) -> LeaseNumber {
+            let worker = ring % self.workers;
+            if self.is_free() {
+                let id = self.pair(worker);
+                return self.shares.add(disk, 64, id);
+            }
+            self.shares.join(disk, worker, 64, self.granted).unwrap().0
+        }
+
+        /// As the keeper does it.
+        fn deal(&mut self) {
+            for _ in 0..100 {
+                self.shares.leaving().into_iter().for_each(|id| self.shares.forget(id));
+                while self.is_free()
+                    && let Some(gift) = self.shares.next_gift(self.granted)
+                {
+                    let id = self.pair(gift.worker);
+                    self.shares.give(gift, id);
+                }
+                while self.shares.next_return().is_some() {}
+                while self.shares.next_merger(self.granted).is_some() {}
+                if self.shares.leaving().is_empty() {
+                    return;
+                }
+            }
+            panic!("it goes on for ever");
+        }
+
+        fn pairs(&self, disks: &[DiskNumber]) -> Vec<u16> {
+            disks.iter().map(|disk| self.shares.pairs(*disk)).collect()
+        }
+    }
+
+    #[test]
+    fn who_comes_later_gets_his_share() {
+        let mut bench = Bench::new(16, 2);
+        let disks = [None, None, Some(2)].map(|wanted| bench.shares.add_disk("d".into(), wanted));
+        let first: Vec<_> = (0..16).map(|ring| bench.start(disks[0], ring)).collect();
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [16, 0, 0], "nobody else wants any");
+        bench.start(disks[1], 0);
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [15, 1, 0], "no more than is wanted");
+        (1..32).for_each(|ring| _ = bench.start(disks[1], ring));
+        (0..16).for_each(|ring| _ = bench.start(disks[2], ring));
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [7, 7, 2]);
+        // Nobody's ring uses another disk's.
+        assert!(bench.shares.leases.iter().all(|leased| {
+            let place = bench.shares.places.iter().find(|place| place.id == leased.place).unwrap();
+            place.owner == leased.disk && !place.leaving
+        }));
+        for lease in first {
+            if let Some(id) = bench.shares.remove(lease) {
+                assert!(bench.shares.places.iter().all(|place| place.id != id));
+            }
+        }
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [0, 8, 8], "what is free goes to whoever has least");
+        bench.shares.remove_disk(disks[0]);
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [0, 14, 2], "the share is larger now");
+    }
+
+    #[test]
+    fn more_disks_than_queue_pairs_share_them() {
+        let mut bench = Bench::new(2, 1);
+        let disks: Vec<_> = (0..5).map(|_| bench.shares.add_disk("d".into(), None)).collect();
+        let leases: Vec<Vec<_>> =
+            disks.iter().map(|disk| (0..4).map(|ring| bench.start(*disk, ring)).collect()).collect();
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [1, 1, 0, 0, 0]);
+        // When an owner goes, those who shared with it have it.
+        leases[0].iter().for_each(|lease| assert_eq!(bench.shares.remove(*lease), None));
+        bench.deal();
+        assert_eq!(bench.pairs(&disks).iter().sum::<u16>(), 2);
+        for lease in leases[1..].iter().flatten() {
+            bench.shares.remove(*lease);
+        }
+        assert!(bench.shares.places.is_empty() && bench.shares.leases.is_empty());
+    }
+
+    #[test]
+    fn each_thing_is_told_once() {
+        let mut bench = Bench::new(1, 1);
+        let disk = bench.shares.add_disk("d".into(), None);
+        bench.start(disk, 0);
+        let (_, line) = bench.shares.join(disk, 0, 64, 1).unwrap();
+        assert!(line.unwrap().starts_with("d: rings share a queue pair: all 1 that the controller grants"));
+        assert_eq!(bench.shares.join(disk, 0, 64, 1).unwrap().1, None);
+    }
+}
