@@ -14,6 +14,7 @@ use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 use super::kept::RETRY;
 use super::{BATCH, Drive, Lane, Mode};
 use crate::guest_memory::GuestView;
+use crate::log_limit::Kind;
 use crate::request::{self, Operation, Request};
 use crate::ring::Buffer;
 
@@ -248,8 +249,10 @@ impl Lane {
     pub(super) fn warn_of(&mut self, status: Status) {
         if status.kind() != Status::WRITE_PROTECTED {
             self.warn(&format_args!("the drive answered: {status}"));
-        } else if !std::mem::replace(&mut self.again.write_protected, true) {
-            log::error!("{}: the drive answered: {status}; writes fail, reads go on", self.name);
+        } else if !std::mem::replace(&mut self.again.write_protected, true)
+            && let Some(more) = self.log.admit(Kind::Drive)
+        {
+            log::error!("{}: the drive answered: {status}; writes fail, reads go on{more}", self.name);
             self.count_line();
         }
     }
@@ -263,9 +266,14 @@ impl Lane {
         }
         self.again.allowed += 1;
         let answers = self.again.allowed;
-        // As in `warn`.
-        if answers.is_power_of_two() {
-            log::warn!("{}: the drive answered: {status}; tried again ({answers} such answers so far)", self.name);
+        // As in `warn`; but the number is the ring's, which a guest may begin anew.
+        if answers.is_power_of_two()
+            && let Some(more) = self.log.admit(Kind::Drive)
+        {
+            log::warn!(
+                "{}: the drive answered: {status}; tried again ({answers} such answers so far){more}",
+                self.name
+            );
             self.count_line();
         }
         true

@@ -166,7 +166,7 @@ impl Worker {
     }
 
     /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
-    pub(super) fn sleep(&mut self) {
+    fn sleep(&mut self) {
         let unwatched = self.lanes.values().any(|place| {
             let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
             lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
@@ -239,7 +239,7 @@ impl Worker {
         self.groups.get_mut(place.pair)?.as_mut()?.lane_mut(place.index)
     }
 
-    pub(super) fn read_mail(&mut self) {
+    fn read_mail(&mut self) {
         for mail in self.mailbox.take() {
             // A reply that nobody waits for any more is dropped.
             match mail {

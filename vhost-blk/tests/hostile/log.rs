@@ -19,7 +19,7 @@ fn lines_that_a_guest_can_cause_are_few() {
     let mut neighbour = stand.neighbour();
     neighbour.measure_alone();
     let region = Region::new(0, MIB);
-    for _ in 0..60 {
+    for round in 0..60 {
         let front = stand.hostile();
         front.negotiate_without(F_INDIRECT | F_EVENT_IDX | F_RING_PACKED);
         region.add(&front);
@@ -34,6 +34,7 @@ fn lines_that_a_guest_can_cause_are_few() {
             // What is refused is told, too.
             front.refuse(SET_VRING_NUM, &state(99, 1), &[]);
         }
+        assert!(stand.program.lines_with("/hostile") < 100, "round {round}");
     }
     // A minute is not over, unless the machine is very busy.
     let broken = || stand.program.lines_with("the guest broke its virtqueue");

@@ -1,7 +1,6 @@
-//! Eventfds of front-ends that do as they like, and what ends a worker's sleep.
+//! Eventfds of front-ends that do as they like.
 
 use super::*;
-use crate::worker::thread::Worker;
 
 /// The flags of an eventfd and its counter are the front-end's, at any time.
 #[test]
@@ -78,36 +77,5 @@ fn one_kick_may_wake_two_rings() {
             assert!(ring.client.counters.read().kicks > 0);
         }
         pool.shutdown(DEADLINE).unwrap();
-    }
-}
-
-/// A driver that looks just before its ring asks for kicks sends none: the worker sees the request in its last look, and must not
-/// sleep.
-#[test]
-fn what_came_before_kicks_were_asked_for_needs_none() {
-    for packed in [false, true] {
-        let machine = Machine::new(config());
-        let guest = &machine.guest;
-        let mailbox = Arc::new(Mailbox::new().unwrap());
-        let mut worker = Worker::new(0, mailbox.clone(), mpsc::channel().0, false).unwrap();
-        let (pair, bounce) = machine.pair(64);
-        let id = PairId { worker: 0, index: 0, number: 0 };
-        let mut client = Client::new(guest, 0, packed, 16);
-        mailbox.send(Mail::AddPair { id, group: Group::new(pair, bounce) });
-        mailbox.send(Mail::Start { id: 1, pair: 0, lane: Box::new(client.lane(guest, &Arc::new(machine.disk()))) });
-        worker.read_mail();
-        mailbox.clear_event();
-        client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
-        assert!(!client.driver.kick_wanted(guest), "the worker polls");
-        let (slept, awake) = mpsc::channel();
-        let thread = std::thread::spawn(move || {
-            worker.sleep();
-            slept.send(()).unwrap();
-            worker.run()
-        });
-        awake.recv_timeout(DEADLINE).expect("it sleeps, and nobody will wake it");
-        assert_eq!(until("an answer", || client.answer(guest)).1, OK);
-        mailbox.send(Mail::End { deadline: Instant::now() + DEADLINE });
-        assert_eq!(thread.join().unwrap(), 0);
     }
 }
