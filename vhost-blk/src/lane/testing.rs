@@ -48,7 +48,8 @@ impl Machine {
 
     fn on(sim: Arc<Simulator>, directory: Arc<tempfile::TempDir>, options: &Options) -> Machine {
         let socket: &Path = sim.socket();
-        let device = Device::open(&Address::VfioUser(socket.to_owned())).unwrap();
+        let patience = vfio::OpenOptions { request_timeout: DEADLINE };
+        let device = Device::open_with(&Address::VfioUser(socket.to_owned()), &patience).unwrap();
         let controller = Controller::open(&device, options).unwrap();
         let namespace = controller.namespace(1).unwrap();
         let guest = Guest::new(&LAYOUT, Some(&Reach::new(device.dma().clone())));

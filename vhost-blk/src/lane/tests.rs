@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
@@ -15,7 +15,9 @@ use crate::worker::Group;
 
 fn config(block_bytes: u32) -> Config {
     let namespace = NamespaceConfig { bytes: 64 << 20, block_bytes, ..NamespaceConfig::default() };
-    Config { namespaces: vec![namespace], volatile_write_cache: true, ..Config::default() }
+    // It is ready at once, but for a machine that is busy.
+    let ready_timeout = Duration::from_secs(60);
+    Config { namespaces: vec![namespace], volatile_write_cache: true, ready_timeout, ..Config::default() }
 }
 
 const IN: u32 = 0;
