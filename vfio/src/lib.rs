@@ -77,10 +77,11 @@
 //!
 //! # Safety
 //!
-//! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] is its only unsafe
-//! function, and [`PlainMemory`] the one type whose rules the compiler cannot check (it is for clients, not for drivers). A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
-//! buffer are given to the next one: drop a buffer after the commands that use it. A vfio-user server is trusted further:
-//! if it makes the file behind a mapped register shorter, the next access kills the process (SIGBUS).
+//! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] and
+//! [`Guard::new`] are its only unsafe functions, and [`PlainMemory`] the one type whose rules the compiler cannot check (it is for clients, not for drivers). A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
+//! buffer are given to the next one: drop a buffer after the commands that use it. Memory
+//! whose file somebody else makes shorter does not end the process (SIGBUS): it is replaced by memory of this process, see
+//! [`Guard`]; registers of a vfio-user server then read all ones, as those of a device that has gone.
 
 mod address;
 mod backend;
@@ -89,6 +90,7 @@ mod config_space;
 mod device;
 mod dma;
 mod error;
+mod guard;
 
 pub use address::{Address, PciAddress};
 pub use backend::Notice;
@@ -101,4 +103,5 @@ pub use dma::{
     DmaAddresses, DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory, SharedMemory,
 };
 pub use error::Error;
+pub use guard::{Guard, LossListener};
 pub use vmm_sys_util::eventfd::EventFd;

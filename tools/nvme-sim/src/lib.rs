@@ -69,6 +69,7 @@ mod status;
 mod write_cache;
 
 pub use config::{Config, NamespaceConfig, SimAddress, parse_max_transfer, parse_size, replicate};
+pub use dma::{MappingGuard, set_mapping_guard};
 pub use error::Error;
 pub use faults::{FaultAction, FaultControl, FaultMatch, FaultPlan, FaultRule};
 pub use shared::{Counters, PowerLoss};

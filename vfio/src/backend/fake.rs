@@ -32,7 +32,7 @@ impl Default for FakeBackend {
         let memory: MmapRaw = MmapOptions::new().len(0x1000).map_raw(file.file()).unwrap();
         FakeBackend {
             config: Mutex::new(vec![0; 256]),
-            bar: Region { size: BAR_BYTES, areas: vec![Arc::new(MappedArea { offset: 0x1000, memory })] },
+            bar: Region { size: BAR_BYTES, areas: vec![Arc::new(MappedArea { offset: 0x1000, _guard: None, memory })] },
             registers: Mutex::new(vec![0; BAR_BYTES as usize]),
             requests: AtomicUsize::default(),
             mapped: Mutex::default(),

@@ -7,7 +7,7 @@ use memmap2::MmapRaw;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::dma::RangeAllocator;
-use crate::{Error, IovaRange};
+use crate::{Error, Guard, IovaRange};
 
 mod connection;
 #[cfg(test)]
@@ -27,6 +27,8 @@ pub(crate) const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CO
 pub(crate) struct MappedArea {
     /// Where it begins in its region, bytes.
     pub offset: u64,
+    /// Of memory that another process may take away. Before the mapping: it ends first.
+    pub _guard: Option<Guard>,
     /// The mapping; its length is the area's length.
     pub memory: MmapRaw,
 }

@@ -26,11 +26,14 @@ use vmm_sys_util::eventfd::EventFd;
 use super::connection::Connection;
 use super::{Backend, CONFIG_REGION, MappedArea, Notices, Region};
 use crate::config_space::{self, CAPABILITY_MSIX};
-use crate::{Error, IovaRange};
+use crate::{Error, Guard, IovaRange};
 
 /// A server has no IOMMU whose ranges could be asked for. These fit the address width of any that it may model; they
 /// leave out page 0, which is how null pointers look.
 const IOVA_RANGE: IovaRange = IovaRange { start: 0x1000_0000, last: (1 << 47) - 1 };
+
+/// What registers are made of whose memory the server has taken away: what those of a device that has gone are made of.
+const GONE: u8 = 0xff;
 
 /// The granularity at which the protocol maps memory.
 const PAGE: u64 = 4096;
@@ -136,12 +139,16 @@ fn map_region(region: Described) -> Result<Region, String> {
         }
         let start = file_start.checked_add(offset).ok_or("its offset in the file overflows")?;
         let memory = map_file(&file, start, bytes)?;
-        mapped.areas.push(Arc::new(MappedArea { offset, memory }));
+        // SAFETY: the mapping has just been made, of whole pages, and is dropped after the guard. Registers are accessed by
+        // volatile accesses only, and mean whatever the server likes.
+        let guard = unsafe { Guard::with_fill(memory.as_mut_ptr(), memory.len(), &file, GONE) };
+        let guard = Some(guard.map_err(|error| format!("its mapping cannot be guarded: {error}"))?);
+        mapped.areas.push(Arc::new(MappedArea { offset, _guard: guard, memory }));
     }
     Ok(mapped)
 }
 
-/// Maps a piece of the server's file. A file that is too short is refused: a store past its end would kill the process.
+/// Maps a piece of the server's file. A file that is too short is refused at once.
 fn map_file(file: &File, start: u64, bytes: u64) -> Result<MmapRaw, String> {
     let length = file.metadata().map_err(|error| format!("its file cannot be looked at: {error}"))?.len();
     let end = start.checked_add(bytes).ok_or("its end in the file overflows")?;

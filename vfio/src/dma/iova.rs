@@ -40,6 +40,11 @@ impl RangeAllocator {
 
     /// Takes `length` addresses that begin at `residue` modulo `modulus` (a power of two); `None` if none are free.
     pub fn allocate(&mut self, length: u64, modulus: u64, residue: u64) -> Option<u64> {
+        self.allocate_below(u64::MAX, length, modulus, residue)
+    }
+
+    /// The same, none of them above `most`.
+    pub fn allocate_below(&mut self, most: u64, length: u64, modulus: u64, residue: u64) -> Option<u64> {
         debug_assert!(modulus.is_power_of_two() && length > 0);
         let residue = residue & (modulus - 1);
         let above = |floor: u64| {
@@ -48,7 +53,7 @@ impl RangeAllocator {
                 // The lowest number from there on that is congruent to `residue`.
                 let taken = from.checked_add(residue.wrapping_sub(from) & (modulus - 1))?;
                 let taken_last = taken.checked_add(length - 1)?;
-                (taken_last <= last).then_some((start, last, taken))
+                (taken_last <= last.min(most)).then_some((start, last, taken))
             })
         };
         let (start, last, taken) = above(self.floor).or_else(|| above(0))?;
@@ -114,6 +119,15 @@ mod tests {
         allocator.free(rest, u64::MAX - 0x2000 + 1);
         allocator.free(first, 0x1000);
         assert_eq!(free_ranges(&allocator), [(0x1000, u64::MAX)]);
+    }
+
+    #[test]
+    fn what_is_kept_back_is_taken_by_nobody_else() {
+        let mut allocator = RangeAllocator::new(&[IovaRange { start: 0, last: 0xffff }]);
+        assert_eq!(allocator.allocate_below(0x7fff, 0x9000, 4096, 0), None);
+        assert_eq!(allocator.allocate_below(0x7fff, 0x8000, 4096, 0), Some(0));
+        assert_eq!(allocator.allocate_below(0x7fff, 0x1000, 4096, 0), None);
+        assert_eq!(allocator.allocate(0x8000, 4096, 0), Some(0x8000));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::os::fd::FromRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::slice;
 use std::sync::Once;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use memmap2::{MmapOptions, MmapRaw};
 
 use super::DmaElement;
-use crate::Error;
+use crate::{Error, Guard};
 
 /// The granularity of memory for DMA in this crate, bytes.
 pub(super) const PAGE: usize = 4096;
@@ -23,12 +23,15 @@ const HUGE_1G: usize = 1 << 30;
 
 /// A piece of a file, mapped shared: other processes that map the file see the same bytes.
 ///
-/// The bytes may change at any time, so they are seen as atomics. A file that is made shorter while it is mapped kills
-/// the process at the next access (SIGBUS); do not map files of parties that might do so.
+/// The bytes may change at any time, so they are seen as atomics. The file of memory that is made here keeps its length,
+/// whoever has it (F_SEAL_SHRINK, F_SEAL_GROW). One that came from elsewhere may be made shorter while it is mapped: then the
+/// memory is replaced by zeroes of this process ([`SharedMemory::is_lost`]).
 pub struct SharedMemory {
     file: File,
     file_offset: u64,
     bytes: usize,
+    /// Before the memory: it ends first.
+    guard: Option<Guard>,
     memory: MmapRaw,
 }
 
@@ -37,11 +40,26 @@ impl SharedMemory {
     pub fn create(bytes: usize) -> Result<SharedMemory, Error> {
         let bytes = round_up(bytes, page_size())?;
         let file = anonymous_file(bytes, 0).map_err(|source| memory_error("creating memory", bytes, source))?;
-        SharedMemory::from_file(file, 0, bytes)
+        SharedMemory::map(file, 0, bytes)
     }
 
     /// Maps `bytes` bytes of `file` from `offset` on, which is a multiple of the page size. The file is long enough.
     pub fn from_file(file: File, offset: u64, bytes: usize) -> Result<SharedMemory, Error> {
+        let mut memory = SharedMemory::map(file, offset, bytes)?;
+        let whole = round_up(bytes, page_size())?;
+        // SAFETY: the mapping has just been made, of so many whole pages, and is dropped after the guard. It is seen as atomics.
+        let guard = unsafe { Guard::new(memory.as_ptr(), whole, &memory.file) };
+        memory.guard = Some(guard.map_err(|source| memory_error("guarding a mapping", bytes, source))?);
+        Ok(memory)
+    }
+
+    /// Was the memory found without pages: is its file shorter now, or its file system full? It reads as zeroes since, and is no
+    /// longer shared with anybody.
+    pub fn is_lost(&self) -> bool {
+        self.guard.as_ref().is_some_and(Guard::is_lost)
+    }
+
+    fn map(file: File, offset: u64, bytes: usize) -> Result<SharedMemory, Error> {
         let length = file.metadata().map_err(|source| memory_error("looking at a file", bytes, source))?.len();
         let bad = |reason| Err(Error::BadMemory { reason });
         if bytes == 0 {
@@ -59,7 +77,7 @@ impl SharedMemory {
             .len(bytes)
             .map_raw(&file)
             .map_err(|source| memory_error("mapping a file", bytes, source))?;
-        Ok(SharedMemory { file, file_offset: offset, bytes, memory })
+        Ok(SharedMemory { file, file_offset: offset, bytes, guard: None, memory })
     }
 
     /// Memory of zeroes for DMA, at least `bytes` long, which is a multiple of 2 MiB: hugepages if there are any free,
@@ -84,7 +102,7 @@ impl SharedMemory {
         let file = anonymous_file(bytes, libc::MFD_HUGETLB | size)?;
         // Mapping reserves the pages: it fails here if there are too few, not at a later access.
         let memory = MmapOptions::new().len(bytes).populate().map_raw(&file)?;
-        Ok(SharedMemory { file, file_offset: 0, bytes, memory })
+        Ok(SharedMemory { file, file_offset: 0, bytes, guard: None, memory })
     }
 
     /// The file.
@@ -185,13 +203,19 @@ pub(crate) fn page_size() -> usize {
 fn anonymous_file(bytes: usize, flags: libc::c_uint) -> io::Result<File> {
     const NAME: &CStr = c"vfio-dma";
     // SAFETY: the name is a C string; the call touches no other memory.
-    let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | flags) };
+    let descriptor = unsafe { libc::memfd_create(NAME.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags) };
     if descriptor < 0 {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: the kernel has just given this descriptor to us, and nobody else knows it.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes as u64)?;
+    // Whoever gets the file cannot take the memory away from us.
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: the call touches no memory.
+    if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     Ok(file)
 }
 
@@ -281,6 +305,19 @@ mod tests {
         assert!(map(100, 4096).unwrap_err().contains("multiple"));
         assert!(map(0, 0).is_err());
         assert_eq!(map(4096, 4096), Ok(()));
+    }
+
+    #[test]
+    fn memory_that_is_handed_out_keeps_its_length() {
+        let memory = SharedMemory::create(8192).unwrap();
+        let file = memory.file().try_clone().unwrap();
+        assert!(file.set_len(0).is_err() && file.set_len(1 << 20).is_err());
+        // Others map it and write to it as before.
+        let other = SharedMemory::from_file(file, 0, 8192).unwrap();
+        other.write(8000, &[7]).unwrap();
+        let mut byte = [0];
+        memory.read(8000, &mut byte).unwrap();
+        assert_eq!(byte, [7]);
     }
 
     proptest! {

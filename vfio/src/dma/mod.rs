@@ -25,6 +25,10 @@ pub use plain::PlainMemory;
 const LARGE_PAGE: u64 = 2 << 20;
 /// The same for memory that is at least this long, while there are such addresses.
 const LARGEST_PAGE: u64 = 1 << 30;
+/// Of the addresses, this part, counted from the highest one down, is kept back from [`DmaSpace::map_raw`], but
+const KEPT_BACK_PART: u64 = 8;
+/// no more than this, bytes: a driver's queues and buffers take far less.
+const KEPT_BACK: u64 = 64 << 30;
 
 /// The DMA address space of a device. Clones are the same space.
 #[derive(Clone)]
@@ -42,6 +46,8 @@ struct Inner {
     device: String,
     backend: Arc<dyn Backend>,
     ranges: Vec<IovaRange>,
+    /// The last address for memory of others.
+    last_for_others: u64,
     alignment: u64,
     /// Shared with the devices that share an address space with this one.
     addresses: Arc<Mutex<RangeAllocator>>,
@@ -59,7 +65,9 @@ impl DmaSpace {
             .filter(|range| range.start <= range.last)
             .collect();
         let addresses = backend.addresses(&|| RangeAllocator::new(&ranges));
-        DmaSpace { inner: Arc::new(Inner { device, backend, ranges, alignment, addresses, pool: Pool::default() }) }
+        let last_for_others = last_for_others(&ranges);
+        let pool = Pool::default();
+        DmaSpace { inner: Arc::new(Inner { device, backend, ranges, last_for_others, alignment, addresses, pool }) }
     }
 
     /// Allocates memory of zeroes for the device: `bytes` bytes (rounded up to pages of 4096 bytes), page-aligned for
@@ -71,7 +79,8 @@ impl DmaSpace {
     /// Lets the device reach `memory`, until the mapping is dropped.
     pub fn map(&self, memory: Arc<SharedMemory>) -> Result<DmaMapping, Error> {
         // SAFETY: `memory` is a shared mapping of its file, and the returned mapping keeps it.
-        let mut mapping = unsafe { self.map_raw(memory.file(), memory.file_offset(), memory.as_ptr(), memory.len()) }?;
+        let mut mapping =
+            unsafe { self.map_below(u64::MAX, memory.file(), memory.file_offset(), memory.as_ptr(), memory.len()) }?;
         mapping.memory = Some(memory);
         Ok(mapping)
     }
@@ -79,10 +88,30 @@ impl DmaSpace {
     /// Lets the device reach `len` bytes at `host`, until the mapping is dropped. `file_offset`, `host` and `len` are
     /// multiples of the page size (of the IOMMU, at least 4096).
     ///
+    /// It is for the memory of others, who may have much of it: the last eighth of the device's addresses (64 GiB at most) is
+    /// kept back for [`DmaSpace::map`] and [`DmaSpace::allocate`].
+    ///
     /// # Safety
-    /// `host..host + len` must stay a valid shared mapping of `file` at `file_offset` until the mapping is dropped.
+    /// `host..host + len` must stay mapped until the mapping is dropped, and has to be a shared mapping of `file` at
+    /// `file_offset`, unless its [`Guard`](crate::Guard) has found it lost.
     pub unsafe fn map_raw(
         &self,
+        file: &File,
+        file_offset: u64,
+        host: *mut u8,
+        len: usize,
+    ) -> Result<DmaMapping, Error> {
+        // SAFETY: the caller promises just this.
+        unsafe { self.map_below(self.inner.last_for_others, file, file_offset, host, len) }
+    }
+
+    /// The same, at addresses up to `last`.
+    ///
+    /// # Safety
+    /// As for [`DmaSpace::map_raw`].
+    unsafe fn map_below(
+        &self,
+        last: u64,
         file: &File,
         file_offset: u64,
         host: *mut u8,
@@ -98,7 +127,7 @@ impl DmaSpace {
         }
         let bytes = len as u64;
         let iova = self
-            .take_addresses(bytes, file_offset)
+            .take_addresses(last, bytes, file_offset)
             .ok_or_else(|| Error::NoDmaAddresses { device: self.inner.device.clone(), bytes })?;
         // SAFETY: the caller promises just this.
         if let Err(error) = unsafe { self.inner.backend.dma_map(iova, file, file_offset, host, len) } {
@@ -129,15 +158,22 @@ impl DmaSpace {
         DmaAddresses { highest: self.addresses().highest() }
     }
 
-    fn take_addresses(&self, bytes: u64, file_offset: u64) -> Option<u64> {
+    fn take_addresses(&self, last: u64, bytes: u64, file_offset: u64) -> Option<u64> {
         let mut addresses = self.addresses();
-        let largest = (bytes >= LARGEST_PAGE).then(|| addresses.allocate(bytes, LARGEST_PAGE, file_offset)).flatten();
-        largest.or_else(|| addresses.allocate(bytes, LARGE_PAGE, file_offset))
+        let largest = (bytes >= LARGEST_PAGE).then(|| addresses.allocate_below(last, bytes, LARGEST_PAGE, file_offset));
+        largest.flatten().or_else(|| addresses.allocate_below(last, bytes, LARGE_PAGE, file_offset))
     }
 
     fn addresses(&self) -> MutexGuard<'_, RangeAllocator> {
         self.inner.addresses.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The last address for memory of others: those above are kept back.
+fn last_for_others(ranges: &[IovaRange]) -> u64 {
+    let lengths = ranges.iter().map(|range| range.last - range.start);
+    let kept = (lengths.fold(0, u64::saturating_add) / KEPT_BACK_PART).min(KEPT_BACK);
+    ranges.iter().map(|range| range.last).max().unwrap_or(0).saturating_sub(kept)
 }
 
 /// Memory the device can reach until this is dropped. It keeps the device open.
@@ -291,6 +327,25 @@ mod tests {
         let _most = space.map(memory(3 << 30)).unwrap();
         let error = space.map(memory(2 << 30)).unwrap_err();
         assert!(matches!(error, Error::NoDmaAddresses { .. }), "{error}");
+    }
+
+    #[test]
+    fn memory_of_others_leaves_addresses_for_the_driver() {
+        let (_, space) = space();
+        // FakeBackend has 4 GiB of addresses. Nothing touches the memory: it takes no room.
+        let guest = memory(1 << 30);
+        let mut mappings = Vec::new();
+        let error = loop {
+            // SAFETY: `guest` is a shared mapping of its file, and lives longer than the mappings.
+            match unsafe { space.map_raw(guest.file(), 0, guest.as_ptr(), guest.len()) } {
+                Ok(mapping) => mappings.push(mapping),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, Error::NoDmaAddresses { .. }), "{error}");
+        assert!(mappings.len() >= 2, "{}", mappings.len());
+        let queues: Vec<_> = (0..100).map(|_| space.allocate(2 << 20).unwrap()).collect();
+        drop((queues, mappings));
     }
 
     #[test]

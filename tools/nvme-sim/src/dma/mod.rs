@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub(crate) use shared::SharedBytes;
+pub use shared::{MappingGuard, set_mapping_guard};
 
 /// Largest number of regions a front-end may map; far more than any machine's memory map has.
 const MAX_REGIONS: usize = 65536;
@@ -84,7 +85,7 @@ impl DmaTable {
             return Err(invalid(format!("DMA map of {len} bytes at {iova:#x}: empty or past the end of the space")));
         }
         let bytes = usize::try_from(len).map_err(|_| invalid(format!("DMA map of {len} bytes: too large")))?;
-        let bytes = SharedBytes::of_file(file, offset, bytes, writable)?;
+        let bytes = SharedBytes::of_client(file, offset, bytes, writable)?;
         let region = Region { iova, bytes, readable, writable };
         self.change(|regions| {
             if regions.len() >= MAX_REGIONS {

@@ -8,14 +8,32 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use memmap2::{MmapOptions, MmapRaw, RemapOptions, UncheckedAdvice};
 
 const PAGE: usize = 4096;
 
+/// Guards a mapping of a client's memory: the address of its first byte, its length, which is that of whole pages, and its file.
+/// The mapping is there until what comes back is dropped; its bytes may be replaced at any time.
+///
+/// # Safety
+/// Whoever calls it says that the first two are such a mapping.
+pub type MappingGuard = unsafe fn(*mut u8, usize, &File) -> io::Result<Box<dyn Send + Sync>>;
+
+static GUARD: OnceLock<MappingGuard> = OnceLock::new();
+
+/// Has every mapping of a client's memory guarded from now on, by a program that keeps a simulator within: a client that makes
+/// its file shorter ends this process otherwise (SIGBUS). The first one that is set stays.
+pub fn set_mapping_guard(guard: MappingGuard) {
+    let _ = GUARD.set(guard);
+}
+
 /// A mapped piece of shared memory of fixed length. All access is checked against that length.
 pub(crate) struct SharedBytes {
+    /// Before the mapping: it ends first.
+    _guard: Option<Box<dyn Send + Sync>>,
     map: MmapRaw,
     /// Where the piece begins inside the mapping.
     start: usize,
@@ -26,19 +44,24 @@ impl SharedBytes {
     /// `len` bytes of zeroes that cost memory only where they are written (terabytes are fine).
     pub fn anonymous(len: usize) -> io::Result<SharedBytes> {
         let map = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
-        Ok(SharedBytes { map: MmapRaw::from(map), start: 0, len })
+        Ok(SharedBytes { _guard: None, map: MmapRaw::from(map), start: 0, len })
     }
 
-    /// A new memory file of `len` bytes, and its mapping.
+    /// A new memory file of `len` bytes, which whoever gets it cannot change, and its mapping.
     pub fn memory_file(name: &std::ffi::CStr, len: usize) -> io::Result<(File, SharedBytes)> {
         // SAFETY: `name` is a valid C string for the length of the call.
-        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         // SAFETY: `fd` was just opened and has no other owner.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         file.set_len(len as u64)?;
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+        // SAFETY: the call touches no memory.
+        if unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
         let bytes = SharedBytes::of_file(&file, 0, len, true)?;
         Ok((file, bytes))
     }
@@ -67,10 +90,21 @@ impl SharedBytes {
             if writable { options.map_raw(file) } else { options.map_raw_read_only(file) }
         };
         match map(from, whole) {
-            Ok(map) => Ok(SharedBytes { map, start: inner, len }),
+            Ok(map) => Ok(SharedBytes { _guard: None, map, start: inner, len }),
             // Not hugetlbfs after all, and the file ends inside the last unit.
-            Err(_) => Ok(SharedBytes { map: map(offset, len)?, start: 0, len }),
+            Err(_) => Ok(SharedBytes { _guard: None, map: map(offset, len)?, start: 0, len }),
         }
+    }
+
+    /// The same of a client's memory, which is guarded if this program has a guard.
+    pub fn of_client(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
+        let mut bytes = SharedBytes::of_file(file, offset, len, writable)?;
+        if let Some(guard) = GUARD.get() {
+            let whole = bytes.map.len().next_multiple_of(PAGE);
+            // SAFETY: the mapping has just been made; the guard is dropped before it.
+            bytes._guard = Some(unsafe { guard(bytes.map.as_mut_ptr(), whole, file) }?);
+        }
+        Ok(bytes)
     }
 
     pub fn len(&self) -> usize {

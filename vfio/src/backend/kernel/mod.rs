@@ -155,7 +155,7 @@ impl KernelBackend {
                 let (Some(start), Ok(len)) = (start, usize::try_from(bytes)) else { continue };
                 let memory = MmapOptions::new().offset(start).len(len).map_raw(&self.file);
                 let memory = memory.map_err(|source| kernel_error(&self.subject, "mapping its registers", source))?;
-                self.regions[index as usize].areas.push(Arc::new(MappedArea { offset, memory }));
+                self.regions[index as usize].areas.push(Arc::new(MappedArea { offset, _guard: None, memory }));
             }
         }
         Ok(())
