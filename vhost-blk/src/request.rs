@@ -33,6 +33,9 @@ const HEADER_BYTES: u32 = 16;
 /// Bytes of a discard or write zeroes segment (5.2.6): le64 sector, le32 num_sectors, le32 flags.
 const RANGE_BYTES: u32 = 16;
 
+/// The most pieces of regions that one request's data may lie in: with it a request costs its worker a bounded time.
+const MAX_SEGMENTS: usize = 2 * MAX_CHAIN;
+
 /// The most data one request may move, in bytes: what the length of a used element can say, less the status byte.
 const MAX_BYTES: u64 = u32::MAX as u64 - 1;
 
@@ -252,7 +255,9 @@ impl Parser {
             if total > MAX_BYTES {
                 return Err(FAILED);
             }
-            view.segments(buffer.address, buffer.bytes, |segment| segments.push(segment)).map_err(|_| FAILED)
+            view.segments(buffer.address, buffer.bytes, |segment| segments.push(segment)).map_err(|_| FAILED)?;
+            // Each buffer may touch very many regions, which no front-end makes so small for a guest.
+            if segments.len() > MAX_SEGMENTS { Err(FAILED) } else { Ok(()) }
         };
         if let Some(first) = first {
             add(&first)?;

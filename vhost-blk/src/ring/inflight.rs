@@ -29,6 +29,8 @@ const VERSION: u16 = 1;
 const ALIGNMENT: usize = 64;
 
 const IN_FLIGHT: u8 = 1;
+/// The memory of any log: 256 queues of 32768 entries of 32 bytes each take half of it.
+const MOST_BYTES: u64 = 512 << 20;
 
 /// What sessions leave for each other, see [`Note`]: as many words at the end of the first queue's region. The other regions
 /// are as much longer: they are as long as each other for every implementation, and for none is this a part of the log.
@@ -47,6 +49,8 @@ const SUCCEEDED: usize = 3;
 const LOSSES: usize = 4;
 /// Not 0: the next flush has to fail.
 const BROKEN: usize = 5;
+/// Not 0: a ring has run without a log, for which there was too little room.
+const UNLOGGED: usize = 6;
 
 /// Memory for in-flight tracking that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +59,13 @@ pub enum InflightError {
     /// It could not be made or mapped.
     #[error("the in-flight region cannot be mapped: {0}")]
     Memory(#[from] vfio::Error),
-    /// It is too small for what it has to track.
+    /// It is longer than any log: nobody pays for such a mapping.
+    #[error("the in-flight region has {bytes} bytes; {MOST_BYTES} are enough for any log")]
+    TooLong {
+        /// Its length.
+        bytes: u64,
+    },
+    /// It is too small for what it has to track. The ring can run without.
     #[error("the in-flight region has {bytes} bytes for this ring, {needed} are needed")]
     TooSmall {
         /// Bytes there are for the ring.
@@ -63,7 +73,7 @@ pub enum InflightError {
         /// Bytes needed.
         needed: usize,
     },
-    /// Somebody else's layout, or not a log at all.
+    /// Somebody else's layout, or not a log at all; or requests are in flight in it, of a ring of another size.
     #[error("the in-flight region was written for version {version} and {entries} descriptors, this ring has {size}")]
     Foreign {
         /// Its version.
@@ -99,8 +109,11 @@ impl InflightMemory {
 
     /// The memory in `bytes` bytes of a front-end's file, with whatever an earlier process has left there.
     pub fn from_file(file: File, offset: u64, bytes: u64, queues: u16) -> Result<InflightMemory, InflightError> {
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
-        let memory = Arc::new(SharedMemory::from_file(file, offset, bytes)?);
+        if bytes > MOST_BYTES {
+            return Err(InflightError::TooLong { bytes });
+        }
+        let memory = Arc::new(SharedMemory::from_file(file, offset, bytes as usize)?);
+        let bytes = memory.len();
         // Whoever made it, the regions are as long as each other.
         let stride = bytes / usize::from(queues.max(1)) / 8 * 8;
         let note = Note::find(&memory, stride);
@@ -112,12 +125,25 @@ impl InflightMemory {
         self.note.as_ref()
     }
 
-    /// Has a ring used it, of this process or an earlier one?
+    /// Was it found without pages: is its file shorter now?
+    pub fn is_lost(&self) -> bool {
+        self.memory.is_lost()
+    }
+
+    /// Has a ring used it, of this process or an earlier one? Also if there was no room for its log.
     pub fn in_use(&self) -> bool {
+        if self.note().is_some_and(|note| note.unlogged()) {
+            return true;
+        }
         let offsets = (0..usize::from(self.queues)).map(|index| index * self.stride + 8);
         offsets
             .filter_map(|offset| self.memory.slice::<AtomicU64>(offset, 1))
             .any(|words| field(words[0].get(), 0) != 0)
+    }
+
+    #[cfg(test)]
+    pub(super) fn shared(&self) -> Arc<SharedMemory> {
+        self.memory.clone()
     }
 
     /// The file, from offset 0 on.
@@ -144,6 +170,9 @@ impl InflightMemory {
             if let Some(words) = self.memory.slice::<AtomicU64>(queue.offset + 8, 1) {
                 words[0].store(0, Ordering::Relaxed);
             }
+        }
+        if let Some(note) = &self.note {
+            note.set_unlogged(false);
         }
     }
 }
@@ -230,6 +259,16 @@ impl Note {
     pub fn set_broken(&self, broken: bool) {
         self.word(BROKEN).set_after(broken.into());
     }
+
+    /// Has a ring run without a log since the device was new?
+    fn unlogged(&self) -> bool {
+        self.word(UNLOGGED).get() != 0
+    }
+
+    /// Says whether: the log of no ring tells then that the memory is in use.
+    pub fn set_unlogged(&self, unlogged: bool) {
+        self.word(UNLOGGED).set_after(unlogged.into());
+    }
 }
 
 /// The region of one queue.
@@ -274,6 +313,8 @@ macro_rules! field {
 
             #[inline(always)]
             fn get(&self) -> $value {
+                #[cfg(test)]
+                super::inflight_tests::may_change_here();
                 <$value>::from_le(self.load(Ordering::Relaxed))
             }
 
@@ -281,6 +322,8 @@ macro_rules! field {
             fn set(&self, value: $value) {
                 #[cfg(test)]
                 super::inflight_tests::may_die_here();
+                #[cfg(test)]
+                super::inflight_tests::may_change_here();
                 self.store(value.to_le(), Ordering::Relaxed);
             }
 
@@ -288,6 +331,8 @@ macro_rules! field {
             fn set_after(&self, value: $value) {
                 #[cfg(test)]
                 super::inflight_tests::may_die_here();
+                #[cfg(test)]
+                super::inflight_tests::may_change_here();
                 // Release: stays behind all earlier stores. It pairs with the successor's reading, which begins after this
                 // process's end.
                 self.store(value.to_le(), Ordering::Release);
@@ -312,9 +357,15 @@ fn word(fields: [u16; 4]) -> u64 {
     u64::from(fields[0]) | u64::from(fields[1]) << 16 | u64::from(fields[2]) << 32 | u64::from(fields[3]) << 48
 }
 
-/// What is to be done again, by counters and numbers of the entries in flight: the oldest last, and the next counter.
-fn by_age(mut found: Vec<(u64, u16)>) -> (Vec<u16>, u64) {
-    found.sort_unstable_by(|a, b| b.cmp(a));
+/// What is to be done again, by the counters of what is in flight: the oldest last, and the next counter.
+fn by_age<T>(mut found: Vec<(u64, T)>) -> (Vec<T>, u64) {
+    found.sort_by_key(|&(counter, _)| std::cmp::Reverse(counter));
     let next = found.first().map_or(0, |newest| newest.0.wrapping_add(1));
-    (found.into_iter().map(|(_, entry)| entry).collect(), next)
+    (found.into_iter().map(|(_, chain)| chain).collect(), next)
+}
+
+/// Does the log of a ring that had `count` descriptors, this one or one before it, have nothing in flight?
+fn is_empty<E: DmaElement>(queue: &InflightQueue, header: usize, count: u16, inflight: fn(&E) -> &AtomicU8) -> bool {
+    // A log that does not fit into its memory is none of ours.
+    queue.parts::<E>(header, count).is_ok_and(|(_, entries)| entries.iter().all(|e| inflight(e).get() != IN_FLIGHT))
 }

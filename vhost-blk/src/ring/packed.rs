@@ -113,8 +113,8 @@ pub struct PackedRing {
     log: Option<PackedLog>,
     /// An earlier process has used this ring: see [`super::Ring::resumed`].
     resumed: bool,
-    /// What it has left unfinished: first entries in the log, the oldest last.
-    unfinished: Vec<u16>,
+    /// What it has left unfinished: chains in the log, but for their ids, the oldest last.
+    unfinished: Vec<Head>,
     /// The ring was as new when it was set up.
     new: bool,
 }
@@ -243,16 +243,21 @@ impl PackedRing {
         view: &mut GuestView,
         chain: &mut Chain,
     ) -> Result<Option<Head>, RingError> {
-        let Some(entry) = self.unfinished.pop() else { return Ok(None) };
+        let Some(mut head) = self.unfinished.pop() else { return Ok(None) };
         chain.clear();
         let Some(log) = &self.log else { return Ok(None) };
-        let mut head = log.head(entry);
+        let first = head.log();
+        if usize::from(head.entries()) > MAX_CHAIN {
+            return Err(RingError::TooLong { head: first });
+        }
         for descriptor in log.chain(head).map(Descriptor::packed) {
             head = head.without_id().with_id(descriptor.link);
-            match descriptor.flags & INDIRECT {
-                0 => chain.push(descriptor, entry)?,
-                _ => self.indirect(descriptor, entry, view, chain)?,
+            // As in `pop`: a table ends the chain.
+            if descriptor.flags & INDIRECT != 0 {
+                self.indirect(descriptor, first, view, chain)?;
+                break;
             }
+            chain.push(descriptor, first)?;
         }
         Ok(Some(head))
     }
@@ -383,6 +388,10 @@ impl PackedRing {
             // A chain of `size` descriptors fills the ring; one more has come back to its beginning.
             if entries == self.size {
                 return Err(RingError::Loop { head: first });
+            }
+            // Empty descriptors do not count in `chain.push`.
+            if usize::from(entries) == MAX_CHAIN {
+                return Err(RingError::TooLong { head: first });
             }
             entries += 1;
             descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);

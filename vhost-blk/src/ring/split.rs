@@ -7,8 +7,8 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 
 use super::inflight::SplitLog;
 use super::{
-    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_QUEUE_SIZE, NEXT, Part,
-    RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
+    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -252,6 +252,10 @@ impl SplitRing {
             if seen == self.size {
                 return Err(RingError::Loop { head });
             }
+            // Empty descriptors do not count in `chain.push`.
+            if usize::from(seen) == MAX_CHAIN {
+                return Err(RingError::TooLong { head });
+            }
             index = descriptor.link;
         }
     }
@@ -283,7 +287,7 @@ impl SplitRing {
             }
             seen += 1;
             // Empty descriptors do not count in `chain.push`, so the walk has a limit of its own.
-            if seen == entries || seen as usize > super::MAX_CHAIN {
+            if seen == entries || seen as usize > MAX_CHAIN {
                 return Err(RingError::Loop { head });
             }
             index = descriptor.link;

@@ -23,7 +23,7 @@ use crate::export::Export;
 use crate::guest_memory::GuestMemory;
 use crate::lane::{Lane, LaneSetup};
 use crate::log_limit::Kind;
-use crate::ring::{InflightMemory, Ring, RingSetup};
+use crate::ring::{InflightError, InflightMemory, Ring, RingSetup};
 use crate::worker::LaneHandle;
 use resize::BackChannel;
 use ring_state::{Addresses, RingState};
@@ -204,9 +204,7 @@ impl Session {
         };
         let cannot_run = |error: &dyn std::fmt::Display| format!("ring {index} cannot run: {error}");
         let mut ring = Ring::new(&self.memory, &setup).map_err(|error| cannot_run(&error))?;
-        if let Some(queue) = self.inflight.as_ref().and_then(|inflight| inflight.queue(index)) {
-            ring.set_log(&queue).map_err(|error| cannot_run(&error))?;
-        }
+        self.set_log(index, &mut ring).map_err(|error| cannot_run(&error))?;
         let duplicate = |what: &str, file: std::io::Result<_>| {
             file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
         };
@@ -239,6 +237,28 @@ impl Session {
         self.memory_before = None;
         self.running.insert(index, Running { handle, lease, addresses });
         Ok(())
+    }
+
+    /// Gives a ring its log, if the front-end keeps one that has room for it.
+    fn set_log(&self, index: usize, ring: &mut Ring) -> Result<(), InflightError> {
+        let Some(inflight) = &self.inflight else { return Ok(()) };
+        let Some(queue) = inflight.queue(index) else { return Ok(()) };
+        match ring.set_log(&queue) {
+            // QEMU asks for a log of queue-size entries, and its guest may choose larger rings (virtio-mmio does).
+            Err(error @ InflightError::TooSmall { .. }) => {
+                if let Some(more) = self.export.log.admit(Kind::Advice) {
+                    log::warn!(
+                        "{}: ring {index} has {size} entries and runs without a log of its requests in flight: {error}. Should \
+                         this program die, what is in flight then may stay unanswered. Set queue-size={size} for this device{more}",
+                        self.export.name,
+                        size = ring.size()
+                    );
+                }
+                inflight.note().inspect(|note| note.set_unlogged(true));
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// Stops a ring if it runs, and keeps where it stopped. Its place stays with the caller.

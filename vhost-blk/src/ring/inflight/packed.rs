@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 use vfio::DmaElement;
 
 use super::super::Head;
-use super::{Field, Header, IN_FLIGHT, InflightError, InflightQueue, VERSION, by_age, field, word};
+use super::{Field, Header, IN_FLIGHT, InflightError, InflightQueue, VERSION, by_age, field, is_empty, word};
 use crate::guest_memory::GuestSlice;
 
 /// Words before the entries (QueueRegionPacked): features; version, desc_num, free_head, old_free_head; used_idx,
@@ -58,8 +58,8 @@ pub(in super::super) struct PackedState {
     pub used: Used,
     /// Descriptors of the ring taken and not given back.
     pub taken: u16,
-    /// First entries of the chains to be done again, the oldest last.
-    pub unfinished: Vec<u16>,
+    /// The chains to be done again, but for their ids, the oldest last.
+    pub unfinished: Vec<Head>,
 }
 
 /// The log of a packed ring.
@@ -105,10 +105,13 @@ impl PackedLog {
         let mut log = PackedLog { entries, header, free, top: 0, batch, given: 0, before: 0, counter: 0, size };
         let state = log.header[STATE].get();
         let (version, count) = (field(state, 0), field(state, 1));
-        if version != 0 && !new && (version != VERSION || count != size) {
-            return Err(InflightError::Foreign { version, entries: count, size });
-        }
-        let state = if version == 0 || new { None } else { log.recover(state, is_available) };
+        let state = match version {
+            0 => None,
+            _ if new => None,
+            VERSION if count == size => log.recover(state, is_available),
+            VERSION if is_empty(queue, HEADER, count, |entry: &Entry| &entry.inflight) => None,
+            _ => return Err(InflightError::Foreign { version, entries: count, size }),
+        };
         if state.is_none() {
             log.begin(used);
         }
@@ -124,7 +127,7 @@ impl PackedLog {
         self.counter = 0;
         self.free[0] = Self::end(self.size);
         self.top = 0;
-        self.put(Self::run(0, self.size));
+        put(&mut self.free, &mut self.top, Self::run(0, self.size));
         self.save_used(used, used);
         self.save_free(0);
     }
@@ -141,23 +144,31 @@ impl PackedLog {
             return None;
         }
         let mut is_free = vec![false; self.size.into()];
-        let mut next = usize::from(free);
-        while let Some(seen) = is_free.get_mut(next) {
+        let mut list = Vec::new();
+        let mut next = free;
+        while let Some(seen) = is_free.get_mut(usize::from(next)) {
             if std::mem::replace(seen, true) {
                 return None;
             }
-            let entry = &self.entries[next];
+            let entry = &self.entries[usize::from(next)];
             entry.inflight.set(0);
-            next = entry.next.get().into();
+            list.push(next);
+            next = entry.next.get();
         }
-        self.free[0] = Self::end(next as u16);
+        self.free[0] = Self::end(next);
         self.top = 0;
-        self.put_list(free, self.size);
+        put_list(&mut self.free, &mut self.top, list.into_iter());
         self.save_used(used, used);
         self.save_free(free);
         let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| entry.inflight.get() == IN_FLIGHT);
-        let found: Vec<_> = taken.map(|(head, entry)| (entry.counter.get(), head)).collect();
-        let descriptors: u32 = found.iter().map(|&(_, head)| u32::from(self.entries_of(head))).sum();
+        // How long each chain is counts from here on as it was read here, whatever becomes of the log.
+        let chain =
+            |(first, entry): (u16, &Entry)| (entry.counter.get(), Head::logged(0, entry.num.get(), first, Self::NONE));
+        let found: Vec<_> = taken.map(chain).collect();
+        if found.iter().any(|(_, head)| head.entries() == 0) {
+            return None;
+        }
+        let descriptors: u32 = found.iter().map(|(_, head)| u32::from(head.entries())).sum();
         let taken = u16::try_from(descriptors).ok().filter(|taken| *taken <= self.size)?;
         let (unfinished, counter) = by_age(found);
         self.counter = counter;
@@ -202,33 +213,6 @@ impl PackedLog {
     /// How many entries a run has.
     fn length(run: Head) -> u16 {
         if run.entries() == 0 { run.id() } else { run.entries() }
-    }
-
-    /// Puts a run, which has to be within the entries, onto the stack.
-    fn put(&mut self, run: Head) {
-        // There are no more runs than entries, unless the front-end has written to the log: then some are not used again.
-        if let Some(place) = self.free.get_mut(self.top + 1) {
-            *place = run;
-            self.top += 1;
-        }
-    }
-
-    /// Puts the entries of a list, `count` at most, before the free ones. Gives the last one; `None`: there is none.
-    fn put_list(&mut self, first: u16, count: u16) -> Option<u16> {
-        let bottom = self.top + 1;
-        let (mut next, mut last) = (first, None);
-        for _ in 0..count {
-            let Some(link) = self.entries.get(usize::from(next)).map(|entry| entry.next.get()) else { break };
-            match &mut self.free[self.top] {
-                run if self.top >= bottom && run.last() + 1 == next => *run = Self::run(run.log(), run.id() + 1),
-                _ => self.put(Self::run(next, 1)),
-            }
-            last = Some(next);
-            next = link;
-        }
-        // The list begins at the top.
-        self.free[bottom..=self.top].reverse();
-        last
     }
 
     /// "When receiving available buffers": the chain with this head, of the descriptors in this part of the ring, was taken.
@@ -309,10 +293,18 @@ impl PackedLog {
         let before = self.front();
         let last = match self.entries.get(usize::from(head.last())) {
             Some(_) => {
-                self.put(head.without_id());
+                put(&mut self.free, &mut self.top, head.without_id());
                 Some(head.last())
             }
-            None => self.put_list(head.log(), head.entries()),
+            None => {
+                // Each link is read once, and checked.
+                let mut next = head.log();
+                let list = (0..head.entries()).map_while(|_| {
+                    let link = self.entries.get(usize::from(next))?.next.get();
+                    Some(std::mem::replace(&mut next, link))
+                });
+                put_list(&mut self.free, &mut self.top, list)
+            }
         };
         let last = last.and_then(|last| self.entries.get(usize::from(last)));
         last.inspect(|last| last.next.set(before)).is_some()
@@ -326,17 +318,7 @@ impl PackedLog {
         entry.inflight.set(0);
     }
 
-    /// Descriptors of the chain whose first entry this is.
-    fn entries_of(&self, head: u16) -> u16 {
-        self.entries.get(usize::from(head)).map_or(0, |entry| entry.num.get())
-    }
-
-    /// The head of a chain in the log, but for its id.
-    pub fn head(&self, first: u16) -> Head {
-        Head::logged(0, self.entries_of(first), first, Self::NONE)
-    }
-
-    /// The descriptors of a chain in the log, as they were in the ring.
+    /// The descriptors of a chain in the log, as they were in the ring: as many as its head says, at most.
     pub fn chain(&self, head: Head) -> impl Iterator<Item = [u64; 2]> + '_ {
         let mut next = head.log();
         (0..head.entries()).map_while(move |_| {
@@ -393,4 +375,29 @@ impl PackedLog {
         // Until here the old position says that the batch is to be committed.
         self.save_used(new, new);
     }
+}
+
+/// Puts a run, which has to be within the entries, onto the stack.
+fn put(free: &mut [Head], top: &mut usize, run: Head) {
+    // There are no more runs than entries, unless the front-end has written to the log: then some are not used again.
+    if let Some(place) = free.get_mut(*top + 1) {
+        *place = run;
+        *top += 1;
+    }
+}
+
+/// Puts the entries of a list, all of which exist, before the free ones. Gives the last one; `None`: there is none.
+fn put_list(free: &mut [Head], top: &mut usize, list: impl Iterator<Item = u16>) -> Option<u16> {
+    let bottom = *top + 1;
+    let mut last = None;
+    for next in list {
+        match &mut free[*top] {
+            run if *top >= bottom && run.last() + 1 == next => *run = PackedLog::run(run.log(), run.id() + 1),
+            _ => put(free, top, PackedLog::run(next, 1)),
+        }
+        last = Some(next);
+    }
+    // The list begins at the top.
+    free[bottom..=*top].reverse();
+    last
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU64};
 
 use vfio::DmaElement;
 
-use super::{Field, Header, IN_FLIGHT, InflightError, InflightQueue, VERSION, by_age, field, word};
+use super::{Field, Header, IN_FLIGHT, InflightError, InflightQueue, VERSION, by_age, field, is_empty, word};
 use crate::guest_memory::GuestSlice;
 
 /// Words before the entries (QueueRegionSplit): features; version, desc_num, last_batch_head, used_idx.
@@ -50,10 +50,12 @@ impl SplitLog {
         let mut log = SplitLog { header, entries, mask: size - 1, counter: 0, last: 0 };
         let state = log.header[STATE].get();
         let (version, count) = (field(state, 0), field(state, 1));
-        if version != 0 && (version != VERSION || count != size) {
-            return Err(InflightError::Foreign { version, entries: count, size });
-        }
-        let unfinished = if version == 0 { None } else { log.recover(state, used, available) };
+        let unfinished = match version {
+            0 => None,
+            VERSION if count == size => log.recover(state, used, available),
+            VERSION if is_empty(queue, HEADER, count, |entry: &Entry| &entry.inflight) => None,
+            _ => return Err(InflightError::Foreign { version, entries: count, size }),
+        };
         if unfinished.is_none() {
             log.begin(used);
         }
