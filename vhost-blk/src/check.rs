@@ -160,7 +160,7 @@ mod tests {
     use std::os::unix::net::UnixListener;
 
     use super::*;
-    use crate::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, Patience, Settings};
+    use crate::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, Settings};
 
     fn configuration(cpus: &[usize], exports: &[(&str, &Path)]) -> Configuration {
         let export = |(device, path): &(&str, &Path)| ExportSettings {
@@ -174,7 +174,7 @@ mod tests {
             serial: None,
         };
         let exports = exports.iter().map(export).collect();
-        let settings = Settings { cpus: cpus.to_vec(), patience: Patience::default(), exports };
+        let settings = Settings { cpus: cpus.to_vec(), exports, ..Settings::default() };
         Configuration { settings, refused: vec![] }
     }
 

@@ -7,6 +7,7 @@ use clap::Parser;
 
 use crate::address::DeviceAddress;
 use crate::config::{self, Configuration, CpuList, ExportSettings, Listen, Patience, Serial, Settings};
+use crate::guest_memory::Limits;
 
 /// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
 #[derive(Debug, Parser)]
@@ -82,6 +83,12 @@ pub struct ServeArgs {
     /// How long requests wait for a drive that fails or disappears, before they fail [default: 30]
     #[arg(long, value_name = "SECONDS", conflicts_with = "config", value_parser = seconds(config::hold))]
     pub hold: Option<Duration>,
+    /// Guest memory that one front-end may have mapped, such as 64G [default: 17T]
+    #[arg(long, value_name = "SIZE", conflicts_with = "config", value_parser = crate::guest_memory::parse_bytes)]
+    pub guest_memory_limit: Option<u64>,
+    /// Memory regions that one front-end may have [default: 509]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(crate::guest_memory::parse_regions))]
+    pub guest_regions_limit: Option<usize>,
     /// Refuse every command that changes data
     #[arg(long, conflicts_with = "config")]
     pub read_only: bool,
@@ -168,7 +175,8 @@ impl ServeArgs {
             return Err(why);
         }
         let patience = Patience::with(self.io_timeout, self.hold);
-        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, exports: vec![export] })
+        let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
+        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, memory, exports: vec![export] })
     }
 }
 
@@ -230,6 +238,7 @@ mod tests {
         let expected = Settings {
             cpus: vec![],
             patience: Patience::default(),
+            memory: Limits::default(),
             exports: vec![ExportSettings {
                 device: "sim:1G".parse().unwrap(),
                 listen: Listen::Path("/a".into()),
@@ -249,7 +258,7 @@ mod tests {
     fn every_option_arrives() {
         let settings = settings(
             "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --queue-pairs 4 --cpus 1-2 --read-only --serial S \
-             --io-timeout 0.25 --hold 7",
+             --io-timeout 0.25 --hold 7 --guest-memory-limit 8G --guest-regions-limit 3",
         )
         .unwrap();
         assert_eq!(settings.cpus, [1, 2]);
@@ -257,6 +266,7 @@ mod tests {
             settings.patience,
             Patience { io_timeout: Duration::from_millis(250), hold: Duration::from_secs(7) }
         );
+        assert_eq!(settings.memory, Limits { bytes: 8 << 30, regions: 3 });
         assert_eq!(
             settings.exports,
             [ExportSettings {

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::address::DeviceAddress;
+use crate::guest_memory::Limits;
 
 pub use file::load;
 pub use values::{
@@ -42,12 +43,14 @@ pub struct RefusedExport {
 }
 
 /// Everything one run of the program serves.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings {
     /// CPUs with one polled worker each; empty: one worker that is not pinned.
     pub cpus: Vec<usize>,
     /// How drives that do not answer are dealt with.
     pub patience: Patience,
+    /// What one front-end may have mapped.
+    pub memory: Limits,
     /// At least one; no two with the same socket.
     pub exports: Vec<ExportSettings>,
 }

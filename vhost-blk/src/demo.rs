@@ -14,7 +14,7 @@ use blk_perf::{ClientOptions, Report, Workload};
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
 
-use crate::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, ExportSettings, Listen, Patience, Settings};
+use crate::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, ExportSettings, Listen, Settings};
 use crate::counters::Tally;
 use crate::target::Target;
 
@@ -165,7 +165,7 @@ fn settings(args: &Args, socket: &Path) -> Result<Settings, String> {
         read_only: false,
         serial: None,
     };
-    Ok(Settings { cpus: Vec::new(), patience: Patience::default(), exports: vec![export] })
+    Ok(Settings { exports: vec![export], ..Settings::default() })
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use crate::blk_config;
 use crate::config::ExportSettings;
 use crate::counters::{LaneCounters, Tally};
 use crate::drive::{Drive, ExportedNamespace, Lease, Share};
+use crate::guest_memory::{Account, Budget};
 use crate::log_limit::LogLimit;
 pub use server::Server;
 use turns::Turns;
@@ -21,6 +22,8 @@ pub struct Export {
     pub drive: Arc<Drive>,
     /// Its part of the controller's queue pairs.
     share: Share,
+    /// What its front-ends have mapped, all together.
+    pub account: Arc<Account>,
     /// The namespace served.
     pub namespace: Arc<ExportedNamespace>,
     /// The export, or the namespace when it was exported, refuses writes.
@@ -47,7 +50,13 @@ pub struct Export {
 
 impl Export {
     /// Looks the namespace up. `number`: of the export in the whole program, so that exports start on different workers.
-    pub fn new(settings: &ExportSettings, drive: Arc<Drive>, number: usize, workers: usize) -> Result<Export, String> {
+    pub fn new(
+        settings: &ExportSettings,
+        drive: Arc<Drive>,
+        budget: &Arc<Budget>,
+        number: usize,
+        workers: usize,
+    ) -> Result<Export, String> {
         let namespace = drive.namespace(settings.namespace)?;
         let serial = match &settings.serial {
             Some(serial) => serial.to_bytes(),
@@ -68,6 +77,7 @@ impl Export {
             turns: Arc::default(),
             share: drive.share(settings.listen.to_string(), settings.queue_pairs),
             drive,
+            account: budget.account(),
             namespace,
             read_only,
             serial,

@@ -6,14 +6,18 @@
 //!
 //! Where the device sees a region is no part of the table: it changes when the device goes and comes back, see [`Reach`].
 //!
-//! A file is checked to be as long as its region when it arrives. A front-end that shortens it afterwards ends this process
-//! (SIGBUS): a guest cannot do that, and whoever runs the front-end is trusted that far.
+//! A file is checked to be as long as its region when it arrives. A region whose file is shortened afterwards, or finds its file
+//! system full, is lost: it is replaced by memory of this process ([`vfio::Guard`]), and its session ends.
+//!
+//! How much a front-end may have mapped, and all of them together, is bounded: see [`Budget`].
 //!
 //! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
 
+mod budget;
 mod reach;
 mod view;
 
+pub use budget::{Account, Budget, Exhausted, Grant, Limits, parse_bytes, parse_regions};
 pub use reach::Reach;
 pub use view::{GuestSlice, GuestView, OutsideMemory};
 
@@ -23,7 +27,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vfio::{DmaMapping, DmaSpace};
+use vfio::{DmaMapping, DmaSpace, Guard};
 use vm_memory::{FileOffset, MmapRegion};
 
 /// Regions have to start on a multiple of this many bytes, in guest memory and in their file: the page of an IOMMU.
@@ -76,7 +80,7 @@ pub enum Error {
         /// The one it overlaps in guest or front-end addresses.
         old: RegionDescription,
     },
-    /// The file ends before the region does: touching the missing part would kill this process.
+    /// The file ends before the region does.
     #[error("{region} reaches beyond the end of its file, which has {file_bytes:#x} bytes")]
     FileTooShort {
         /// The refused region.
@@ -93,6 +97,14 @@ pub enum Error {
         attempt: &'static str,
         /// What the system says.
         source: io::Error,
+    },
+    /// More than a front-end, or all of them together, may have mapped.
+    #[error("{region}: {reason}")]
+    Budget {
+        /// The refused region.
+        region: RegionDescription,
+        /// Which limit it is, and what to do.
+        reason: Exhausted,
     },
     /// The region could not be mapped for the device.
     #[error("{region} cannot be mapped for DMA: {source}")]
@@ -114,21 +126,16 @@ struct Region {
     iova: AtomicU64,
     /// The device's access, while it is there.
     dma: Mutex<Option<DmaMapping>>,
+    guard: Guard,
     mapping: MmapRegion,
+    _grant: Grant,
     /// Where the region begins in `mapping`, which starts at a page of the file.
     offset_in_mapping: usize,
     /// Device and inode of the file: says that another descriptor names the same memory.
     file: (u64, u64),
 }
 
-/// A file mapped for a region: the mapping, where the region begins in it, and which file it is.
-type Mapped = (MmapRegion, usize, (u64, u64));
-
 impl Region {
-    fn new(description: RegionDescription, iova: u64, (mapping, offset_in_mapping, file): Mapped) -> Region {
-        Region { description, iova: iova.into(), dma: Mutex::default(), mapping, offset_in_mapping, file }
-    }
-
     /// Address of the first byte in this process.
     fn host(&self) -> *mut u8 {
         // In bounds: `map` has made the mapping `offset_in_mapping + bytes` long at least.
@@ -148,8 +155,8 @@ impl Region {
         // A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
         let bytes = (self.description.bytes as usize).next_multiple_of(PAGE as usize);
         // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
-        // maps whole pages. The DmaMapping lives in the same Region, before the mapping, so it is dropped first; nothing
-        // else unmaps either.
+        // maps whole pages; or its guard has found it lost. The DmaMapping lives in the same Region, before the mapping, so it
+        // is dropped first; nothing else unmaps either.
         let mapped = unsafe { dma.map_raw(file, self.description.file_offset, self.host(), bytes) };
         let mapped = mapped.map_err(|source| Error::Dma { region: self.description, source })?;
         self.iova.store(mapped.iova(), Ordering::Relaxed);
@@ -162,8 +169,8 @@ impl Region {
         self.dma.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
-    /// Maps the file into this process. The checks of `description` are done.
-    fn map(description: RegionDescription, file: File) -> Result<Mapped, Error> {
+    /// Maps the file into this process, at the account's expense. The checks of `description` are done.
+    fn map(description: RegionDescription, file: File, account: &Arc<Account>) -> Result<Region, Error> {
         let failed = |attempt, source| Error::File { region: description, attempt, source };
         let metadata = file.metadata().map_err(|e| failed("look at", e))?;
         if description.file_offset.checked_add(description.bytes).is_none_or(|end| end > metadata.len()) {
@@ -179,22 +186,67 @@ impl Region {
         let offset = description.file_offset - start;
         let bytes = (offset + description.bytes).checked_next_multiple_of(page).ok_or(Error::Overflow(description))?;
         let bytes = usize::try_from(bytes).map_err(|_| Error::Overflow(description))?;
+        let grant = account.grant(bytes as u64).map_err(|reason| Error::Budget { region: description, reason })?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, start), bytes)
             .map_err(|e| failed("map", io::Error::other(e.to_string())))?;
-        Ok((mapping, offset as usize, (metadata.dev(), metadata.ino())))
+        let file = mapping.file_offset().expect("it was made from one").file();
+        // SAFETY: the mapping has just been made, of `bytes` bytes, which are whole pages, and is dropped after the guard. It is
+        // accessed by atomics and volatile copies only.
+        let guard =
+            unsafe { Guard::new(mapping.as_ptr(), bytes, file) }.map_err(|e| failed("guard the mapping of", e))?;
+        Ok(Region {
+            description,
+            iova: AtomicU64::new(0),
+            dma: Mutex::default(),
+            guard,
+            mapping,
+            _grant: grant,
+            offset_in_mapping: offset as usize,
+            file: (metadata.dev(), metadata.ino()),
+        })
     }
+}
+
+/// Guards another mapping of guest memory in this process, until what comes back is dropped.
+///
+/// # Errors
+/// As for [`Guard::new`].
+///
+/// # Safety
+/// As for [`Guard::new`].
+#[cfg(feature = "sim")]
+pub(crate) unsafe fn guard_mapping(start: *mut u8, bytes: usize, file: &File) -> io::Result<Box<dyn Send + Sync>> {
+    // SAFETY: the caller's word.
+    Ok(Box::new(unsafe { Guard::new(start, bytes, file) }?))
 }
 
 /// The table: immutable, cheap to share, regions sorted by guest address.
 #[derive(Default)]
 pub struct GuestMemory {
     regions: Vec<Arc<Region>>,
+    /// Who pays for what is mapped.
+    account: Arc<Account>,
 }
 
 impl GuestMemory {
     /// A table without regions: every address is outside.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// The same, of a front-end whose memory is on this account.
+    pub fn of(account: Arc<Account>) -> Self {
+        GuestMemory { regions: Vec::new(), account }
+    }
+
+    /// A table without regions, of the same front-end.
+    pub fn emptied(&self) -> Self {
+        Self::of(self.account.clone())
+    }
+
+    /// A region that was found without pages since it was mapped.
+    pub fn lost(&self) -> Option<&RegionDescription> {
+        self.regions.iter().find(|region| region.guard.is_lost()).map(|region| &region.description)
     }
 
     /// This table and one region more, mapped into this process, and for the device if that is there. One that is in the
@@ -219,12 +271,12 @@ impl GuestMemory {
         file: File,
     ) -> Result<GuestMemory, Error> {
         if self.find_same(&region, &file).is_some() {
-            return Ok(GuestMemory { regions: self.regions.clone() });
+            return Ok(GuestMemory { regions: self.regions.clone(), account: self.account.clone() });
         }
         self.check(&region)?;
         let region = match earlier.find_same(&region, &file) {
             Some(region) => region,
-            None => Self::map_for_dma(reach, region, file)?,
+            None => self.map_for_dma(reach, region, file)?,
         };
         Ok(self.insert(region))
     }
@@ -243,7 +295,7 @@ impl GuestMemory {
         let at = self.regions.iter().position(same).ok_or(Error::NoSuchRegion(*region))?;
         let mut regions = self.regions.clone();
         regions.remove(at);
-        Ok(GuestMemory { regions })
+        Ok(GuestMemory { regions, account: self.account.clone() })
     }
 
     /// A whole new table (SET_MEM_TABLE). A region that is in this table too, at the same addresses and the same place of
@@ -253,12 +305,12 @@ impl GuestMemory {
     /// # Errors
     /// As [`with_region`](Self::with_region), for any of the regions.
     pub fn replaced(&self, reach: &Reach, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, Error> {
-        let mut table = GuestMemory::new();
+        let mut table = self.emptied();
         for (description, file) in regions {
             table.check(&description)?;
             let region = match self.find_same(&description, &file) {
                 Some(region) => region,
-                None => Self::map_for_dma(reach, description, file)?,
+                None => table.map_for_dma(reach, description, file)?,
             };
             table = table.insert(region);
         }
@@ -324,7 +376,10 @@ impl GuestMemory {
                 return Err(Error::Overlap { new: *new, old: *old });
             }
         }
-        Ok(())
+        let before = self.regions.iter().map(|region| region.mapping.size() as u64).sum::<u64>();
+        self.account
+            .check(before.saturating_add(new.bytes), self.regions.len() + 1)
+            .map_err(|reason| Error::Budget { region: *new, reason })
     }
 
     fn insert(&self, region: Arc<Region>) -> GuestMemory {
@@ -332,11 +387,11 @@ impl GuestMemory {
         regions.extend(self.regions.iter().cloned());
         let at = regions.partition_point(|r| r.description.guest_address < region.description.guest_address);
         regions.insert(at, region);
-        GuestMemory { regions }
+        GuestMemory { regions, account: self.account.clone() }
     }
 
-    fn map_for_dma(reach: &Reach, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
-        let region = Arc::new(Region::new(description, 0, Region::map(description, file)?));
+    fn map_for_dma(&self, reach: &Reach, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
+        let region = Arc::new(Region::map(description, file, &self.account)?);
         reach.add(&region)?;
         Ok(region)
     }
@@ -350,9 +405,9 @@ impl GuestMemory {
         iova_offset: u64,
     ) -> Result<GuestMemory, Error> {
         self.check(&description)?;
-        let mapped = Region::map(description, file)?;
-        let iova = description.guest_address + iova_offset;
-        Ok(self.insert(Arc::new(Region::new(description, iova, mapped))))
+        let region = Region::map(description, file, &self.account)?;
+        region.iova.store(description.guest_address + iova_offset, Ordering::Relaxed);
+        Ok(self.insert(Arc::new(region)))
     }
 }
 

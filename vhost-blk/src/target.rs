@@ -15,6 +15,7 @@ use crate::config::{Configuration, RefusedExport, Settings};
 use crate::counters::Tally;
 use crate::drive::{Drive, Keeper, Presence};
 use crate::export::{Export, Server};
+use crate::guest_memory::Budget;
 use crate::listener::{self, Listener, Sockets};
 use crate::service_manager::{self, Handed};
 use crate::worker::{WorkerEvent, WorkerPool, panic_message};
@@ -168,7 +169,8 @@ impl Target {
         let status = Arc::<Mutex<Status>>::default();
         // Whatever fails from here on, what has started is stopped in its order.
         let mut target = Target { running: running.clone(), watch: None, status, _pool: pool.clone() };
-        let means = Means { options: options.clone(), hold: settings.patience.hold, pool: pool.clone() };
+        let budget = Budget::new(settings.memory, settings.exports.len());
+        let means = Means { options: options.clone(), hold: settings.patience.hold, pool: pool.clone(), budget };
         // All of them at once: one that is slow keeps nobody waiting.
         let mut waiting = Waiting::all(&settings.exports, listeners, &Arc::new(means));
         loop {
@@ -363,7 +365,7 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::address::DeviceAddress;
-    use crate::config::{ExportSettings, Listen, Patience};
+    use crate::config::{ExportSettings, Listen};
 
     /// For what can be given a name by a test.
     pub(crate) fn panic_if_asked(name: &str, place: &str) {
@@ -390,7 +392,7 @@ pub(crate) mod tests {
                 read_only: false,
                 serial: None,
             };
-            let settings = Settings { cpus: vec![], patience: Patience::default(), exports: vec![export] };
+            let settings = Settings { exports: vec![export], ..Settings::default() };
             let target = Target::start(&settings).unwrap();
             let _front_end = UnixStream::connect(&socket).unwrap();
             let limit = Timespec { tv_sec: 30, tv_nsec: 0 };

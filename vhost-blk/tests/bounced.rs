@@ -46,7 +46,7 @@ impl Bench {
             serial: None,
         };
         let patience = Patience::with(None, Some(Duration::from_secs(600)));
-        let settings = Settings { cpus: vec![], patience, exports: vec![export] };
+        let settings = Settings { patience, exports: vec![export], ..Settings::default() };
         let options = Options {
             io_timeout: Duration::from_millis(300),
             admin_timeout: Duration::from_secs(1),

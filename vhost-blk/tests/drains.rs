@@ -70,7 +70,7 @@ impl Bench {
             serial: None,
         };
         let patience = Patience::with(None, Some(HOLD));
-        let settings = Settings { cpus: vec![], patience, exports: vec![export] };
+        let settings = Settings { patience, exports: vec![export], ..Settings::default() };
         let options =
             Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_millis(500), ..Options::default() };
         let target = Target::start_with(&settings, &options).unwrap();

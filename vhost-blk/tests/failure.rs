@@ -55,9 +55,9 @@ impl Bench {
             serial: None,
         };
         let settings = Settings {
-            cpus: vec![],
             patience: Patience::with(None, Some(hold)),
             exports: vec![export("a"), export("b")],
+            ..Settings::default()
         };
         let options = Options {
             io_timeout: Duration::from_millis(300),

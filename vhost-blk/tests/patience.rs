@@ -50,7 +50,7 @@ impl Bench {
             });
             simulators.push(Arc::new(simulator));
         }
-        let settings = Settings { cpus: vec![], patience: Patience::with(None, Some(hold)), exports };
+        let settings = Settings { patience: Patience::with(None, Some(hold)), exports, ..Settings::default() };
         let options = Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_secs(1), ..Options::default() };
         let target = Target::start_with(&settings, &options).unwrap();
         Bench { target, simulators, folder }

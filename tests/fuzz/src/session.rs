@@ -16,6 +16,7 @@ use vhost_blk::bell::Bell;
 use vhost_blk::config::{ExportSettings, Listen};
 use vhost_blk::drive::Drive;
 use vhost_blk::export::Export;
+use vhost_blk::guest_memory::{Budget, Limits};
 use vhost_blk::session::Session;
 use vhost_blk::session::connection::{End, Wakers, serve};
 use vhost_blk::worker::WorkerPool;
@@ -90,7 +91,8 @@ fn served() -> &'static Served {
         };
         let pool = Arc::new(WorkerPool::start(&[]).expect("a worker starts"));
         let drive = Drive::open(&settings.device, &Options::default(), HOLD, pool.clone()).expect("the drive is there");
-        let export = Export::new(&settings, Arc::new(drive), 0, pool.len()).expect("the disk is there");
+        let export = Export::new(&settings, Arc::new(drive), &Budget::new(Limits::default(), 1), 0, pool.len())
+            .expect("the disk is there");
         Served { export: Arc::new(export), stop: Bell::new().expect("an eventfd can be made") }
     })
 }

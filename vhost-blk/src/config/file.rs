@@ -12,6 +12,7 @@ use toml::de::{DeTable, DeValue};
 use super::values::{self, CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, Serial};
 use super::{Configuration, ExportSettings, Listen, Patience, RefusedExport, Settings};
 use crate::address::DeviceAddress;
+use crate::guest_memory::{Limits, parse_bytes, parse_regions};
 
 /// Reads the configuration from a TOML file. The errors, each in one line with the file and, where there is one, the line, are
 /// those for which nothing of it can be served.
@@ -30,6 +31,8 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
     let cpus = top.take::<CpuList>("cpus");
     let io_timeout = top.checked("io-timeout", values::io_timeout);
     let hold = top.checked("hold", values::hold);
+    let bytes = top.checked("guest-memory-limit", |text: String| parse_bytes(&text));
+    let regions = top.checked("guest-regions-limit", parse_regions);
     let sections = top.sections("export");
     let mut mistakes = top.finish();
     if sections.is_empty() && mistakes.is_empty() {
@@ -44,7 +47,8 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
         return Err(mistakes);
     }
     let patience = Patience::with(io_timeout, hold);
-    let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, exports: Vec::new() };
+    let memory = Limits::with(bytes, regions);
+    let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, memory, exports: Vec::new() };
     let mut configuration = Configuration { settings, refused: Vec::new() };
     for Export { socket, settings, mistakes, .. } in exports {
         match settings.filter(|_| mistakes.is_empty()) {

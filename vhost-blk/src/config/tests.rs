@@ -34,6 +34,8 @@ fn a_file_with_everything() {
         cpus = "2,4-5"
         io-timeout = 2.5
         hold = 0
+        guest-memory-limit = "64G"
+        guest-regions-limit = 32
         [[export]]
         device = "0000:01:00.0"
         socket-path = "/run/a.sock"
@@ -52,6 +54,7 @@ fn a_file_with_everything() {
     .unwrap();
     assert_eq!(settings.cpus, [2, 4, 5]);
     assert_eq!(settings.patience, Patience { io_timeout: Duration::from_millis(2500), hold: Duration::ZERO });
+    assert_eq!(settings.memory, Limits { bytes: 64 << 30, regions: 32 });
     assert_eq!(
         settings.exports[0],
         ExportSettings {
@@ -95,6 +98,7 @@ fn the_example_is_right_and_so_are_the_lines_it_leaves_out() {
     let settings = parse(&all, "example").unwrap();
     assert_eq!((settings.cpus.len(), settings.exports.len()), (2, 2));
     assert_eq!(settings.patience, Patience::default(), "what the example shows is the default");
+    assert_eq!(settings.memory, Limits::default(), "what the example shows is the default");
     assert_eq!(settings.exports[0].queues, DEFAULT_QUEUES, "what the example shows is the default");
     assert_eq!(settings.exports[0].queue_size, DEFAULT_QUEUE_SIZE);
 }
@@ -107,10 +111,15 @@ fn errors_name_the_line() {
     );
     assert_eq!(
         error("cpu = \"1\"\n"),
-        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `export`"
+        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `guest-memory-limit`, `guest-regions-limit`, `export`"
     );
     assert_eq!(error("hold = -1\n"), "c.toml, line 1: -1 seconds to wait for a drive: use 0 to 86400");
     assert_eq!(error("io-timeout = nan\n"), "c.toml, line 1: NaN seconds for a command: use 0.01 to 86400");
+    assert_eq!(
+        error("guest-memory-limit = \"much\"\n"),
+        "c.toml, line 1: size \"much\": use a number with K, M, G or T, such as 64G"
+    );
+    assert_eq!(error("guest-regions-limit = 0\n"), "c.toml, line 1: 0 memory regions: use 1 to 509");
     assert_eq!(error("\n[[export]]\ndevice = \"sim:1G\"\n"), "c.toml, line 2: missing field `socket-path`");
     assert_eq!(
         error("[[export]]\nsocket-path = \"/a\"\ndevice = \"nvme\"\n"),

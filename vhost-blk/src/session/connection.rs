@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, recvmsg};
+use vfio::LossListener;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
@@ -33,6 +34,8 @@ pub trait Device: VhostUserBackendReqHandlerMut {
     fn look_at_namespace(&mut self);
     /// Its turn on the disk has come. The error says what cannot be done now of what was said before.
     fn take_turn(&mut self) -> Result<(), String>;
+    /// What to say if memory of the front-end was found without pages: the session has to end.
+    fn lost_memory(&self) -> Option<String>;
     /// Whether REPLY_ACK is negotiated.
     fn reply_ack(&self) -> bool;
 }
@@ -186,21 +189,33 @@ pub fn serve<D: Device>(
         Ok(own) => own,
         Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
     };
+    let losses = match LossListener::new() {
+        Ok(losses) => losses,
+        Err(error) => return End::Broken(format!("cannot listen for lost memory: {error}")),
+    };
     let handler = BackendReqHandler::from_stream(stream, device.clone());
     let complained = HashSet::new();
     let mut connection = Connection { stream: own, handler, device, name, log, complained, features_asked: false };
     let mut spoken = Some(spoken);
     loop {
-        let mut sources = [stop.as_fd(), connection.stream.as_fd(), changed.as_fd(), turn.bell().as_fd()]
-            .map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
+        let mut sources =
+            [stop.as_fd(), connection.stream.as_fd(), changed.as_fd(), losses.as_fd(), turn.bell().as_fd()]
+                .map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
         match poll(&mut sources, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
             Err(error) => return End::Broken(format!("cannot wait for messages: {error}")),
         }
-        let [stopped, message, news, begins] = sources.map(|source| !source.revents().is_empty());
+        let [stopped, message, news, lost, begins] = sources.map(|source| !source.revents().is_empty());
         if stopped {
             return End::Stopped;
+        }
+        if lost {
+            // First: what is lost from here on is heard again. Most often it is somebody else's.
+            losses.clear();
+            if let Some(why) = connection.device().lost_memory() {
+                return End::Broken(why);
+            }
         }
         if news {
             // First: what changes from here on rings again.

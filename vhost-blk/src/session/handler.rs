@@ -14,11 +14,11 @@ use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqH
 
 use super::connection::Device;
 use super::ring_state::{Addresses, Notifier, RingState};
-use super::{MEMORY_SLOTS, RING_FEATURES, Session};
+use super::{RING_FEATURES, Session};
 use crate::blk_config;
 use crate::eventfd::is_eventfd;
 use crate::export::Export;
-use crate::guest_memory::{GuestMemory, RegionDescription};
+use crate::guest_memory::RegionDescription;
 use crate::ring::InflightMemory;
 
 /// What we offer. Dirty logging is not there yet, so it is not offered.
@@ -45,6 +45,20 @@ impl Device for Session {
 
     fn take_turn(&mut self) -> std::result::Result<(), String> {
         Session::take_turn(self)
+    }
+
+    fn lost_memory(&self) -> Option<String> {
+        let lost = match self.memory.lost() {
+            Some(region) => format!("the {region}"),
+            None if self.inflight.as_ref().is_some_and(InflightMemory::is_lost) => {
+                "the log of requests in flight".into()
+            }
+            None => return None,
+        };
+        Some(format!(
+            "the file of its memory was shortened while it was in use, or its file system is full: {lost} has lost pages. Memory \
+             of a guest has to be all there (prealloc=on), on a file system with room for it"
+        ))
     }
 
     fn reply_ack(&self) -> bool {
@@ -191,15 +205,12 @@ impl Session {
     }
 
     fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<(), String> {
-        let empty = GuestMemory::new();
+        let empty = self.memory.emptied();
         let (table, earlier) = match &self.memory_before {
             Some(before) if !before.replaced => (&empty, &*before.memory),
             Some(before) => (&*self.memory, &*before.memory),
             None => (&*self.memory, &*self.memory),
         };
-        if table.region_count() >= MEMORY_SLOTS {
-            return Err(format!("there are {MEMORY_SLOTS} memory regions already"));
-        }
         let memory = table
             .with_region_like(earlier, self.export.drive.memory(), description(region), file)
             .map_err(|error| format!("memory: {error}"))?;
@@ -462,7 +473,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
-        Ok(MEMORY_SLOTS as u64)
+        Ok(self.export.account.regions() as u64)
     }
 
     fn add_mem_region(

@@ -29,9 +29,6 @@ use resize::BackChannel;
 use ring_state::{Addresses, RingState};
 use turn::{MemoryBefore, Standing};
 
-/// Memory regions a front-end may add one by one. QEMU uses at most 512 slots and keeps a few for itself.
-pub const MEMORY_SLOTS: usize = 509;
-
 /// A ring in operation.
 struct Running {
     handle: LaneHandle,
@@ -79,7 +76,7 @@ impl Session {
         let writeback = export.mode().unwrap_or(known.namespace.volatile_write_cache);
         Session {
             disk: Arc::new(disk(&export, &known, 0, writeback)),
-            memory: Arc::new(GuestMemory::new()),
+            memory: Arc::new(GuestMemory::of(export.account.clone())),
             features: 0,
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),

@@ -18,6 +18,7 @@ use crate::address::DeviceAddress;
 use crate::config::ExportSettings;
 use crate::drive::{Drive, NotBack, longer};
 use crate::export::Export;
+use crate::guest_memory::Budget;
 use crate::listener::Listener;
 use crate::worker::WorkerPool;
 
@@ -32,6 +33,8 @@ pub struct Means {
     pub hold: Duration,
     /// The workers.
     pub pool: Arc<WorkerPool>,
+    /// What front-ends may have mapped.
+    pub budget: Arc<Budget>,
 }
 
 /// A drive, and what is not served of it yet.
@@ -286,14 +289,15 @@ fn attempt(
     drive: Option<Arc<Drive>>,
     wanted: Vec<Wanted>,
 ) -> Result<Found, NotBack> {
-    let Means { options, hold, pool } = means;
+    let Means { options, hold, pool, budget } = means;
     let drive = match drive {
         Some(drive) => drive,
         None => Arc::new(Drive::open(address, options, *hold, pool.clone())?),
     };
     let look = |wanted: Wanted| {
         let Wanted { number, settings, export, bind } = wanted;
-        let export = export.map_or_else(|| Export::new(&settings, drive.clone(), number, pool.len()).map(Arc::new), Ok);
+        let new = || Export::new(&settings, drive.clone(), budget, number, pool.len()).map(Arc::new);
+        let export = export.map_or_else(new, Ok);
         let (export, why) = match export {
             Ok(export) => (Some(export), None),
             Err(why) => (None, Some(why)),

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use tempfile::TempDir;
-use vhost_blk::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::config::{ExportSettings, Listen, Settings};
 use vhost_blk::target::Target;
 
 use super::Front;
@@ -47,7 +47,7 @@ pub fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Serve
             export
         })
         .collect();
-    let target = Target::start(&Settings { cpus: vec![], patience: Patience::default(), exports }).unwrap();
+    let target = Target::start(&Settings { exports, ..Settings::default() }).unwrap();
     Served { target, folder }
 }
 

@@ -41,4 +41,5 @@ mod exports;
 mod front_ends;
 mod log;
 mod long;
+mod memory;
 mod shared;
