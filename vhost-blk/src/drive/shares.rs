@@ -144,16 +144,16 @@ impl Shares {
         self.leases.iter_mut().filter(|leased| leased.number == lease).for_each(|leased| leased.lane = lane);
     }
 
-    /// The lease ends. Returns its place if nobody has that any more: it is forgotten here.
+    /// The lease ends. Returns its place if nobody has that any more: it is to go.
     pub fn remove(&mut self, lease: LeaseNumber) -> Option<PairId> {
         let at = self.leases.iter().position(|leased| leased.number == lease)?;
         let id = self.leases.swap_remove(at).place;
         let heirs: Vec<DiskNumber> = self.leases_at(id).map(|leased| leased.disk).collect();
+        let place = self.places.iter_mut().find(|place| place.id == id)?;
         if heirs.is_empty() {
-            self.forget(id);
+            place.leaving = true;
             return Some(id);
         }
-        let place = self.places.iter_mut().find(|place| place.id == id)?;
         if !heirs.contains(&place.owner) {
             place.owner = heirs[0];
         }
@@ -374,7 +374,7 @@ mod tests {
         }));
         for lease in first {
             if let Some(id) = bench.shares.remove(lease) {
-                assert!(bench.shares.places.iter().all(|place| place.id != id));
+                assert!(bench.shares.leaving().contains(&id));
             }
         }
         bench.deal();
@@ -399,6 +399,7 @@ mod tests {
         for lease in leases[1..].iter().flatten() {
             bench.shares.remove(*lease);
         }
+        bench.deal();
         assert!(bench.shares.places.is_empty() && bench.shares.leases.is_empty());
     }
 

@@ -239,6 +239,8 @@ fn a_lane_moves_to_another_queue_pair_while_it_runs() {
             }
             if done > 20 * moves {
                 moves += 1;
+                // Where it was told last, however soon after another.
+                pool.move_lane(lane, places[((moves + 1) % 2) as usize]);
                 pool.move_lane(lane, places[(moves % 2) as usize]);
             }
             (moves == 200).then_some(())

@@ -264,6 +264,8 @@ impl Worker {
                 }
                 Mail::Move { id, to } => {
                     if self.lane_mut(id).is_some_and(Lane::begin_move) {
+                        // It goes where it was told last.
+                        self.departing.retain(|(other, why)| *other != id || matches!(why, Departure::Stops(_)));
                         self.departing.push((id, Departure::Moves(to)));
                     }
                 }
