@@ -1,8 +1,10 @@
 //! A guest that writes anything into its virtqueue, and a front-end that hands over any log of what is in flight.
 //!
 //! The first bytes choose the format; then the guest writes to its memory and the device takes and gives back chains, in any
-//! order. Checked besides: nothing outside of the guest's memory is handed to the drive or written, a request moves what its
-//! segments say to blocks that the disk has, and the short way to a request and the long one agree.
+//! order. The front-end changes the log while the ring runs, makes the memory's files shorter, and gives one file as several
+//! regions. Checked besides: nothing outside of the guest's memory is handed to the drive or written, a request moves what its
+//! segments say to blocks that the disk has, and the short way to a request and the long one agree (as long as memory that was
+//! looked at does not go away).
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -53,6 +55,17 @@ fn disk(read_only: bool, block_shift: u8) -> Disk {
     }
 }
 
+/// All of a guest's memory. `None`: a file is too short for its region by now.
+fn map(regions: &[Region]) -> Option<GuestMemory> {
+    let reach = Reach::default();
+    regions.iter().try_fold(GuestMemory::new(), |memory, region| {
+        let (guest_address, bytes) = (region.guest, region.bytes);
+        let description = RegionDescription { guest_address, bytes, user_address: guest_address, file_offset: 0 };
+        let file = region.file.try_clone().expect("a descriptor to spare");
+        memory.with_region(&reach, description, file).ok()
+    })
+}
+
 /// The guest and the device.
 struct Bench {
     regions: Vec<Region>,
@@ -86,15 +99,7 @@ impl Bench {
     /// `None`: the ring was refused.
     fn new(input: &mut Input) -> Option<Bench> {
         let regions: Vec<Region> = REGIONS.into_iter().map(|(guest, bytes)| Region::new(guest, bytes)).collect();
-        let reach = Reach::default();
-        let mut memory = GuestMemory::new();
-        for region in &regions {
-            let (guest_address, bytes) = (region.guest, region.bytes);
-            let description = RegionDescription { guest_address, bytes, user_address: guest_address, file_offset: 0 };
-            let file = region.file.try_clone().expect("a descriptor to spare");
-            memory = memory.with_region(&reach, description, file).expect("a proper region");
-        }
-        let memory = Arc::new(memory);
+        let memory = Arc::new(map(&regions).expect("proper regions"));
         let flags = input.u8();
         let size = input.one_of(&SIZES) as u16;
         let mut setup = RingSetup {
@@ -172,7 +177,7 @@ impl Bench {
     }
 
     fn step(&mut self, input: &mut Input) {
-        match input.u8() % 16 {
+        match input.u8() % 20 {
             0 => {
                 let address = input.one_of(&ADDRESSES).wrapping_add(input.u8().into());
                 let count = usize::from(input.u8() % 64);
@@ -208,6 +213,18 @@ impl Bench {
                     }
                 }
             }
+            16 => self.change_log(input),
+            17 => {
+                let region = &self.regions[usize::from(input.u8()) % self.regions.len()];
+                region.set_len(input.one_of(&[0, 0x1000, 0x2000, 0x3000, 0x3800, 0xff8, 0x4000]));
+            }
+            18 => self.alias(input),
+            19 => {
+                // A log of our own is sealed; a front-end's is not.
+                if let Some(log) = &self.log {
+                    let _ = log.file().set_len(input.one_of(&[0, 64, 0x1000, 0x3000]).min(0x3000));
+                }
+            }
             _ => {
                 // The device dies, or is stopped as it should be.
                 if let (Some(ring), true) = (&mut self.ring, self.out.is_empty()) {
@@ -217,6 +234,48 @@ impl Bench {
                 self.start();
             }
         }
+    }
+
+    /// A field of the log, with what it might hold, or might not.
+    fn change_log(&self, input: &mut Input) {
+        let Some(log) = &self.log else { return };
+        let (entry, field) = (u64::from(input.u8() % 24), input.u8());
+        let value = input.one_of(&[0, 1, self.setup.size.into(), u64::from(self.setup.size) - 1, 0xffff, 60000]);
+        // Entries begin after 16 bytes, or 32, and take 16, or 32; fields are of one byte, of two, or of eight.
+        let (begin, bytes) = if self.setup.packed { (32, 32) } else { (16, 16) };
+        let (at, width) = match field & 15 {
+            0 => (0, 1),
+            1 => (1, 1),
+            even @ 2..8 => (u64::from(even & !1), 2),
+            other => (u64::from(other & 8) * u64::from(field >> 4 & 3) / 8, 8),
+        };
+        let at = if field & 128 != 0 { at } else { begin + bytes * entry + at };
+        if at + width <= log.bytes() {
+            // A file that was made shorter grows again.
+            log.file().write_all_at(&value.to_le_bytes()[..width as usize], at).expect("a memory file takes bytes");
+        }
+    }
+
+    /// The memory is given anew: a file is that of two regions, or of each its own, and the ring begins again.
+    fn alias(&mut self, input: &mut Input) {
+        let (to, from) = (usize::from(input.u8()) % self.regions.len(), usize::from(input.u8()) % self.regions.len());
+        if self.regions[from].bytes < self.regions[to].bytes {
+            return;
+        }
+        let file = self.regions[from].file.try_clone().expect("a descriptor to spare");
+        // What lies behind the end of the one may be inside the other.
+        self.regions[to].shortened.set(true);
+        self.regions[from].shortened.set(true);
+        self.regions[to].file = file;
+        let Some(memory) = map(&self.regions) else { return };
+        self.memory = Arc::new(memory);
+        self.view = GuestView::new(self.memory.clone());
+        self.start();
+    }
+
+    /// Whether what was read once is there to be read again.
+    fn is_steady(&self) -> bool {
+        !self.regions.iter().any(|region| region.shortened.get())
     }
 
     /// A descriptor anywhere in the ring, or in an indirect table.
@@ -342,7 +401,7 @@ impl Bench {
         if self.out.len() == MOST {
             return;
         }
-        let short = self.peek();
+        let short = self.peek().filter(|_| self.is_steady());
         let Some(ring) = &mut self.ring else { return };
         match ring.pop(&mut self.view, &mut self.chain) {
             Ok(Some(head)) => self.parse(head, short),

@@ -110,6 +110,69 @@ pub fn rings() -> Seeds {
         join(&[&[flags, 0], &[1, 0, 0, 0, 1, 0, 0], &[4, 0, 1], POP, AGAIN, &[1, 0, 0, 0, 1, 0, 200, 4, 0, 1], POP])
     };
     let outside = |flags: u8| join(&[&[flags | PLACES, 0, 7, 8, 9], &[3, 0, 200], &[255; 8], IN, POP, PLAIN]);
+    // The log changes while the ring runs: the length of a chain, the list of free entries, the state; then what is left of it.
+    let log_changes = |flags: u8| {
+        let changes = |entry: u8, field: u8, value: u8| [16, entry, field, value];
+        join(&[
+            &[flags | LOG, 4, 0],
+            READ,
+            IN,
+            POP,
+            &changes(0, 6, 5),
+            &changes(1, 2, 5),
+            GIVE_BACK,
+            TABLE_IN,
+            POP,
+            &changes(0, 128 + 8 + 16, 4),
+            IN,
+            POP,
+            &changes(0, 0, 1),
+            GIVE_BACK,
+            GIVE_BACK,
+            AGAIN,
+            IN,
+            POP,
+            GIVE_BACK,
+        ])
+    };
+    // Memory that goes away while a request is under way, and comes back as something else.
+    let shrinks = |flags: u8| {
+        join(&[
+            &[flags | LOG, 4, 0],
+            READ,
+            IN,
+            POP,
+            &[17, 0, 1],
+            IN,
+            POP,
+            GIVE_BACK,
+            &[17, 1, 0],
+            TABLE_IN,
+            PLAIN,
+            GIVE_BACK,
+            &[17, 0, 0],
+            POP,
+            AGAIN,
+        ])
+    };
+    // One file as two regions: data lies on rings.
+    let aliased = |flags: u8| join(&[&[flags, 4], &[18, 1, 0], READ, IN, POP, OUT, POP, GIVE_BACK, GIVE_BACK, AGAIN]);
+    // A front-end's log that gets shorter.
+    let log_shrinks = |flags: u8| {
+        let file = join(&[&state, &entries]);
+        join(&[
+            &[flags | LOG, 0, 1 + file.len() as u8 / 2 / 2 * 2],
+            &file,
+            &[0; 2],
+            &[1, 0, 1],
+            READ,
+            IN,
+            POP,
+            &[19, 0],
+            GIVE_BACK,
+            AGAIN,
+        ])
+    };
     // A used ring of one place, which would end behind its region.
     let at_the_end = join(&[&[INDIRECT | PLACES, 2, 4, 5, 7], READ, IN, POP, GIVE_BACK]);
     vec![
@@ -130,6 +193,14 @@ pub fn rings() -> Seeds {
         ("split-outside", outside(0)),
         ("packed-outside", outside(PACKED)),
         ("split-at-the-end", at_the_end),
+        ("split-log-changes", log_changes(INDIRECT)),
+        ("packed-log-changes", log_changes(INDIRECT | PACKED)),
+        ("split-memory-shrinks", shrinks(INDIRECT)),
+        ("packed-memory-shrinks", shrinks(INDIRECT | PACKED)),
+        ("split-one-file", aliased(INDIRECT)),
+        ("packed-one-file", aliased(INDIRECT | PACKED)),
+        ("split-log-shrinks", log_shrinks(0)),
+        ("packed-log-shrinks", log_shrinks(PACKED)),
     ]
 }
 
@@ -153,7 +224,37 @@ pub fn session() -> Seeds {
     const GET_LOG: &[u8] = &[11, 0, 0, 0, 1, 0];
     const SET_LOG: &[u8] = &[11, 5, 1, 0, 1, 0];
     let old_log = join(&[&[11, 2, 1, 0, 0, 0], &[1; 52]]);
+    // Beside the session: a pause, a change of the log, of the guest's memory, their lengths, an eventfd.
+    let pause = |time: u8| [20, 6, time];
+    let write = |log: u8, base: u8, at: u8| join(&[&[20, log, base, at], &[0xff; 8]]);
+    let shorten = |log: u8, bytes: u8| [20, 3 | log, bytes];
+    let event = |full: u8, count: u8| [20, 4 | full | 16, count];
+    const LOG: u8 = 8;
+    const SHARED_EVENTS: &[u8] = &[23, 0];
+    const FULL_EVENTS: &[u8] = &[23, 1];
+    let log_changes = |hello: &[u8]| {
+        let beside = join(&[&pause(50), &write(LOG, 1, 0), &write(LOG, 2, 0), &pause(20), &write(LOG, 3, 4)]);
+        join(&[hello, ACKNOWLEDGE, &old_log, MEMORY, READ, START, &beside, &[4, 1], BASE])
+    };
+    let shrinks = |hello: &[u8]| {
+        let beside = join(&[&pause(30), &shorten(0, 1), &pause(30), &shorten(LOG, 0), &pause(30), &shorten(0, 0)]);
+        join(&[hello, ACKNOWLEDGE, &old_log, MEMORY, READ, START, START_SECOND, &beside, CONFIG, BASE, RESET])
+    };
+    let shares = |hello: &[u8], events: &[u8]| {
+        let beside = join(&[&pause(20), &event(0, 2), &event(LOG, 2), &pause(20), &event(0, 1)]);
+        join(&[hello, ACKNOWLEDGE, MEMORY, READ, START, START_SECOND, events, &beside, BASE, &[9, 1]])
+    };
     vec![
+        ("log-changes", log_changes(HELLO)),
+        ("log-changes-packed", log_changes(HELLO_PACKED)),
+        ("memory-shrinks", shrinks(HELLO)),
+        ("memory-shrinks-packed", shrinks(HELLO_PACKED)),
+        ("events-shared", shares(HELLO, SHARED_EVENTS)),
+        ("events-full", shares(HELLO_PACKED, FULL_EVENTS)),
+        (
+            "one-file",
+            join(&[HELLO, ACKNOWLEDGE, MEMORY, &[22, 0, 0, 0], READ, START, &[22, 1, 1, 1], START_SECOND, BASE]),
+        ),
         ("split", join(&[HELLO, ACKNOWLEDGE, CONFIG, MEMORY, READ, START, WRITE, START_SECOND, BASE])),
         ("packed", join(&[HELLO_PACKED, ACKNOWLEDGE, CONFIG, MEMORY, READ, START, BASE])),
         ("in-any-order", join(&[HELLO, START, READ, MEMORY, HELLO, START_SECOND, BASE, RESET, START])),

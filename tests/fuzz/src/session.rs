@@ -1,17 +1,20 @@
 //! A front-end that sends anything: messages in any order, cut short, with lies in them, and with file descriptors of any kind.
 //!
 //! All messages are in the socket before the session begins, and the socket ends behind them. Rings that start run on a worker
-//! thread, against a small drive in this process. Checked besides: the session ends, and no descriptor stays open.
+//! thread, against a small drive in this process. While all of that goes on a thread of the front-end's changes what it shares: the
+//! log of what is in flight, the length of the memory's files, flags and counters of eventfds. Checked besides: the session ends, and no descriptor stays open.
 
 use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use nvme_driver::Options;
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_blk::bell::Bell;
 use vhost_blk::config::{ExportSettings, Listen};
 use vhost_blk::drive::Drive;
@@ -41,6 +44,13 @@ const USER: u64 = 0x7000_0000_0000;
 const RING_BYTES: u64 = 0x4000;
 const RINGS: u32 = 3;
 const RING_SIZE: u16 = 16;
+/// Where the guest's memory is once more, if it is added as several regions.
+const ALIAS: u64 = 0x20_0000;
+/// Kinds of descriptors, see [`FrontEnd::descriptor`].
+const EVENT: usize = 2;
+const FULL: usize = 7;
+/// Deeds of one session.
+const MOST_DEEDS: usize = 60;
 
 /// Requests (vhost-user, "Front-end message types").
 mod request {
@@ -124,14 +134,82 @@ fn talk(served: &Served, data: &[u8]) {
     while !input.is_empty() && front_end.messages < MOST_MESSAGES {
         front_end.step(&mut input);
     }
+    let (deeds, shared) = (std::mem::take(&mut front_end.deeds), Shared::of(&front_end));
     drop(front_end);
     ours.shutdown(Shutdown::Write).expect("a socket can be shut down");
     let changed = served.export.namespace.listen().expect("an eventfd can be made");
     let session = Arc::new(Mutex::new(Session::new(served.export.clone())));
     let turn = served.export.turns.join().expect("an eventfd can be made");
     let wakers = Wakers { stop: &served.stop, changed: &changed, turn: &turn, log: &served.export.log };
-    let end = serve(theirs, session, &wakers, "fuzz", |_| {});
+    let end = std::thread::scope(|scope| {
+        // Beside the session, from here on.
+        if !deeds.is_empty() {
+            scope.spawn(move || deeds.iter().for_each(|deed| shared.act(deed)));
+        }
+        serve(theirs, session, &wakers, "fuzz", |_| {})
+    });
     assert_ne!(end, End::Stopped, "nobody has asked it to stop");
+}
+
+/// What a front-end does beside its messages to what it shares.
+enum Deed {
+    /// Writes into the log that it has handed over, or into the guest's memory.
+    Write {
+        log: bool,
+        at: u64,
+        bytes: [u8; 8],
+        count: usize,
+    },
+    /// Makes the file of the log, or of the guest's memory, so long.
+    SetLen {
+        log: bool,
+        bytes: u64,
+    },
+    /// Of an eventfd: its counter is empty, 1, or full, and whoever uses it may have to wait.
+    Event {
+        full: bool,
+        count: u64,
+        blocks: bool,
+    },
+    Pause(Duration),
+}
+
+/// What deeds are done to: one more descriptor of each thing.
+struct Shared {
+    guest: File,
+    log: File,
+    event: OwnedFd,
+    full: OwnedFd,
+}
+
+impl Shared {
+    fn of(front_end: &FrontEnd) -> Shared {
+        let file = |region: &Region| region.file.try_clone().expect("a descriptor to spare");
+        let other = |kind: usize| front_end.others[kind - 2].try_clone().expect("a descriptor to spare");
+        Shared { guest: file(&front_end.guest), log: file(&front_end.small), event: other(EVENT), full: other(FULL) }
+    }
+
+    fn act(&self, deed: &Deed) {
+        let file = |log: bool| if log { &self.log } else { &self.guest };
+        match deed {
+            Deed::Write { log, at, bytes, count } => {
+                file(*log).write_all_at(&bytes[..*count], *at).expect("a memory file takes bytes");
+            }
+            Deed::SetLen { log, bytes } => file(*log).set_len(*bytes).expect("a memory file takes any length"),
+            Deed::Event { full, count, blocks } => {
+                let event = if *full { &self.full } else { &self.event };
+                let set = |flags| fcntl_setfl(event, flags).expect("flags of an eventfd can be changed");
+                // Nobody else makes it one that waits: this thread does not.
+                set(OFlags::NONBLOCK);
+                let _ = rustix::io::read(event, &mut [0; 8]);
+                let _ = rustix::io::write(event, &count.to_ne_bytes());
+                if *blocks {
+                    set(OFlags::empty());
+                }
+            }
+            Deed::Pause(time) => std::thread::sleep(*time),
+        }
+    }
 }
 
 struct FrontEnd<'a> {
@@ -145,8 +223,9 @@ struct FrontEnd<'a> {
     short_by: usize,
     guest: Region,
     small: Region,
-    /// A descriptor of each kind, after these two: an eventfd, and what is of no use.
+    /// A descriptor of each kind, after these two: an eventfd, what is of no use, and an eventfd whose counter is full.
     others: Vec<OwnedFd>,
+    deeds: Vec<Deed>,
     _peer: UnixStream,
 }
 
@@ -156,7 +235,9 @@ impl<'a> FrontEnd<'a> {
         let open = |path| OwnedFd::from(File::open(path).expect("it is there"));
         let event = eventfd(1, EventfdFlags::CLOEXEC).expect("an eventfd can be made");
         let (pipe, _) = std::io::pipe().expect("a pipe can be made");
-        let others = vec![event, useless.into(), pipe.into(), open("/dev/null"), open("/")];
+        let full = eventfd(0, EventfdFlags::CLOEXEC).expect("an eventfd can be made");
+        rustix::io::write(&full, &(u64::MAX - 1).to_ne_bytes()).expect("an empty counter has room");
+        let others = vec![event, useless.into(), pipe.into(), open("/dev/null"), open("/"), full];
         FrontEnd {
             socket,
             messages: 0,
@@ -169,12 +250,13 @@ impl<'a> FrontEnd<'a> {
             guest: Region::new(0, GUEST_BYTES),
             small: Region::new(0x10_0000, SMALL_BYTES),
             others,
+            deeds: Vec::new(),
             _peer: peer,
         }
     }
 
     fn descriptor(&self, kind: u8) -> RawFd {
-        match kind % 7 {
+        match kind % 8 {
             0 => self.guest.file.as_raw_fd(),
             1 => self.small.file.as_raw_fd(),
             other => self.others[usize::from(other) - 2].as_fd().as_raw_fd(),
@@ -197,7 +279,7 @@ impl<'a> FrontEnd<'a> {
     }
 
     fn step(&mut self, input: &mut Input) {
-        match input.u8() % 20 {
+        match input.u8() % 24 {
             0 => {
                 let (request, flags) = (input.u8() % 48, input.u8());
                 let descriptors = input.u8();
@@ -249,8 +331,57 @@ impl<'a> FrontEnd<'a> {
             15 => self.short_by = usize::from(input.u8() % 24),
             16 => self.send(input.u8().into(), &[], &[]),
             17 => self.send(RESET_DEVICE, &[], &[]),
+            20 | 21 => self.deed(input),
+            22 => self.alias(input),
+            23 => {
+                // One eventfd for all that all rings are told, and tell.
+                let kind = [EVENT, FULL][usize::from(input.u8() & 1)] as u8;
+                for index in 0..u64::from(RINGS) {
+                    (0..2).for_each(|which| self.send(SET_VRING_KICK + which, &index.to_ne_bytes(), &[kind]));
+                }
+            }
             _ => self.start(input),
         }
+    }
+
+    fn deed(&mut self, input: &mut Input) {
+        let how = input.u8();
+        let log = how & 8 != 0;
+        let deed = match how & 7 {
+            0..3 => {
+                let most = if log { SMALL_BYTES } else { GUEST_BYTES };
+                // Around the beginnings of logs, and of rings.
+                let base = input.one_of(&[0, 8, 16, 32, 48, 0x1000, 0x1002, 0x2000]);
+                let at = base.wrapping_add(input.u8().into()) % (most - 8);
+                Deed::Write { log, at, bytes: input.u64().to_le_bytes(), count: 1 + usize::from(how >> 4 & 7) }
+            }
+            3 => {
+                let bytes = input.one_of(&[0, 0x1000, 0x2000, 64, 0x8000, 0x1_0000]);
+                Deed::SetLen { log, bytes: bytes.min(if log { SMALL_BYTES } else { GUEST_BYTES }) }
+            }
+            4 | 5 => Deed::Event {
+                full: log,
+                count: input.one_of(&[1, 0, u64::MAX - 1]).min(u64::MAX - 1),
+                blocks: how & 16 != 0,
+            },
+            _ => Deed::Pause(Duration::from_micros(u64::from(input.u8()) * 4)),
+        };
+        if self.deeds.len() < MOST_DEEDS {
+            self.deeds.push(deed);
+        }
+    }
+
+    /// The file of the guest's memory once more, at another address, and a ring that is there.
+    fn alias(&mut self, input: &mut Input) {
+        let (offset, index) = (input.one_of(&[0, 0x1000, 0x4000]), u32::from(input.u8()) % RINGS);
+        let bytes = GUEST_BYTES.saturating_sub(offset);
+        let region = [0, ALIAS, bytes, ALIAS.wrapping_add(USER), offset].map(u64::to_ne_bytes).concat();
+        self.send(ADD_MEM_REG, &region, &[0]);
+        // The same ring in other words; or two rings in the same memory.
+        let at = if input.u8() & 1 == 0 { index } else { 0 };
+        let addresses =
+            ring(at).map(|address| if address == 0 { 0 } else { address.wrapping_add(ALIAS).wrapping_sub(offset) });
+        self.addresses(index, addresses);
     }
 
     fn memory(&mut self, input: &mut Input) {
