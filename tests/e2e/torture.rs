@@ -10,7 +10,7 @@ use serde_json::Value;
 /// How long a run may take, on a machine that does much else.
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn torture(faults: u64, fault: &str, ring: &str) {
+fn torture(faults: u64, fault: &str, ring: &str) -> Value {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     // A run that failed while it held the lock says nothing about the next one.
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -40,6 +40,16 @@ fn torture(faults: u64, fault: &str, ring: &str) {
     assert_eq!(number("kills"), faults);
     // A queue that is nearly empty proves little.
     assert!(number("in_flight_at_faults") > 10 * faults && number("requests") > 100 * faults, "{report}");
+    report
+}
+
+/// Beside front-ends of random habits, which have to have got far enough to do harm.
+fn beside_hostile_ones(rounds: u64, ring: &str) {
+    let report = torture(rounds, "neighbour", ring);
+    let number = |name: &str| report["hostile"][name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"));
+    assert!(number("sessions") > rounds / 2 && number("requests") > 10 * rounds, "{report}");
+    assert!(number("answers") > rounds && number("refusals") > 0, "{report}");
+    assert!(report["hostile"]["habits"].as_object().is_some_and(|habits| habits.len() > 8), "{report}");
 }
 
 #[test]
@@ -65,6 +75,16 @@ fn lost_completions_packed() {
 #[test]
 fn removals_split() {
     torture(10, "removal", "split");
+}
+
+#[test]
+fn hostile_front_ends_split() {
+    beside_hostile_ones(50, "split");
+}
+
+#[test]
+fn hostile_front_ends_packed() {
+    beside_hostile_ones(50, "packed");
 }
 
 #[test]

@@ -78,23 +78,16 @@ impl Drop for Folder {
 pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, Failure> {
     let mut folder = Folder::new()?;
     let mut random = Random::new(seed ^ 0x746f_7274);
-    let drive = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
     let socket = folder.path.join("disk.sock");
-    let device = format!("vfio-user:{}", drive.socket().display());
-    let mut hostile = None;
+    let (mut drive, mut hostile) = (None, None);
     let arguments = if options.fault == Fault::Neighbour {
         let other = folder.path.join("hostile.sock");
         hostile = Some(Hostile::start(&other)?);
-        let file = folder.path.join("vhost-blk.toml");
-        let export = |namespace: u32, socket: &Path| {
-            let socket = socket.display();
-            format!("[[export]]\ndevice = \"{device}\"\nnamespace = {namespace}\nsocket-path = \"{socket}\"\n")
-        };
-        let text = [export(1, &socket), export(2, &other)].concat();
-        let failed = |error| Failure::Stand(format!("writing {}: {error}", file.display()));
-        std::fs::write(&file, text).map_err(failed)?;
-        vec!["--config".into(), file.display().to_string()]
+        beside_a_hostile(seed, &folder.path, [&socket, &other])?
     } else {
+        let started = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
+        let device = format!("vfio-user:{}", started.socket().display());
+        drive = Some(started);
         let mut arguments =
             ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec();
         if options.fault == Fault::Lost {
@@ -133,23 +126,32 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
     Ok(report)
 }
 
+/// Arguments of a target with two disks of one drive. That one is in the target itself: a process of its own dies of guest memory
+/// that is made shorter.
+fn beside_a_hostile(seed: u64, folder: &Path, sockets: [&Path; 2]) -> Result<Vec<String>, Failure> {
+    let lba = if seed.is_multiple_of(3) { "4096" } else { "512" };
+    // Queue pairs to share or of one's own; data that has to be copied or not.
+    let pairs = ["1", "4", "16"][(seed / 3 % 3) as usize];
+    let sgl = if seed.is_multiple_of(2) { "on" } else { "off" };
+    let device = format!("sim:{LARGE_MIB}M,lba={lba},namespaces=2,queues={pairs},sgl={sgl},write-cache=on");
+    let exports = (1..).zip(sockets).map(|(namespace, socket)| {
+        let socket = socket.display();
+        format!("[[export]]\ndevice = \"{device}\"\nnamespace = {namespace}\nsocket-path = \"{socket}\"\n")
+    });
+    let file = folder.join("vhost-blk.toml");
+    let failed = |error| Failure::Stand(format!("writing {}: {error}", file.display()));
+    std::fs::write(&file, exports.collect::<String>()).map_err(failed)?;
+    Ok(vec!["--config".into(), file.display().to_string()])
+}
+
 /// A drive on which commands overtake each other.
 fn drive_arguments(options: &Options, seed: u64, folder: &Path) -> Vec<String> {
     let lba = if seed.is_multiple_of(3) { "4096" } else { "512" };
-    let neighbour = options.fault == Fault::Neighbour;
-    let size = format!("{}M", if neighbour { LARGE_MIB } else { MIB });
+    let size = format!("{MIB}M");
     let mut arguments =
         vec!["--size", &size, "--lba", lba, "--reorder"].into_iter().map(String::from).collect::<Vec<_>>();
     arguments.extend(["--seed".into(), seed.to_string()]);
     arguments.extend(UNEVEN.iter().flat_map(|rule| ["--fault".into(), (*rule).into()]));
-    if neighbour {
-        // Queue pairs to share or of one's own; data that has to be copied or not.
-        let pairs = ["1", "4", "16"][(seed / 3 % 3) as usize];
-        arguments.extend(["--namespaces", "2", "--queues", pairs].map(String::from));
-        if seed % 2 == 1 {
-            arguments.push("--no-sgl".into());
-        }
-    }
     match options.fault {
         // A drive that is pulled out loses what is in its cache, and nobody can do anything about that.
         Fault::Removal => arguments.extend(["--file".into(), folder.join("blocks").display().to_string()]),
@@ -166,7 +168,8 @@ const STRAY: &str = "stray=50ms..250ms,opcode=read,p=0.05";
 
 struct Run<'a> {
     options: &'a Options,
-    drive: Drive,
+    /// The drive, a process of its own, unless there is a hostile.
+    drive: Option<Drive>,
     target: Target,
     client: Client,
     hostile: Option<Hostile>,
@@ -180,6 +183,10 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
+    fn drive(&mut self) -> &mut Drive {
+        self.drive.as_mut().expect("only a hostile front-end goes without")
+    }
+
     fn rounds(&mut self) -> Result<(), Failure> {
         self.answers(1);
         if !self.client.tracks_inflight() {
@@ -232,7 +239,7 @@ impl Run<'_> {
         let rest = if self.random.one_in(4) { Duration::ZERO } else { RECOVERED };
         let delay = rest + self.random.time(LOAD);
         self.work_for(delay);
-        let before = (self.drive.times(READY), self.drive.times(FATAL) + self.drive.times(LOST));
+        let before = (self.drive().times(READY), self.drive().times(FATAL) + self.drive().times(LOST));
         self.report.kills += 1;
         self.report.resumed += self.client.in_flight() as u64;
         self.client.longest = Duration::ZERO;
@@ -245,7 +252,7 @@ impl Run<'_> {
                     _ if self.random.one_in(2) => format!("fatal,skip={skip},limit=1 {STRAY}"),
                     _ => format!("fatal,skip={skip},limit=1"),
                 };
-                self.drive.tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
+                self.drive().tell(&format!("faults {} {rule}", UNEVEN.join(" ")))?;
             }
         }
         if fault != Fault::Removal && self.random.one_in(4) {
@@ -259,10 +266,10 @@ impl Run<'_> {
             client.requests >= settled && client.oldest().is_none_or(|oldest| oldest.number >= settled)
         });
         self.report.pauses.push(self.client.longest);
-        if !self.broken && self.drive.times(READY) == before.0 {
+        if !self.broken && self.drive().times(READY) == before.0 {
             self.client.wrong.error("the drive has not been brought up again");
         }
-        if !self.broken && fault != Fault::Removal && self.drive.times(FATAL) + self.drive.times(LOST) == before.1 {
+        if !self.broken && fault != Fault::Removal && self.drive().times(FATAL) + self.drive().times(LOST) == before.1 {
             self.client.wrong.error("no command has met the fault");
         }
         Ok(())
@@ -300,13 +307,13 @@ impl Run<'_> {
     fn remove(&mut self) -> Result<(), Failure> {
         let away = self.random.time(AWAY);
         if self.random.one_in(2) {
-            self.drive.tell("remove")?;
+            self.drive().tell("remove")?;
             self.work_for(away);
-            self.drive.tell("reinsert").map(drop)
+            self.drive().tell("reinsert").map(drop)
         } else {
-            self.drive.kill()?;
+            self.drive().kill()?;
             self.work_for(away);
-            self.drive.restart()
+            self.drive().restart()
         }
     }
 
@@ -339,7 +346,7 @@ impl Run<'_> {
     /// The drive's power fails: all that was not flushed is lost, or a part of it.
     fn cut_power(&mut self) -> Result<(), Failure> {
         let how = if self.random.one_in(4) { "power-cut" } else { "power-cut some" };
-        let lost = self.drive.tell(how)?;
+        let lost = self.drive().tell(how)?;
         self.report.blocks_lost += lost.parse::<u64>().unwrap_or(0);
         self.client.power_cut();
         Ok(())

@@ -17,6 +17,9 @@ use crate::ring::{INDIRECT, NEXT, WRITE};
 
 /// An answer that takes longer is not waited for.
 const ANSWER: Duration = Duration::from_millis(300);
+/// Flags of a packed descriptor that say where it stands (virtio 1.2, 2.8.1).
+const AVAIL: u16 = 1 << 7;
+const USED: u16 = 1 << 15;
 const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
 
@@ -148,6 +151,8 @@ pub struct Ring {
     pub at: u64,
     tables: u64,
     pub offered: u16,
+    /// Answers seen.
+    seen: u16,
     pub kick: OwnedFd,
     pub call: OwnedFd,
 }
@@ -155,21 +160,17 @@ pub struct Ring {
 impl Ring {
     pub fn new(index: u32, size: u16, packed: bool, at: u64, tables: u64) -> io::Result<Ring> {
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
-        Ok(Ring { index, size, packed, at, tables, offered: 0, kick: event()?, call: event()? })
+        Ok(Ring { index, size, packed, at, tables, offered: 0, seen: 0, kick: event()?, call: event()? })
     }
 
     pub fn driver(&self) -> u64 {
         self.at + DRIVER
     }
 
-    pub fn used(&self, memory: &Memory) -> u16 {
-        memory.u16(self.at + DEVICE + 2)
-    }
-
     /// Has nothing in it any more, and begins anew.
     pub fn wipe(&mut self, memory: &Memory) {
         memory.write(self.at, &[0; RING_BYTES as usize]);
-        self.offered = 0;
+        (self.offered, self.seen) = (0, 0);
     }
 
     pub fn start(&self, line: &Line) -> io::Result<bool> {
@@ -211,14 +212,14 @@ impl Ring {
         memory.write(at + 8, &bytes.to_le_bytes());
         if self.packed {
             let wrapped = self.offered / self.size % 2 == 1;
-            let flags = INDIRECT | if wrapped { 1 << 15 } else { 1 << 7 };
+            let flags = INDIRECT | if wrapped { USED } else { AVAIL };
             memory.write(at + 12, &slot.to_le_bytes());
             memory.write(at + 14, &flags.to_le_bytes());
-            self.offered = self.offered.wrapping_add(1) % (2 * self.size);
+            self.offered = self.after(self.offered);
         } else {
             memory.write(at + 12, &[INDIRECT.to_le_bytes(), [0; 2]].concat());
             memory.write(self.driver() + 4 + 2 * u64::from(slot), &slot.to_le_bytes());
-            self.offered = self.offered.wrapping_add(1);
+            self.offered = self.after(self.offered);
             memory.write(self.driver() + 2, &self.offered.to_le_bytes());
         }
     }
@@ -228,11 +229,33 @@ impl Ring {
     }
 
     /// Gives the other side a moment to answer; how many answers there were.
-    pub fn linger(&self, memory: &Memory, most: Duration) -> u64 {
-        let (before, end) = (self.used(memory), Instant::now() + most);
-        while Instant::now() < end && (self.packed || self.used(memory) != self.offered) {
+    pub fn linger(&mut self, memory: &Memory, most: Duration) -> u64 {
+        let end = Instant::now() + most;
+        let mut answers = 0;
+        loop {
+            while self.seen != self.offered && self.is_used(memory) {
+                self.seen = self.after(self.seen);
+                answers += 1;
+            }
+            if self.seen == self.offered || Instant::now() >= end {
+                return answers;
+            }
             std::thread::sleep(Duration::from_micros(200));
         }
-        self.used(memory).wrapping_sub(before).into()
+    }
+
+    /// Whether there is one more answer, as far as the ring can be believed.
+    fn is_used(&self, memory: &Memory) -> bool {
+        if !self.packed {
+            return memory.u16(self.at + DEVICE + 2) != self.seen;
+        }
+        let flags = memory.u16(self.at + 16 * u64::from(self.seen % self.size) + 14);
+        let wrapped = self.seen / self.size % 2 == 1;
+        (flags & AVAIL != 0) == (flags & USED != 0) && (flags & USED != 0) != wrapped
+    }
+
+    /// What comes after this place: packed rings count two rounds, since their flags change from one to the next.
+    fn after(&self, place: u16) -> u16 {
+        if self.packed { (place + 1) % (2 * self.size) } else { place.wrapping_add(1) }
     }
 }
