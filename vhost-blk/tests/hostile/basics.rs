@@ -33,7 +33,7 @@ fn harm(action: FaultAction) {
 #[test]
 #[should_panic(expected = "the neighbour: a request took")]
 fn a_request_that_waits_is_noticed() {
-    // Longer than a busy machine might be the reason.
+    // So long that no machine is busy enough to be the reason.
     let long = Duration::from_secs(2);
     harm(FaultAction::Delay(long..=long));
 }

@@ -43,3 +43,4 @@ mod log;
 mod long;
 mod memory;
 mod shared;
+mod waiting;

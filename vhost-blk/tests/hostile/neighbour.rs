@@ -14,6 +14,8 @@ use crate::program::Program;
 
 /// Nobody's request may take longer because of somebody else, unless its own were half as slow when it was alone.
 const LIMIT: Duration = Duration::from_millis(100);
+/// The part of a request's time that counts at least, however busy the machine was: threads that poll are always ready to run.
+const LEAST: u32 = 10;
 /// How long it is watched alone.
 const ALONE: Duration = Duration::from_millis(300);
 /// So many requests have to be answered while it is watched, and after the attack.
@@ -284,7 +286,7 @@ impl<'a> Load<'a> {
         // A short one is no matter, however it came about.
         let mut own = took;
         if took > LIMIT / 10 {
-            own = took.saturating_sub(self.starved.since(&request.starved));
+            own = took.saturating_sub(self.starved.since(&request.starved)).max(took / LEAST);
         }
         let status = self.ring.status(REQUESTS + 64 * request.slot);
         if status != 0 {
