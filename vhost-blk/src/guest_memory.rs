@@ -215,7 +215,7 @@ impl Region {
 /// # Safety
 /// As for [`Guard::new`].
 #[cfg(feature = "sim")]
-pub(crate) unsafe fn guard_mapping(start: *mut u8, bytes: usize, file: &File) -> io::Result<Box<dyn Send + Sync>> {
+pub unsafe fn guard_mapping(start: *mut u8, bytes: usize, file: &File) -> io::Result<Box<dyn Send + Sync>> {
     // SAFETY: the caller's word.
     Ok(Box::new(unsafe { Guard::new(start, bytes, file) }?))
 }

@@ -22,6 +22,8 @@ fn memory_comes_and_goes_while_the_disk_is_busy() {
     let mut data = vec![0; MIB << 20];
     File::open("/dev/urandom").unwrap().read_exact(&mut data).unwrap();
     std::fs::write(&image, &data).unwrap();
+    // As long as the disk is: the target takes no other.
+    File::options().write(true).open(&image).unwrap().set_len(512 << 20).unwrap();
     let target = Target::serve_disk(folder.path(), 512, 512, &[]).unwrap();
     let machine = machine().memory_mib(192).memory_slots().append("memhp_default_state=online_movable");
     let mut guest = machine.disk(target.socket(), "num-queues=2").boot(folder.path()).unwrap();

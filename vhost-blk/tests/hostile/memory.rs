@@ -1,13 +1,13 @@
 //! Memory that a front-end shares and does not leave alone: guest memory, and the log of requests in flight.
 
 use std::fs::File;
-use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::MemfdFlags;
+use vhost_blk::guest_memory::guard_mapping;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::common::raw::*;
@@ -17,15 +17,10 @@ use crate::stand::*;
 
 const LOST: &str = "the file of its memory was shortened while it was in use, or its file system is full";
 
-/// The drive of a stand is in this process, and has mapped the front-ends' memory here, too.
-unsafe fn guard(start: *mut u8, bytes: usize, file: &File) -> io::Result<Box<dyn Send + Sync>> {
-    // SAFETY: the simulator's word.
-    Ok(Box::new(unsafe { vfio::Guard::new(start, bytes, file) }?))
-}
-
 /// A stand with one more socket, `embedded`, on a drive inside the program, and a neighbour that was measured alone.
 fn stand(change: impl FnOnce(&mut Setup)) -> (Stand, Neighbour) {
-    nvme_sim::set_mapping_guard(guard);
+    // The drive of a stand is in this process, and has mapped the front-ends' memory here, too.
+    nvme_sim::set_mapping_guard(guard_mapping);
     let stand = Stand::with(|setup| {
         setup.more = "[[export]]\ndevice = \"sim:64M\"\nsocket-path = \"{folder}/embedded\"\n".into();
         change(setup);
