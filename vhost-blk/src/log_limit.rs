@@ -18,6 +18,8 @@ const PERIOD: u64 = 60_000;
 pub enum Kind {
     /// Front-ends that come and go.
     Connection,
+    /// Front-ends that are not served.
+    TurnedAway,
     /// Messages that are refused.
     Refusal,
     /// Rings that start, wait, or cannot be served as they should be.
@@ -30,12 +32,15 @@ pub enum Kind {
     Drive,
 }
 
-const KINDS: [Kind; 6] = [Kind::Connection, Kind::Refusal, Kind::Ring, Kind::Broken, Kind::Advice, Kind::Drive];
+/// All of them, in their order.
+const KINDS: [Kind; 7] =
+    [Kind::Connection, Kind::TurnedAway, Kind::Refusal, Kind::Ring, Kind::Broken, Kind::Advice, Kind::Drive];
 
 impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Kind::Connection => "front-ends that came or went",
+            Kind::TurnedAway => "front-ends that were turned away",
             Kind::Refusal => "refused messages",
             Kind::Ring => "its rings",
             Kind::Broken => "broken rings",

@@ -28,8 +28,6 @@ const MOST_FRONT_ENDS: usize = 5;
 const SILENCE: Duration = Duration::from_secs(10);
 /// How long a front-end that finds no place waits for one that is just leaving.
 const LEAVING: Duration = Duration::from_millis(100);
-/// Refused front-ends are told of once in this time.
-const REFUSALS_INTERVAL: Duration = Duration::from_secs(10);
 /// How often the socket's file is looked at.
 const LOOK_AT_FILE: Duration = Duration::from_secs(1);
 /// After an error of the socket.
@@ -126,14 +124,7 @@ impl Server {
         let cannot = |error: io::Error| format!("{}: cannot start serving: {error}", export.name);
         let (stop, left) = (Bell::new().map_err(cannot)?, Bell::new().map_err(cannot)?);
         let crowd = Arc::new(Crowd { stop, left, present: Mutex::default() });
-        let door = Door {
-            export: export.clone(),
-            crowd: crowd.clone(),
-            threads: Vec::new(),
-            next: 0,
-            refusal_told: None,
-            refusals: 0,
-        };
+        let door = Door { export: export.clone(), crowd: crowd.clone(), threads: Vec::new(), next: 0 };
         let run = move || {
             let name = door.export.name.clone();
             // Its disk would be gone for as long as the program lives.
@@ -176,10 +167,6 @@ struct Door {
     threads: Vec<JoinHandle<()>>,
     /// Numbers of front-ends are never used twice.
     next: u64,
-    /// When a refusal was told last.
-    refusal_told: Option<Instant>,
-    /// Refusals since.
-    refusals: usize,
 }
 
 impl Door {
@@ -237,7 +224,7 @@ impl Door {
                 Ok((stream, _)) => self.admit(stream),
                 Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
                 Err(error) => {
-                    log::error!("{}: cannot accept a front-end: {error}", self.export.name);
+                    self.tell_failure("accept a front-end", &error);
                     // Out of descriptors, most likely: give others time to release some, but hear a stop.
                     wait([&self.crowd.stop.as_fd()], PAUSE);
                 }
@@ -265,7 +252,7 @@ impl Door {
         match entered {
             Ok(entered) => entered.then_some(number),
             Err(error) => {
-                log::error!("{}: cannot use a front-end's socket: {error}", self.export.name);
+                self.tell_failure("use a front-end's socket", &error);
                 None
             }
         }
@@ -284,7 +271,7 @@ impl Door {
             Ok(thread) => self.threads.push(thread),
             Err(error) => {
                 self.crowd.leave(number, None);
-                log::error!("{}: cannot start to serve a front-end: {error}", self.export.name);
+                self.tell_failure("start to serve a front-end", &error);
             }
         }
     }
@@ -309,18 +296,20 @@ impl Door {
     }
 
     /// Tells of a front-end that is refused by closing.
-    fn refuse(&mut self) {
-        self.refusals += 1;
-        if self.refusal_told.is_some_and(|told| told.elapsed() < REFUSALS_INTERVAL) {
-            return;
+    fn refuse(&self) {
+        if let Some(more) = self.export.log.admit(Kind::TurnedAway) {
+            log::warn!(
+                "{}: a front-end was refused: {MOST_FRONT_ENDS} are there, of which one at a time is served{more}",
+                self.export.name
+            );
         }
-        self.refusal_told = Some(Instant::now());
-        let count = std::mem::take(&mut self.refusals);
-        log::warn!(
-            "{}: {count} front-end{} refused: {MOST_FRONT_ENDS} are there, of which one at a time is served",
-            self.export.name,
-            if count == 1 { " was" } else { "s were" }
-        );
+    }
+
+    /// Tells of a front-end that cannot be served for want of something.
+    fn tell_failure(&self, what: &str, error: &io::Error) {
+        if let Some(more) = self.export.log.admit(Kind::TurnedAway) {
+            log::error!("{}: cannot {what}: {error}{more}", self.export.name);
+        }
     }
 }
 
@@ -347,7 +336,12 @@ fn converse(export: &Arc<Export>, crowd: &Crowd, stream: UnixStream, number: u64
     crate::target::tests::panic_if_asked(name, "server panics");
     let (turn, changed) = match (export.turns.join(), export.namespace.listen()) {
         (Ok(turn), Ok(changed)) => (turn, changed),
-        (Err(error), _) | (_, Err(error)) => return log::error!("{name}: cannot serve a front-end: {error}"),
+        (Err(error), _) | (_, Err(error)) => {
+            if let Some(more) = export.log.admit(Kind::TurnedAway) {
+                log::error!("{name}: cannot serve a front-end: {error}{more}");
+            }
+            return;
+        }
     };
     let session = Arc::new(Mutex::new(Session::new(export.clone())));
     let mut spoken = false;
