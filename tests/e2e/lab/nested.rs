@@ -22,7 +22,7 @@ await() {
         case $line in "$1"*) return ;; "@end "*) break ;; esac
     done
     echo "no line '$1' within 300 s, but another end, or that of QEMU"
-    cat "$folder/console.log"
+    cat "$folder/console.log" /run/target.log
     exit 1
 }
 # Runs the script on standard input in the guest.

@@ -171,14 +171,17 @@ impl PackedRing {
         part(Part::Descriptors, setup.descriptors, 16)?;
         part(Part::Driver, setup.driver, 4)?;
         part(Part::Device, setup.device, 4)?;
-        let descriptors = GuestSlice::new(memory, setup.descriptors, size.into())
+        let descriptors: GuestSlice<[AtomicU64; 2]> = GuestSlice::new(memory, setup.descriptors, size.into())
             .ok_or(wrong(Part::Descriptors, setup.descriptors))?;
-        // Some front-ends send base 0 for a new ring and mean what a new ring begins with: both wrap counters 1 (2.8.1). A
-        // ring that really stopped at index 0 with both counters 0 has been used: its descriptors are not all zero.
         // Relaxed: a front-end is done with a new ring's memory before it sends the messages that start the ring.
         let new = descriptors.iter().flatten().all(|word: &AtomicU64| word.load(Ordering::Relaxed) == 0);
-        let (next_avail, next_used) = match setup.base == 0 && new {
-            true => (Position { index: 0, wrap: true }, Position { index: 0, wrap: true }),
+        // Some front-ends send base 0 for a new ring and mean what a new ring begins with: both wrap counters 1 (2.8.1). A
+        // ring that really stopped at index 0 with both counters 0 has been used: its first descriptor was, and says so, or is
+        // available in the next round. One that is available in the first round was never used, however long it has waited.
+        let first = descriptors.first().map_or(0, |first| words(first)[1] & AVAIL_USED);
+        let begins = Position { index: 0, wrap: true };
+        let (next_avail, next_used) = match setup.base == 0 && (new || first == begins.available()) {
+            true => (begins, begins),
             false => (next_avail, next_used),
         };
         Ok(PackedRing {

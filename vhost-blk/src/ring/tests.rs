@@ -28,6 +28,22 @@ impl Device {
     }
 }
 
+/// Front-ends may send base 0 for a new packed ring, and its driver may have begun before it is served.
+#[test]
+fn a_new_packed_ring_may_have_waited() {
+    for waited in [false, true] {
+        let guest = guest();
+        let mut driver = Driver::new(&guest, true, 16, RING, false);
+        let setup = RingSetup { base: 0, ..driver.setup };
+        let mut early = waited.then(|| driver.add(&guest, &[writable(DATA, 1)], None).unwrap());
+        let mut device = Device::new(&guest, &setup);
+        if early.is_none() {
+            early = Some(driver.add(&guest, &[writable(DATA, 1)], None).unwrap());
+        }
+        assert!(early.is_some() && device.pop().unwrap().is_some(), "waited {waited}");
+    }
+}
+
 fn formats() -> impl Iterator<Item = (bool, bool)> {
     [(false, false), (false, true), (true, false), (true, true)].into_iter()
 }
