@@ -428,7 +428,7 @@ fn sharing_is_told_once_and_wrong_messages_once() {
     program.signal(Signal::TERM);
     program.wait();
     program.wait_for("ring 79: reads=1");
-    assert_eq!(program.lines_with("queue pairs are in use; further rings share one"), 1);
+    assert_eq!(program.lines_with("rings share a queue pair: all "), 1);
     assert_eq!(program.lines_with("SEND_RARP refused: it is not offered"), 1);
 }
 

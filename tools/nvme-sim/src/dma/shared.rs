@@ -323,7 +323,10 @@ mod tests {
         assert_eq!(kind(bytes.fill_from(8190, &file, 0, 3)), io::ErrorKind::InvalidInput);
         assert_eq!(kind(bytes.write_to(0, &file, u64::MAX, 1)), io::ErrorKind::InvalidInput);
         // Memory behind which there is no file any more.
-        file.set_len(4096).unwrap();
+        let cut = tempfile::tempfile().unwrap();
+        cut.set_len(8192).unwrap();
+        let whole = SharedBytes::of_file(&cut, 0, 8192, true).unwrap();
+        cut.set_len(4096).unwrap();
         assert!(whole.fill_from(4096, &file, 0, 8).is_err() && whole.write_to(4096, &file, 0, 8).is_err());
     }
 
