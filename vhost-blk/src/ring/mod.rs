@@ -426,6 +426,18 @@ fn indirect_entries(table: Descriptor, head: u16) -> Result<u32, RingError> {
     Ok(entries)
 }
 
+/// Descriptors that are looked at in a ring of this size for one chain. Empty ones do not count in [`Chain::push`].
+fn longest(size: u16) -> u16 {
+    size.min(MAX_CHAIN as u16)
+}
+
+/// What is wrong with a chain that goes on after [`longest`]: with `size` descriptors it uses the whole table or ring, and one more
+/// has come back to one of them.
+#[cold]
+fn endless(size: u16, head: u16) -> RingError {
+    if usize::from(size) <= MAX_CHAIN { RingError::Loop { head } } else { RingError::TooLong { head } }
+}
+
 /// The other side's event index says whether it wants to hear of the step from `old` to `new` (virtio 1.2, 2.7.10).
 #[inline]
 fn event_passed(event: u16, new: u16, old: u16) -> bool {

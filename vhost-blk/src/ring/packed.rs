@@ -11,7 +11,8 @@ use virtio_bindings::virtio_ring::{
 use super::inflight::{PackedLog, PackedState};
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
-    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, endless, event_passed, indirect_entries,
+    longest,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -378,6 +379,7 @@ impl PackedRing {
         let mut at = self.next_avail;
         let mut descriptor = Descriptor::packed([self.word(first, 0), word]);
         let mut entries = 1;
+        let most = longest(self.size);
         loop {
             at = at.advanced(1, self.size);
             if descriptor.flags & INDIRECT != 0 {
@@ -388,13 +390,8 @@ impl PackedRing {
             if descriptor.flags & NEXT == 0 {
                 break;
             }
-            // A chain of `size` descriptors fills the ring; one more has come back to its beginning.
-            if entries == self.size {
-                return Err(RingError::Loop { head: first });
-            }
-            // Empty descriptors do not count in `chain.push`.
-            if usize::from(entries) == MAX_CHAIN {
-                return Err(RingError::TooLong { head: first });
+            if entries == most {
+                return Err(endless(self.size, first));
             }
             entries += 1;
             descriptor = Descriptor::packed([self.word(at.index, 0), self.word(at.index, 1)]);

@@ -8,7 +8,8 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use super::inflight::SplitLog;
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
-    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, event_passed, indirect_entries,
+    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, endless, event_passed, indirect_entries,
+    longest,
 };
 use crate::guest_memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -236,6 +237,7 @@ impl SplitRing {
     #[inline(always)]
     fn walk(&self, head: u16, view: &mut GuestView, chain: &mut Chain) -> Result<(), RingError> {
         chain.clear();
+        let most = longest(self.size);
         let mut index = head;
         let mut seen = 0;
         loop {
@@ -248,13 +250,8 @@ impl SplitRing {
                 return Ok(());
             }
             seen += 1;
-            // A chain of `size` descriptors uses the whole table; one more has come back to one of them.
-            if seen == self.size {
-                return Err(RingError::Loop { head });
-            }
-            // Empty descriptors do not count in `chain.push`.
-            if usize::from(seen) == MAX_CHAIN {
-                return Err(RingError::TooLong { head });
+            if seen == most {
+                return Err(endless(self.size, head));
             }
             index = descriptor.link;
         }

@@ -445,6 +445,27 @@ fn loops_and_wild_indexes_are_found() {
     assert_eq!(Device::new(&guest, &driver.setup).pop(), Err(RingError::Loop { head: 0 }));
 }
 
+/// Empty descriptors say nothing, and yet take their time: a ring may be large, and each of its chains all of it.
+#[test]
+fn chains_of_empty_descriptors_have_a_limit() {
+    const SIZE: u16 = 4096;
+    for packed in [false, true] {
+        let guest = Guest::new(&[(0, 0x40_0000)], None);
+        let mut driver = Driver::new(&guest, packed, SIZE, 0x1_0000, false);
+        for index in 0..SIZE {
+            let raw = match packed {
+                false => descriptor(DATA, 0, 1, (index + 1) % SIZE),
+                true => descriptor(DATA, 0, 0, 1 | 1 << 7),
+            };
+            guest.write(driver.setup.descriptors + 16 * u64::from(index), &raw);
+        }
+        if !packed {
+            driver.offer(&guest, 0);
+        }
+        assert_eq!(Device::new(&guest, &driver.setup).pop(), Err(RingError::TooLong { head: 0 }), "packed {packed}");
+    }
+}
+
 #[test]
 fn long_chains_are_taken_up_to_the_limit() {
     for packed in [false, true] {
