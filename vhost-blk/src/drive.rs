@@ -30,6 +30,7 @@ use vfio::{Device, DmaAddresses, Notice};
 use crate::address::DeviceAddress;
 use crate::bell::Bell;
 use crate::guest_memory::Reach;
+use crate::log_limit::LogLimit;
 use crate::worker::{PairId, Suspicion, Trial, WorkerPool};
 pub use back::NotBack;
 use embedded::Embedded;
@@ -59,6 +60,8 @@ pub struct Drive {
     /// Who has which place. Taken after `state`.
     shares: Mutex<Shares>,
     reports: Mutex<Reports>,
+    /// For lines about its queue pairs, which rings that start and stop cause.
+    log: LogLimit,
     /// Wakes the keeper.
     bell: Bell,
     /// The places in use, for whoever must not wait for `state`.
@@ -230,6 +233,7 @@ impl Drive {
             }),
             shares: Mutex::default(),
             reports: Mutex::default(),
+            log: LogLimit::default(),
             bell: Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))?,
             pairs: Mutex::default(),
             expired: Mutex::new(None),
@@ -424,6 +428,7 @@ impl Drive {
 
     /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
     pub fn shutdown(&self) {
+        self.log.tell_left_out(&self.name, true);
         let condition = std::mem::replace(&mut self.state().condition, Condition::Over);
         if let Condition::Present(present) = condition
             && let Err(error) = present.controller.shutdown()

@@ -99,6 +99,7 @@ fn run(drive: &Drive, stop: &AtomicBool) {
                 attempts.works(now.saturating_duration_since(since));
                 dealing = drive.deal();
                 if now >= next_check {
+                    drive.log.tell_left_out(&drive.name, false);
                     drive.check();
                     next_check = Instant::now() + CHECK_INTERVAL;
                 }

@@ -8,6 +8,7 @@ use nvme_driver::{BouncePool, Error, QueuePairOptions};
 use super::shares::{DiskNumber, LeaseNumber, Shares};
 use super::{Cause, Condition, Drive, Present, State};
 use crate::lane::Lane;
+use crate::log_limit::Kind;
 use crate::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way};
 
 /// Entries of a queue pair, whatever the ring's size: enough to keep a drive busy, and no more memory than that is worth
@@ -62,7 +63,9 @@ impl Share {
                         drive.leave(Cause::from(&why));
                         return self.lease(worker, ring_size);
                     }
-                    log::warn!("{error}; a ring shares another's queue pair");
+                    if let Some(left_out) = drive.log.admit(Kind::Ring) {
+                        log::warn!("{error}; a ring shares another's queue pair{left_out}");
+                    }
                     state = drive.state();
                     None
                 }
@@ -142,7 +145,9 @@ impl Drive {
                         Ok(()) => log::Level::Warn,
                         Err(_) => log::Level::Debug,
                     };
-                    log::log!(level, "{}: cannot delete a queue pair: {error}", self.name);
+                    if let Some(left_out) = self.log.admit(Kind::Ring) {
+                        log::log!(level, "{}: cannot delete a queue pair: {error}{left_out}", self.name);
+                    }
                 }
             }
             (Ok(_), _) => {}
