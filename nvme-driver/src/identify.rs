@@ -492,7 +492,8 @@ impl Namespace {
             discard_alignment_bytes: preferred(raw.npda),
             max_discard_ranges: limits.discard_ranges,
             max_discard_range_blocks: limits.discard_range_blocks,
-            max_discard_blocks: limits.discard_blocks,
+            // More is the same blocks again, and a drive may take its time for each.
+            max_discard_blocks: limits.discard_blocks.min(blocks).max(1),
             max_write_zeroes_blocks: commands_blocks(limits.write_zeroes_bytes),
             max_verify_blocks: commands_blocks(limits.verify_bytes),
             volatile_write_cache: write_cache_enabled,

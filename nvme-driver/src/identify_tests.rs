@@ -234,6 +234,14 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
 }
 
 #[test]
+fn a_discard_takes_no_block_twice() {
+    let without_limit = namespace(|_| {}).unwrap();
+    assert_eq!(without_limit.max_discard_blocks, without_limit.blocks);
+    let small = namespace(|bytes| bytes[0..8].copy_from_slice(&7u64.to_le_bytes())).unwrap();
+    assert_eq!(small.max_discard_blocks, 7);
+}
+
+#[test]
 fn formats_that_cannot_be_served_are_named() {
     assert!(refusal(|bytes| bytes[128] = 8).contains("512 bytes per block and 8 bytes of metadata"));
     assert!(refusal(|bytes| bytes[29] = 3).contains("protection information type 3"));

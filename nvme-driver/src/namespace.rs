@@ -28,7 +28,7 @@ pub struct Namespace {
     pub max_discard_ranges: u16,
     /// Logical blocks per range of a Dataset Management command: at least 1 (DMRSL).
     pub max_discard_range_blocks: u32,
-    /// Logical blocks per Dataset Management command over all ranges: at least 1 (DMSL).
+    /// Logical blocks per Dataset Management command over all ranges: at least 1, at most as many as there are (DMSL).
     pub max_discard_blocks: u64,
     /// Logical blocks per Write Zeroes command: 1 to 65536 (WZSL). MDTS does not bound it.
     pub max_write_zeroes_blocks: u32,
