@@ -5,7 +5,7 @@ use std::time::Duration;
 use zerocopy::FromBytes;
 
 use super::admin::{Admin, MAX_DATA};
-use super::{Controller, identify, lock};
+use super::{Controller, ask, identify, lock};
 use crate::command::admin as opcode;
 use crate::features::{Feature, Select, VolatileWriteCache, Which};
 use crate::identify::{Descriptors, NamespaceContext, RawNamespace, cns};
@@ -80,10 +80,12 @@ impl Controller {
         let mut admin = lock(&self.inner.admin);
         let descriptors = self.identify_descriptors(&mut admin, id)?;
         let write_cache_enabled = self.inner.identity.volatile_write_cache && {
+            let mut known = lock(&self.inner.write_cache);
             match self.get::<VolatileWriteCache>(&mut admin, Select::Current, &()) {
-                Ok(cache) => cache.enabled,
-                // It has a cache and does not say whether it is used: flushes are harmless, lost data is not.
-                Err(Error::Command { .. }) => true,
+                Ok(cache) => *known.insert(cache.enabled),
+                // Not to find it out is no news. One that never says whether its cache is used: flushes are harmless, lost data
+                // is not.
+                Err(Error::Command { .. }) => known.unwrap_or(true),
                 Err(error) => return Err(error),
             }
         };
@@ -154,7 +156,7 @@ impl Controller {
             .with_cdw10(u32::from(F::ID) | (select as u32) << 8)
             .with_cdw11(which.to_dword());
         let name = || format!("Get Features ({})", F::NAME);
-        admin.execute(&self.inner.hardware, command, self.inner.options.admin_timeout, name).map(F::from_dword)
+        ask(|| admin.execute(&self.inner.hardware, command, self.inner.options.admin_timeout, name)).map(F::from_dword)
     }
 
     /// Sets a feature until the next reset, or for good with `save`. Returns the completion's dword 0, which few features use.
@@ -248,9 +250,8 @@ impl Controller {
                 .with_cdw12(at as u32)
                 .with_cdw13((at >> 32) as u32);
             let name = || format!("Get Log Page ({id:#04x}, {length} bytes from {at} on)");
-            let data =
-                admin.execute_in(&self.inner.hardware, command, length, self.inner.options.admin_timeout, name)?;
-            page.extend(data);
+            let timeout = self.inner.options.admin_timeout;
+            page.extend(ask(|| admin.execute_in(&self.inner.hardware, command, length, timeout, name))?);
         }
         Ok(page)
     }

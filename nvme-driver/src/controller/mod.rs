@@ -82,6 +82,8 @@ struct Inner {
     /// Eventfd of each interrupt vector, 0 being the admin queue's.
     vectors: Vec<EventFd>,
     shadow: Option<Shadow>,
+    /// Whether the volatile write cache was in use when the controller last said so.
+    write_cache: Mutex<Option<bool>>,
 }
 
 /// The data under these locks is valid between any two statements: a panic elsewhere does not spoil it.
@@ -127,6 +129,7 @@ impl Controller {
             admin: Mutex::new(admin),
             vectors,
             shadow,
+            write_cache: Mutex::default(),
         };
         Ok(Controller { inner: Arc::new(inner) })
     }
@@ -198,6 +201,7 @@ impl Controller {
         self.enable_vectors_again()?;
         admin.renew();
         queues.forget();
+        *lock(&inner.write_cache) = None;
         admin.enable(&inner.hardware)?;
         let result = self.bring_up_again(&mut admin, queues.granted());
         if result.is_err() {
@@ -374,7 +378,24 @@ fn identify(
 ) -> Result<Vec<u8>, Error> {
     let command = Command::new(opcode::IDENTIFY, namespace).with_cdw10(structure.into());
     let name = || format!("Identify ({name}, namespace {namespace:#x})");
-    admin.execute_in(hardware, command, identify::BYTES, timeout, name)
+    ask(|| admin.execute_in(hardware, command, identify::BYTES, timeout, name))
+}
+
+/// How often a question is asked that the controller fails to answer.
+const QUESTIONS: usize = 3;
+
+/// Asks something that changes nothing, again if the controller answers with an error that another try may not meet.
+fn ask<T>(mut question: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
+    let mut left = QUESTIONS;
+    loop {
+        left -= 1;
+        match question() {
+            Err(Error::Command { command, status }) if left > 0 && !status.do_not_retry() => {
+                log::debug!("{command} failed, and is tried again: {status}");
+            }
+            answer => return answer,
+        }
+    }
 }
 
 fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options) -> Result<ControllerIdentity, Error> {
