@@ -146,6 +146,11 @@ pub struct RangeLimits {
 }
 
 impl RangeLimits {
+    /// The larger ones of two.
+    pub fn max(self, other: RangeLimits) -> RangeLimits {
+        RangeLimits { sectors: self.sectors.max(other.sectors), ranges: self.ranges.max(other.ranges) }
+    }
+
     /// For discards: what one Dataset Management command takes. So a range is cut at most where a command is full, and a request
     /// becomes hardly more commands than it has ranges.
     pub fn discard(namespace: &Namespace) -> RangeLimits {
@@ -163,6 +168,27 @@ impl RangeLimits {
         // Whole blocks, and no more than the field holds.
         let blocks = blocks.min(namespace.blocks).min(u64::from(u32::MAX / sectors_per_block)) as u32;
         RangeLimits { sectors: blocks * sectors_per_block, ranges: ranges.min(MAX_RANGES) }
+    }
+}
+
+/// What drivers may ask for of a namespace in one request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Offer {
+    /// In a discard.
+    pub discard: RangeLimits,
+    /// In a write of zeroes.
+    pub write_zeroes: RangeLimits,
+}
+
+impl Offer {
+    /// As the namespace is now.
+    pub fn new(namespace: &Namespace) -> Offer {
+        Offer { discard: RangeLimits::discard(namespace), write_zeroes: RangeLimits::write_zeroes(namespace) }
+    }
+
+    /// A drive that is back with smaller limits still serves drivers that have read the larger ones.
+    pub fn max(self, other: Offer) -> Offer {
+        Offer { discard: self.discard.max(other.discard), write_zeroes: self.write_zeroes.max(other.write_zeroes) }
     }
 }
 

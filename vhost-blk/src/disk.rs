@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use nvme_driver::{LbaRange, Namespace};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
 
+use crate::blk_config::Offer;
 use crate::request::SECTOR_SHIFT;
 pub use promise::FlushPromise;
 
@@ -48,6 +49,8 @@ impl Geometry {
 pub struct Disk {
     /// The drive's namespace.
     pub namespace: Namespace,
+    /// What the driver may have been told about requests of ranges.
+    pub offer: Offer,
     /// Writes, discards and write zeroes fail: the export or the namespace is read-only.
     pub read_only: bool,
     /// The answer to GET_ID: ASCII, padded with zero bytes (virtio 1.2, 5.2.6).
@@ -55,13 +58,27 @@ pub struct Disk {
     /// The features the driver accepted, as bits.
     pub features: u64,
     /// The `writeback` field of the configuration space (5.2.4): the driver may change it when CONFIG_WCE was negotiated.
-    /// True: writes may stay in the drive's cache until a flush.
-    pub writeback: AtomicBool,
+    /// True: writes may stay in the drive's cache until a flush. One for all forms of the disk that lanes have.
+    pub writeback: Arc<AtomicBool>,
     /// The exported namespace's: its flushes are counted over all front-ends.
     pub flushes: Arc<FlushPromise>,
 }
 
 impl Disk {
+    /// The same disk on its namespace as that is now.
+    pub fn on(&self, namespace: Namespace) -> Disk {
+        let Disk { offer, read_only, serial, features, writeback, flushes, .. } = self;
+        Disk {
+            offer: offer.max(Offer::new(&namespace)),
+            read_only: *read_only || namespace.read_only,
+            namespace,
+            serial: *serial,
+            features: *features,
+            writeback: writeback.clone(),
+            flushes: flushes.clone(),
+        }
+    }
+
     /// Does a write have to be on the media before it completes (5.2.6.2)? So it is when the driver chose writethrough or
     /// cannot flush, and the drive has a cache that loses data.
     #[inline]

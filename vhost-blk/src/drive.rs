@@ -1,19 +1,21 @@
 //! A drive that exports share: the controller at an address while it is there, and the places of lanes on its queue pairs.
 //!
-//! When the controller fails, or has to go, the drive is *away* (`Drive::leave`): the controller is stopped, guest memory is
-//! unmapped from it and the device is closed, so that nothing of it is left in this process: an answer that comes late touches
-//! nothing. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile. The keeper then tries the address
-//! until the same drive is there again, and gives every place a queue pair on it (`back`): lanes go on where they are, with
-//! what was not answered first.
+//! When the controller fails, or has to go, the drive is *away* (`away`): the controller is stopped, and with it its whole
+//! function, so that it touches nothing any more. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile.
+//! A device that is still there keeps its mappings, and its controller is brought up again in place; any other is closed, and the
+//! keeper tries the address until the same drive is there again (`back`). Then every place gets a queue pair on it: lanes go on
+//! where they are, with what was not answered first.
 //!
 //! Guests see a pause, unless it gets too long (`Drive::give_up`): then everything is answered with an error until the drive is
 //! back.
 
+mod away;
 mod back;
 mod embedded;
 mod events;
 mod keeper;
 mod leases;
+mod monitor;
 mod namespaces;
 mod shares;
 #[cfg(test)]
@@ -25,13 +27,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Controller, Error, Options};
-use vfio::{Device, DmaAddresses, Notice};
+use vfio::{Device, DmaAddresses};
 
 use crate::address::DeviceAddress;
 use crate::bell::Bell;
 use crate::guest_memory::Reach;
 use crate::log_limit::LogLimit;
-use crate::worker::{PairId, Suspicion, Trial, WorkerPool};
+use crate::worker::{PairId, Trial, WorkerPool};
+use away::Away;
+pub use away::Cause;
 pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
@@ -64,6 +68,8 @@ pub struct Drive {
     log: LogLimit,
     /// Wakes the keeper.
     bell: Bell,
+    /// Wakes whoever deals out queue pairs.
+    chores: Bell,
     /// The places in use, for whoever must not wait for `state`.
     pairs: Mutex<HashSet<PairId>>,
     /// For the keeper: commands were not answered in time, as was noticed then.
@@ -91,25 +97,14 @@ enum Condition {
     Over,
 }
 
-struct Away {
-    cause: Cause,
-    since: Instant,
-    /// Nobody waits for it any more.
-    given_up: bool,
-    /// What was in its volatile cache is lost, for all we know.
-    cache_lost: bool,
-    /// Before it went.
-    unsafe_shutdowns: Option<u128>,
-    /// What it may still write to, should it care nothing for resets: nothing is mapped there when it is back.
-    addresses: DmaAddresses,
-}
-
 struct Present {
     device: Device,
     controller: Controller,
     since: Instant,
     /// How often it has lost its power without notice (SMART / Health log), if it says so.
     unsafe_shutdowns: Option<u128>,
+    /// It did not say so when it came back: this is from before.
+    unsure: bool,
 }
 
 impl Present {
@@ -120,8 +115,13 @@ impl Present {
             device.dma().keep_clear_of(earlier);
         }
         let controller = Controller::open(&device, options).map_err(NotOpened::Controller)?;
+        Ok(Present::of(device, controller))
+    }
+
+    /// A controller that works.
+    fn of(device: Device, controller: Controller) -> Present {
         let unsafe_shutdowns = controller.health_log().ok().map(|health| health.unsafe_shutdowns);
-        Ok(Present { device, controller, since: Instant::now(), unsafe_shutdowns })
+        Present { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false }
     }
 
     /// The same, for [`FlushPromise`](crate::disk::FlushPromise).
@@ -136,45 +136,6 @@ enum NotOpened {
     Device(vfio::Error),
     /// The controller does not work.
     Controller(Error),
-}
-
-/// Why a drive goes away.
-#[derive(Clone, Debug)]
-pub enum Cause {
-    /// The controller does not work any more.
-    Failed(String),
-    /// It is not there any more.
-    Gone(String),
-    /// The kernel wants it back.
-    WantedBack,
-}
-
-impl From<&Error> for Cause {
-    fn from(error: &Error) -> Cause {
-        match error.is_gone() {
-            true => Cause::Gone(error.to_string()),
-            false => Cause::Failed(error.to_string()),
-        }
-    }
-}
-
-impl From<Notice> for Cause {
-    fn from(notice: Notice) -> Cause {
-        match notice {
-            Notice::RemovalRequested => Cause::WantedBack,
-            Notice::Disconnected => Cause::Gone(notice.to_string()),
-            _ => Cause::Failed(notice.to_string()),
-        }
-    }
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Cause::Failed(why) | Cause::Gone(why) => f.write_str(why),
-            Cause::WantedBack => Notice::RemovalRequested.fmt(f),
-        }
-    }
 }
 
 /// Whether a drive is there.
@@ -234,7 +195,8 @@ impl Drive {
             shares: Mutex::default(),
             reports: Mutex::default(),
             log: LogLimit::default(),
-            bell: Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))?,
+            bell: new_bell()?,
+            chores: new_bell()?,
             pairs: Mutex::default(),
             expired: Mutex::new(None),
             _embedded: embedded,
@@ -348,84 +310,6 @@ impl Drive {
         blocking.flush().map_err(|error| error.to_string())
     }
 
-    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more; what it has not answered
-    /// waits for it to be back; the device is closed. Nothing happens the second time.
-    pub fn leave(&self, cause: Cause) {
-        // With this lock no place appears that would be missed here.
-        let mut state = self.state();
-        let since = Instant::now();
-        if !matches!(state.condition, Condition::Present(_)) {
-            return;
-        }
-        let condition = std::mem::replace(&mut state.condition, Condition::Over);
-        let Condition::Present(Present { device, controller, unsafe_shutdowns, .. }) = condition else { return };
-        // What disappears has lost its power.
-        let mut cache_lost = matches!(cause, Cause::Gone(_));
-        log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
-        if let Cause::WantedBack = cause
-            && let Err(error) = controller.shutdown()
-        {
-            log::warn!("{}: it goes without having saved its cache: {error}", self.name);
-            cache_lost = true;
-        }
-        if let Err(error) = controller.disable() {
-            log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
-            self.memory.detach();
-        }
-        // What makes a drive disappear, time and again, is as bad as what makes it fail.
-        let failed = !matches!(cause, Cause::WantedBack);
-        let addresses = device.dma().handed_out();
-        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses };
-        state.condition = Condition::Away(away);
-        let mut lost = Vec::new();
-        let places = self.shares().places().to_vec();
-        for place in &places {
-            match self.pool.fail_queue_pair(place.id) {
-                Ok(place) => lost.extend(place),
-                Err(error) => log::error!("{}: {error}", self.name),
-            }
-        }
-        self.memory.detach();
-        let suspicion = match failed {
-            true => Suspicion::of(&lost, since, self.options.io_timeout),
-            false => Suspicion::Nobody,
-        };
-        // All of them are asked.
-        let judged = places.iter().map(|place| self.pool.judge(place.id, suspicion));
-        state.last_tries = judged.fold(false, |some, last_tries| some | last_tries.unwrap_or(false));
-        state.trial = None;
-        // The controller's own memory goes last, when it has been told once more to leave it alone.
-        drop(lost);
-        drop(controller);
-        if !device.close() {
-            log::debug!("{}: it is closed when those who look at it just now are done", self.name);
-        }
-        if self.hold.is_zero() {
-            self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
-        }
-        self.bell.ring();
-    }
-
-    /// Has what waits for the drive answered with an error if it has waited long enough. To be called often, by a thread that
-    /// does not wait for drives: the keeper may be trying just now to get it back.
-    pub fn mind_patience(&self) {
-        // While it is being stopped, or given its queue pairs, nothing can be given up: later, then.
-        let Some(mut state) = self.state_now() else { return };
-        if let Condition::Away(Away { since, given_up: false, .. }) = &state.condition
-            && since.elapsed() >= self.hold
-        {
-            self.give_up(&mut state, &format!("it was not back within {:?}", self.hold));
-        }
-    }
-
-    /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
-    fn give_up(&self, state: &mut State, why: &str) {
-        let Condition::Away(away @ Away { given_up: false, .. }) = &mut state.condition else { return };
-        away.given_up = true;
-        log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
-        self.shares().places().iter().for_each(|place| self.pool.give_up(place.id));
-    }
-
     /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
     pub fn shutdown(&self) {
         self.log.tell_left_out(&self.name, true);
@@ -436,6 +320,10 @@ impl Drive {
             log::warn!("{}: shutdown notification failed: {error}", self.name);
         }
     }
+}
+
+fn new_bell() -> Result<Bell, NotBack> {
+    Bell::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))
 }
 
 impl fmt::Display for Drive {

@@ -196,14 +196,13 @@ impl Parser {
             VIRTIO_BLK_T_GET_ID => self.get_id(writable, tail, view, disk),
             VIRTIO_BLK_T_DISCARD if disk.namespace.discard => {
                 // For discard every flag is reserved (5.2.6.2: UNSUPP if any is set).
-                self.block_ranges(head, readable, 0, RangeLimits::discard(&disk.namespace), view, disk)?;
+                self.block_ranges(head, readable, 0, disk.offer.discard, view, disk)?;
                 self.request.operation = Operation::Discard;
                 Ok(self.unless_empty())
             }
             VIRTIO_BLK_T_WRITE_ZEROES if disk.namespace.write_zeroes => {
-                let limits = RangeLimits::write_zeroes(&disk.namespace);
-                let flags =
-                    self.block_ranges(head, readable, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, limits, view, disk)?;
+                let (known, limits) = (VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP, disk.offer.write_zeroes);
+                let flags = self.block_ranges(head, readable, known, limits, view, disk)?;
                 // The flag is per segment; deallocation is a permission, so all have to give it.
                 self.request.operation = match flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP {
                     0 => Operation::WriteZeroes,

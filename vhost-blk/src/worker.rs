@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use nvme_driver::QueuePair;
+use nvme_driver::{Namespace, QueuePair};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::disk::Disk;
@@ -348,6 +348,17 @@ impl WorkerPool {
         }
     }
 
+    /// Gives nothing more to the queue pair of a place until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
+    /// Returns how many commands the controller still has; what it answers is passed on.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn pause(&self, pair: PairId, seat: Seat) -> Result<usize, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Pause { index: pair.index, seat, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
     /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
     /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::give_up`], and they take nothing more. Gives back what
     /// leads to the controller.
@@ -374,6 +385,11 @@ impl WorkerPool {
     /// Has everything that waits in an empty place answered with an error, and from then on everything its lanes are asked.
     pub fn give_up(&self, pair: PairId) {
         self.threads[pair.worker].mailbox.send(Mail::GiveUp { index: pair.index });
+    }
+
+    /// Tells the lanes of a place how their namespaces are now, before they go on with another queue pair.
+    pub fn learn(&self, pair: PairId, namespaces: Arc<[Namespace]>) {
+        self.threads[pair.worker].mailbox.send(Mail::Learn { index: pair.index, namespaces });
     }
 
     /// Puts a queue pair into an empty place; its lanes go on with it.

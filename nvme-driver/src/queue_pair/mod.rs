@@ -97,6 +97,8 @@ pub struct QueuePair {
     id: u16,
     sgl: Option<SglAlignment>,
     staged: Staged,
+    /// Long requests do not go on.
+    held: bool,
     counters: Counters,
     submission_bell: Bell,
     completion_bell: Bell,
@@ -164,6 +166,7 @@ impl QueuePair {
             id: settings.id,
             sgl: settings.sgl,
             staged: Staged::new(slots),
+            held: false,
             counters: Counters::default(),
             submission_bell: Bell::new(submission, submission_bell),
             completion_bell: Bell::new(completion, completion_bell),
@@ -240,6 +243,11 @@ impl QueuePair {
         let id = self.slots.take(token).ok_or(Full)?;
         self.submission.write(&command.with_id(id.0));
         Ok(id)
+    }
+
+    /// Issues no further commands of long requests, until [`QueuePair::drain_after_reset`]: what the controller has can be waited for.
+    pub fn hold(&mut self) {
+        self.held = true;
     }
 
     /// Announces every command written since the last time with one doorbell; nothing if there are none.
@@ -417,6 +425,7 @@ impl QueuePair {
             },
         );
         self.staged.reset();
+        self.held = false;
         self.slots.release_all(|command| {
             let token = match command.request {
                 NO_REQUEST => Some(command.token),

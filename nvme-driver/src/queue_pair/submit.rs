@@ -269,6 +269,9 @@ impl QueuePair {
     #[cold]
     #[inline(never)]
     pub(super) fn issue_staged(&mut self) {
+        if self.held {
+            return;
+        }
         let QueuePair { staged, slots, lists, requests, submission, counters, .. } = self;
         // Where there is but one slot, whoever was refused it has every other turn. If they do not take it, `tick` goes on.
         if slots.len() == 1 && staged.yields() {

@@ -50,7 +50,7 @@ pub enum FaultAction {
     /// It is carried out, and completes, this much later (a random time in the range). Abort ends it early.
     Delay(RangeInclusive<Duration>),
     /// The same, and even if the controller is reset, or its front-end leaves, before that: data and completion go to where they
-    /// would have gone. No controller may do that (NVMe Base 2.0, 3.7.2). Counted in [`Counters::strays`](crate::Counters).
+    /// would have gone. No controller may do that (NVMe Base 2.0, 3.7.2); only a reset of the whole function ends it. Counted in [`Counters::strays`](crate::Counters).
     Stray(RangeInclusive<Duration>),
     /// It is not carried out and completes with this status.
     Fail(Status),

@@ -259,7 +259,7 @@ impl ServerBackend for FrontEnd {
     }
 
     fn reset(&mut self) -> io::Result<()> {
-        self.shared.ask(Request::Reset).map(drop).map_err(io::Error::other)
+        self.shared.ask(Request::FunctionReset).map(drop).map_err(io::Error::other)
     }
 
     fn set_irqs(&mut self, index: u32, flags: u32, start: u32, count: u32, fds: Vec<File>) -> io::Result<()> {

@@ -31,8 +31,10 @@ pub enum PowerLoss {
 pub(crate) enum Request {
     /// Let go of DMA regions that were unmapped.
     RefreshDma,
-    /// Function level reset, or the front-end has gone.
+    /// The front-end has gone.
     Reset,
+    /// Function level reset: nothing outlives that (PCI Express Base 4.0, 6.6.2).
+    FunctionReset,
     PowerCut(PowerLoss),
     AddNamespace(NamespaceConfig),
     RemoveNamespace(u32),

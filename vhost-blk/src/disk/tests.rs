@@ -14,7 +14,7 @@ fn writes_are_forced_through_unless_a_flush_can_follow() {
     ] {
         let mut disk = crate::request::tests::disk(9, 100);
         disk.features = if flush { 1 << VIRTIO_BLK_F_FLUSH } else { 0 };
-        disk.writeback = AtomicBool::new(writeback);
+        disk.writeback = Arc::new(AtomicBool::new(writeback));
         disk.namespace.volatile_write_cache = cache;
         assert_eq!(disk.force_unit_access(), forced, "flush {flush}, writeback {writeback}, cache {cache}");
     }

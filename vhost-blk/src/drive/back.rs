@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use nvme_driver::{Controller, Error};
 
+use super::away::Away;
 use super::leases::NoWay;
-use super::namespaces::{Difference, ExportedNamespace, Found, difference};
+use super::namespaces::Found;
 use super::{Condition, Drive, NotOpened, Present};
 use crate::worker::Trial;
 
@@ -50,22 +51,48 @@ impl From<NotOpened> for NotBack {
 }
 
 impl Drive {
-    /// Tries to open the drive again. Everything that may take long is done before anybody is kept waiting.
+    /// Tries to get the drive back: its controller is brought up where it is, if the device was kept, else it is opened again.
     pub(super) fn come_back(&self) -> Result<(), NotBack> {
-        let earlier = match &self.state().condition {
-            Condition::Away(away) => Some(away.addresses),
+        let (earlier, kept) = match &mut self.state().condition {
+            Condition::Away(away) => (Some(away.addresses), away.kept.take()),
             _ => return Ok(()),
         };
-        let mut present = Present::open(&self.device_address, &self.options, earlier)?;
+        let Some(kept) = kept else { return self.go_on(Present::open(&self.device_address, &self.options, earlier)?) };
+        // What was given away for its queues is not needed any more, and the guests' memory is mapped.
+        let result = match kept.controller.reset() {
+            Ok(()) => self.go_on(Present::of(kept.device.clone(), kept.controller.clone())),
+            Err(error) => Err(NotBack::from(NotOpened::Controller(error))),
+        };
+        if result.is_err() {
+            self.close(kept);
+        }
+        result
+    }
+
+    /// Is it away, with its device still open?
+    pub(super) fn is_kept(&self) -> bool {
+        matches!(&self.state().condition, Condition::Away(Away { kept: Some(_), .. }))
+    }
+
+    /// The controller works. Everything that may take long is done before anybody is kept waiting.
+    fn go_on(&self, mut present: Present) -> Result<(), NotBack> {
         let expected = self.state().namespaces.clone();
-        let found = self.compare(&present.controller, &expected).map_err(NotBack::Unfit)?;
+        self.is_same(&present.controller).map_err(NotBack::Unfit)?;
+        let found = expected.iter().map(|namespace| self.look_at(&present.controller, namespace.id));
+        let found = found.collect::<Result<Vec<_>, _>>()?;
         let mut state = self.state();
         let Condition::Away(away) = &state.condition else { return Ok(()) };
-        let cache_lost = away.cache_lost || away.unsafe_shutdowns != present.unsafe_shutdowns;
-        self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
+        // That it cannot be asked says nothing: it is asked again (`settle_losses`).
+        present.unsure = away.unsafe_shutdowns.is_some() && present.unsafe_shutdowns.is_none();
+        present.unsafe_shutdowns = present.unsafe_shutdowns.or(away.unsafe_shutdowns);
+        let lost_power = away.unsafe_shutdowns.is_some() && away.unsafe_shutdowns != present.unsafe_shutdowns;
+        let cache_lost = away.cache_lost || lost_power;
+        if !self.memory.is_attached() {
+            self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
+        }
         let places = self.shares().places().to_vec();
         let wanted = places.len();
-        let ways = places.iter().map(|place| self.make_way(&present, place.entries));
+        let ways = places.iter().map(|place| self.make_way(&present.device, &present.controller, place.entries));
         let ways = match ways.collect::<Result<Vec<_>, _>>() {
             Ok(ways) => ways,
             Err(error) => {
@@ -78,7 +105,7 @@ impl Drive {
             }
         };
         for (namespace, found) in expected.iter().zip(found) {
-            namespace.learn(&self.name, found);
+            found.into_iter().for_each(|found| namespace.learn(&self.name, found));
         }
         if cache_lost {
             // Before any lane goes on: a flush of one is for the changes of all.
@@ -87,7 +114,9 @@ impl Drive {
         // From here on what is reported concerns this life.
         present.since = Instant::now();
         state.trial = state.last_tries.then(Arc::default);
-        // Before any place goes on.
+        // Before any place goes on: what lanes hold is for the namespaces as they are now.
+        let known: Arc<[_]> = state.namespaces.iter().map(|namespace| namespace.known().usable()).collect();
+        places.iter().for_each(|place| self.pool.learn(place.id, known.clone()));
         let seats: Vec<_> = places.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
         for ((place, way), seat) in places.iter().zip(ways).zip(seats) {
             match seat {
@@ -101,29 +130,28 @@ impl Drive {
         Ok(())
     }
 
-    /// Is it the drive whose namespaces are exported? Says what became of them; one may be missing, or have another size: the drive
-    /// refuses by itself what does not fit. The error says what is different.
-    fn compare(&self, controller: &Controller, expected: &[Arc<ExportedNamespace>]) -> Result<Vec<Found>, String> {
-        let identity = controller.identity();
-        if (&identity.serial, &identity.model) != (&self.serial, &self.model) {
-            return Err(format!(
-                "another drive is in its place: {} {}, it was {} {}",
-                identity.model, identity.serial, self.model, self.serial
-            ));
+    /// What has become of a namespace. `None`: the controller answers with an error. That says nothing of the namespace, of which
+    /// is kept what is known, until it can be asked.
+    fn look_at(&self, controller: &Controller, id: u32) -> Result<Option<Found>, NotBack> {
+        match Found::look(controller, id) {
+            Ok(found) => Ok(Some(found)),
+            Err(error @ (Error::Command { .. } | Error::Untrustworthy(_))) => {
+                log::warn!("{}: namespace {id} is taken to be as it was, and asked for again: {error}", self.name);
+                Ok(None)
+            }
+            Err(error) => Err(NotBack::from(NotOpened::Controller(error))),
         }
-        let look = |exported: &Arc<ExportedNamespace>| {
-            let found = Found::look(controller, exported.id).map_err(|error| error.to_string())?;
-            // Lanes would send what they hold to it before anybody could tell them.
-            let another = match &found {
-                Found::Gone => None,
-                Found::Unusable(why) => Some(why.clone()),
-                Found::There(now) => match difference(&exported.known().namespace, now) {
-                    Difference::Another(why) => Some(why),
-                    Difference::None | Difference::Resized => None,
-                },
-            };
-            another.map_or(Ok(found), |why| Err(format!("namespace {} {why}", exported.id)))
-        };
-        expected.iter().map(look).collect()
+    }
+
+    /// Is it the drive whose namespaces are exported? The error says what is there instead.
+    fn is_same(&self, controller: &Controller) -> Result<(), String> {
+        let identity = controller.identity();
+        if (&identity.serial, &identity.model) == (&self.serial, &self.model) {
+            return Ok(());
+        }
+        Err(format!(
+            "another drive is in its place: {} {}, it was {} {}",
+            identity.model, identity.serial, self.model, self.serial
+        ))
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::log_page::{ChangedNamespaces, ErrorEntry, Health};
 use nvme_driver::{Controller, Error, Event};
 
-use super::{Cause, Drive};
+use super::{Condition, Drive};
 
 /// Between two questions after the namespaces and the health, which a drive should tell by itself.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
@@ -27,17 +27,13 @@ pub(super) struct Reports {
 }
 
 impl Drive {
-    /// Looks whether the controller still works, and what it reports.
+    /// Looks what the controller reports.
     pub(super) fn check(&self) {
         let Ok(controller) = self.controller() else { return };
-        let result = self.look_at_reports(&controller);
-        let works = controller.in_operation();
-        drop(controller);
-        match (result, works) {
-            (_, Err(error)) => self.leave(Cause::from(&error)),
-            // A log page that cannot be read is no reason to stop a drive that works.
-            (Err(error), Ok(())) => self.complain(error.to_string()),
-            (Ok(()), Ok(())) => self.reports().unreadable = None,
+        // What cannot be read is no reason to stop a drive that answers its guests.
+        match self.look_at_reports(&controller) {
+            Err(error) => self.complain(error.to_string()),
+            Ok(()) => self.reports().unreadable = None,
         }
     }
 
@@ -58,11 +54,24 @@ impl Drive {
         self.reports().next_look = Some(now + LOOK_INTERVAL_IN_TROUBLE);
         let complete = self.look_at_namespaces(controller);
         let health = controller.health_log()?;
+        self.settle_losses(health.unsafe_shutdowns);
         self.tell_warnings(&health);
         if complete? && health.critical_warning == 0 {
             self.reports().next_look = Some(now + LOOK_INTERVAL);
         }
         Ok(())
+    }
+
+    /// The drive says how often it has lost its power. When it came back it may not have said so.
+    fn settle_losses(&self, count: u128) {
+        let mut state = self.state();
+        let Condition::Present(present) = &mut state.condition else { return };
+        if !std::mem::take(&mut present.unsure) || present.unsafe_shutdowns == Some(count) {
+            return;
+        }
+        present.unsafe_shutdowns = Some(count);
+        let losses = present.losses();
+        state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name, losses));
     }
 
     /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.

@@ -1,4 +1,5 @@
-//! The thread that looks after one drive: hears when it has to go, sees when it fails, and tries to get it back.
+//! The thread that looks after one drive: hears when it has to go, sees when it fails, and tries to get it back. It asks nothing of a
+//! drive that is there, so that it waits for no answer when it is needed; see `monitor` for that.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -8,12 +9,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::back::NotBack;
-use super::{Cause, Condition, Drive};
+use super::{Cause, Condition, Drive, monitor};
 
 /// Time between two looks at a controller.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
-/// Between two looks at lanes that move.
-const DEAL_PAUSE: Duration = Duration::from_millis(5);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
@@ -22,22 +21,28 @@ const LOOK_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// What works for this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(1);
-/// How long the program's end waits for an attempt that is under way.
+/// How long the program's end waits for what is under way.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// A drive's thread; it ends when this is dropped.
+/// A drive's threads: this one, and its monitor. They end when this is dropped.
 pub struct Keeper {
     drive: Arc<Drive>,
     stop: Arc<AtomicBool>,
-    ended: Receiver<()>,
+    ended: Vec<Receiver<()>>,
 }
 
 impl Keeper {
     /// Starts to look after a drive. The error is one line.
     pub fn start(drive: Arc<Drive>) -> Result<Keeper, String> {
-        let stop = Arc::new(AtomicBool::new(false));
+        let mut keeper = Keeper { drive, stop: Arc::default(), ended: Vec::new() };
+        keeper.spawn("keeper", run)?;
+        keeper.spawn("monitor", monitor::run)?;
+        Ok(keeper)
+    }
+
+    fn spawn(&mut self, name: &str, run: fn(&Drive, &AtomicBool)) -> Result<(), String> {
         let (end, ended) = mpsc::channel();
-        let (kept, stopped) = (drive.clone(), stop.clone());
+        let (kept, stopped) = (self.drive.clone(), self.stop.clone());
         let run = move || {
             run(&kept, &stopped);
             // Before the other end hears of it: it may count on being the last to have the drive.
@@ -45,15 +50,17 @@ impl Keeper {
             drop(end);
         };
         std::thread::Builder::new()
-            .name("keeper".into())
+            .name(name.into())
             .spawn(run)
-            .map_err(|error| format!("cannot start the keeper of {drive}: {error}"))?;
-        Ok(Keeper { drive, stop, ended })
+            .map_err(|error| format!("cannot start the {name} of {}: {error}", self.drive))?;
+        self.ended.push(ended);
+        Ok(())
     }
 
-    /// The drive, if nobody looks after it any more: the thread has panicked.
+    /// The drive, if nobody looks after it any more: a thread has panicked.
     pub fn bereft(&self) -> Option<&Drive> {
-        matches!(self.ended.try_recv(), Err(mpsc::TryRecvError::Disconnected)).then_some(&*self.drive)
+        let has_ended = |ended: &Receiver<()>| matches!(ended.try_recv(), Err(mpsc::TryRecvError::Disconnected));
+        self.ended.iter().any(has_ended).then_some(&*self.drive)
     }
 }
 
@@ -61,30 +68,30 @@ impl Drop for Keeper {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.drive.bell.ring();
-        if let Err(mpsc::RecvTimeoutError::Timeout) = self.ended.recv_timeout(STOP_LIMIT) {
-            // It ends when the controller has answered, or its deadline has passed; what it opened is closed then.
-            log::debug!("{}: an attempt to get it back is still under way", self.drive);
+        self.drive.chores.ring();
+        let deadline = Instant::now() + STOP_LIMIT;
+        for ended in &self.ended {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(left) {
+                // It ends when the controller has answered, or its deadline has passed; what it opened is closed then.
+                log::debug!("{}: it is still being asked, or got back", self.drive);
+            }
         }
     }
 }
 
 fn run(drive: &Drive, stop: &AtomicBool) {
     let mut attempts = Attempts::default();
-    let mut next_check = Instant::now() + CHECK_INTERVAL;
-    let mut dealing = false;
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
         #[cfg(test)]
         crate::target::tests::panic_if_asked(&drive.name, "keeper panics");
-        let mut until = attempts.next.unwrap_or(next_check);
-        if dealing {
-            until = until.min(Instant::now() + DEAL_PAUSE);
-        }
+        let until = attempts.next.unwrap_or(Instant::now() + CHECK_INTERVAL);
         wait(drive, until.saturating_duration_since(Instant::now()));
-        let cause = drive.trouble();
-        if let Some(cause) = cause {
+        if let Some(cause) = drive.trouble() {
             drive.leave(cause);
         }
+        drive.look();
         let now = Instant::now();
         if stop.load(Ordering::Relaxed) {
             return;
@@ -95,18 +102,10 @@ fn run(drive: &Drive, stop: &AtomicBool) {
             Condition::Over => return,
         };
         match since {
-            Some(since) => {
-                attempts.works(now.saturating_duration_since(since));
-                dealing = drive.deal();
-                if now >= next_check {
-                    drive.log.tell_left_out(&drive.name, false);
-                    drive.check();
-                    next_check = Instant::now() + CHECK_INTERVAL;
-                }
-            }
+            Some(since) => attempts.works(now.saturating_duration_since(since)),
             None => {
-                dealing = false;
-                let due = *attempts.next.get_or_insert(now + attempts.pause.max(FIRST_PAUSE));
+                let due = attempts.next.unwrap_or_else(|| now + attempts.first(drive.is_kept()));
+                attempts.next = Some(due);
                 if now >= due {
                     let result = drive.come_back();
                     attempts.tried(drive, result);
@@ -120,7 +119,8 @@ fn run(drive: &Drive, stop: &AtomicBool) {
 fn wait(drive: &Drive, time: Duration) {
     let device = match &drive.state().condition {
         Condition::Present(present) => Some(present.device.clone()),
-        _ => None,
+        Condition::Away(away) => away.kept.as_ref().map(|kept| kept.device.clone()),
+        Condition::Over => None,
     };
     let mut sources = vec![PollFd::new(&drive.bell, PollFlags::IN)];
     let notices = device.as_ref().map(|device| device.notices());
@@ -135,9 +135,15 @@ impl Drive {
     /// Why the drive has to go away, if it has to.
     fn trouble(&self) -> Option<Cause> {
         let expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let notice = match &self.state().condition {
+        let notice = match &mut self.state().condition {
             Condition::Present(present) => present.device.notice(),
-            _ => None,
+            Condition::Away(away) => {
+                // It is wanted back, or gone, before it could be brought up again.
+                let kept = away.kept.take_if(|kept| kept.device.notice().is_some());
+                kept.into_iter().for_each(|kept| self.close(kept));
+                None
+            }
+            Condition::Over => None,
         };
         if let Some(notice) = notice {
             return Some(Cause::from(notice));
@@ -187,6 +193,11 @@ impl Attempts {
         if time >= RECOVERED {
             self.pause = FIRST_PAUSE;
         }
+    }
+
+    /// How long it is before the first attempt. What is `kept` has been reset already, and has all the time it needs.
+    fn first(&self, kept: bool) -> Duration {
+        if kept && self.pause <= FIRST_PAUSE { Duration::ZERO } else { self.pause.max(FIRST_PAUSE) }
     }
 
     /// Chooses the time of the next attempt. Tells why this one failed if it is something new.

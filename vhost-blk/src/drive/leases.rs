@@ -3,10 +3,11 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, Error, QueuePairOptions};
+use nvme_driver::{BouncePool, Controller, Error, QueuePairOptions};
+use vfio::Device;
 
 use super::shares::{DiskNumber, LeaseNumber, Shares};
-use super::{Cause, Condition, Drive, Present, State};
+use super::{Cause, Condition, Drive, State};
 use crate::lane::Lane;
 use crate::log_limit::Kind;
 use crate::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way};
@@ -50,47 +51,56 @@ impl Share {
         let Share { drive, disk } = self;
         // A request may need several commands; twice the ring keeps the guest the limit, not the queue.
         let entries = ring_size.saturating_mul(2).clamp(MIN_ENTRIES, MAX_ENTRIES);
-        let mut state = drive.state();
-        let made = match &state.condition {
-            Condition::Present(present) => match drive.make_way(present, entries) {
-                Ok(way) => Some(drive.add_way(&state, worker, way)),
-                Err(NoWay::NoneLeft) => None,
+        let number = loop {
+            let granted = {
+                let state = drive.state();
+                match &state.condition {
+                    Condition::Present(_) => match drive.shares().reclaim(*disk, worker, entries) {
+                        Some(number) => break number,
+                        None => state.granted,
+                    },
+                    Condition::Away(away) if drive.shares().places().len() < usize::from(state.granted) => {
+                        let id = drive.pool.add_place(worker, away.given_up);
+                        drive.pairs().insert(id);
+                        break drive.shares().add(*disk, entries, id);
+                    }
+                    Condition::Away(_) => break self.join(worker, entries, state.granted)?,
+                    Condition::Over => return Err(format!("{drive} is not used any more")),
+                }
+            };
+            match drive.new_way(entries) {
+                Ok(Some(way)) => {
+                    if let Some(number) = drive.add_way(worker, way, |shares, id| shares.add(*disk, entries, id)) {
+                        break number;
+                    }
+                }
+                // It has just gone, and the ring is served as all others are.
+                Ok(None) => {}
+                Err(NoWay::NoneLeft) => break self.join(worker, entries, granted)?,
                 Err(NoWay::Error(error)) => {
-                    let health = present.controller.in_operation();
-                    drop(state);
-                    // It has just failed, and the ring is served as all others are.
-                    if let Err(why) = health {
+                    if let Err(why) = drive.controller_works() {
                         drive.leave(Cause::from(&why));
-                        return self.lease(worker, ring_size);
+                        continue;
                     }
                     if let Some(left_out) = drive.log.admit(Kind::Ring) {
                         log::warn!("{error}; a ring shares another's queue pair{left_out}");
                     }
-                    state = drive.state();
-                    None
+                    break self.join(worker, entries, granted)?;
                 }
-            },
-            Condition::Away(away) if drive.shares().places().len() < usize::from(state.granted) => {
-                let id = drive.pool.add_place(worker, away.given_up);
-                drive.pairs().insert(id);
-                Some(id)
-            }
-            Condition::Away(_) => None,
-            Condition::Over => return Err(format!("{drive} is not used any more")),
-        };
-        let mut shares = drive.shares();
-        let number = match made {
-            Some(id) => shares.add(*disk, entries, id),
-            None => {
-                let joined = shares.join(*disk, worker, entries, state.granted);
-                let (number, line) = joined.ok_or_else(|| format!("{drive} has no queue pair for a ring"))?;
-                line.into_iter().for_each(|line| log::warn!("{line}"));
-                // There may be one of its own soon.
-                drive.bell.ring();
-                number
             }
         };
         Ok(Lease { drive: drive.clone(), number })
+    }
+
+    /// A place that others have, too.
+    fn join(&self, worker: usize, entries: u16, granted: u16) -> Result<LeaseNumber, String> {
+        let Share { drive, disk } = self;
+        let joined = drive.shares().join(*disk, worker, entries, granted);
+        let (number, line) = joined.ok_or_else(|| format!("{drive} has no queue pair for a ring"))?;
+        line.into_iter().for_each(|line| log::warn!("{line}"));
+        // There may be one of its own soon.
+        drive.chores.ring();
+        Ok(number)
     }
 }
 
@@ -114,90 +124,125 @@ impl Drive {
     }
 
     /// A queue pair on the controller, and what belongs to it.
-    pub(super) fn make_way(&self, present: &Present, entries: u16) -> Result<Way, NoWay> {
+    pub(super) fn make_way(&self, device: &Device, controller: &Controller, entries: u16) -> Result<Way, NoWay> {
         let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
-        let pair = present.controller.create_queue_pair(options).map_err(|error| match error {
+        let pair = controller.create_queue_pair(options).map_err(|error| match error {
             Error::NoQueuePairsLeft { .. } => NoWay::NoneLeft,
             error => NoWay::Error(format!("{}: cannot create a queue pair: {error}", self.name)),
         })?;
-        let pool = BouncePool::new(present.device.dma(), BOUNCE_BYTES)
+        let pool = BouncePool::new(device.dma(), BOUNCE_BYTES)
             .map_err(|error| NoWay::Error(format!("{}: cannot allocate bounce buffers: {error}", self.name)))?;
         Ok(Way { pair, pool })
     }
 
-    /// Puts a queue pair on a worker, in a new place.
-    fn add_way(&self, state: &State, worker: usize, way: Way) -> PairId {
+    /// The same on the controller that is there just now; `None`: there is none. The controller is asked without a lock: a drive
+    /// that does not answer can be taken away meanwhile.
+    fn new_way(&self, entries: u16) -> Result<Option<NewWay>, NoWay> {
+        let (device, controller, since) = match &self.state().condition {
+            Condition::Present(present) => (present.device.clone(), present.controller.clone(), present.since),
+            _ => return Ok(None),
+        };
+        Ok(Some(NewWay { way: self.make_way(&device, &controller, entries)?, since }))
+    }
+
+    /// An error if nothing can be asked of the controller that is there.
+    fn controller_works(&self) -> Result<(), Error> {
+        match &self.state().condition {
+            Condition::Present(present) => present.controller.in_operation(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Puts a queue pair on a worker, in a new place, and has that noted. `None`: its controller is not there any more.
+    fn add_way<T>(&self, worker: usize, new: NewWay, note: impl FnOnce(&mut Shares, PairId) -> T) -> Option<T> {
+        let state = self.state();
+        let there = matches!(&state.condition, Condition::Present(present) if present.since == new.since);
+        if !there {
+            return None;
+        }
         let id = match &state.trial {
-            Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, way, trial.onlooker()),
-            _ => self.pool.add_queue_pair(worker, way),
+            Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, new.way, trial.onlooker()),
+            _ => self.pool.add_queue_pair(worker, new.way),
         };
         self.pairs().insert(id);
-        id
+        Some(note(&mut self.shares(), id))
     }
 
-    /// Gives the queue pair in a place back to the controller; false if there are still lanes.
-    fn take_away(&self, state: &State, id: PairId) -> bool {
-        match (self.pool.take_queue_pair(id), &state.condition) {
-            (Ok(Some(pair)), Condition::Present(present)) => {
-                if let Err(error) = present.controller.delete_queue_pair(pair) {
-                    // A controller that does not work is reset; that ends its queues, too.
-                    let level = match present.controller.in_operation() {
-                        Ok(()) => log::Level::Warn,
-                        Err(_) => log::Level::Debug,
-                    };
-                    if let Some(left_out) = self.log.admit(Kind::Ring) {
-                        log::log!(level, "{}: cannot delete a queue pair: {error}{left_out}", self.name);
+    /// Gives the queue pairs of places that nobody has any more back to the controller, as far as their lanes have left.
+    fn take_away_leaving(&self) {
+        let leaving = self.shares().leaving();
+        for id in leaving {
+            let (pair, controller) = {
+                let state = self.state();
+                if !self.shares().is_leaving(id) {
+                    continue;
+                }
+                let taken = match self.pool.take_queue_pair(id) {
+                    Ok(taken) => taken,
+                    Err(worker::Error::InUse) => continue,
+                    Err(error) => {
+                        log::error!("{}: {error}", self.name);
+                        None
                     }
+                };
+                self.pairs().remove(&id);
+                self.shares().forget(id);
+                match (taken, &state.condition) {
+                    (Some(pair), Condition::Present(present)) => (pair, present.controller.clone()),
+                    _ => continue,
+                }
+            };
+            if let Err(error) = controller.delete_queue_pair(pair) {
+                // A controller that does not work is reset; that ends its queues, too.
+                let level = match controller.in_operation() {
+                    Ok(()) => log::Level::Warn,
+                    Err(_) => log::Level::Debug,
+                };
+                if let Some(left_out) = self.log.admit(Kind::Ring) {
+                    log::log!(level, "{}: cannot delete a queue pair: {error}{left_out}", self.name);
                 }
             }
-            (Ok(_), _) => {}
-            (Err(worker::Error::InUse), _) => return false,
-            (Err(error), _) => log::error!("{}: {error}", self.name),
         }
-        self.pairs().remove(&id);
-        true
     }
 
-    /// One lane fewer on a queue pair; the last one gives it back to the controller.
+    /// One lane fewer on a queue pair; the last one gives it back to the controller, for which nobody waits here.
     fn release(&self, lease: LeaseNumber) {
-        let state = self.state();
-        let free = self.shares().remove(lease);
-        // A lane may still be on its way to another place: then it goes later.
-        if let Some(id) = free
-            && self.take_away(&state, id)
-        {
-            self.shares().forget(id);
-        }
+        self.shares().remove(lease);
         // Others may want it.
-        self.bell.ring();
+        self.chores.ring();
     }
 
     /// Sees to it that every disk has its share, and every ring a queue pair of its own as long as there are any. True: some lanes
     /// are on their way; look again soon.
     pub(super) fn deal(&self) -> bool {
-        let state = self.state();
-        let Condition::Present(present) = &state.condition else { return false };
-        let leaving = self.shares().leaving();
-        for id in leaving {
-            if self.take_away(&state, id) {
-                self.shares().forget(id);
-            }
-        }
+        self.take_away_leaving();
         loop {
-            let Some(gift) = self.shares().next_gift(state.granted) else { break };
-            let way = match self.make_way(present, gift.entries) {
-                Ok(way) => way,
+            let granted = match &*self.state() {
+                State { condition: Condition::Present(_), granted, .. } => *granted,
+                _ => return false,
+            };
+            let Some(gift) = self.shares().next_gift(granted) else { break };
+            let way = match self.new_way(gift.entries) {
+                Ok(Some(way)) => way,
+                Ok(None) => return false,
                 Err(NoWay::NoneLeft) => break,
                 Err(NoWay::Error(error)) => {
                     log::debug!("{error}");
                     break;
                 }
             };
-            let id = self.add_way(&state, gift.worker, way);
-            let mut shares = self.shares();
-            let (lane, line) = shares.give(gift, id);
-            line.into_iter().for_each(|line| log::info!("{line}"));
-            lane.into_iter().for_each(|lane| self.pool.move_lane(lane, id));
+            let given = self.add_way(gift.worker, way, |shares, id| {
+                let (lane, line) = shares.give(gift, id);
+                line.into_iter().for_each(|line| log::info!("{line}"));
+                lane.into_iter().for_each(|lane| self.pool.move_lane(lane, id));
+            });
+            if given.is_none() {
+                return false;
+            }
+        }
+        let state = self.state();
+        if !matches!(state.condition, Condition::Present(_)) {
+            return false;
         }
         let mut shares = self.shares();
         while let Some(merger) = shares.next_return() {
@@ -209,6 +254,13 @@ impl Drive {
         }
         !shares.leaving().is_empty()
     }
+}
+
+/// A queue pair that has no place yet.
+struct NewWay {
+    way: Way,
+    /// Names the controller: since when it is there.
+    since: Instant,
 }
 
 /// A lane's right to a place on a queue pair; given back when dropped. Which one may change while the lane runs.

@@ -7,6 +7,7 @@ use nvme_driver::{Controller, Error, Namespace};
 
 use super::Drive;
 use crate::bell::Bell;
+use crate::blk_config::Offer;
 use crate::disk::FlushPromise;
 
 /// What is known of an exported namespace.
@@ -14,11 +15,25 @@ use crate::disk::FlushPromise;
 pub struct Known {
     /// As it was last seen.
     pub namespace: Namespace,
+    /// The most that drivers were told they may ask for since it was exported.
+    pub offer: Offer,
     /// Why it cannot be used just now: it is not attached, or became another one.
     pub absent: Option<String>,
 }
 
 impl Known {
+    /// It is the same one, as it is now. A name that was not told this time is still its name.
+    fn adopt(&mut self, now: Namespace) {
+        let before = &self.namespace;
+        let namespace = Namespace {
+            uuid: now.uuid.or(before.uuid),
+            nguid: now.nguid.or(before.nguid),
+            eui64: now.eui64.or(before.eui64),
+            ..now
+        };
+        *self = Known { offer: self.offer.max(Offer::new(&namespace)), namespace, absent: None };
+    }
+
     /// What lanes may work on: nothing of a namespace that is absent. Without blocks every request is beyond the end.
     pub fn usable(&self) -> Namespace {
         match self.absent {
@@ -42,7 +57,7 @@ impl ExportedNamespace {
     /// One that is there.
     pub fn new(namespace: Namespace) -> ExportedNamespace {
         let id = namespace.id;
-        let known = Mutex::new(Known { namespace, absent: None });
+        let known = Mutex::new(Known { offer: Offer::new(&namespace), namespace, absent: None });
         ExportedNamespace { id, flushes: Arc::default(), known, listeners: Mutex::default() }
     }
 
@@ -84,8 +99,8 @@ impl ExportedNamespace {
         let id = self.id;
         match found {
             Found::There(namespace) => match difference(&known.namespace, &namespace) {
-                Difference::Another(why) => known.absent = Some(why),
-                Difference::None | Difference::Resized => *known = Known { namespace, absent: None },
+                Some(why) => known.absent = Some(why),
+                None => known.adopt(namespace),
             },
             Found::Gone => known.absent = Some("was deleted or detached from the controller".into()),
             Found::Unusable(why) => known.absent = Some(format!("has another format now: {why}")),
@@ -93,7 +108,7 @@ impl ExportedNamespace {
         if *known == before {
             return;
         }
-        let Known { namespace, absent } = &*known;
+        let Known { namespace, absent, .. } = &*known;
         match (&before.absent, absent) {
             (_, Some(why)) => {
                 log::error!(
@@ -141,44 +156,45 @@ impl Found {
     }
 }
 
-/// What became of a namespace.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Difference {
-    None,
-    /// Its size or its write protection, which guests can live with.
-    Resized,
-    /// It is another one than guests know, in words that go on after "namespace 1".
-    Another(String),
-}
-
-/// What makes a namespace another one than guests know. They were told its block size and what it can do; what is left is how
-/// the drive wants to be used, on which requests under way depend.
-pub(super) fn difference(before: &Namespace, now: &Namespace) -> Difference {
-    let names = |namespace: &Namespace| (namespace.uuid, namespace.nguid, namespace.eui64);
-    if names(before) != names(now) {
-        return Difference::Another("is another one, by its unique identifiers".into());
+/// What makes a namespace another one than guests know, in words that go on after "namespace 1"; `None`: nothing does.
+///
+/// They count on its names, as far as both are told, on the size of its blocks, on what it can do, and on that no write is kept in
+/// a cache that nobody would flush. Everything else is how the drive wants to be used.
+pub(super) fn difference(before: &Namespace, now: &Namespace) -> Option<String> {
+    fn differ<T: PartialEq>(before: Option<T>, now: Option<T>) -> bool {
+        before.zip(now).is_some_and(|(before, now)| before != now)
+    }
+    if differ(before.uuid, now.uuid) || differ(before.nguid, now.nguid) || differ(before.eui64, now.eui64) {
+        return Some("is another one, by its unique identifiers".into());
     }
     if before.block_shift != now.block_shift {
         let (now, before) = (now.block_bytes(), before.block_bytes());
-        return Difference::Another(format!("has blocks of {now} bytes, they had {before}"));
+        return Some(format!("has blocks of {now} bytes, they had {before}"));
     }
-    if before == now {
-        return Difference::None;
+    if now.volatile_write_cache && !before.volatile_write_cache {
+        return Some("has a write cache now, which guests were not told to flush".into());
     }
-    if *before == (Namespace { blocks: before.blocks, read_only: before.read_only, ..now.clone() }) {
-        return Difference::Resized;
-    }
-    Difference::Another(format!("has other limits or features: {now:?}, they were {before:?}"))
+    let lost = |before: bool, now: bool, what| (before && !now).then_some(what);
+    let lost =
+        lost(before.discard, now.discard, "discard").or(lost(before.write_zeroes, now.write_zeroes, "write zeroes"));
+    lost.map(|what| format!("does not support {what} any more, which guests were told it does"))
 }
 
 impl Drive {
     /// Looks what became of the exported namespaces. True: all of them are there.
+    ///
+    /// # Errors
+    /// One could not be looked at, which says nothing about it: what is known of it is kept. The others were looked at.
     pub(super) fn look_at_namespaces(&self, controller: &Controller) -> Result<bool, Error> {
         let exported = self.state().namespaces.clone();
+        let mut failed = None;
         for namespace in &exported {
-            namespace.learn(&self.name, Found::look(controller, namespace.id)?);
+            match Found::look(controller, namespace.id) {
+                Ok(found) => namespace.learn(&self.name, found),
+                Err(error) => failed = failed.or(Some(error)),
+            }
         }
-        Ok(exported.iter().all(|namespace| namespace.lock().absent.is_none()))
+        failed.map_or_else(|| Ok(exported.iter().all(|namespace| namespace.lock().absent.is_none())), Err)
     }
 }
 
@@ -193,28 +209,52 @@ mod tests {
     }
 
     #[test]
-    fn a_namespace_is_the_same_only_if_nothing_guests_count_on_has_changed() {
-        let before = namespace();
-        assert_eq!(difference(&before, &before.clone()), Difference::None);
+    fn a_namespace_is_the_same_as_long_as_guests_can_count_on_it() {
+        let before = Namespace { nguid: Some([6; 16]), volatile_write_cache: false, ..namespace() };
         for now in [
+            before.clone(),
             Namespace { blocks: 999, ..before.clone() },
-            Namespace { blocks: u64::MAX >> 10, ..before.clone() },
             Namespace { read_only: !before.read_only, ..before.clone() },
+            Namespace { boundary_blocks: 256, optimal_io_bytes: 1 << 20, ..before.clone() },
+            Namespace { max_write_zeroes_blocks: 1, max_discard_ranges: 1, blocks: 999, ..before.clone() },
+            Namespace { max_discard_range_blocks: 8, max_discard_blocks: 16, ..before.clone() },
+            Namespace { write_zeroes_deallocates: !before.write_zeroes_deallocates, ..before.clone() },
+            // A name more, or none just now: neither says that it is another.
+            Namespace { uuid: Some([7; 16]), ..before.clone() },
+            Namespace { nguid: None, ..before.clone() },
         ] {
-            assert_eq!(difference(&before, &now), Difference::Resized);
+            assert_eq!(difference(&before, &now), None, "{now:?}");
         }
+        assert_eq!(difference(&Namespace { volatile_write_cache: true, ..before.clone() }, &before), None);
         for (now, says) in [
             (Namespace { nguid: Some([7; 16]), ..before.clone() }, "unique identifiers"),
-            (Namespace { eui64: Some([7; 8]), ..before.clone() }, "unique identifiers"),
-            (Namespace { uuid: Some([7; 16]), blocks: 999, ..before.clone() }, "unique identifiers"),
+            (
+                Namespace { nguid: Some([7; 16]), uuid: Some([7; 16]), blocks: 999, ..before.clone() },
+                "unique identifiers",
+            ),
             (Namespace { block_shift: 12, ..before.clone() }, "blocks of 4096 bytes, they had 512"),
             // Nobody would flush it.
-            (Namespace { volatile_write_cache: !before.volatile_write_cache, ..before.clone() }, "features"),
-            (Namespace { max_write_zeroes_blocks: 1, blocks: 999, ..before.clone() }, "limits"),
+            (Namespace { volatile_write_cache: true, ..before.clone() }, "write cache"),
+            (Namespace { discard: false, ..before.clone() }, "discard"),
+            (Namespace { write_zeroes: false, ..before.clone() }, "write zeroes"),
         ] {
-            let Difference::Another(text) = difference(&before, &now) else { panic!("{says}") };
+            let text = difference(&before, &now).expect(says);
             assert!(text.contains(says), "{text:?} does not say {says:?}");
         }
+    }
+
+    #[test]
+    fn what_it_was_called_and_what_was_offered_is_kept() {
+        let named = Namespace { nguid: Some([6; 16]), ..namespace() };
+        let exported = ExportedNamespace::new(named.clone());
+        let offered = exported.known().offer;
+        let smaller = Namespace { max_write_zeroes_blocks: 8, max_discard_ranges: 1, nguid: None, ..named.clone() };
+        exported.learn("drive", Found::There(smaller.clone()));
+        let known = exported.known();
+        assert_eq!(known.namespace, Namespace { nguid: named.nguid, ..smaller });
+        assert_eq!((known.offer, known.absent), (offered, None), "a driver may have read it");
+        exported.learn("drive", Found::There(Namespace { nguid: Some([9; 16]), ..named }));
+        assert!(exported.known().absent.is_some());
     }
 
     fn rings(bell: &Bell) -> bool {
@@ -247,11 +287,12 @@ mod tests {
             "nothing to work on, but its size is known"
         );
         // Another one in its place is not it.
-        exported.learn("drive", Found::There(Namespace { uuid: Some([9; 16]), ..namespace() }));
-        assert!(exported.known().absent.is_some_and(|why| why.contains("unique identifiers")));
+        exported.learn("drive", Found::There(Namespace { block_shift: 12, ..namespace() }));
+        assert!(exported.known().absent.is_some_and(|why| why.contains("blocks of 4096")));
         assert!(rings(&bell));
         exported.learn("drive", there(1500));
         assert!(rings(&bell));
-        assert_eq!(exported.known(), Known { namespace: Namespace { blocks: 1500, ..namespace() }, absent: None });
+        let known = exported.known();
+        assert_eq!((known.namespace.blocks, known.absent), (1500, None));
     }
 }

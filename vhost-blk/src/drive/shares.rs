@@ -23,6 +23,8 @@ pub(super) struct Place {
     owner: DiskNumber,
     /// It has no leases any more, and goes when its lanes have moved to another.
     leaving: bool,
+    /// It goes because another disk wants it.
+    surrendered: bool,
 }
 
 /// A ring's right to a place.
@@ -100,10 +102,26 @@ impl Shares {
 
     /// A lease of a place of its own.
     pub fn add(&mut self, disk: DiskNumber, entries: u16, id: PairId) -> LeaseNumber {
-        self.places.push(Place { id, entries, owner: disk, leaving: false });
+        self.places.push(Place { id, entries, owner: disk, leaving: false, surrendered: false });
         let number = self.number();
         self.leases.push(Leased { number, disk, place: id, entries, lane: None });
         number
+    }
+
+    /// A lease of a place that the disk has just left, and that has not gone yet: a guest that starts its device anew is back at once.
+    pub fn reclaim(&mut self, disk: DiskNumber, worker: usize, entries: u16) -> Option<LeaseNumber> {
+        let fits = |place: &&mut Place| {
+            place.leaving
+                && !place.surrendered
+                && (place.owner, place.id.worker()) == (disk, worker)
+                && place.entries >= entries
+        };
+        let place = self.places.iter_mut().find(fits)?;
+        place.leaving = false;
+        let id = place.id;
+        let number = self.number();
+        self.leases.push(Leased { number, disk, place: id, entries, lane: None });
+        Some(number)
     }
 
     /// A lease of a place that others have, too; and a line for the log. `None`: there is no place at all.
@@ -165,6 +183,11 @@ impl Shares {
         self.places.retain(|place| place.id != id);
     }
 
+    /// Is this place still to go?
+    pub fn is_leaving(&self, id: PairId) -> bool {
+        self.places.iter().any(|place| place.id == id && place.leaving)
+    }
+
     /// Places that are to go when their lanes have gone.
     pub fn leaving(&self) -> Vec<PairId> {
         self.places.iter().filter(|place| place.leaving).map(|place| place.id).collect()
@@ -221,7 +244,7 @@ impl Shares {
         };
         leased.place = id;
         let (owner, lane) = (leased.disk, leased.lane);
-        self.places.push(Place { id, entries: gift.entries, owner, leaving: false });
+        self.places.push(Place { id, entries: gift.entries, owner, leaving: false, surrendered: false });
         let disk = self.disks.iter_mut().find(|disk| disk.number == owner);
         let line = disk.filter(|disk| !disk.told.has_own).map(|disk| {
             disk.told.has_own = true;
@@ -273,7 +296,8 @@ impl Shares {
             let mut fitting = pairs.filter(|(from, into)| from.id.worker() == into.id.worker());
             fitting.next().map(|(from, into)| (disk.number, from.id, into.id))
         })?;
-        self.places.iter_mut().filter(|place| place.id == from).for_each(|place| place.leaving = true);
+        let surrender = |place: &mut Place| (place.leaving, place.surrendered) = (true, true);
+        self.places.iter_mut().filter(|place| place.id == from).for_each(surrender);
         let moving = self.leases.iter_mut().filter(|leased| leased.place == from);
         let lanes = moving.filter_map(|leased| {
             leased.place = into;
@@ -401,6 +425,24 @@ mod tests {
         }
         bench.deal();
         assert!(bench.shares.places.is_empty() && bench.shares.leases.is_empty());
+    }
+
+    #[test]
+    fn a_place_that_was_just_left_is_had_again() {
+        let mut bench = Bench::new(2, 2);
+        let [disk, other] = [0, 1].map(|_| bench.shares.add_disk("d".into(), None));
+        let lease = bench.start(disk, 0);
+        let place = bench.shares.place_of(lease);
+        assert_eq!(bench.shares.reclaim(disk, 0, 64), None, "it is in use");
+        assert_eq!(bench.shares.remove(lease), place);
+        for (who, worker, entries) in [(other, 0, 64), (disk, 1, 64), (disk, 0, 65)] {
+            assert_eq!(bench.shares.reclaim(who, worker, entries), None);
+        }
+        let again = bench.shares.reclaim(disk, 0, 64).unwrap();
+        assert_eq!((bench.shares.place_of(again), bench.shares.leaving().len()), (place, 0));
+        bench.shares.remove(again);
+        bench.deal();
+        assert_eq!(bench.shares.reclaim(disk, 0, 64), None, "it has gone");
     }
 
     #[test]

@@ -33,6 +33,11 @@ impl Reach {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Is the memory mapped for a device?
+    pub fn is_attached(&self) -> bool {
+        self.inner().dma.is_some()
+    }
+
     /// Takes the device's access to all memory away; what is added from now on waits for [`Reach::attach`].
     ///
     /// The device must not be at work in it any more, or its addresses mean nothing from here on.

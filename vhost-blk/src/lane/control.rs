@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use nvme_driver::BouncePool;
+use nvme_driver::{BouncePool, Namespace};
 
 use super::{Drive, Lane, Mode};
 use crate::disk::Disk;
@@ -123,6 +123,14 @@ impl Lane {
         self.geometry = disk.geometry();
         self.disk = disk;
         self.again.write_protected = false;
+    }
+
+    /// The same disk, whose namespace has become another meanwhile. Its front-end hears of it later.
+    pub(crate) fn learn(&mut self, namespaces: &[Namespace]) {
+        let same = |known: &&Namespace| known.id == self.disk.namespace.id && **known != self.disk.namespace;
+        if let Some(known) = namespaces.iter().find(same) {
+            self.set_disk(Arc::new(self.disk.on(known.clone())));
+        }
     }
 
     /// Has to be polled even when nothing is in flight: nobody would wake it.

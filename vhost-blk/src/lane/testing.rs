@@ -11,6 +11,7 @@ use nvme_sim::{Config, Simulator};
 use vfio::{Address, Device};
 
 use super::*;
+use crate::blk_config::Offer;
 use crate::guest_memory::Reach;
 use crate::request::tests::header;
 use crate::ring::model::{Driver, Guest, Piece, Random, readable, writable};
@@ -82,11 +83,12 @@ impl Machine {
 pub(crate) fn disk(namespace: nvme_driver::Namespace) -> Disk {
     Disk {
         flushes: Default::default(),
+        offer: Offer::new(&namespace),
         namespace,
         read_only: false,
         serial: *b"serial-0123456789abc",
         features: 1 << 9,
-        writeback: AtomicBool::new(true),
+        writeback: Arc::new(AtomicBool::new(true)),
     }
 }
 

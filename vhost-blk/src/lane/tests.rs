@@ -186,7 +186,7 @@ fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool, la
         let mut client = Client::new(guest, 0, false, 16);
         let mut group = machine.group(64);
         let mut disk = machine.disk();
-        disk.writeback = AtomicBool::new(writeback);
+        disk.writeback = Arc::new(AtomicBool::new(writeback));
         disk.features = if flush_negotiated { 1 << 9 } else { 0 };
         group.add(client.lane(guest, &Arc::new(disk)));
         let out = pieces(DATA, layout.iter().copied(), 8, false);

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::AtomicBool;
 
+use std::sync::Arc;
+
 use super::*;
+use crate::blk_config::Offer;
 use crate::ring::model::{Driver, Guest, IOVA_OFFSET, Piece, Random, readable, writable};
 use crate::ring::{Head, Ring, RingError};
 
@@ -14,11 +17,12 @@ const DATA: u64 = 0x10_0000;
 pub(crate) fn disk(block_shift: u8, blocks: u64) -> Disk {
     Disk {
         flushes: Default::default(),
+        offer: Offer::new(&nvme_driver::testing::namespace(block_shift, blocks)),
         namespace: nvme_driver::testing::namespace(block_shift, blocks),
         read_only: false,
         serial: *b"serial-0123456789abc",
         features: 1 << 9,
-        writeback: AtomicBool::new(true),
+        writeback: Arc::new(AtomicBool::new(true)),
     }
 }
 
@@ -329,6 +333,7 @@ fn ranges_beyond_what_the_configuration_space_says_fail() {
     let mut disk = disk(9, 100_000);
     disk.namespace.max_write_zeroes_blocks = 64;
     (disk.namespace.max_discard_ranges, disk.namespace.max_discard_range_blocks) = (3, 1000);
+    disk.offer = Offer::new(&disk.namespace);
     let features = crate::blk_config::features(&disk.namespace, false);
     let config = crate::blk_config::config(&disk.namespace, features, 1, true);
     for (kind, sectors, ranges) in [

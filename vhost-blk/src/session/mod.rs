@@ -333,10 +333,11 @@ impl Drop for Session {
 fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk {
     Disk {
         namespace: known.usable(),
+        offer: known.offer,
         read_only: export.read_only || known.namespace.read_only,
         serial: export.serial,
         features,
-        writeback: AtomicBool::new(writeback),
+        writeback: Arc::new(AtomicBool::new(writeback)),
         flushes: export.namespace.flushes.clone(),
     }
 }

@@ -168,6 +168,18 @@ impl Group {
         expired
     }
 
+    /// The drive is about to go: it is given nothing more before the seat's trial is over, and what it has is still answered. Returns
+    /// how many commands that is.
+    pub(crate) fn pause(&mut self, seat: Seat) -> usize {
+        let Some(mut way) = self.way.take().or_else(|| self.on_trial.take().map(|on_trial| on_trial.way)) else {
+            return 0;
+        };
+        way.pair.hold();
+        let out = way.pair.outstanding();
+        self.on_trial = Some(Box::new(OnTrial { way, seat }));
+        out
+    }
+
     /// The controller is stopped and touches no memory any more: what is in flight waits for [`Group::regain_drive`], as does
     /// everything that comes. Returns what leads to the controller, and what it had.
     pub(crate) fn lose_drive(&mut self) -> Option<Lost> {

@@ -8,7 +8,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use nvme_driver::QueuePair;
+use nvme_driver::{Namespace, QueuePair};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::PairId;
@@ -69,6 +69,11 @@ pub(super) enum Mail {
         id: LaneId,
         error: Option<File>,
     },
+    Pause {
+        index: usize,
+        seat: Seat,
+        reply: Sender<usize>,
+    },
     FailPair {
         index: usize,
         reply: Sender<Option<Lost>>,
@@ -87,6 +92,10 @@ pub(super) enum Mail {
     },
     EndLong {
         id: LaneId,
+    },
+    Learn {
+        index: usize,
+        namespaces: Arc<[Namespace]>,
     },
     RestorePair {
         index: usize,

@@ -509,7 +509,7 @@ fn many_lanes_on_two_workers() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[0, 1]).unwrap();
-    let disk = Arc::new(Disk { writeback: AtomicBool::new(true), ..machine.disk() });
+    let disk = Arc::new(Disk { writeback: Arc::new(AtomicBool::new(true)), ..machine.disk() });
     let pairs: Vec<PairId> = (0..2)
         .map(|worker| {
             let (pair, bounce) = machine.pair(32);

@@ -291,6 +291,9 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
+                Mail::Pause { index, seat, reply } => {
+                    let _ = reply.send(self.group_mut(index).map_or(0, |group| group.pause(seat)));
+                }
                 Mail::FailPair { index, reply } => {
                     let _ = reply.send(self.group_mut(index).and_then(Group::lose_drive));
                 }
@@ -300,6 +303,10 @@ impl Worker {
                 Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(Group::give_up),
                 Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
                 Mail::EndLong { id } => self.lane_mut(id).into_iter().for_each(Lane::end_long),
+                Mail::Learn { index, namespaces } => {
+                    let lanes = self.group_mut(index).into_iter().flat_map(Group::lanes_mut);
+                    lanes.for_each(|lane| lane.learn(&namespaces));
+                }
                 Mail::RestorePair { index, way, seat } => {
                     if let Some(group) = self.group_mut(index) {
                         group.regain_drive(way, seat);

@@ -67,6 +67,11 @@ impl Controller {
         self.clear_doorbells();
     }
 
+    fn reset_all(&mut self) {
+        self.clear();
+        self.shared.registers().power_on();
+    }
+
     fn clear_doorbells(&mut self) {
         for id in 0..self.sqs.len() as u16 {
             self.shared.clear_doorbell(id, false);
@@ -157,10 +162,10 @@ impl Controller {
     fn answer(&mut self, request: Request) -> Result<u64, Error> {
         match request {
             Request::RefreshDma => self.view.refresh(),
-            Request::Reset => {
-                self.clear();
-                let mut registers = self.shared.registers();
-                registers.power_on();
+            Request::Reset => self.reset_all(),
+            Request::FunctionReset => {
+                self.reset_all();
+                self.strays.clear();
             }
             Request::PowerCut(loss) => return Ok(self.power_cut(loss)),
             Request::AddNamespace(config) => {

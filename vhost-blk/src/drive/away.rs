@@ -1,0 +1,203 @@
+//! How a drive goes away: its controller is stopped, lanes keep what it has not answered, and its device is kept or closed.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvme_driver::{Controller, Error};
+use vfio::{Device, DmaAddresses, Notice};
+
+use super::shares::Place;
+use super::{Condition, Drive, Present, State};
+use crate::worker::{Suspicion, Trial};
+
+/// Between two looks at what a drive has still to answer.
+const DRAIN_LOOK: Duration = Duration::from_millis(1);
+
+/// A drive that is not in operation.
+pub(super) struct Away {
+    pub cause: Cause,
+    pub since: Instant,
+    /// Nobody waits for it any more.
+    pub given_up: bool,
+    /// What was in its volatile cache is lost, for all we know.
+    pub cache_lost: bool,
+    /// Before it went.
+    pub unsafe_shutdowns: Option<u128>,
+    /// What it may still write to, should it care nothing for resets: nothing is mapped there when it is opened anew.
+    pub addresses: DmaAddresses,
+    /// The device, if it is still open.
+    pub kept: Option<Kept>,
+}
+
+/// A device that is still there: its function has been reset, all memory is mapped as it was.
+pub(super) struct Kept {
+    pub controller: Controller,
+    pub device: Device,
+}
+
+/// Why a drive goes away.
+#[derive(Clone, Debug)]
+pub enum Cause {
+    /// The controller does not work any more.
+    Failed(String),
+    /// It is not there any more.
+    Gone(String),
+    /// The kernel wants it back.
+    WantedBack,
+}
+
+impl From<&Error> for Cause {
+    fn from(error: &Error) -> Cause {
+        match error.is_gone() {
+            true => Cause::Gone(error.to_string()),
+            false => Cause::Failed(error.to_string()),
+        }
+    }
+}
+
+impl From<Notice> for Cause {
+    fn from(notice: Notice) -> Cause {
+        match notice {
+            Notice::RemovalRequested => Cause::WantedBack,
+            Notice::Disconnected => Cause::Gone(notice.to_string()),
+            _ => Cause::Failed(notice.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Cause::Failed(why) | Cause::Gone(why) => f.write_str(why),
+            Cause::WantedBack => Notice::RemovalRequested.fmt(f),
+        }
+    }
+}
+
+impl Drive {
+    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more; what it has not answered
+    /// waits for it to be back; a device that is gone, or cannot be reset, is closed. Nothing happens the second time.
+    pub fn leave(&self, cause: Cause) {
+        // With this lock no place appears that would be missed here.
+        let mut state = self.state();
+        let since = Instant::now();
+        if !matches!(state.condition, Condition::Present(_)) {
+            return;
+        }
+        let condition = std::mem::replace(&mut state.condition, Condition::Over);
+        let Condition::Present(Present { device, controller, unsafe_shutdowns, .. }) = condition else { return };
+        let places = self.shares().places().to_vec();
+        // What disappears has lost its power.
+        let mut cache_lost = matches!(cause, Cause::Gone(_));
+        log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
+        // As long as there is this seat, places that are paused wait.
+        let pause = Arc::new(Trial::default());
+        let seat = pause.seat();
+        if let Cause::WantedBack = cause
+            && let Err(error) = self.shut_down(&controller, &places, &pause)
+        {
+            log::warn!("{}: it goes without having saved its cache: {error}", self.name);
+            cache_lost = true;
+        }
+        let stopped = controller.disable();
+        if let Err(error) = &stopped {
+            log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
+            self.memory.detach();
+        }
+        // A function that was reset has forgotten whatever its controller did not (PCI Express Base 4.0, 6.6.2).
+        let is_kept = matches!(cause, Cause::Failed(_)) && stopped.is_ok() && self.reset_function(&device);
+        // What makes a drive disappear, time and again, is as bad as what makes it fail.
+        let failed = !matches!(cause, Cause::WantedBack);
+        let addresses = device.dma().handed_out();
+        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses, kept: None };
+        let mut lost = Vec::new();
+        for place in &places {
+            match self.pool.fail_queue_pair(place.id) {
+                Ok(place) => lost.extend(place),
+                Err(error) => log::error!("{}: {error}", self.name),
+            }
+        }
+        drop(seat);
+        let suspicion = match failed {
+            true => Suspicion::of(&lost, since, self.options.io_timeout),
+            false => Suspicion::Nobody,
+        };
+        // All of them are asked.
+        let judged = places.iter().map(|place| self.pool.judge(place.id, suspicion));
+        state.last_tries = judged.fold(false, |some, last_tries| some | last_tries.unwrap_or(false));
+        state.trial = None;
+        // The controller's own memory goes when it has been told to leave it alone, and before the device.
+        drop(lost);
+        let kept = Kept { controller, device };
+        state.condition = match is_kept {
+            true => Condition::Away(Away { kept: Some(kept), ..away }),
+            false => {
+                self.close(kept);
+                Condition::Away(away)
+            }
+        };
+        if self.hold.is_zero() {
+            self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
+        }
+        self.bell.ring();
+    }
+
+    /// Takes the guests' memory from a device and closes it.
+    pub(super) fn close(&self, Kept { controller, device }: Kept) {
+        self.memory.detach();
+        drop(controller);
+        if !device.close() {
+            log::debug!("{}: it is closed when those who look at it just now are done", self.name);
+        }
+    }
+
+    /// False: it cannot be done.
+    fn reset_function(&self, device: &Device) -> bool {
+        let result = device.reset();
+        if let Err(error) = &result {
+            log::info!("{}: it is opened anew, since its function cannot be reset: {error}", self.name);
+        }
+        result.is_ok()
+    }
+
+    /// Has the controller save its cache: first nothing more is given to it, and what it has is waited for; only then is it told to
+    /// shut down (NVMe Base 2.0, 3.6.1).
+    fn shut_down(&self, controller: &Controller, places: &[Place], pause: &Arc<Trial>) -> Result<(), Error> {
+        let deadline = Instant::now() + self.options.io_timeout;
+        loop {
+            let out = places.iter().map(|place| self.pool.pause(place.id, pause.onlooker()));
+            // A worker that is gone gives nothing to the drive either.
+            let out: usize = out.map(|out| out.unwrap_or(0)).sum();
+            if out == 0 {
+                break;
+            }
+            if Instant::now() >= deadline {
+                log::warn!("{}: {out} commands are not answered, and it is shut down all the same", self.name);
+                break;
+            }
+            std::thread::sleep(DRAIN_LOOK);
+        }
+        controller.shutdown()
+    }
+
+    /// Has what waits for the drive answered with an error if it has waited long enough. To be called often, by a thread that
+    /// does not wait for drives: the keeper may be trying just now to get it back.
+    pub fn mind_patience(&self) {
+        // While it is being stopped, or given its queue pairs, nothing can be given up: later, then.
+        let Some(mut state) = self.state_now() else { return };
+        if let Condition::Away(Away { since, given_up: false, .. }) = &state.condition
+            && since.elapsed() >= self.hold
+        {
+            self.give_up(&mut state, &format!("it was not back within {:?}", self.hold));
+        }
+    }
+
+    /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
+    fn give_up(&self, state: &mut State, why: &str) {
+        let Condition::Away(away @ Away { given_up: false, .. }) = &mut state.condition else { return };
+        away.given_up = true;
+        log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
+        self.shares().places().iter().for_each(|place| self.pool.give_up(place.id));
+    }
+}
