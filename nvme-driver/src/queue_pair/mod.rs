@@ -115,12 +115,12 @@ pub struct QueuePair {
     lease: Arc<()>,
 }
 
-/// The coarse clock by which commands age, in milliseconds.
+/// The coarse clock by which commands age, in milliseconds: 64 bits do not wrap, however long a pair has nothing to do.
 struct Clock {
     start: Instant,
-    now: u32,
-    timeout: u32,
-    next_look: u32,
+    now: u64,
+    timeout: u64,
+    next_look: u64,
 }
 
 /// Answers that answered nothing: counted on the spot, told in the log later and rarely.
@@ -128,11 +128,11 @@ struct Clock {
 struct Stale {
     told: u64,
     last: u32,
-    next_telling: u32,
+    next_telling: u64,
 }
 
 /// Between two log lines about stale completions of one queue pair.
-const STALE_TELLING_MS: u32 = 5_000;
+const STALE_TELLING_MS: u64 = 5_000;
 
 impl QueuePair {
     /// Allocates the memory of a queue pair; the controller does not know of it yet.
@@ -155,7 +155,7 @@ impl QueuePair {
         };
         let max_bytes = settings.max_transfer.min(MAX_COMMAND_BYTES);
         let two_pages = 2 * PAGE_BYTES as u32;
-        let timeout = u32::try_from(settings.timeout.as_millis()).unwrap_or(u32::MAX / 4).clamp(1, u32::MAX / 4);
+        let timeout = milliseconds(settings.timeout).max(1);
         Ok(QueuePair {
             submission: SubmissionQueue::new(part(&memory, 0, entries)),
             completion: CompletionQueue::new(part(&memory, completion_at, entries)),
@@ -322,7 +322,7 @@ impl QueuePair {
     /// ([`Status::retry_delay`]); no longer than a command may take.
     pub fn retry_delay(&self, delay: u8) -> Duration {
         let wanted = usize::from(delay).checked_sub(1).and_then(|index| self.retry_delays.get(index));
-        wanted.copied().unwrap_or_default().min(Duration::from_millis(self.clock.timeout.into()))
+        wanted.copied().unwrap_or_default().min(Duration::from_millis(self.clock.timeout))
     }
 
     /// How completions are learned of.
@@ -366,17 +366,17 @@ impl QueuePair {
     /// Expired requests stay outstanding: the controller may still write to their memory until it has been reset
     /// ([`QueuePair::drain_after_reset`]), or answer after all.
     pub fn tick(&mut self, now: Instant, mut expired: impl FnMut(u64)) {
-        self.clock.now = now.saturating_duration_since(self.clock.start).as_millis() as u32;
+        self.clock.now = milliseconds(now.saturating_duration_since(self.clock.start));
         self.tell_stale();
         // Nothing will be reaped that would do it.
         if self.outstanding() == 0 && !self.staged.is_empty() {
             self.issue_staged();
             self.ring();
         }
-        if self.outstanding() == 0 || (self.clock.now.wrapping_sub(self.clock.next_look) as i32) < 0 {
+        if self.outstanding() == 0 || self.clock.now < self.clock.next_look {
             return;
         }
-        self.clock.next_look = self.clock.now.wrapping_add(self.clock.timeout / 8);
+        self.clock.next_look = self.clock.now.saturating_add(self.clock.timeout / 8);
         let requests = &mut self.requests;
         self.slots.look(self.clock.now, self.clock.timeout, |command| {
             let token = match command.request {
@@ -391,12 +391,12 @@ impl QueuePair {
 
     /// The age of the oldest command as of the last [`QueuePair::tick`]; `None` if none has been seen by one.
     pub fn oldest(&self) -> Option<Duration> {
-        self.slots.oldest(self.clock.now).map(|age| Duration::from_millis(age.into()))
+        self.slots.oldest(self.clock.now).map(Duration::from_millis)
     }
 
     fn tell_stale(&mut self) {
         let count = self.counters.stale_completions;
-        if count == self.stale.told || (self.clock.now.wrapping_sub(self.stale.next_telling) as i32) < 0 {
+        if count == self.stale.told || self.clock.now < self.stale.next_telling {
             return;
         }
         log::warn!(
@@ -407,7 +407,7 @@ impl QueuePair {
             self.stale.last & 0xffff
         );
         self.stale.told = count;
-        self.stale.next_telling = self.clock.now.wrapping_add(STALE_TELLING_MS);
+        self.stale.next_telling = self.clock.now.saturating_add(STALE_TELLING_MS);
     }
 
     /// Empties the pair after the controller has been reset or disabled, or is gone: `abandoned` gets the token of each request
@@ -465,6 +465,11 @@ fn part_completed(requests: &mut Requests, staged: &mut Staged, released: Releas
         staged.forget(request);
     }
     outcome
+}
+
+/// Whole milliseconds; what no number holds is as good as for ever.
+fn milliseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// A part of the pair's memory.

@@ -43,7 +43,7 @@ impl Slot {
 #[derive(Clone, Copy, Default)]
 struct Age {
     /// When the command was first looked at.
-    seen: u32,
+    seen: u64,
     /// It has been reported as too old.
     reported: bool,
 }
@@ -143,7 +143,7 @@ impl Slots {
 
     /// Looks at every command: those older than `limit` are reported, once each. `now` counts in the unit of `limit`. A
     /// command's age counts from the first look at it: it is reported at most one interval late, never early.
-    pub fn look(&mut self, now: u32, limit: u32, mut old: impl FnMut(Released)) {
+    pub fn look(&mut self, now: u64, limit: u64, mut old: impl FnMut(Released)) {
         for (at, (slot, age)) in self.slots.iter_mut().zip(&mut self.ages).enumerate() {
             if !slot.is_taken(at, self.mask) {
                 continue;
@@ -152,7 +152,7 @@ impl Slots {
             if slot.next_free != LOOKED_AT {
                 slot.next_free = LOOKED_AT;
                 *age = Age { seen: now, reported: false };
-            } else if !age.reported && now.wrapping_sub(age.seen) >= limit {
+            } else if !age.reported && now.saturating_sub(age.seen) >= limit {
                 age.reported = true;
                 old(Released { token: slot.token, request: slot.request });
             }
@@ -160,10 +160,10 @@ impl Slots {
     }
 
     /// How long the command that has been out longest has been so since the first look at it, if any was looked at.
-    pub fn oldest(&self, now: u32) -> Option<u32> {
+    pub fn oldest(&self, now: u64) -> Option<u64> {
         let all = self.slots.iter().zip(&self.ages).enumerate();
         let looked_at = all.filter(|(at, (slot, _))| slot.is_taken(*at, self.mask) && slot.next_free == LOOKED_AT);
-        looked_at.map(|(_, (_, age))| now.wrapping_sub(age.seen)).max()
+        looked_at.map(|(_, (_, age))| now.saturating_sub(age.seen)).max()
     }
 
     /// Frees every slot, telling what each command was. Their memory must be out of the controller's reach.

@@ -1,6 +1,6 @@
 //! What the controller does wrong reaches the caller as exactly one of: a status, an expiry, an abandoned request.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nvme_driver::controller::Options;
 use nvme_driver::{QueuePair, Status, Work};
@@ -96,13 +96,40 @@ fn a_lost_completion_expires_and_is_given_back_by_the_reset() {
     assert_eq!(wait_expired(&mut pair, 2), [7, 8]);
     assert_eq!(pair.outstanding(), 2, "expired is not released");
     assert!(pair.oldest().is_some_and(|age| age >= Duration::from_millis(200)));
-    pair.tick(std::time::Instant::now() + Duration::from_secs(9), |token| panic!("{token} was told twice"));
+    pair.tick(Instant::now() + Duration::from_secs(9), |token| panic!("{token} was told twice"));
     rig.controller.reset().unwrap();
     let mut abandoned = Vec::new();
     pair.drain_after_reset(|token| abandoned.push(token));
     abandoned.sort();
     assert_eq!(abandoned, [7, 8]);
     assert_eq!(pair.outstanding(), 0);
+}
+
+/// 24.9 days are 2^31 milliseconds, 49.7 days 2^32.
+#[test]
+fn a_command_that_is_lost_after_weeks_of_rest_expires_in_time() {
+    let rig = rig(config(512), &impatient());
+    rig.simulator.faults().add(on_blocks(FaultAction::LoseCompletion, 1..=9));
+    for days in [20, 25, 30, 49, 50, 75, 1000] {
+        let mut pair = rig.pair(32);
+        let start = Instant::now();
+        // Something is out at the first look, so that the pair knows when to look next; then there is nothing for days.
+        let buffer = reads(&rig, &mut pair, 1);
+        pair.tick(start, |token| panic!("{token} has not expired"));
+        wait(&mut pair, 1);
+        let later = start + Duration::from_secs(days * 24 * 3600);
+        pair.tick(later, |token| panic!("{token} has not expired"));
+        pair.submit(&rig.namespace, Work::Read { lba: 1, segments: &[segment(&buffer, 0, 512)] }, 77).unwrap();
+        pair.ring();
+        let mut expired = Vec::new();
+        for tick in 1..=10 {
+            pair.tick(later + Duration::from_millis(30) * tick, |token| expired.push(token));
+            // It was seen first at 30 ms.
+            assert!(tick >= 8 || expired.is_empty(), "too early");
+        }
+        assert_eq!(expired, [77], "after {days} days");
+        assert!(pair.oldest().is_some_and(|age| age >= Duration::from_millis(200)));
+    }
 }
 
 #[test]
@@ -148,7 +175,7 @@ fn a_fatal_status_is_seen_and_the_requests_are_given_back() {
     rig.controller.health().unwrap();
     rig.simulator.faults().add(on_blocks(FaultAction::Fatal, 5..=5));
     reads(&rig, &mut pair, 10);
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     while rig.controller.health().is_ok() {
         assert!(start.elapsed() < crate::setup::DEADLINE);
         std::thread::yield_now();
