@@ -228,7 +228,8 @@ impl Controller {
 
     /// Creates a queue pair again, with its old identifier and memory, after [`Controller::reset`].
     ///
-    /// Its outstanding requests have to be taken out before, with [`QueuePair::drain_after_reset`].
+    /// Its outstanding requests have to be taken out before, with [`QueuePair::drain_after_reset`]. Where there are none, that need
+    /// not be called: the queues begin anew here, so that the controller finds no command from before the reset in them.
     pub fn recreate_queue_pair(&self, pair: &mut QueuePair) -> Result<(), Error> {
         let mut queues = lock(&self.inner.queues);
         let place = self.place_of(&mut queues, pair)?;
@@ -238,13 +239,13 @@ impl Controller {
                 pair.id()
             )));
         }
-        if pair.outstanding() > 0 {
+        if pair.has_requests() {
             return Err(Error::Invalid(format!(
-                "queue pair {} has {} requests from before the reset; take them out first",
-                pair.id(),
-                pair.outstanding()
+                "queue pair {} has requests from before the reset; take them out first",
+                pair.id()
             )));
         }
+        pair.drain_after_reset(|_| {});
         self.create_queues(&mut queues, pair).inspect_err(|_| {
             // So that it can be tried again; if this fails too, only a reset helps.
             if let Err(error) = self.remove_queues(&mut queues, pair.id()) {

@@ -410,6 +410,11 @@ impl QueuePair {
         self.stale.next_telling = self.clock.now.saturating_add(STALE_TELLING_MS);
     }
 
+    /// Are there requests that have not been answered, or taken out by [`QueuePair::drain_after_reset`]?
+    pub(crate) fn has_requests(&self) -> bool {
+        self.outstanding() > 0 || !self.staged.is_empty()
+    }
+
     /// Empties the pair after the controller has been reset or disabled, or is gone: `abandoned` gets the token of each request
     /// that was outstanding, once. The queues are as new, ready to be created again.
     ///

@@ -141,6 +141,28 @@ fn a_reset_with_requests_outstanding() {
     controller.delete_queue_pair(second).unwrap();
 }
 
+/// Where nothing was outstanding there is nothing to take out; that the queues begin anew is not the owner's business.
+#[test]
+fn a_pair_without_requests_is_created_again_empty() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    let mut pair = controller.create_queue_pair(QueuePairOptions { entries: Some(16), interrupt: false }).unwrap();
+    // Written, then overwritten by another: the first write must not be carried out once more.
+    write_and_verify(&mut pair, &namespace, &memory, 0, 1);
+    let mut disk = controller.blocking(1, DEADLINE).unwrap();
+    disk.write(0, &[0xee; 8192]).unwrap();
+    drop(disk);
+    controller.reset().unwrap();
+    controller.recreate_queue_pair(&mut pair).unwrap();
+    write_and_verify(&mut pair, &namespace, &memory, 64, 2);
+    let mut found = [0; 8192];
+    controller.blocking(1, DEADLINE).unwrap().read(0, &mut found).unwrap();
+    assert!(found == [0xee; 8192], "a command from before the reset was carried out again");
+    assert_eq!(pair.counters().stale_completions, 0);
+}
+
 #[test]
 fn pairs_of_before_a_reset_can_be_deleted_or_dropped_after_it() {
     let rig = Rig::new(Config { max_queue_pairs: 2, ..small() });
