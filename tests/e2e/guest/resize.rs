@@ -25,18 +25,18 @@ fn a_disk_grows_and_shrinks_under_a_guest() {
     let has_size = |mib: u64| {
         let sectors = mib * MIB / 512;
         format!(
-            "i=0; until [ $(cat /sys/block/vda/size) = {sectors} ]; do i=$((i + 1)); [ $i -lt 600 ] || exit 1; sleep 0.1; done"
+            "i=0; until [ $(cat /sys/block/vda/size) = {sectors} ]; do i=$((i + 1)); [ $i -lt 100 ] || exit 1; sleep 0.1; done"
         )
     };
     simulator.resize(1, 160 * MIB).unwrap();
-    guest.run(&has_size(160), LONG).unwrap();
+    guest.run(&has_size(160), SHORT).unwrap();
     // More than would have fitted, and all of it on the disk.
     let fill = "set -e; resize2fs /dev/vda
         dd if=/dev/urandom of=/mnt/file bs=1M count=100 conv=fsync 2>/dev/null; sha256sum /mnt/file >/tmp/sum
         echo 3 >/proc/sys/vm/drop_caches; sha256sum -c /tmp/sum; rm /mnt/file; umount /mnt; e2fsck -fn /dev/vda";
     guest.run(fill, LONG).unwrap();
     simulator.resize(1, 96 * MIB).unwrap();
-    guest.run(&has_size(96), LONG).unwrap();
+    guest.run(&has_size(96), SHORT).unwrap();
     let edges = "set -e; dd if=/dev/zero of=/dev/vda bs=1M seek=95 count=1 oflag=direct
         ! dd if=/dev/zero of=/dev/vda bs=1M seek=96 count=1 oflag=direct";
     guest.run(edges, SHORT).unwrap();
