@@ -19,7 +19,7 @@ use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, Serv
 
 use crate::config_space::{BarLayout, CONFIG_BYTES, ConfigSpace};
 use crate::registers::DOORBELLS;
-use crate::shared::{Request, Shared};
+use crate::shared::{Counters, Request, Shared};
 
 const BAR0: u32 = 0;
 const CONFIG: u32 = 7;
@@ -95,6 +95,7 @@ pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
 
 /// Leaves nothing of a front-end behind.
 fn front_end_gone(shared: &Shared) {
+    Counters::add(&shared.counters.front_ends_gone, 1);
     let reset = shared.ask(Request::Reset);
     *shared.config_space() = ConfigSpace::new(&shared.layout);
     shared.bus_master.store(false, Ordering::Relaxed);
@@ -245,6 +246,7 @@ impl ServerBackend for FrontEnd {
 
     fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
         log::debug!("DMA unmap of {size} bytes at {address:#x}");
+        Counters::add(&self.shared.counters.dma_unmaps, 1);
         if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
             self.shared.dma.clear();
         } else if self.shared.dma.unmap(address, size).inspect_err(|error| log::error!("{error}"))? == 0 {

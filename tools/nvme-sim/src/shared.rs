@@ -70,6 +70,10 @@ pub struct Counters {
     pub strays: AtomicU64,
     /// Memory accesses of such commands (one for the data, one for the completion) that found nothing mapped.
     pub strays_refused: AtomicU64,
+    /// Front-ends that have gone.
+    pub front_ends_gone: AtomicU64,
+    /// Messages that took DMA memory away.
+    pub dma_unmaps: AtomicU64,
 }
 
 impl Counters {
