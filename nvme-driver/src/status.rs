@@ -120,6 +120,13 @@ impl Status {
         Status(self.0 & 0x7ff)
     }
 
+    /// Does the controller say that it cannot work with a scatter gather list (NVMe Base 2.0, figure 94: Invalid SGL Segment
+    /// Descriptor, Invalid Number of SGL Descriptors, Data SGL Length Invalid, SGL Descriptor Type Invalid, SGL Offset Invalid)?
+    #[inline]
+    pub const fn concerns_sgl(self) -> bool {
+        self.code_type_number() == 0 && matches!(self.code(), 0x0d | 0x0e | 0x0f | 0x11 | 0x16)
+    }
+
     /// Do not retry (DNR): the same command would fail again.
     pub const fn do_not_retry(self) -> bool {
         self.0 & 1 << 14 != 0

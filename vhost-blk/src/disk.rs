@@ -3,7 +3,7 @@
 mod promise;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nvme_driver::{LbaRange, Namespace};
 use virtio_bindings::virtio_blk::VIRTIO_BLK_F_FLUSH;
@@ -44,6 +44,23 @@ impl Geometry {
     }
 }
 
+/// The features of an exported namespace that its drive announces, and refuses when they are used.
+#[derive(Debug, Default)]
+pub struct Refused(AtomicU64);
+
+impl Refused {
+    /// A request that needs this feature was refused. True: that is news.
+    pub fn note(&self, feature: u64) -> bool {
+        // Relaxed: it guards nothing.
+        self.0.fetch_or(feature, Ordering::Relaxed) & feature == 0
+    }
+
+    /// As bits; front-ends to come are not offered these.
+    pub fn features(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
 /// An export as one front-end has negotiated it.
 #[derive(Debug)]
 pub struct Disk {
@@ -62,12 +79,14 @@ pub struct Disk {
     pub writeback: Arc<AtomicBool>,
     /// The exported namespace's: its flushes are counted over all front-ends.
     pub flushes: Arc<FlushPromise>,
+    /// The exported namespace's.
+    pub refused: Arc<Refused>,
 }
 
 impl Disk {
     /// The same disk on its namespace as that is now.
     pub fn on(&self, namespace: Namespace) -> Disk {
-        let Disk { offer, read_only, serial, features, writeback, flushes, .. } = self;
+        let Disk { offer, read_only, serial, features, writeback, flushes, refused, .. } = self;
         Disk {
             offer: offer.max(Offer::new(&namespace)),
             read_only: *read_only || namespace.read_only,
@@ -76,6 +95,7 @@ impl Disk {
             features: *features,
             writeback: writeback.clone(),
             flushes: flushes.clone(),
+            refused: refused.clone(),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The admin queue: one command at a time, each with a deadline, beside outstanding asynchronous event requests.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -68,6 +69,7 @@ impl Admin {
             entries: ENTRIES,
             max_transfer: MAX_DATA as u32,
             sgl: None,
+            sgl_refused: Arc::default(),
             timeout: Duration::from_secs(60),
             retry_delays: Default::default(),
             interrupt: None,

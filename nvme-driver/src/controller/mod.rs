@@ -7,6 +7,7 @@ mod hardware;
 mod queues;
 mod stop;
 
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -84,6 +85,8 @@ struct Inner {
     shadow: Option<Shadow>,
     /// Whether the volatile write cache was in use when the controller last said so.
     write_cache: Mutex<Option<bool>>,
+    /// It was found to refuse the SGLs that it announces.
+    sgl_refused: Arc<AtomicBool>,
 }
 
 /// The data under these locks is valid between any two statements: a panic elsewhere does not spoil it.
@@ -130,6 +133,7 @@ impl Controller {
             vectors,
             shadow,
             write_cache: Mutex::default(),
+            sgl_refused: Arc::default(),
         };
         Ok(Controller { inner: Arc::new(inner) })
     }

@@ -1,6 +1,6 @@
 //! I/O queue pairs: created, deleted, created again after a reset (NVMe Base 2.0, 5.4 to 5.7), and what they share.
 
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -205,7 +205,9 @@ impl Controller {
             id,
             entries,
             max_transfer: inner.identity.max_transfer.unwrap_or(u32::MAX),
-            sgl: inner.identity.sgl,
+            // Relaxed: it guards nothing.
+            sgl: inner.identity.sgl.filter(|_| !inner.sgl_refused.load(Ordering::Relaxed)),
+            sgl_refused: inner.sgl_refused.clone(),
             timeout: inner.options.io_timeout,
             retry_delays: inner.identity.retry_delays,
             interrupt,

@@ -15,7 +15,7 @@ mod submission;
 mod submit;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use vfio::{DmaBuffer, DmaSlice, DmaSpace, Doorbell};
@@ -71,6 +71,8 @@ pub(crate) struct QueueSettings {
     pub max_transfer: u32,
     /// What the controller's SGLs can say, if it has any.
     pub sgl: Option<SglAlignment>,
+    /// The controller's: it was found to refuse SGLs.
+    pub sgl_refused: Arc<AtomicBool>,
     /// Commands older than this are told by `tick`.
     pub timeout: Duration,
     /// For `retry_delay`.
@@ -96,6 +98,7 @@ pub struct QueuePair {
     plain_bytes: u32,
     id: u16,
     sgl: Option<SglAlignment>,
+    sgl_refused: Arc<AtomicBool>,
     staged: Staged,
     /// Long requests do not go on.
     held: bool,
@@ -165,6 +168,7 @@ impl QueuePair {
             plain_bytes: if max_bytes < two_pages { 0 } else { two_pages },
             id: settings.id,
             sgl: settings.sgl,
+            sgl_refused: settings.sgl_refused,
             staged: Staged::new(slots),
             held: false,
             counters: Counters::default(),
@@ -243,6 +247,14 @@ impl QueuePair {
         let id = self.slots.take(token).ok_or(Full)?;
         self.submission.write(&command.with_id(id.0));
         Ok(id)
+    }
+
+    /// The controller has answered that it cannot work with an SGL ([`Status::concerns_sgl`]), whatever it says of itself: requests
+    /// are described without from now on, and on queue pairs that are created later. True: that is news for this pair.
+    pub fn refuse_sgls(&mut self) -> bool {
+        // Relaxed: it guards nothing.
+        self.sgl_refused.store(true, Ordering::Relaxed);
+        self.sgl.take().is_some()
     }
 
     /// Issues no further commands of long requests, until [`QueuePair::drain_after_reset`]: what the controller has can be waited for.

@@ -8,7 +8,7 @@ use nvme_driver::{Controller, Error, Namespace};
 use super::Drive;
 use crate::bell::Bell;
 use crate::blk_config::Offer;
-use crate::disk::FlushPromise;
+use crate::disk::{FlushPromise, Refused};
 
 /// What is known of an exported namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,6 +49,8 @@ pub struct ExportedNamespace {
     pub id: u32,
     /// What its flushes have promised, to whatever front-end.
     pub flushes: Arc<FlushPromise>,
+    /// What its drive has refused, to whatever front-end.
+    pub refused: Arc<Refused>,
     known: Mutex<Known>,
     listeners: Mutex<Vec<Weak<Bell>>>,
 }
@@ -58,7 +60,7 @@ impl ExportedNamespace {
     pub fn new(namespace: Namespace) -> ExportedNamespace {
         let id = namespace.id;
         let known = Mutex::new(Known { offer: Offer::new(&namespace), namespace, absent: None });
-        ExportedNamespace { id, flushes: Arc::default(), known, listeners: Mutex::default() }
+        ExportedNamespace { id, flushes: Arc::default(), refused: Arc::default(), known, listeners: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Known> {

@@ -13,6 +13,7 @@ use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
 use super::kept::RETRY;
 use super::{BATCH, Drive, Lane, Mode};
+use crate::blk_config;
 use crate::guest_memory::GuestView;
 use crate::log_limit::Kind;
 use crate::request::{self, Operation, Request};
@@ -42,6 +43,8 @@ pub(super) struct Again {
     /// Not before it is time.
     paused: Paused,
     segments: Vec<Segment>,
+    /// The drive has said so of an SGL: it is not to get any more.
+    sgl_refused: Option<Status>,
     /// The drive was last heard to refuse writes, and this was logged.
     pub write_protected: bool,
 }
@@ -128,6 +131,17 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
+        if let Some(status) = self.again.sgl_refused.take()
+            && pair.refuse_sgls()
+            && let Some(more) = self.log.admit(Kind::Drive)
+        {
+            log::warn!(
+                "{}: the drive announces SGLs and refuses them ({status}): it is not given any more of them; what needs them is \
+                 copied{more}",
+                self.name
+            );
+            self.count_line();
+        }
         let Again { ready, crowded, paused, .. } = &mut self.again;
         paused.look(|slot| ready.push_back(Waiting { slot, delay: 0 }));
         // One is enough to look at.
@@ -220,10 +234,14 @@ impl Lane {
 
     /// Answers the request in a slot with an error.
     pub(super) fn fail_slot(&mut self, number: u16) {
+        self.answer_slot(number, request::IOERR);
+    }
+
+    fn answer_slot(&mut self, number: u16, code: u8) {
         if let Some((request, head)) = self.kept_request(number) {
             self.longs.drop_slot(number);
             self.slots.answer_any(number);
-            self.give_back(head, request::IOERR, request.status, request.written);
+            self.give_back(head, code, request.status, request.written);
         }
     }
 
@@ -237,12 +255,56 @@ impl Lane {
         if self.ends_given_up(number, status) {
             return;
         }
+        if status.concerns_sgl() && self.tries_without_sgl(number, status) {
+            return;
+        }
         if self.may_try_again(number, status) {
             self.again.push(number, status.retry_delay());
             return self.end_waiting();
         }
+        if self.announced_in_vain(number, status) {
+            return self.answer_slot(number, request::UNSUPP);
+        }
         self.warn_of(status);
         self.fail_slot(number);
+    }
+
+    /// A request whose data was described by an SGL that the drive does not understand is described in another way, or copied.
+    fn tries_without_sgl(&mut self, number: u16, status: Status) -> bool {
+        let mut kept = self.slots.kept_mut(number);
+        if !kept.as_mut().is_some_and(|kept| kept.count(RETRY, MOST_RETRIES)) {
+            return false;
+        }
+        self.again.sgl_refused = Some(status);
+        self.again.push(number, 0);
+        self.end_waiting();
+        true
+    }
+
+    /// Does the drive refuse what it has announced? Drivers can do without, and the next ones are not offered it.
+    fn announced_in_vain(&mut self, number: u16, status: Status) -> bool {
+        let operation = self.kept_request(number).map(|(request, _)| request.operation);
+        let (feature, what) = match operation {
+            Some(Operation::Discard) => (blk_config::F_DISCARD, "discards"),
+            Some(Operation::WriteZeroes | Operation::WriteZeroesUnmap) => {
+                (blk_config::F_WRITE_ZEROES, "writes of zeroes")
+            }
+            _ => return false,
+        };
+        if !matches!(status.kind(), Status::INVALID_OPCODE | Status::INVALID_FIELD) {
+            return false;
+        }
+        if self.disk.refused.note(feature)
+            && let Some(more) = self.log.admit(Kind::Drive)
+        {
+            log::warn!(
+                "{}: the drive announces {what} and refuses them ({status}); drivers are told that they are unsupported, and \
+                 new front-ends are not offered them{more}",
+                self.name
+            );
+            self.count_line();
+        }
+        true
     }
 
     /// Logs why a request fails: the drive's answer to it. Write protection is a state, and told when it begins.

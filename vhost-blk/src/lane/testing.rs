@@ -83,6 +83,7 @@ impl Machine {
 pub(crate) fn disk(namespace: nvme_driver::Namespace) -> Disk {
     Disk {
         flushes: Default::default(),
+        refused: Default::default(),
         offer: Offer::new(&namespace),
         namespace,
         read_only: false,

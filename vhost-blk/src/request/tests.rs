@@ -17,6 +17,7 @@ const DATA: u64 = 0x10_0000;
 pub(crate) fn disk(block_shift: u8, blocks: u64) -> Disk {
     Disk {
         flushes: Default::default(),
+        refused: Default::default(),
         offer: Offer::new(&nvme_driver::testing::namespace(block_shift, blocks)),
         namespace: nvme_driver::testing::namespace(block_shift, blocks),
         read_only: false,

@@ -98,10 +98,17 @@ impl Session {
         self.features & blk_config::F_PROTOCOL_FEATURES == 0
     }
 
+    /// The features that are offered now, as bits. More are accepted: a front-end that has lost its connection comes with those that
+    /// its guest knows.
+    fn offered(&self) -> u64 {
+        self.export.features & !self.export.namespace.refused.features()
+    }
+
     /// The configuration space as the driver sees it now.
     fn config(&self) -> BlockConfig {
         let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        blk_config::config(&self.known.namespace, self.export.features, self.export.queues, writeback)
+        let features = self.offered() | self.features;
+        blk_config::config(&self.known.namespace, features, self.export.queues, writeback)
     }
 
     /// A new disk for new features; running lanes keep theirs.
@@ -339,5 +346,6 @@ fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk 
         features,
         writeback: Arc::new(AtomicBool::new(writeback)),
         flushes: export.namespace.flushes.clone(),
+        refused: export.namespace.refused.clone(),
     }
 }
