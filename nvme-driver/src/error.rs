@@ -47,6 +47,16 @@ pub enum Error {
         /// What CSTS read then.
         csts: u32,
     },
+    /// The controller did not answer a question of [`crate::Controller::monitor`] in time. It goes on with others.
+    #[error("{command} was not answered within {waited:?}; other commands go on (CSTS reads {csts:#x})")]
+    Unanswered {
+        /// Name of the command, and what it was about.
+        command: String,
+        /// How long was waited.
+        waited: Duration,
+        /// What CSTS read then.
+        csts: u32,
+    },
     /// An earlier command timed out, or the controller was shut down: nothing is sent until a reset.
     #[error("{controller}: not in operation ({why}); reset the controller first")]
     NotInOperation {

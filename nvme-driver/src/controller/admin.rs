@@ -1,4 +1,5 @@
-//! The admin queue: one command at a time, each with a deadline, beside outstanding asynchronous event requests.
+//! The admin queue: one command at a time, each with a deadline, beside outstanding asynchronous event requests, and beside
+//! commands that nobody waits for any more.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -13,13 +14,16 @@ use crate::error::Doing;
 use crate::queue_pair::{Completed, QueuePair, QueueSettings};
 use crate::{Command, Error, Status};
 
-/// Entries of the admin queues: one command, its abort, and the event requests, with room to spare. CAP.MQES bounds I/O
-/// queues only; AQA has room for 4096.
-const ENTRIES: u16 = 16;
+/// Entries of the admin queues. As many submission entries fill a page, which is what every driver uses, and what some drives
+/// were only ever tried with. CAP.MQES bounds I/O queues only; AQA has room for 4096.
+const ENTRIES: u16 = 64;
 /// Asynchronous event requests kept outstanding, when the controller takes as many.
 const EVENT_REQUESTS: u16 = 4;
-/// Tokens of event requests; other commands count from 0 on.
+/// Token of event requests, and of aborts of commands that are overdue; other commands count from 0 on.
 const EVENT: u64 = 1 << 63;
+const ABORT: u64 = 1 << 62;
+/// So many commands may be overdue with nobody waiting for them ([`Loss::Borne`]); one more, and the controller has failed.
+const MOST_LOST: usize = 8;
 const PAGE: usize = 4096;
 /// Pages of data one admin command can move here.
 const DATA_PAGES: usize = 4;
@@ -30,12 +34,48 @@ const ALIVE_INTERVAL: Duration = Duration::from_millis(20);
 
 /// Most bytes of one admin command's data.
 pub(crate) const MAX_DATA: usize = DATA_PAGES * PAGE;
+/// A command's data, then a page for its PRP list.
+const DATA_PLACE: usize = MAX_DATA + PAGE;
+
+/// How long a command may take, and what it means if it takes longer.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patience {
+    pub timeout: Duration,
+    pub loss: Loss,
+}
+
+/// What a command means that is not answered in time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Loss {
+    /// Nothing more is sent: what the controller has done is not known, and only a reset ends that.
+    Failure,
+    /// Nothing but that the answer is not had: other commands go on beside it, and it may be answered later.
+    Borne,
+}
+
+impl Patience {
+    /// For a command without whose answer nothing goes on.
+    pub fn needed(timeout: Duration) -> Patience {
+        Patience { timeout, loss: Loss::Failure }
+    }
+}
+
+/// A command that nobody waits for any more, and that the controller may still answer.
+struct Lost {
+    token: u64,
+    /// The place of its data, which the controller may still write to or read.
+    place: usize,
+}
 
 /// The admin queue pair and what belongs to it.
 pub(crate) struct Admin {
     pair: QueuePair,
-    /// Data of the command under way, then a page for its PRP list.
+    /// Places for data: one for the command under way, and one for each that may be lost.
     data: DmaBuffer,
+    lost: Vec<Lost>,
+    /// Aborts of overdue commands that are out, and how many there may be (ACL).
+    aborts: u16,
+    abort_limit: u16,
     next_token: u64,
     answers: Vec<Completed>,
     /// Answered event requests, not looked at yet: the results.
@@ -43,8 +83,6 @@ pub(crate) struct Admin {
     event_requests: u16,
     /// How many of them the controller has shown to take.
     event_limit: u16,
-    /// Why nothing may be sent; `None` in operation.
-    stopped: Option<&'static str>,
     /// Where the submission queue's tail and the completion queue's head are.
     tail: u16,
     head: u16,
@@ -77,13 +115,15 @@ impl Admin {
         };
         Ok(Admin {
             pair: QueuePair::new(dma, settings, submission, completion).doing("allocate the admin queues")?,
-            data: dma.allocate(MAX_DATA + PAGE).doing("allocate the admin data buffer")?,
+            data: dma.allocate((MOST_LOST + 1) * DATA_PLACE).doing("allocate the admin data buffer")?,
+            lost: Vec::with_capacity(MOST_LOST),
+            aborts: 0,
+            abort_limit: 1,
             next_token: 0,
             answers: Vec::new(),
             events: VecDeque::new(),
             event_requests: 0,
             event_limit: EVENT_REQUESTS,
-            stopped: Some("it has not been enabled"),
             tail: 0,
             head: 0,
             shadow: None,
@@ -93,21 +133,13 @@ impl Admin {
     /// Enables the controller with these queues, which have to be as new.
     pub fn enable(&mut self, hardware: &Hardware) -> Result<(), Error> {
         hardware.enable(self.pair.entries(), self.pair.submission_iova(), self.pair.completion_iova())?;
-        self.stopped = None;
+        hardware.standing.begin();
         Ok(())
     }
 
-    /// An error when nothing may be sent.
-    pub fn check(&self, hardware: &Hardware) -> Result<(), Error> {
-        match self.stopped {
-            Some(why) => Err(Error::NotInOperation { controller: hardware.name.clone(), why }),
-            None => Ok(()),
-        }
-    }
-
-    /// Nothing may be sent from now on.
-    pub fn stop(&mut self, why: &'static str) {
-        self.stopped = Some(why);
+    /// How many aborts the controller takes at once (ACL, not zero-based).
+    pub fn set_abort_limit(&mut self, limit: u16) {
+        self.abort_limit = limit;
     }
 
     /// The controller could not be stopped and may write to its memory for ever: it is not used again.
@@ -120,6 +152,8 @@ impl Admin {
     pub fn renew(&mut self) {
         self.pair.drain_after_reset(|_| {});
         self.answers.clear();
+        self.lost.clear();
+        self.aborts = 0;
         self.events.clear();
         (self.event_requests, self.event_limit) = (0, EVENT_REQUESTS);
         (self.tail, self.head) = (0, 0);
@@ -137,39 +171,54 @@ impl Admin {
         &mut self,
         hardware: &Hardware,
         command: Command,
-        timeout: Duration,
+        patience: Patience,
         name: impl FnOnce() -> String,
     ) -> Result<u32, Error> {
-        self.check(hardware)?;
+        hardware.in_operation()?;
+        if command.opcode() == admin::ABORT && self.aborts >= self.abort_limit {
+            return Err(Error::Unsupported(format!("more than {} Abort commands at once (ACL)", self.abort_limit)));
+        }
+        let place = self.place();
         let token = self.next_token;
         self.next_token += 1;
         let id = self.push(command, token).ok_or_else(|| full(hardware))?;
         self.ring();
-        let completed = match self.wait(hardware, token, timeout)? {
-            Some(completed) => completed,
-            None => {
-                let name = name();
-                let csts = hardware.csts_or_ones();
-                log::warn!(
-                    "{}: {name} is not answered within {timeout:?} (CSTS {csts:#x}); aborting it",
-                    hardware.name
-                );
-                // Abort (NVMe Base 2.0, 5.1) is only advisory; whether it worked shows in the command itself.
-                let abort = Command::new(admin::ABORT, 0).with_cdw10(u32::from(id) << 16);
-                let abort_token = self.next_token;
-                self.next_token += 1;
-                if self.push(abort, abort_token).is_some() {
-                    self.ring();
-                }
-                let Some(completed) = self.wait(hardware, token, ABORT_GRACE.min(timeout))? else {
-                    // The controller may still write to the data buffer and the queues: only a reset ends that.
-                    self.stopped = Some("an admin command was not answered in time");
-                    return Err(Error::Timeout { command: name, waited: timeout, csts });
-                };
-                return answer(completed, || name);
+        if let Some(completed) = self.wait(hardware, token, patience.timeout)? {
+            return answer(completed, name);
+        }
+        let (name, waited, csts) = (name(), patience.timeout, hardware.csts_or_ones());
+        log::warn!("{}: {name} is not answered within {waited:?} (CSTS {csts:#x}); aborting it", hardware.name);
+        // Abort (NVMe Base 2.0, 5.1) is only advisory; whether it worked shows in the command itself.
+        if self.aborts < self.abort_limit {
+            let abort = Command::new(admin::ABORT, 0).with_cdw10(u32::from(id) << 16);
+            if self.push(abort, ABORT).is_some() {
+                self.aborts += 1;
+                self.ring();
             }
-        };
-        answer(completed, name)
+        }
+        match patience.loss {
+            Loss::Failure => match self.wait(hardware, token, ABORT_GRACE.min(waited))? {
+                Some(completed) => answer(completed, || name),
+                None => {
+                    // The controller may still write to the data buffer and the queues: only a reset ends that.
+                    hardware.standing.stop("an admin command was not answered in time");
+                    Err(Error::Timeout { command: name, waited, csts })
+                }
+            },
+            Loss::Borne => {
+                self.lost.push(Lost { token, place });
+                if self.lost.len() >= MOST_LOST {
+                    hardware.standing.stop("many admin commands were not answered in time");
+                }
+                Err(Error::Unanswered { command: name, waited, csts })
+            }
+        }
+    }
+
+    /// The place for the data of the next command: not one that the controller may still use for a command that is lost.
+    fn place(&self) -> usize {
+        // There is one more than can be lost.
+        (0..MOST_LOST).find(|&place| self.lost.iter().all(|lost| lost.place != place)).unwrap_or(MOST_LOST)
     }
 
     /// Like `execute`, for a command that has the controller write `bytes` (at most [`MAX_DATA`]) to memory.
@@ -178,18 +227,19 @@ impl Admin {
         hardware: &Hardware,
         command: Command,
         bytes: usize,
-        timeout: Duration,
+        patience: Patience,
         name: impl FnOnce() -> String,
     ) -> Result<Vec<u8>, Error> {
         debug_assert!(bytes > 0 && bytes <= MAX_DATA);
-        if self.stopped.is_none() {
+        let at = self.place() * DATA_PLACE;
+        if hardware.in_operation().is_ok() {
             // What a lazy controller leaves unwritten has to read as zeroes, not as the answer before.
-            self.data.write(0, &vec![0; bytes]).expect("the buffer has room for the largest answer");
+            self.data.write(at, &vec![0; bytes]).expect("a place has room for the largest answer");
         }
-        let command = self.with_data(command, bytes);
-        self.execute(hardware, command, timeout, name)?;
+        let command = self.with_data(command, at, bytes);
+        self.execute(hardware, command, patience, name)?;
         let mut data = vec![0; bytes];
-        self.data.read(0, &mut data).expect("the buffer has room for the largest answer");
+        self.data.read(at, &mut data).expect("a place has room for the largest answer");
         Ok(data)
     }
 
@@ -199,40 +249,40 @@ impl Admin {
         hardware: &Hardware,
         command: Command,
         data: &[u8],
-        timeout: Duration,
+        patience: Patience,
         name: impl FnOnce() -> String,
     ) -> Result<u32, Error> {
         debug_assert!(!data.is_empty() && data.len() <= MAX_DATA);
-        if self.stopped.is_none() {
-            self.data.write(0, data).expect("the buffer has room for the longest data");
+        let at = self.place() * DATA_PLACE;
+        if hardware.in_operation().is_ok() {
+            self.data.write(at, data).expect("a place has room for the longest data");
         }
-        let command = self.with_data(command, data.len());
-        self.execute(hardware, command, timeout, name)
+        let command = self.with_data(command, at, data.len());
+        self.execute(hardware, command, patience, name)
     }
 
-    /// The data pointer for the first `bytes` of the data buffer: PRP1 alone, with PRP2, or with a list
-    /// (NVMe Base 2.0, 4.1.1).
-    fn with_data(&self, command: Command, bytes: usize) -> Command {
-        let first = self.data.iova();
-        let page = |at: usize| first + (at * PAGE) as u64;
+    /// The data pointer for the first `bytes` of the place that begins `at` so many bytes into the data buffer: PRP1 alone, with
+    /// PRP2, or with a list (NVMe Base 2.0, 4.1.1).
+    fn with_data(&self, command: Command, at: usize, bytes: usize) -> Command {
+        let page = |number: usize| self.data.iova() + (at + number * PAGE) as u64;
         match bytes.div_ceil(PAGE) {
-            0 | 1 => command.with_prps(first, 0),
-            2 => command.with_prps(first, page(1)),
+            0 | 1 => command.with_prps(page(0), 0),
+            2 => command.with_prps(page(0), page(1)),
             pages => {
-                for at in 1..pages {
+                for number in 1..pages {
                     self.data
-                        .write(MAX_DATA + 8 * (at - 1), &page(at).to_le_bytes())
-                        .expect("the buffer ends with a page for the list");
+                        .write(at + MAX_DATA + 8 * (number - 1), &page(number).to_le_bytes())
+                        .expect("a place ends with a page for the list");
                 }
-                command.with_prps(first, page(DATA_PAGES))
+                command.with_prps(page(0), page(DATA_PAGES))
             }
         }
     }
 
     /// Keeps as many event requests outstanding as the controller takes (`limit`), and this driver wants.
-    pub fn request_events(&mut self, limit: u16) {
+    pub fn request_events(&mut self, hardware: &Hardware, limit: u16) {
         let wanted = self.event_limit.min(limit);
-        while self.stopped.is_none() && self.event_requests < wanted {
+        while self.event_requests < wanted && hardware.in_operation().is_ok() {
             if self.push(Command::new(admin::ASYNC_EVENT_REQUEST, 0), EVENT).is_none() {
                 break;
             }
@@ -243,21 +293,27 @@ impl Admin {
 
     /// Takes what the controller has answered; events go to `events`.
     pub fn reap(&mut self, hardware: &Hardware) {
-        let answers = &mut self.answers;
-        let (events, requests, limit) = (&mut self.events, &mut self.event_requests, &mut self.event_limit);
-        let reaped = self.pair.reap(|completed| {
-            if completed.token != EVENT {
-                answers.push(completed);
-                return;
+        let Admin { pair, answers, lost, aborts, events, event_requests, event_limit, .. } = self;
+        let reaped = pair.reap(|completed| match completed.token {
+            EVENT => {
+                *event_requests -= 1;
+                if completed.status.is_success() {
+                    events.push_back(completed.result);
+                } else {
+                    // One fewer from now on, or it would fail again and again.
+                    *event_limit = event_limit.saturating_sub(1);
+                    log::warn!("{}: an asynchronous event request failed: {}", hardware.name, completed.status);
+                }
             }
-            *requests -= 1;
-            if completed.status.is_success() {
-                events.push_back(completed.result);
-            } else {
-                // One fewer from now on, or it would fail again and again.
-                *limit = limit.saturating_sub(1);
-                log::warn!("{}: an asynchronous event request failed: {}", hardware.name, completed.status);
-            }
+            ABORT => *aborts -= 1,
+            token => match lost.iter().position(|lost| lost.token == token) {
+                // Its data is nobody's any more; what matters is that its place is free again.
+                Some(at) => {
+                    lost.swap_remove(at);
+                    log::info!("{}: an overdue admin command is answered: {}", hardware.name, completed.status);
+                }
+                None => answers.push(completed),
+            },
         });
         self.head = advance(self.head, reaped, self.pair.entries());
         if let Some(shadow) = &self.shadow
@@ -289,14 +345,15 @@ impl Admin {
             self.reap(hardware);
             let found = self.answers.iter().position(|completed| completed.token == token);
             let found = found.map(|at| self.answers.swap_remove(at));
-            // Answers to commands nobody waits for any more: aborts.
             self.answers.clear();
             if found.is_some() || waited >= timeout {
                 return Ok(found);
             }
+            // Somebody is about to stop the controller: not kept waiting by a command that nobody needs any more.
+            hardware.in_operation()?;
             if waited >= next_look {
                 if let Err(error) = hardware.check() {
-                    self.stopped = Some("the controller has failed");
+                    hardware.standing.stop("the controller has failed");
                     return Err(error);
                 }
                 next_look = waited + ALIVE_INTERVAL;
@@ -331,6 +388,6 @@ fn answer(completed: Completed, name: impl FnOnce() -> String) -> Result<u32, Er
 }
 
 fn full(hardware: &Hardware) -> Error {
-    // One command is out at a time: this takes a controller that answered events and left a dozen aborts unanswered.
+    // One command is waited for at a time: this takes a controller that answers with wrong identifiers.
     Error::NotInOperation { controller: hardware.name.clone(), why: "the admin queue is full" }
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use zerocopy::FromBytes;
 
-use super::admin::{Admin, MAX_DATA};
+use super::admin::{Admin, MAX_DATA, Patience};
 use super::{Controller, ask, identify, lock};
 use crate::command::admin as opcode;
 use crate::features::{Feature, Select, VolatileWriteCache, Which};
@@ -140,7 +140,7 @@ impl Controller {
     }
 
     fn identify(&self, admin: &mut Admin, structure: u8, namespace: u32, name: &str) -> Result<Vec<u8>, Error> {
-        identify(&self.inner.hardware, admin, self.inner.options.admin_timeout, structure, namespace, name)
+        identify(&self.inner.hardware, admin, self.asking(), structure, namespace, name)
     }
 
     /// A feature's value: what is in force, or another one (`select`; only if the controller supports it). `which` is `&()` for most.
@@ -156,7 +156,7 @@ impl Controller {
             .with_cdw10(u32::from(F::ID) | (select as u32) << 8)
             .with_cdw11(which.to_dword());
         let name = || format!("Get Features ({})", F::NAME);
-        ask(|| admin.execute(&self.inner.hardware, command, self.inner.options.admin_timeout, name)).map(F::from_dword)
+        ask(|| admin.execute(&self.inner.hardware, command, self.asking(), name)).map(F::from_dword)
     }
 
     /// Sets a feature until the next reset, or for good with `save`. Returns the completion's dword 0, which few features use.
@@ -167,7 +167,7 @@ impl Controller {
             .with_cdw10(u32::from(F::ID) | u32::from(save) << 31)
             .with_cdw11(value.to_dword());
         let name = || format!("Set Features ({})", F::NAME);
-        lock(&self.inner.admin).execute(&self.inner.hardware, command, self.inner.options.admin_timeout, name)
+        lock(&self.inner.admin).execute(&self.inner.hardware, command, self.inner.options.needed(), name)
     }
 
     /// `bytes` (a multiple of 4) of a log page from `offset` (a multiple of 4) on. Reading clears the events that belong to it.
@@ -250,8 +250,7 @@ impl Controller {
                 .with_cdw12(at as u32)
                 .with_cdw13((at >> 32) as u32);
             let name = || format!("Get Log Page ({id:#04x}, {length} bytes from {at} on)");
-            let timeout = self.inner.options.admin_timeout;
-            page.extend(ask(|| admin.execute_in(&self.inner.hardware, command, length, timeout, name))?);
+            page.extend(ask(|| admin.execute_in(&self.inner.hardware, command, length, self.asking(), name))?);
         }
         Ok(page)
     }
@@ -262,9 +261,7 @@ impl Controller {
         let abort = Command::new(opcode::ABORT, 0).with_cdw10(u32::from(command.0) << 16 | u32::from(queue_pair));
         let name = || format!("Abort (command {:#06x} of queue {queue_pair})", command.0);
         // Bit 0 of the result: 0 aborted, 1 not (NVMe Base 2.0, 5.1).
-        lock(&self.inner.admin)
-            .execute(&self.inner.hardware, abort, self.inner.options.admin_timeout, name)
-            .map(|result| result & 1 == 0)
+        lock(&self.inner.admin).execute(&self.inner.hardware, abort, self.asking(), name).map(|result| result & 1 == 0)
     }
 
     /// Formats a namespace, without metadata and protection: **its data is lost**. Returns it as it is then.
@@ -295,7 +292,7 @@ impl Controller {
         let dword = format & 0xf | (options.erase as u32) << 9 | (format >> 4 & 3) << 12;
         let command = Command::new(opcode::FORMAT_NVM, namespace).with_cdw10(dword);
         let name = || format!("Format NVM (namespace {namespace}, LBA format {format})");
-        lock(&self.inner.admin).execute(&self.inner.hardware, command, options.timeout, name)?;
+        lock(&self.inner.admin).execute(&self.inner.hardware, command, Patience::needed(options.timeout), name)?;
         self.namespace(namespace)
     }
 }

@@ -81,7 +81,7 @@ impl Controller {
     /// The events there are now. Does not wait for events, only for the log pages that belong to them.
     pub fn poll_events(&self) -> Result<Vec<Event>, Error> {
         let mut admin = lock(&self.inner.admin);
-        admin.check(&self.inner.hardware)?;
+        self.inner.hardware.in_operation()?;
         admin.reap(&self.inner.hardware);
         let mut events = Vec::new();
         // No event request is renewed before the end: a controller that tells without pause does not keep the thread here.
@@ -90,14 +90,14 @@ impl Controller {
             events.push(match self.explain(&mut admin, &answer) {
                 Ok(event) => event,
                 // The log could not be had; that something happened is worth telling all the same.
-                Err(error @ (Error::Command { .. } | Error::Untrustworthy(_))) => {
+                Err(error @ (Error::Command { .. } | Error::Untrustworthy(_) | Error::Unanswered { .. })) => {
                     log::warn!("{}: the log of an event is not to be had: {error}", self.inner.hardware.name);
                     answer.unexplained()
                 }
                 Err(error) => return Err(error),
             });
         }
-        admin.request_events(self.inner.identity.event_limit);
+        admin.request_events(&self.inner.hardware, self.inner.identity.event_limit);
         Ok(events)
     }
 

@@ -1,6 +1,8 @@
 //! The controller's registers with deadlines: enable, disable, shut down, see whether it is alive
 //! (NVMe Base 2.0, 3.5 and 3.6).
 
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use vfio::{Bar, Device};
@@ -38,12 +40,61 @@ fn usable_capabilities(raw: u64) -> Result<Capabilities, String> {
     Ok(capabilities)
 }
 
+/// Whether commands may be sent to a controller. Any thread can look, also while a command is under way.
+pub(crate) struct Standing {
+    /// Why not; `None` in operation.
+    stopped: Mutex<Option<&'static str>>,
+    /// Those who are about to stop the controller and wait for the admin queue.
+    claims: AtomicU32,
+}
+
+/// Somebody is about to stop the controller: what is under way on the admin queue ends at once, until this is dropped.
+pub(crate) struct Claim<'a>(&'a Standing);
+
+impl Standing {
+    fn new() -> Standing {
+        Standing { stopped: Mutex::new(Some("it has not been enabled")), claims: AtomicU32::new(0) }
+    }
+
+    /// Commands may be sent from now on.
+    pub fn begin(&self) {
+        *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Nothing may be sent from now on.
+    pub fn stop(&self, why: &'static str) {
+        *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
+
+    /// Has the command that is under way end at once. To be held until the admin queue is had and [`Standing::stop`] was called.
+    pub fn claim(&self) -> Claim<'_> {
+        // Relaxed: it guards no data; the admin queue's lock does.
+        self.claims.fetch_add(1, Ordering::Relaxed);
+        Claim(self)
+    }
+
+    /// Why nothing may be sent.
+    fn why(&self) -> Option<&'static str> {
+        match self.claims.load(Ordering::Relaxed) {
+            0 => *self.stopped.lock().unwrap_or_else(PoisonError::into_inner),
+            _ => Some("it is just being stopped or reset"),
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        self.0.claims.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A controller's registers, after its capabilities were found usable.
 pub(crate) struct Hardware {
     pub device: Device,
     pub name: String,
     pub capabilities: Capabilities,
     pub version: Version,
+    pub standing: Standing,
     bar: Bar,
     /// The longest the controller may take to become ready or not ready.
     ready_timeout: Duration,
@@ -82,7 +133,8 @@ impl Hardware {
             ready_timeout = ready_timeout.max(Duration::from_millis(500) * (crto & 0xffff));
         }
         let ready_timeout = ready_timeout.min(MAX_READY_TIMEOUT);
-        Ok(Hardware { device: device.clone(), name, capabilities, version, bar, ready_timeout })
+        let standing = Standing::new();
+        Ok(Hardware { device: device.clone(), name, capabilities, version, standing, bar, ready_timeout })
     }
 
     /// Queue pairs, admin included, whose doorbells lie in BAR0.
@@ -105,6 +157,14 @@ impl Hardware {
     /// CSTS for a message; all ones when it cannot be read.
     pub fn csts_or_ones(&self) -> u32 {
         self.bar.read_u32(offset::CSTS).unwrap_or(u32::MAX)
+    }
+
+    /// An error when nothing may be sent.
+    pub fn in_operation(&self) -> Result<(), Error> {
+        match self.standing.why() {
+            Some(why) => Err(Error::NotInOperation { controller: self.name.clone(), why }),
+            None => Ok(()),
+        }
     }
 
     /// An error when an enabled controller is gone, has reported a fatal status, or is not ready.

@@ -19,7 +19,7 @@ use crate::features::{self, EventConfiguration, Feature, NumberOfQueues};
 use crate::identify::{self, CommandLimits, ControllerIdentity, RawController, RawNvmController, cns};
 use crate::registers::Version;
 use crate::{Command, Error};
-use admin::Admin;
+use admin::{Admin, Loss, Patience};
 use hardware::Hardware;
 use queues::{Queues, Shadow};
 
@@ -40,7 +40,8 @@ pub struct Options {
     pub shadow_doorbells: bool,
     /// Give the device eventfds for its interrupt vectors. Without, only polling works.
     pub interrupts: bool,
-    /// Deadline of an admin command. (Format has a deadline of its own.)
+    /// Deadline of an admin command, after which the controller counts as failed. (Format has a deadline of its own, and so has
+    /// what is asked by [`Controller::monitor`].)
     pub admin_timeout: Duration,
     /// Age at which `QueuePair::tick` reports a command of a queue pair.
     pub io_timeout: Duration,
@@ -62,6 +63,13 @@ impl Default for Options {
     }
 }
 
+impl Options {
+    /// For commands without whose answer nothing goes on.
+    fn needed(&self) -> Patience {
+        Patience::needed(self.admin_timeout)
+    }
+}
+
 /// A controller in operation. Clones are the same controller.
 ///
 /// Its functions send admin commands one after the other, and may block for as long as their deadlines: they are for control
@@ -70,6 +78,8 @@ impl Default for Options {
 #[derive(Clone)]
 pub struct Controller {
     inner: Arc<Inner>,
+    /// The deadline of questions whose loss is borne; `None`: none is.
+    monitor: Option<Duration>,
 }
 
 struct Inner {
@@ -135,7 +145,7 @@ impl Controller {
             write_cache: Mutex::default(),
             sgl_refused: Arc::default(),
         };
-        Ok(Controller { inner: Arc::new(inner) })
+        Ok(Controller { inner: Arc::new(inner), monitor: None })
     }
 
     /// What the controller says of itself.
@@ -164,11 +174,29 @@ impl Controller {
         self.inner.hardware.check()
     }
 
-    /// The same, and an error also when an admin command was not answered: nothing can be asked any more until a reset. Waits for
-    /// an admin command that is under way.
+    /// The same, and an error also when an admin command was not answered: nothing can be asked any more until a reset. Does not
+    /// wait for one that is under way.
     pub fn in_operation(&self) -> Result<(), Error> {
         self.health()?;
-        lock(&self.inner.admin).check(&self.inner.hardware)
+        self.inner.hardware.in_operation()
+    }
+
+    /// The same controller for one who only wants to know how it is: each question (namespaces, features, log pages, events, abort)
+    /// has this deadline, and one that is not answered costs nothing but [`Error::Unanswered`]. The controller goes on; its late
+    /// answer is dropped. With eight such questions unanswered at a time the controller counts as failed
+    /// ([`Controller::in_operation`]).
+    ///
+    /// Everything else is as with the original: a queue pair that is not created in time is a failure.
+    pub fn monitor(&self, timeout: Duration) -> Controller {
+        Controller { inner: self.inner.clone(), monitor: Some(timeout) }
+    }
+
+    /// For questions: see [`Controller::monitor`].
+    fn asking(&self) -> Patience {
+        match self.monitor {
+            Some(timeout) => Patience { timeout, loss: Loss::Borne },
+            None => self.inner.options.needed(),
+        }
     }
 
     /// What CSTS reads, for a message.
@@ -187,11 +215,16 @@ impl Controller {
     /// while this runs; afterwards they take out what was outstanding ([`crate::QueuePair::drain_after_reset`]), have the pair
     /// created again ([`Controller::recreate_queue_pair`]) and submit anew. Features are as after power-on, unless saved.
     /// Namespaces may have changed meanwhile, and so may whether their write cache is in use: ask for them again.
+    ///
+    /// An admin command that is under way in another thread ends with an error at once; nothing waits for its deadline. So it is
+    /// with [`Controller::disable`] and [`Controller::shutdown`].
     pub fn reset(&self) -> Result<(), Error> {
         let inner = &*self.inner;
+        let claim = inner.hardware.standing.claim();
         let mut queues = lock(&inner.queues);
         let mut admin = lock(&inner.admin);
-        admin.stop("a reset has failed");
+        inner.hardware.standing.stop("a reset has failed");
+        drop(claim);
         if let Err(error) = inner.hardware.disable() {
             // CC.EN does not help; the function's own reset may.
             log::warn!("{}: resetting the whole function: {error}", inner.hardware.name);
@@ -209,7 +242,7 @@ impl Controller {
         admin.enable(&inner.hardware)?;
         let result = self.bring_up_again(&mut admin, queues.granted());
         if result.is_err() {
-            admin.stop("a reset has failed");
+            inner.hardware.standing.stop("a reset has failed");
             // The next attempt begins with the same; here it only keeps a half-started controller from going on.
             let _ = inner.hardware.disable();
         }
@@ -250,7 +283,7 @@ impl Controller {
             )));
         }
         if let Some(shadow) = &inner.shadow {
-            shadow.announce(&inner.hardware, admin, inner.options.admin_timeout)?;
+            shadow.announce(&inner.hardware, admin, inner.options.needed())?;
         }
         ask_for_events(&inner.hardware, admin, &inner.options, &inner.identity)?;
         ask_for_retry_delays(&inner.hardware, admin, &inner.options, &inner.identity)
@@ -267,7 +300,11 @@ impl Controller {
 
 impl Inner {
     fn shut_down(&self) -> Result<(), Error> {
-        lock(&self.admin).stop("it was shut down");
+        let claim = self.hardware.standing.claim();
+        // Nothing is under way when the controller is told.
+        let admin = lock(&self.admin);
+        self.hardware.standing.stop("it was shut down");
+        drop((claim, admin));
         // RTD3E is what a shutdown usually takes; twice that leaves room for the unusual, within the option.
         let usual = self.identity.shutdown_time.map_or(MIN_SHUTDOWN_TIMEOUT, |time| time.saturating_mul(2));
         let timeout = usual.max(MIN_SHUTDOWN_TIMEOUT).min(self.options.shutdown_timeout);
@@ -329,7 +366,7 @@ impl Unfinished<'_> {
         };
         if use_shadow {
             let shadow = self.shadow.insert(Shadow::new(hardware)?);
-            match shadow.announce(hardware, admin, options.admin_timeout) {
+            match shadow.announce(hardware, admin, options.needed()) {
                 Ok(()) => {}
                 // The registers do as well.
                 Err(error @ Error::Command { .. }) => {
@@ -375,14 +412,14 @@ impl std::fmt::Debug for Controller {
 fn identify(
     hardware: &Hardware,
     admin: &mut Admin,
-    timeout: Duration,
+    patience: Patience,
     structure: u8,
     namespace: u32,
     name: &str,
 ) -> Result<Vec<u8>, Error> {
     let command = Command::new(opcode::IDENTIFY, namespace).with_cdw10(structure.into());
     let name = || format!("Identify ({name}, namespace {namespace:#x})");
-    ask(|| admin.execute_in(hardware, command, identify::BYTES, timeout, name))
+    ask(|| admin.execute_in(hardware, command, identify::BYTES, patience, name))
 }
 
 /// How often a question is asked that the controller fails to answer.
@@ -403,7 +440,7 @@ fn ask<T>(mut question: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
 }
 
 fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options) -> Result<ControllerIdentity, Error> {
-    let data = identify(hardware, admin, options.admin_timeout, cns::CONTROLLER, 0, "controller")?;
+    let data = identify(hardware, admin, options.needed(), cns::CONTROLLER, 0, "controller")?;
     let raw =
         RawController::ref_from_bytes(&data).map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
     ControllerIdentity::parse(raw, hardware.capabilities.page_size_min(), hardware.version)
@@ -427,7 +464,7 @@ fn ask_for_retry_delays(
     behavior[0] = 1;
     let command = Command::new(opcode::SET_FEATURES, 0).with_cdw10(features::id::HOST_BEHAVIOR.into());
     let name = || "Set Features (Host Behavior Support)".to_owned();
-    match admin.execute_out(hardware, command, &behavior, options.admin_timeout, name) {
+    match admin.execute_out(hardware, command, &behavior, options.needed(), name) {
         Ok(_) => Ok(()),
         // Then there are no delays.
         Err(error @ Error::Command { .. }) => {
@@ -449,14 +486,7 @@ fn command_limits(
     if identity.version < Version::new(2, 0) && hardware.capabilities.command_sets() & 1 << 6 == 0 {
         return Ok(CommandLimits::NONE);
     }
-    match identify(
-        hardware,
-        admin,
-        options.admin_timeout,
-        cns::COMMAND_SET_CONTROLLER,
-        0,
-        "NVM command set, controller",
-    ) {
+    match identify(hardware, admin, options.needed(), cns::COMMAND_SET_CONTROLLER, 0, "NVM command set, controller") {
         Ok(data) => {
             let raw = RawNvmController::ref_from_bytes(&data)
                 .map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
@@ -484,7 +514,7 @@ fn negotiate_queues(hardware: &Hardware, admin: &mut Admin, options: &Options, s
     let command =
         Command::new(opcode::SET_FEATURES, 0).with_cdw10(NumberOfQueues::ID.into()).with_cdw11(wanted.to_dword());
     let name = || format!("Set Features ({}, {room} pairs)", NumberOfQueues::NAME);
-    let granted = NumberOfQueues::from_dword(admin.execute(hardware, command, options.admin_timeout, name)?);
+    let granted = NumberOfQueues::from_dword(admin.execute(hardware, command, options.needed(), name)?);
     // It may grant more than was asked for.
     Ok(room.min(granted.submission).min(granted.completion) as u16)
 }
@@ -504,12 +534,13 @@ fn ask_for_events(
     let command =
         Command::new(opcode::SET_FEATURES, 0).with_cdw10(EventConfiguration::ID.into()).with_cdw11(events.to_dword());
     let name = || format!("Set Features ({})", EventConfiguration::NAME);
-    match admin.execute(hardware, command, options.admin_timeout, name) {
+    match admin.execute(hardware, command, options.needed(), name) {
         Ok(_) => {}
         // The controller reports what it reports; nothing depends on it.
         Err(error @ Error::Command { .. }) => log::warn!("{}: {error}", hardware.name),
         Err(error) => return Err(error),
     }
-    admin.request_events(identity.event_limit);
+    admin.set_abort_limit(identity.abort_limit);
+    admin.request_events(hardware, identity.event_limit);
     Ok(())
 }

@@ -2,11 +2,10 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 
 use vfio::{DmaBuffer, DmaSlice, EventFd};
 
-use super::admin::{Admin, AdminShadow};
+use super::admin::{Admin, AdminShadow, Patience};
 use super::hardware::Hardware;
 use super::{Controller, lock};
 use crate::command::admin;
@@ -132,12 +131,12 @@ impl Shadow {
     }
 
     /// Tells the controller, which has been reset before, to use the pages from now on.
-    pub fn announce(&self, hardware: &Hardware, admin: &mut Admin, timeout: Duration) -> Result<(), Error> {
+    pub fn announce(&self, hardware: &Hardware, admin: &mut Admin, patience: Patience) -> Result<(), Error> {
         for page in [&self.values, &self.events] {
             page.write(0, &[0; 4096]).expect("it has 4096 bytes");
         }
         let command = Command::new(admin::DOORBELL_BUFFER_CONFIG, 0).with_prps(self.values.iova(), self.events.iova());
-        admin.execute(hardware, command, timeout, || "Doorbell Buffer Config".into())?;
+        admin.execute(hardware, command, patience, || "Doorbell Buffer Config".into())?;
         let place = |index| part(&self.values, index, self.stride);
         admin.use_shadow(AdminShadow { tail: place(0), head: place(1) });
         Ok(())
@@ -308,7 +307,7 @@ impl Controller {
         let mut admin = lock(&inner.admin);
         let completion =
             Command::new(admin::CREATE_CQ, 0).with_prps(pair.completion_iova(), 0).with_cdw10(size).with_cdw11(flags);
-        admin.execute(&inner.hardware, completion, inner.options.admin_timeout, || {
+        admin.execute(&inner.hardware, completion, inner.options.needed(), || {
             format!("Create I/O Completion Queue {id} of {} entries", pair.entries())
         })?;
         place.state = State::CompletionOnly;
@@ -316,7 +315,7 @@ impl Controller {
             .with_prps(pair.submission_iova(), 0)
             .with_cdw10(size)
             .with_cdw11(u32::from(id) << 16 | CONTIGUOUS);
-        admin.execute(&inner.hardware, submission, inner.options.admin_timeout, || {
+        admin.execute(&inner.hardware, submission, inner.options.needed(), || {
             format!("Create I/O Submission Queue {id} of {} entries", pair.entries())
         })?;
         place.state = State::Created;
@@ -330,7 +329,7 @@ impl Controller {
         let mut admin = lock(&inner.admin);
         let mut delete = |opcode, name: &str| {
             let command = Command::new(opcode, 0).with_cdw10(id.into());
-            admin.execute(&inner.hardware, command, inner.options.admin_timeout, || format!("{name} {id}"))
+            admin.execute(&inner.hardware, command, inner.options.needed(), || format!("{name} {id}"))
         };
         if place.state == State::Created {
             delete(admin::DELETE_SQ, "Delete I/O Submission Queue")?;

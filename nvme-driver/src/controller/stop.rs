@@ -13,9 +13,11 @@ impl Controller {
     /// device that is gone counts as stopped.
     pub fn disable(&self) -> Result<(), Error> {
         let inner = &*self.inner;
+        let claim = inner.hardware.standing.claim();
         let mut queues = lock(&inner.queues);
-        let mut admin = lock(&inner.admin);
-        admin.stop("it was disabled");
+        let _admin = lock(&inner.admin);
+        inner.hardware.standing.stop("it was disabled");
+        drop(claim);
         inner.hardware.stop()?;
         queues.forget();
         Ok(())

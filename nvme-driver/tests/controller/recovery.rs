@@ -29,6 +29,92 @@ fn an_admin_command_that_is_never_answered() {
     works(&controller, 1, 1);
 }
 
+/// Each in a place of its own, so that a late answer spoils nothing.
+#[test]
+fn a_question_that_is_not_answered_costs_nothing_else() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let short = Duration::from_millis(50);
+    let monitor = controller.monitor(short);
+    let healthy = controller.health_log().unwrap();
+    rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::LoseCompletion, 3);
+    for _ in 0..3 {
+        let start = Instant::now();
+        let error = monitor.health_log().unwrap_err();
+        assert!(matches!(error, Error::Unanswered { csts: 1, .. }), "{error}");
+        assert!(start.elapsed() >= short && start.elapsed() < PROMPT);
+        controller.in_operation().unwrap();
+        works(&controller, 1, 1);
+        assert_eq!(controller.namespaces().unwrap(), [1]);
+    }
+    assert_eq!(controller.health_log().unwrap().unsafe_shutdowns, healthy.unsafe_shutdowns);
+
+    // Eight at a time are more than a controller that works leaves unanswered.
+    rig.admin_fault(command::admin::IDENTIFY, FaultAction::LoseCompletion, 5);
+    for lost in 4..=8 {
+        controller.in_operation().unwrap();
+        let error = monitor.namespaces().unwrap_err();
+        assert!(matches!(error, Error::Unanswered { .. }), "{lost}: {error}");
+    }
+    assert!(matches!(controller.in_operation(), Err(Error::NotInOperation { .. })));
+    controller.reset().unwrap();
+    monitor.health_log().unwrap();
+    works(&controller, 1, 2);
+}
+
+#[test]
+fn a_late_answer_to_a_question_is_dropped() {
+    let rig = Rig::new(small());
+    let controller = rig.open();
+    let monitor = controller.monitor(Duration::from_millis(20));
+    // Far more than may be unanswered at a time; each is answered by and by. An abort may end one earlier.
+    let late = Duration::from_millis(100);
+    for round in 0..20 {
+        rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::Delay(late..=late), 1);
+        match monitor.health_log() {
+            Ok(_) => {}
+            Err(Error::Unanswered { .. }) => {}
+            Err(error) => assert_eq!(error.status().map(Status::kind), Some(Status::ABORT_REQUESTED), "{error}"),
+        }
+        // The data of the next answer is its own, whenever the late one comes.
+        assert_eq!(controller.namespaces().unwrap(), [1], "{round}");
+        let start = Instant::now();
+        while round % 4 == 3 && start.elapsed() < late {
+            assert!(controller.health_log().unwrap().temperature_kelvins > 0);
+        }
+        controller.in_operation().unwrap();
+    }
+    works(&controller, 1, 1);
+}
+
+/// Neither a question nor a command that is needed keeps the one who wants to stop the controller waiting.
+#[test]
+fn a_rescue_does_not_wait_for_an_admin_command() {
+    let rig = Rig::new(small());
+    let patient = Options { admin_timeout: Duration::from_secs(600), ..Default::default() };
+    let controller = rig.try_open(&patient).unwrap();
+    let monitor = controller.monitor(Duration::from_secs(600));
+    for (round, asking) in [&controller, &monitor].into_iter().enumerate() {
+        rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::LoseCompletion, 1);
+        std::thread::scope(|threads| {
+            let asked = threads.spawn(|| asking.health_log().unwrap_err());
+            rig.wait_for_faults(round as u64 + 1);
+            // Any look in between waits for nothing either.
+            controller.in_operation().unwrap();
+            let start = Instant::now();
+            match round {
+                0 => controller.reset().unwrap(),
+                _ => controller.disable().unwrap(),
+            }
+            assert!(start.elapsed() < PROMPT, "{:?}", start.elapsed());
+            let error = asked.join().unwrap();
+            assert!(matches!(error, Error::NotInOperation { .. }), "{error}");
+        });
+        controller.reset().unwrap();
+        works(&controller, 1, 1);
+    }
+}
+
 #[test]
 fn an_admin_command_that_is_late_is_aborted() {
     let rig = Rig::new(small());
