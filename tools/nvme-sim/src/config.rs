@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::error::{Error, invalid};
 use crate::faults::FaultPlan;
+use crate::patch::{IdentifyPatch, RegisterPatch};
 
 /// A simulated controller. `Config::default()` is one namespace of 1 GiB with 512-byte blocks in memory.
 #[derive(Clone, Debug)]
@@ -39,6 +40,10 @@ pub struct Config {
     /// Command retry delays 1 to 3 (CRDT1 to CRDT3), in units of 100 ms. Statuses with a retry delay have it only for a host that
     /// asks for it (Host Behavior Support, ACRE).
     pub retry_delays: [u16; 3],
+    /// What Identify says otherwise than this configuration would have it; of two changes of a byte the later one counts.
+    pub identify: Vec<IdentifyPatch>,
+    /// What CAP, CRTO and other registers say otherwise.
+    pub registers: Vec<RegisterPatch>,
     /// Faults from the start.
     pub faults: FaultPlan,
 }
@@ -78,6 +83,8 @@ impl Default for Config {
             ready_timeout: Duration::from_secs(2),
             serial: "SIM0001".into(),
             retry_delays: [0; 3],
+            identify: Vec::new(),
+            registers: Vec::new(),
             faults: FaultPlan::default(),
         }
     }
@@ -130,6 +137,8 @@ impl Config {
                 self.serial
             )));
         }
+        self.identify.iter().try_for_each(IdentifyPatch::check)?;
+        self.registers.iter().try_for_each(RegisterPatch::check)?;
         for namespace in &self.namespaces {
             namespace.check(self)?;
         }
@@ -186,7 +195,8 @@ pub fn parse_size(text: &str) -> Result<u64, Error> {
 ///
 /// `SIZE` is the size of each namespace (see [`parse_size`]). Keys: `lba` (512 or 4096), `file` (path; namespace *n* > 1
 /// uses `PATH.n`), `resize` (without a value: the file may have another size), `namespaces`, `queues` (I/O queue pairs), `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks),
-/// and, with the values `on` and `off`, `sgl`, `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`.
+/// and, with the values `on` and `off`, `sgl`, `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`;
+/// `identify` (an [`IdentifyPatch`]) and `register` (a [`RegisterPatch`]), which may come more than once.
 ///
 /// ```
 /// let config = "64M,lba=4096,namespaces=2".parse::<nvme_sim::SimAddress>().unwrap().config;
@@ -232,10 +242,13 @@ impl FromStr for SimAddress {
                 "metadata-formats" => config.metadata_formats = switch(key, value)?,
                 "read-only" => namespace.read_only = switch(key, value)?,
                 "serial" => config.serial = value.into(),
+                "identify" => config.identify.push(value.parse()?),
+                "register" => config.registers.push(value.parse()?),
                 _ => {
                     return Err(invalid(format!(
                         "{key:?} is not known (in {text:?}); known: lba, file, resize, namespaces, queues, \
-                         queue-entries, max-transfer, noiob, sgl, shadow-doorbells, write-cache, metadata-formats, read-only, serial"
+                         queue-entries, max-transfer, noiob, sgl, shadow-doorbells, write-cache, metadata-formats, read-only, serial, \
+                         identify, register"
                     )));
                 }
             }
@@ -268,6 +281,14 @@ pub fn parse_max_transfer(value: &str) -> Result<Option<u32>, Error> {
     }
     let bytes = parse_size(value)?;
     u32::try_from(bytes).map(Some).map_err(|_| invalid(format!("the largest transfer {value:?} is above 2 GiB")))
+}
+
+/// A decimal number, or a hexadecimal one after `0x`.
+pub(crate) fn parse_number(text: &str) -> Option<u64> {
+    match text.strip_prefix("0x") {
+        Some(digits) => u64::from_str_radix(digits, 16).ok(),
+        None => text.parse().ok(),
+    }
 }
 
 fn number<T: FromStr>(key: &str, value: &str) -> Result<T, Error> {
@@ -305,6 +326,8 @@ mod tests {
         assert_eq!((config.sgl, config.max_transfer), (false, Some(128 << 10)));
         assert_eq!(config.mdts(), 5);
         assert!(!config.namespaces[0].resize);
+        let config = "64M,identify=1:520:0000,register=0:0000,identify=0/1:33:00".parse::<SimAddress>().unwrap().config;
+        assert_eq!((config.identify.len(), config.registers.len()), (2, 1));
         for text in ["1G,file=/tmp/a,resize", "1G,resize=on,file=/tmp/a"] {
             assert!(text.parse::<SimAddress>().unwrap().config.namespaces[0].resize);
         }
@@ -320,6 +343,8 @@ mod tests {
             ("64M,namespaces=5000", "5000"),
             ("64M,file=", "path"),
             ("64M,resize", "file=PATH"),
+            ("64M,identify=1", "CNS"),
+            ("64M,register=0x14:00", "0x14"),
             ("100T", "64 TiB"),
         ] {
             let error = text.parse::<SimAddress>().unwrap_err().to_string();

@@ -3,10 +3,10 @@
 use std::io::{self, BufRead, Write};
 use std::sync::{Mutex, PoisonError};
 
-use nvme_sim::{FaultRule, PowerLoss, Simulator};
+use nvme_sim::{Error, FaultRule, PowerLoss, Simulator};
 
 /// The commands, for the help.
-pub const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, stop, go, remove, reinsert, power-cut [some]";
+pub const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, identify [CHANGE ...], registers [CHANGE ...], stop, go, remove, reinsert, power-cut [some]";
 
 /// Answers commands until the input ends; every answer begins with "ok" or "error:".
 pub fn serve(simulator: &Mutex<Option<Simulator>>, input: impl BufRead, mut output: impl Write) -> io::Result<()> {
@@ -36,6 +36,16 @@ fn answer(simulator: &Simulator, line: &str) -> Result<String, String> {
             let mut plan = faults.plan();
             plan.rules = rules;
             faults.set(plan);
+        }
+        "identify" | "registers" => {
+            let changes = rest.split_whitespace();
+            match command {
+                "identify" => {
+                    changes.map(str::parse).collect::<Result<_, _>>().and_then(|all| simulator.patch_identify(all))
+                }
+                _ => changes.map(str::parse).collect::<Result<_, _>>().and_then(|all| simulator.patch_registers(all)),
+            }
+            .map_err(|error: Error| error.to_string())?;
         }
         "fired" => return Ok(format!(" {}", faults.fired())),
         "stop" | "go" => faults.change(|plan| plan.stopped = command == "stop"),

@@ -21,6 +21,7 @@ use crate::faults::{Decision, FaultState};
 use crate::features::Features;
 use crate::interrupts::Signals;
 use crate::namespace::Namespace;
+use crate::patch::IdentifyPatch;
 use crate::queue::{CompletionQueue, SubmissionQueue};
 use crate::random::Random;
 use crate::registers::CSTS_FATAL;
@@ -93,6 +94,8 @@ pub(crate) struct Controller {
     late: VecDeque<Completion>,
     batch: Vec<Completion>,
     pub faults: FaultState,
+    /// What Identify says otherwise.
+    pub patches: Vec<IdentifyPatch>,
     signals: Signals,
     state: State,
     /// A reset that the `never_reset` fault holds back.
@@ -125,6 +128,7 @@ impl Controller {
             late: VecDeque::new(),
             batch: Vec::with_capacity(BURST as usize),
             faults: FaultState::new(),
+            patches: config.identify.clone(),
             signals: Signals::new(shared.interrupts.clone()),
             state: State::Disabled,
             reset_waits: false,

@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::command::Command;
+use crate::config::parse_number;
 use crate::random::Random;
 use crate::status::Status;
 
@@ -369,14 +370,6 @@ impl std::str::FromStr for FaultRule {
             }
         }
         Ok(FaultRule { action, when })
-    }
-}
-
-/// A decimal number, or a hexadecimal one after `0x`.
-fn parse_number(text: &str) -> Option<u64> {
-    match text.strip_prefix("0x") {
-        Some(digits) => u64::from_str_radix(digits, 16).ok(),
-        None => text.parse().ok(),
     }
 }
 

@@ -51,7 +51,7 @@ pub(crate) fn identify(controller: &Controller, command: &Command) -> Result<Vec
     };
     // Only the NVM command set (0) is there.
     let of_command_set = || if command_set == 0 { Ok(()) } else { Err(Status::INVALID_FIELD) };
-    let page = match selector {
+    let mut page = match selector {
         0x00 => namespace()?.map_or_else(|| Page::new(4096), |n| namespace_page(n, config)),
         0x01 => controller_page(controller),
         0x02 => active_list(controller, id)?,
@@ -80,6 +80,9 @@ pub(crate) fn identify(controller: &Controller, command: &Command) -> Result<Vec
         }
         _ => return Err(Status::INVALID_FIELD),
     };
+    for patch in &controller.patches {
+        patch.apply(selector, id, &mut page.0);
+    }
     Ok(page.0)
 }
 

@@ -57,6 +57,7 @@ mod interrupts;
 mod io;
 mod log_page;
 mod namespace;
+mod patch;
 mod prp;
 mod queue;
 mod random;
@@ -72,6 +73,7 @@ pub use config::{Config, NamespaceConfig, SimAddress, parse_max_transfer, parse_
 pub use dma::{MappingGuard, set_mapping_guard};
 pub use error::Error;
 pub use faults::{FaultAction, FaultControl, FaultMatch, FaultPlan, FaultRule};
+pub use patch::{IdentifyPatch, RegisterPatch};
 pub use shared::{Counters, PowerLoss};
 pub use simulator::Simulator;
 pub use status::Status;

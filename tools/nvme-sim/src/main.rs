@@ -9,7 +9,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use clap::Parser;
-use nvme_sim::{Config, Error, FaultRule, NamespaceConfig, Simulator, parse_max_transfer, parse_size, replicate};
+use nvme_sim::{
+    Config, Error, FaultRule, IdentifyPatch, NamespaceConfig, RegisterPatch, Simulator, parse_max_transfer, parse_size,
+    replicate,
+};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -71,6 +74,12 @@ struct Arguments {
     /// Milliseconds the controller may take to become ready (CAP.TO)
     #[arg(long, default_value_t = 2000)]
     ready_timeout: u64,
+    /// What Identify says otherwise: CNS[/NSID]:OFFSET:BYTES, bytes in hexadecimal, like 1:520:9500; may be repeated
+    #[arg(long, value_name = "CHANGE")]
+    identify: Vec<IdentifyPatch>,
+    /// What a register reads otherwise: OFFSET:BYTES, like 0:0000 (CAP.MQES); may be repeated
+    #[arg(long = "register", value_name = "CHANGE")]
+    registers: Vec<RegisterPatch>,
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -85,7 +94,7 @@ struct Arguments {
     #[arg(long)]
     never_ready: bool,
     /// Take commands from standard input, one per line, and answer each with a line: fault RULE, faults [RULE ...], fired,
-    /// stop, go, remove, reinsert, power-cut
+    /// identify [CHANGE ...], registers [CHANGE ...], stop, go, remove, reinsert, power-cut
     #[arg(long)]
     control: bool,
 }
@@ -121,6 +130,8 @@ impl Arguments {
             metadata_formats: self.metadata_formats,
             ready_timeout: Duration::from_millis(self.ready_timeout),
             serial: self.serial,
+            identify: self.identify,
+            registers: self.registers,
             ..Default::default()
         };
         config.faults.seed = self.seed;

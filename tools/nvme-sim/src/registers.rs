@@ -4,6 +4,7 @@
 //! sets CSTS.
 
 use crate::config::Config;
+use crate::patch::RegisterPatch;
 
 /// Offset of the first doorbell in BAR0 (3.1.2).
 pub(crate) const DOORBELLS: u64 = 0x1000;
@@ -49,6 +50,8 @@ pub(crate) struct Registers {
     pub admin_cq: u64,
     interrupt_mask: u32,
     pub wanted: Wanted,
+    /// What is read otherwise.
+    pub patches: Vec<RegisterPatch>,
 }
 
 /// CC.EN (3.1.3.5).
@@ -87,6 +90,7 @@ impl Registers {
             admin_cq: 0,
             interrupt_mask: 0,
             wanted: Wanted::default(),
+            patches: config.registers.clone(),
         }
     }
 
@@ -109,6 +113,11 @@ impl Registers {
 
     /// The aligned dword at `offset`; reserved ones read zero.
     pub fn read_dword(&self, offset: u64) -> u32 {
+        let dword = self.dword(offset);
+        self.patches.iter().fold(dword, |dword, patch| patch.apply(offset, dword))
+    }
+
+    fn dword(&self, offset: u64) -> u32 {
         match offset {
             0x00 => self.capabilities as u32,
             0x04 => (self.capabilities >> 32) as u32,

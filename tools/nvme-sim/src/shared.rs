@@ -13,6 +13,7 @@ use crate::dma::{DmaTable, SharedBytes};
 use crate::error::Error;
 use crate::faults::FaultControl;
 use crate::interrupts::Interrupts;
+use crate::patch::IdentifyPatch;
 use crate::registers::Registers;
 
 /// The data thread answers requests between two commands; formatting a large file-backed namespace takes longest.
@@ -35,6 +36,8 @@ pub(crate) enum Request {
     Reset,
     /// Function level reset: nothing outlives that (PCI Express Base 4.0, 6.6.2).
     FunctionReset,
+    /// Identify says this otherwise from now on.
+    Identify(Vec<IdentifyPatch>),
     PowerCut(PowerLoss),
     AddNamespace(NamespaceConfig),
     RemoveNamespace(u32),

@@ -15,6 +15,7 @@ use crate::controller::Controller;
 use crate::dma::SharedBytes;
 use crate::error::Error;
 use crate::faults::FaultControl;
+use crate::patch::{IdentifyPatch, RegisterPatch};
 use crate::registers::DOORBELLS;
 use crate::server;
 use crate::shared::{Counters, PowerLoss, Request, Shared};
@@ -140,6 +141,25 @@ impl Simulator {
     /// There is no such namespace.
     pub fn protect(&self, id: u32, read_only: bool) -> Result<(), Error> {
         self.shared.ask(Request::Protect(id, read_only)).map(drop)
+    }
+
+    /// Has Identify say something else from now on: `patches` takes the place of [`Config::identify`]. The host is not told.
+    ///
+    /// # Errors
+    /// Bytes outside of the data structure.
+    pub fn patch_identify(&self, patches: Vec<IdentifyPatch>) -> Result<(), Error> {
+        patches.iter().try_for_each(IdentifyPatch::check)?;
+        self.shared.ask(Request::Identify(patches)).map(drop)
+    }
+
+    /// Has registers read otherwise from now on: `patches` takes the place of [`Config::registers`].
+    ///
+    /// # Errors
+    /// Bytes outside of the registers that only the controller writes.
+    pub fn patch_registers(&self, patches: Vec<RegisterPatch>) -> Result<(), Error> {
+        patches.iter().try_for_each(RegisterPatch::check)?;
+        self.shared.registers().patches = patches;
+        Ok(())
     }
 
     /// Stops the controller and removes its socket, as dropping does.

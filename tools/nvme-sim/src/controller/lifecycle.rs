@@ -167,6 +167,7 @@ impl Controller {
                 self.reset_all();
                 self.strays.clear();
             }
+            Request::Identify(patches) => self.patches = patches,
             Request::PowerCut(loss) => return Ok(self.power_cut(loss)),
             Request::AddNamespace(config) => {
                 let free = self.namespaces.iter().position(Option::is_none).unwrap_or(self.namespaces.len());
