@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::command::Command;
+use crate::command::{Command, admin, nvm};
 use crate::config::parse_number;
 use crate::random::Random;
 use crate::status::Status;
@@ -68,12 +68,26 @@ pub enum FaultAction {
 }
 
 /// Which commands a rule applies to. `FaultMatch::default()`: all I/O commands.
+///
+/// ```
+/// use nvme_sim::FaultMatch;
+///
+/// // The first Get Log Page for SMART / health information after five that pass.
+/// let when = FaultMatch { log_page: Some(0x02), skip: 5, limit: Some(1), ..Default::default() };
+/// # let _ = when;
+/// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct FaultMatch {
     /// Admin commands instead of I/O commands.
     pub admin: bool,
     /// Only this opcode.
     pub opcode: Option<u8>,
+    /// Only Identify commands for this data structure (CNS).
+    pub cns: Option<u8>,
+    /// Only Get and Set Features of this feature identifier (FID).
+    pub feature: Option<u8>,
+    /// Only Get Log Page of this log page identifier (LID).
+    pub log_page: Option<u8>,
     /// Only this namespace identifier.
     pub namespace: Option<u32>,
     /// Only commands that touch one of these logical blocks (commands with SLBA and NLB).
@@ -88,21 +102,48 @@ pub struct FaultMatch {
 
 impl Default for FaultMatch {
     fn default() -> FaultMatch {
-        FaultMatch { admin: false, opcode: None, namespace: None, blocks: None, skip: 0, limit: None, probability: 1.0 }
+        FaultMatch {
+            admin: false,
+            opcode: None,
+            cns: None,
+            feature: None,
+            log_page: None,
+            namespace: None,
+            blocks: None,
+            skip: 0,
+            limit: None,
+            probability: 1.0,
+        }
     }
 }
 
 impl FaultMatch {
-    fn matches(&self, command: &Command, admin: bool) -> bool {
-        use crate::command::nvm;
-        if self.admin != admin
+    /// Admin commands are meant, be it by what only they have.
+    fn wants_admin(&self) -> bool {
+        self.admin || self.cns.is_some() || self.feature.is_some() || self.log_page.is_some()
+    }
+
+    fn matches(&self, command: &Command, is_admin: bool) -> bool {
+        if self.wants_admin() != is_admin
             || self.opcode.is_some_and(|opcode| opcode != command.opcode())
             || self.namespace.is_some_and(|namespace| namespace != command.namespace())
         {
             return false;
         }
+        // The three kinds of identifiers all stand in dword 10 bits 7:0.
+        let mut selectors = [
+            (self.cns, &[admin::IDENTIFY][..]),
+            (self.feature, &[admin::GET_FEATURES, admin::SET_FEATURES]),
+            (self.log_page, &[admin::GET_LOG_PAGE]),
+        ]
+        .into_iter()
+        .filter_map(|(wanted, opcodes)| Some((wanted?, opcodes)));
+        if !selectors.all(|(wanted, opcodes)| opcodes.contains(&command.opcode()) && wanted == command.dword(10) as u8)
+        {
+            return false;
+        }
         let Some(blocks) = &self.blocks else { return true };
-        let addressed = !admin
+        let addressed = !is_admin
             && matches!(command.opcode(), nvm::READ | nvm::WRITE | nvm::COMPARE | nvm::WRITE_ZEROES | nvm::VERIFY);
         let last = command.lba().saturating_add(u64::from(command.blocks()) - 1);
         addressed && *blocks.start() <= last && *blocks.end() >= command.lba()
@@ -312,8 +353,8 @@ impl std::str::FromStr for FaultRule {
     type Err = crate::Error;
 
     /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `stray=TIME[..TIME]`, `fail=TYPE:CODE`, `lose`,
-    /// `wrong-id`, `fatal`, `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`,
-    /// `p=PROBABILITY`.
+    /// `wrong-id`, `fatal`, `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `cns=N` (Identify), `fid=N` (features),
+    /// `lid=N` (log pages), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`, `p=PROBABILITY`.
     fn from_str(text: &str) -> Result<FaultRule, crate::Error> {
         let bad = |part: &str, want: &str| crate::error::invalid(format!("fault {text:?}: {part:?}: {want}"));
         let mut parts = text.split(',');
@@ -347,8 +388,20 @@ impl std::str::FromStr for FaultRule {
             match key {
                 "admin" if value.is_empty() => when.admin = true,
                 "opcode" => {
-                    let opcode = opcode_by_name(value).or_else(|| u8::try_from(parse_number(value)?).ok());
+                    let admin = admin_opcode_by_name(value);
+                    when.admin |= admin.is_some();
+                    let opcode =
+                        admin.or_else(|| opcode_by_name(value)).or_else(|| u8::try_from(parse_number(value)?).ok());
                     when.opcode = Some(opcode.ok_or_else(|| bad(part, "not an opcode"))?);
+                }
+                "cns" | "fid" | "lid" => {
+                    let number = u8::try_from(number()?).map_err(|_| bad(part, "not a number up to 255"))?;
+                    let place = match key {
+                        "cns" => &mut when.cns,
+                        "fid" => &mut when.feature,
+                        _ => &mut when.log_page,
+                    };
+                    *place = Some(number);
                 }
                 "nsid" => {
                     let id = u32::try_from(number()?).map_err(|_| bad(part, "not a namespace identifier"))?;
@@ -366,7 +419,12 @@ impl std::str::FromStr for FaultRule {
                     let probability = value.parse().ok().filter(|p| (0.0..=1.0).contains(p));
                     when.probability = probability.ok_or_else(|| bad(part, "not a probability from 0 to 1"))?;
                 }
-                _ => return Err(bad(part, "not one of admin, opcode=, nsid=, lba=, skip=, limit=, p=")),
+                _ => {
+                    return Err(bad(
+                        part,
+                        "not one of admin, opcode=, cns=, fid=, lid=, nsid=, lba=, skip=, limit=, p=",
+                    ));
+                }
             }
         }
         Ok(FaultRule { action, when })
@@ -384,9 +442,27 @@ fn parse_time(text: &str) -> Option<Duration> {
     }
 }
 
+/// The names of the admin opcodes.
+fn admin_opcode_by_name(name: &str) -> Option<u8> {
+    Some(match name {
+        "delete-sq" => admin::DELETE_SQ,
+        "create-sq" => admin::CREATE_SQ,
+        "get-log-page" => admin::GET_LOG_PAGE,
+        "delete-cq" => admin::DELETE_CQ,
+        "create-cq" => admin::CREATE_CQ,
+        "identify" => admin::IDENTIFY,
+        "abort" => admin::ABORT,
+        "set-features" => admin::SET_FEATURES,
+        "get-features" => admin::GET_FEATURES,
+        "async-event" => admin::ASYNC_EVENT,
+        "doorbell-buffer" => admin::DOORBELL_BUFFER,
+        "format" => admin::FORMAT,
+        _ => return None,
+    })
+}
+
 /// The names of the I/O opcodes.
 fn opcode_by_name(name: &str) -> Option<u8> {
-    use crate::command::nvm;
     Some(match name {
         "flush" => nvm::FLUSH,
         "write" => nvm::WRITE,

@@ -83,6 +83,45 @@ fn error_statuses_where_and_when_they_are_asked_for() {
 }
 
 #[test]
+fn admin_commands_by_what_they_ask_for() {
+    let (controller, mut host) = bring_up(FaultPlan::default());
+    let faults = controller.simulator.faults();
+    let fail = |when: FaultMatch| rule(FaultAction::Fail(Status::new(0, 6)), when);
+    let only = |when: FaultMatch| faults.set(FaultPlan { rules: vec![fail(when)], ..Default::default() });
+    let any = FaultMatch::default;
+    let identify = |host: &mut Host| [0, 1, 3].map(|cns| host.identify(cns, 1).map(|_| ()));
+    only(FaultMatch { cns: Some(3), skip: 1, limit: Some(1), ..any() });
+    let results = [(); 3].map(|()| identify(&mut host));
+    assert_eq!(results, [[Ok(()); 3], [Ok(()), Ok(()), Err(6)], [Ok(()); 3]], "the second of CNS 3");
+    only(FaultMatch { cns: Some(0), namespace: Some(1), ..any() });
+    assert_eq!(identify(&mut host), [Err(6), Ok(()), Ok(())]);
+    // Feature 2 (power management), read and set; or only one of the two.
+    let feature = |host: &mut Host, id| [host.get_feature(id, 0).status, host.set_feature(id, 0).status];
+    only(FaultMatch { feature: Some(2), ..any() });
+    assert_eq!((feature(&mut host, 2), feature(&mut host, 5)), ([6, 6], [0, 0]));
+    only(FaultMatch { feature: Some(2), opcode: Some(9), ..any() });
+    assert_eq!(feature(&mut host, 2), [0, 6]);
+    only(FaultMatch { log_page: Some(2), limit: Some(1), ..any() });
+    let page = host.allocate(4096);
+    let log = |id: u32| Sqe::new(2, 0xffff_ffff).prp(page, 0).dword(10, 127 << 16 | id);
+    assert_eq!([1, 2, 2].map(|id| host.admin(log(id)).status), [0, 6, 0]);
+    // I/O commands with the same numbers are others, and as text it is the same.
+    faults.set(FaultPlan::default());
+    for text in ["fail=0:6,cns=1", "fail=0:6,fid=7", "fail=0:6,lid=2", "fail=0:6,opcode=delete-sq"] {
+        faults.add(text.parse().unwrap());
+    }
+    let entry = read(&mut host, 1);
+    assert_eq!([entry, entry.blocks(2, 8), entry.blocks(7, 8)].map(|entry| host.command(1, entry).status), [0; 3]);
+    assert_eq!(host.command(1, Sqe::new(FLUSH, 1)).status, 0);
+    assert_eq!(identify(&mut host), [Ok(()), Err(6), Ok(())]);
+    assert_eq!((host.get_feature(7, 0).status, host.admin(log(2)).status), (6, 6));
+    assert_eq!(host.admin(Sqe::new(0, 0).dword(10, 1)).status, 6, "Delete I/O Submission Queue");
+    for text in ["fail=0:6,cns=256", "fail=0:6,fid", "fail=0:6,opcode=identity"] {
+        assert!(text.parse::<FaultRule>().is_err(), "{text}");
+    }
+}
+
+#[test]
 fn a_fault_befalls_the_very_next_command() {
     let (controller, mut host) = bring_up(FaultPlan::default());
     let faults = controller.simulator.faults();
@@ -172,7 +211,7 @@ fn a_stray_command_outlives_its_queue() {
     let counters = controller.simulator.counters();
     let strays = || (counters.strays.load(Ordering::Relaxed), counters.strays_refused.load(Ordering::Relaxed));
     assert_eq!(host.write_blocks(1, 0, 9, &[7; 4096]), 0);
-    let time = Duration::from_millis(60);
+    let time = Duration::from_secs(1);
     let stray = FaultAction::Stray(time..=time);
     controller.simulator.faults().add(rule(stray, FaultMatch { limit: Some(2), ..on(READ) }));
     // A reset leaves the memory where it is: the fault shows.
