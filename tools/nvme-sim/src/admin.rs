@@ -3,6 +3,7 @@
 use crate::command::{ALL_NAMESPACES, Command, admin};
 use crate::controller::{Controller, Outcome, Shadow};
 use crate::data_pointer::{Direction, transfer_error};
+use crate::features::Granted;
 use crate::namespace::formats;
 use crate::queue::{CompletionQueue, SubmissionQueue};
 use crate::status::Status;
@@ -14,6 +15,7 @@ pub(crate) fn execute(controller: &mut Controller, command: &Command) -> Result<
     if command.data_pointer_kind() != 0 {
         return Err(Status::INVALID_FIELD);
     }
+    controller.offers.check_admin(command.opcode())?;
     let done = |()| Outcome::Done(0);
     match command.opcode() {
         admin::DELETE_SQ => delete_sq(controller, command).map(done),
@@ -32,13 +34,11 @@ pub(crate) fn execute(controller: &mut Controller, command: &Command) -> Result<
         admin::SET_FEATURES => features::set(controller, command).map(Outcome::Done),
         admin::ABORT => Ok(Outcome::Done(abort(controller, command))),
         admin::ASYNC_EVENT => {
-            controller.events.wait(command.id())?;
+            controller.events.wait(command.id(), controller.offers.event_requests)?;
             controller.deliver_events();
             Ok(Outcome::Later)
         }
-        admin::DOORBELL_BUFFER if controller.shared.config.shadow_doorbells => {
-            doorbell_buffer(controller, command).map(done)
-        }
+        admin::DOORBELL_BUFFER => doorbell_buffer(controller, command).map(done),
         admin::FORMAT => format(controller, command).map(done),
         _ => Err(Status::INVALID_OPCODE),
     }
@@ -73,9 +73,9 @@ pub(crate) fn take(controller: &mut Controller, command: &Command, data: &mut [u
 }
 
 /// Identifier, base address and size of a queue to be made; the checks that both kinds share.
-fn new_queue(controller: &Controller, command: &Command, exists: bool) -> Result<(u16, u64, u32), Status> {
+fn new_queue(controller: &Controller, command: &Command, most: u16, exists: bool) -> Result<(u16, u64, u32), Status> {
     let (id, size) = (command.dword(10) as u16, (command.dword(10) >> 16) + 1);
-    if id == 0 || id > controller.features.queues() || exists {
+    if id == 0 || id > most || exists {
         return Err(Status::INVALID_QUEUE_ID);
     }
     if size < 2 || size > controller.shared.config.queue_entries {
@@ -107,7 +107,7 @@ fn exists<T>(queues: &[Option<T>], id: u16) -> bool {
 
 fn create_cq(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let taken = exists(&controller.cqs, command.dword(10) as u16);
-    let (id, base, size) = new_queue(controller, command, taken)?;
+    let (id, base, size) = new_queue(controller, command, controller.features.queues().completion, taken)?;
     check_entry_size(controller, 20, 4)?;
     let dword11 = command.dword(11);
     let vector = (dword11 >> 16) as u16;
@@ -122,10 +122,10 @@ fn create_cq(controller: &mut Controller, command: &Command) -> Result<(), Statu
 
 fn create_sq(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let taken = exists(&controller.sqs, command.dword(10) as u16);
-    let (id, base, size) = new_queue(controller, command, taken)?;
+    let (id, base, size) = new_queue(controller, command, controller.features.queues().submission, taken)?;
     check_entry_size(controller, 16, 6)?;
     let cq = (command.dword(11) >> 16) as u16;
-    if cq == 0 || cq > controller.features.queues() {
+    if cq == 0 || cq > controller.features.queues().completion {
         return Err(Status::INVALID_QUEUE_ID);
     }
     let Some(queue) = &mut controller.cqs[usize::from(cq)] else { return Err(Status::CQ_INVALID) };
@@ -169,6 +169,9 @@ fn delete_cq(controller: &mut Controller, command: &Command) -> Result<(), Statu
 /// Abort (5.1): dword 0 bit 0 is 0 if the command was aborted. Only commands that wait can be.
 fn abort(controller: &mut Controller, command: &Command) -> u32 {
     let (sq, id) = (command.dword(10) as u16, (command.dword(10) >> 16) as u16);
+    if controller.faults.plan.never_aborts {
+        return 1;
+    }
     if sq == 0 && controller.events.abort(id) {
         let completion = crate::command::Completion { result: 0, sq, id, status: Status::ABORT_REQUESTED };
         controller.post(completion);
@@ -188,7 +191,8 @@ fn doorbell_buffer(controller: &mut Controller, command: &Command) -> Result<(),
         controller.view.check(iova, page as usize, true).map_err(transfer_error)?;
     }
     // Both buffers are one page: only the queues whose doorbells fit there can be shadowed.
-    let last = controller.shared.doorbell_offset(controller.features.queues(), true) as u64 + 4;
+    let Granted { submission, completion } = controller.features.queues();
+    let last = controller.shared.doorbell_offset(submission.max(completion), true) as u64 + 4;
     if last > page {
         log::warn!("Doorbell Buffer Config: {last} bytes of doorbells do not fit in a page of {page} bytes");
         return Err(Status::INVALID_FIELD);

@@ -17,6 +17,11 @@ pub struct Config {
     pub max_transfer: Option<u32>,
     /// I/O queue pairs granted at most (1–2047).
     pub max_queue_pairs: u16,
+    /// I/O submission queues granted at most, if fewer than [`Config::max_queue_pairs`] (NVMe Base 2.0, 5.27.1.5: not as many need
+    /// be granted of one kind as of the other).
+    pub submission_queues: Option<u16>,
+    /// The same of completion queues.
+    pub completion_queues: Option<u16>,
     /// Entries of the largest I/O queue (2–65536), reported as CAP.MQES.
     pub queue_entries: u32,
     /// CAP.DSTRD: doorbells are `4 << doorbell_stride` bytes apart (0–8).
@@ -44,6 +49,8 @@ pub struct Config {
     pub identify: Vec<IdentifyPatch>,
     /// What CAP, CRTO and other registers say otherwise.
     pub registers: Vec<RegisterPatch>,
+    /// Regions that may be mapped for DMA at a time; a further one is refused. `None`: any number.
+    pub dma_regions: Option<usize>,
     /// Faults from the start.
     pub faults: FaultPlan,
 }
@@ -72,6 +79,8 @@ impl Default for Config {
             namespaces: vec![NamespaceConfig::default()],
             max_transfer: Some(512 << 10),
             max_queue_pairs: 16,
+            submission_queues: None,
+            completion_queues: None,
             queue_entries: 1024,
             doorbell_stride: 0,
             sgl: true,
@@ -85,6 +94,7 @@ impl Default for Config {
             retry_delays: [0; 3],
             identify: Vec::new(),
             registers: Vec::new(),
+            dma_regions: None,
             faults: FaultPlan::default(),
         }
     }
@@ -123,6 +133,9 @@ impl Config {
             Err(invalid(format!("{what} is {value}: give {} to {}", range.start(), range.end())))
         };
         in_range("the number of I/O queue pairs", self.max_queue_pairs.into(), 1..=2047)?;
+        for queues in [self.submission_queues, self.completion_queues].into_iter().flatten() {
+            in_range("the number of I/O queues of a kind", queues.into(), 1..=self.max_queue_pairs.into())?;
+        }
         in_range("the number of queue entries", self.queue_entries.into(), 2..=65536)?;
         in_range("the doorbell stride", self.doorbell_stride.into(), 0..=8)?;
         in_range("the number of namespaces", self.namespaces.len() as u64, 0..=4096)?;

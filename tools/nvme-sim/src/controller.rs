@@ -1,42 +1,42 @@
 //! The controller's one data thread: it owns the queues and the namespaces, and does all their work.
 //!
 //! It polls the doorbells. When nothing runs it first yields the processor at every look, then, after
-//! [`YIELD_TIME`], sleeps in naps that grow from 20 µs to 1 ms: an idle controller costs about a thousand short wake-ups a
+//! 2 ms, sleeps in naps that grow from 20 µs to 1 ms: an idle controller costs about a thousand short wake-ups a
 //! second, and the first command after a pause waits for up to 1 ms (plus what the system takes to wake a thread).
 
+mod idle;
 mod lifecycle;
+mod posting;
+mod shutdown;
 mod stray;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crate::command::{Command, Completion};
+use crate::command::{ALL_NAMESPACES, Command, Completion};
 use crate::data_pointer::Pointers;
 use crate::dma::{DmaFault, DmaView};
 use crate::error::Error;
 use crate::events::Events;
 use crate::faults::{Decision, FaultState};
 use crate::features::Features;
+use crate::identify;
 use crate::interrupts::Signals;
 use crate::namespace::Namespace;
+use crate::offers::{self, Offers};
 use crate::patch::IdentifyPatch;
 use crate::queue::{CompletionQueue, SubmissionQueue};
 use crate::random::Random;
 use crate::registers::CSTS_FATAL;
 use crate::shared::{Counters, Shared};
 use crate::status::Status;
+use idle::Idle;
 use stray::Stray;
 
 /// Commands fetched from one queue before the next queue has its turn; their completions are posted together.
 const BURST: u32 = 16;
-/// How long an idle controller yields before it naps.
-const YIELD_TIME: Duration = Duration::from_millis(2);
-const SHORTEST_NAP: Duration = Duration::from_micros(20);
-const LONGEST_NAP: Duration = Duration::from_millis(1);
-/// Looks for work without a pause, before yielding.
-const SPINS: u32 = 20;
 
 /// Where the controller is between off and ready.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +96,8 @@ pub(crate) struct Controller {
     pub faults: FaultState,
     /// What Identify says otherwise.
     pub patches: Vec<IdentifyPatch>,
+    /// What it says it can do.
+    pub offers: Offers,
     signals: Signals,
     state: State,
     /// A reset that the `never_reset` fault holds back.
@@ -103,6 +105,8 @@ pub(crate) struct Controller {
     power_random: Random,
     refusals: u64,
     pub started: Instant,
+    /// Submission queue tails, by queue, that the host has told since CC.SHN was set.
+    after_shutdown: Option<Vec<u32>>,
 }
 
 impl Controller {
@@ -113,9 +117,9 @@ impl Controller {
             .map(|(id, namespace)| Namespace::new(id, namespace, config).map(Some))
             .collect::<Result<Vec<_>, _>>()?;
         let queues = usize::from(config.max_queue_pairs) + 1;
-        Ok(Controller {
+        let mut controller = Controller {
             view: DmaView::new(shared.dma.clone()),
-            pointers: Pointers::new(config.sgl),
+            pointers: Pointers::new(),
             namespaces,
             sqs: vec![None; queues],
             cqs: vec![None; queues],
@@ -129,14 +133,29 @@ impl Controller {
             batch: Vec::with_capacity(BURST as usize),
             faults: FaultState::new(),
             patches: config.identify.clone(),
+            offers: Offers::default(),
             signals: Signals::new(shared.interrupts.clone()),
             state: State::Disabled,
             reset_waits: false,
             power_random: Random::new(config.faults.seed ^ 0x706f_7765_7263_7574),
             refusals: 0,
             started: Instant::now(),
+            after_shutdown: None,
             shared,
-        })
+        };
+        controller.refresh_offers();
+        Ok(controller)
+    }
+
+    /// Reads anew what Identify says it can do.
+    pub fn refresh_offers(&mut self) {
+        self.offers = Offers::of(self);
+        self.pointers.sgl = self.offers.sgl;
+        for n in 0..self.namespaces.len() {
+            let Some(namespace) = &self.namespaces[n] else { continue };
+            let deallocates = offers::write_zeroes_deallocates(&identify::namespace_data(self, namespace));
+            self.namespaces[n].as_mut().expect("it was there").write_zeroes_deallocates = deallocates;
+        }
     }
 
     /// Runs until the simulator stops.
@@ -156,6 +175,7 @@ impl Controller {
                 worked = true;
             }
             worked |= !self.strays.is_empty() && self.release_strays();
+            worked |= self.after_shutdown.is_some() && self.count_after_shutdown();
             worked |= self.poll();
             if worked {
                 idle.reset();
@@ -180,7 +200,7 @@ impl Controller {
             self.fail("a fatal status was injected");
             return true;
         }
-        if self.faults.plan.stopped {
+        if self.faults.plan.stopped || self.faults.plan.paused {
             return false;
         }
         let mut worked = !self.late.is_empty() && self.post_late();
@@ -193,18 +213,24 @@ impl Controller {
         worked
     }
 
+    /// The tail of a submission queue, as the host tells it.
+    #[inline]
+    fn submission_tail(&self, id: u16) -> Result<u32, DmaFault> {
+        match self.shadow {
+            Some(shadow) if id != 0 => {
+                self.view.load_u32(shadow.doorbells + self.shared.doorbell_offset(id, false) as u64)
+            }
+            _ => Ok(self.shared.doorbell(id, false)),
+        }
+    }
+
     /// Fetches and carries out what one queue has.
     #[inline]
     fn poll_queue(&mut self, id: u16) -> bool {
         let index = usize::from(id);
-        let tail = match self.shadow {
-            Some(shadow) if id != 0 => {
-                match self.view.load_u32(shadow.doorbells + self.shared.doorbell_offset(id, false) as u64) {
-                    Ok(tail) => tail,
-                    Err(fault) => return self.fail_dma("reading a shadow doorbell", fault),
-                }
-            }
-            _ => self.shared.doorbell(id, false),
+        let tail = match self.submission_tail(id) {
+            Ok(tail) => tail,
+            Err(fault) => return self.fail_dma("reading a shadow doorbell", fault),
         };
         let Some(sq) = &mut self.sqs[index] else { return false };
         if tail != sq.tail && Some(tail) != sq.refused_tail {
@@ -326,6 +352,8 @@ impl Controller {
     fn execute(&mut self, sq: u16, command: &Command) -> Option<Completion> {
         let result = if command.fused() != 0 {
             Err(Status::INVALID_FIELD)
+        } else if let Some(status) = self.busy(sq, command) {
+            Err(status)
         } else if sq == 0 {
             match crate::admin::execute(self, command) {
                 Ok(Outcome::Done(result)) => Ok(result),
@@ -336,6 +364,19 @@ impl Controller {
             crate::io::execute(self, command).map(|()| 0)
         };
         Some(self.completion(sq, command, result))
+    }
+
+    /// Why a command cannot be carried out for the time being (NVMe Base 2.0, 8.21.3; figure 95).
+    #[inline]
+    fn busy(&self, sq: u16, command: &Command) -> Option<Status> {
+        let plan = &self.faults.plan;
+        let waits = sq != 0 || command.opcode() == crate::command::admin::FORMAT;
+        if plan.sanitizing && waits {
+            return Some(Status::SANITIZE_IN_PROGRESS);
+        }
+        let formatted = plan.formatting?;
+        let meant = [formatted, command.namespace()];
+        (waits && (meant[0] == meant[1] || meant.contains(&ALL_NAMESPACES))).then_some(Status::FORMAT_IN_PROGRESS)
     }
 
     #[inline]
@@ -430,95 +471,6 @@ impl Controller {
         }
     }
 
-    /// Posts a completion, or keeps it until its queue has room.
-    #[inline]
-    pub fn post(&mut self, completion: Completion) {
-        let Some(sq) = &self.sqs[usize::from(completion.sq)] else { return };
-        let (head, cq) = (sq.head, sq.cq);
-        if self.room(cq, 1) == 0 {
-            self.late.push_back(completion);
-            return;
-        }
-        let Some(queue) = &mut self.cqs[usize::from(cq)] else { return };
-        if let Err(fault) = queue.post(&self.view, &completion, head) {
-            self.fail_dma("posting a completion", fault);
-        }
-    }
-
-    /// Interrupts once for what was posted to a queue.
-    #[inline]
-    pub fn signal(&mut self, id: u16) {
-        if let Some(cq) = &mut self.cqs[usize::from(id)]
-            && std::mem::take(&mut cq.signal)
-            && let Some(vector) = cq.vector
-            && self.signals.send(vector)
-        {
-            Counters::add(&self.shared.counters.interrupts, 1);
-        }
-    }
-
-    fn signal_all(&mut self) {
-        for id in 0..self.cqs.len() as u16 {
-            self.signal(id);
-        }
-    }
-
-    fn post_late(&mut self) -> bool {
-        let waiting = std::mem::take(&mut self.late);
-        let count = waiting.len();
-        for completion in waiting {
-            self.post(completion);
-        }
-        self.signal_all();
-        self.late.len() < count
-    }
-
-    /// Carries out the held commands that are due.
-    fn release_held(&mut self, now: Instant) -> bool {
-        let mut worked = false;
-        let mut n = 0;
-        while n < self.held.len() {
-            if self.held[n].due > now {
-                n += 1;
-                continue;
-            }
-            let held = self.held.swap_remove(n);
-            if let Some(completion) = self.execute_with(held.sq, &held.command, &held.decision) {
-                self.post(completion);
-            }
-            worked = true;
-        }
-        if worked {
-            self.signal_all();
-        }
-        worked
-    }
-
-    /// Ends held commands of a queue (or one of them) with `status`; how many there were.
-    pub fn end_held(&mut self, sq: u16, id: Option<u16>, status: Status) -> usize {
-        let mut ended = 0;
-        let mut n = 0;
-        while n < self.held.len() {
-            let held = &self.held[n];
-            if held.sq != sq || id.is_some_and(|id| id != held.command.id()) {
-                n += 1;
-                continue;
-            }
-            let held = self.held.swap_remove(n);
-            self.post(Completion { result: 0, sq, id: held.command.id(), status });
-            ended += 1;
-        }
-        if ended > 0 {
-            self.signal_all();
-        }
-        ended
-    }
-
-    /// Forgets completions of a queue that is deleted.
-    pub fn drop_late(&mut self, sq: u16) {
-        self.late.retain(|completion| completion.sq != sq);
-    }
-
     fn invalid_doorbell(&mut self, queue: u16, text: String) {
         log::warn!("queue {queue}: invalid doorbell value: {text}; ignored");
         self.events.invalid_doorbell_value(queue);
@@ -544,48 +496,5 @@ impl Controller {
         log::error!("controller fatal status: {why}");
         self.state = State::Failed;
         self.shared.registers().status |= CSTS_FATAL;
-    }
-}
-
-/// How the idle data thread passes its time.
-struct Idle {
-    looks: u32,
-    since: Option<Instant>,
-    nap: Duration,
-}
-
-impl Idle {
-    fn new() -> Idle {
-        Idle { looks: 0, since: None, nap: SHORTEST_NAP }
-    }
-
-    #[inline]
-    fn reset(&mut self) {
-        self.looks = 0;
-        self.since = None;
-        self.nap = SHORTEST_NAP;
-    }
-
-    fn pause(&mut self, controller: &mut Controller) {
-        self.looks += 1;
-        if self.looks < SPINS {
-            std::hint::spin_loop();
-            return;
-        }
-        let now = Instant::now();
-        if now.duration_since(*self.since.get_or_insert(now)) < YIELD_TIME {
-            std::thread::yield_now();
-            return;
-        }
-        controller.before_nap();
-        if controller.shadow.is_some() && controller.poll() {
-            self.reset();
-            return;
-        }
-        let due =
-            controller.held.iter().map(|held| held.due).chain(controller.strays.iter().map(|stray| stray.due)).min();
-        Counters::add(&controller.shared.counters.naps, 1);
-        std::thread::park_timeout(due.map_or(self.nap, |due| self.nap.min(due.saturating_duration_since(now))));
-        self.nap = (self.nap * 2).min(LONGEST_NAP);
     }
 }

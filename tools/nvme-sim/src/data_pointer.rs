@@ -2,6 +2,7 @@
 
 use crate::command::Command;
 use crate::dma::DmaView;
+use crate::offers::SglOffer;
 use crate::status::Status;
 use crate::{prp, sgl};
 
@@ -17,7 +18,7 @@ pub(crate) struct Pointers {
     pub pieces: Vec<Piece>,
     /// Bytes of a memory page (CC.MPS).
     pub page: u64,
-    pub sgl: bool,
+    pub sgl: SglOffer,
 }
 
 /// Whether the command gives data to the controller or takes them.
@@ -28,8 +29,8 @@ pub(crate) enum Direction {
 }
 
 impl Pointers {
-    pub fn new(sgl: bool) -> Pointers {
-        Pointers { pieces: Vec::new(), page: 4096, sgl }
+    pub fn new() -> Pointers {
+        Pointers { pieces: Vec::new(), page: 4096, sgl: SglOffer::default() }
     }
 
     /// Fills `pieces` with what `command` names for a transfer of `bytes`.
@@ -38,7 +39,10 @@ impl Pointers {
         self.pieces.clear();
         match command.data_pointer_kind() {
             0 => prp::walk(view, self.page, command.prp1(), command.prp2(), bytes, &mut self.pieces),
-            1 | 2 if self.sgl => sgl::walk(view, [command.prp1(), command.prp2()], bytes, direction, &mut self.pieces),
+            1 | 2 if self.sgl.supported => {
+                let words = [command.prp1(), command.prp2()];
+                sgl::walk(view, words, bytes, direction, self.sgl, &mut self.pieces)
+            }
             _ => Err(Status::INVALID_FIELD),
         }
     }

@@ -75,9 +75,9 @@ impl Events {
         self.changed = Some(Vec::new());
     }
 
-    /// An Asynchronous Event Request.
-    pub fn wait(&mut self, id: u16) -> Result<(), Status> {
-        if self.waiting.len() >= EVENT_REQUESTS {
+    /// An Asynchronous Event Request; `most` may wait.
+    pub fn wait(&mut self, id: u16, most: usize) -> Result<(), Status> {
+        if self.waiting.len() >= most {
             return Err(Status::EVENT_LIMIT);
         }
         self.waiting.push_back(id);

@@ -28,6 +28,16 @@ pub struct FaultPlan {
     pub ready_delay: Duration,
     /// No command is fetched and none completes.
     pub stopped: bool,
+    /// The same, and the host is told so (CSTS.PP).
+    pub paused: bool,
+    /// Abort succeeds and aborts nothing (dword 0 bit 0 of its completion is 1).
+    pub never_aborts: bool,
+    /// A sanitize operation is going on: I/O commands and Format NVM are answered with Sanitize In Progress.
+    pub sanitizing: bool,
+    /// This namespace (0xffffffff: each) is being formatted: its I/O commands are answered with Format In Progress.
+    pub formatting: Option<u32>,
+    /// A function reset takes away the eventfds of interrupts: the host has to give them once more.
+    pub reset_forgets_interrupts: bool,
     /// CSTS.CFS is set and nothing is processed, until this is false and the host resets the controller.
     pub fatal: bool,
     /// Completions that are posted together are shuffled.

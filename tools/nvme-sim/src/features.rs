@@ -27,6 +27,21 @@ pub(crate) const WARNING_TEMPERATURE: u32 = 343;
 /// What capabilities (SEL 3) say of a feature: changeable; not saveable, not per namespace.
 const CHANGEABLE: u32 = 1 << 2;
 
+/// I/O queues granted to the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Granted {
+    pub submission: u16,
+    pub completion: u16,
+}
+
+impl Granted {
+    /// As many as there can be.
+    fn most(config: &Config) -> Granted {
+        let most = |wanted: Option<u16>| wanted.unwrap_or(config.max_queue_pairs);
+        Granted { submission: most(config.submission_queues), completion: most(config.completion_queues) }
+    }
+}
+
 /// The features as the host has set them. They are back at their defaults after a controller reset.
 ///
 /// Interrupt coalescing, arbitration, error recovery and power state are kept and reported but change nothing: the
@@ -38,9 +53,7 @@ pub(crate) struct Features {
     over_temperature: u32,
     under_temperature: u32,
     vectors: Vec<u32>,
-    /// I/O queue pairs granted.
-    queues: u16,
-    has_write_cache: bool,
+    queues: Granted,
     /// Advanced Command Retry Enable, in Host Behavior Support.
     retry_delays: bool,
 }
@@ -55,8 +68,7 @@ impl Features {
             over_temperature: WARNING_TEMPERATURE,
             under_temperature: 0,
             vectors: vec![0; usize::from(config.max_queue_pairs) + 1],
-            queues: config.max_queue_pairs,
-            has_write_cache: config.volatile_write_cache,
+            queues: Granted::most(config),
             retry_delays: false,
         }
     }
@@ -70,8 +82,8 @@ impl Features {
         self.retry_delays
     }
 
-    /// The highest I/O queue identifier the host may use.
-    pub fn queues(&self) -> u16 {
+    /// The highest I/O queue identifiers the host may use.
+    pub fn queues(&self) -> Granted {
         self.queues
     }
 
@@ -87,14 +99,13 @@ impl Features {
 
     fn get(&self, id: u8, dword11: u32) -> Result<u32, Status> {
         match id {
-            VOLATILE_WRITE_CACHE if !self.has_write_cache => Err(Status::INVALID_FIELD),
             TEMPERATURE_THRESHOLD => match (dword11 >> 20 & 3, dword11 >> 16 & 15) {
                 (0, 0) => Ok(self.over_temperature),
                 (1, 0) => Ok(self.under_temperature),
                 (0 | 1, 1..=8) => Ok(0), // sensors that do not exist
                 _ => Err(Status::INVALID_FIELD),
             },
-            NUMBER_OF_QUEUES => Ok(u32::from(self.queues - 1) * 0x0001_0001),
+            NUMBER_OF_QUEUES => Ok(u32::from(self.queues.completion - 1) << 16 | u32::from(self.queues.submission - 1)),
             INTERRUPT_VECTOR => {
                 let vector = dword11 & 0xffff;
                 let value = self.vectors.get(vector as usize).ok_or(Status::INVALID_FIELD)?;
@@ -108,7 +119,6 @@ impl Features {
     fn set(&mut self, id: u8, value: u32) -> Result<u32, Status> {
         match id {
             POWER_MANAGEMENT if value & 31 != 0 => return Err(Status::INVALID_FIELD),
-            VOLATILE_WRITE_CACHE if !self.has_write_cache => return Err(Status::INVALID_FIELD),
             TEMPERATURE_THRESHOLD => match (value >> 20 & 3, value >> 16 & 15) {
                 (0, 0 | 15) => self.over_temperature = value & 0xffff,
                 (1, 0 | 15) => self.under_temperature = value & 0xffff,
@@ -126,21 +136,34 @@ impl Features {
         Ok(0)
     }
 
-    fn set_queues(&mut self, value: u32, most: u16) -> Result<u32, Status> {
+    fn set_queues(&mut self, value: u32, most: Granted) -> Result<u32, Status> {
         let [submission, completion] = [value & 0xffff, value >> 16];
         if submission == 0xffff || completion == 0xffff {
             return Err(Status::INVALID_FIELD);
         }
         // A pair each: what one kind does not ask for, the other cannot use.
         let wanted = submission.max(completion) + 1;
-        self.queues = wanted.min(most.into()) as u16;
+        let granted = |most: u16| wanted.min(most.into()) as u16;
+        self.queues = Granted { submission: granted(most.submission), completion: granted(most.completion) };
         self.get(NUMBER_OF_QUEUES, 0)
     }
+}
+
+/// Whether a feature is there at all.
+fn check(controller: &Controller, id: u8) -> Result<(), Status> {
+    if id == VOLATILE_WRITE_CACHE && !controller.offers.has_write_cache() {
+        return Err(Status::INVALID_FIELD);
+    }
+    Ok(())
 }
 
 /// Get Features: dword 0 of the completion.
 pub(crate) fn get(controller: &Controller, command: &Command) -> Result<u32, Status> {
     let (id, select) = (command.dword(10) as u8, command.dword(10) >> 8 & 7);
+    check(controller, id)?;
+    if select != 0 && !controller.offers.selects_features() {
+        return Err(Status::INVALID_FIELD);
+    }
     let dword11 = command.dword(11);
     let current = controller.features.get(id, dword11)?;
     match select {
@@ -155,10 +178,16 @@ pub(crate) fn get(controller: &Controller, command: &Command) -> Result<u32, Sta
 /// Set Features: dword 0 of the completion.
 pub(crate) fn set(controller: &mut Controller, command: &Command) -> Result<u32, Status> {
     let (id, value) = (command.dword(10) as u8, command.dword(11));
+    check(controller, id)?;
     if command.dword(10) >> 31 != 0 {
-        return Err(Status::NOT_SAVEABLE);
+        let selects = controller.offers.selects_features();
+        return Err(if selects { Status::NOT_SAVEABLE } else { Status::INVALID_FIELD });
     }
-    let result = if id == HOST_BEHAVIOR && controller.shared.config.retry_delays != [0; 3] {
+    // What is optional of the events has to be offered (OAES).
+    if id == ASYNC_EVENTS && value & !0xff & !controller.offers.events != 0 {
+        return Err(Status::INVALID_FIELD);
+    }
+    let result = if id == HOST_BEHAVIOR && controller.offers.retry_delays {
         let mut behavior = [0; HOST_BEHAVIOR_BYTES];
         crate::admin::take(controller, command, &mut behavior)?;
         if behavior[0] > 1 {
@@ -171,7 +200,7 @@ pub(crate) fn set(controller: &mut Controller, command: &Command) -> Result<u32,
         if controller.sqs.iter().skip(1).any(Option::is_some) || controller.cqs.iter().skip(1).any(Option::is_some) {
             return Err(Status::COMMAND_SEQUENCE);
         }
-        controller.features.set_queues(value, controller.shared.config.max_queue_pairs)?
+        controller.features.set_queues(value, Granted::most(&controller.shared.config))?
     } else {
         controller.features.set(id, value)?
     };

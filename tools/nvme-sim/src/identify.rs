@@ -51,7 +51,7 @@ pub(crate) fn identify(controller: &Controller, command: &Command) -> Result<Vec
     };
     // Only the NVM command set (0) is there.
     let of_command_set = || if command_set == 0 { Ok(()) } else { Err(Status::INVALID_FIELD) };
-    let mut page = match selector {
+    let page = match selector {
         0x00 => namespace()?.map_or_else(|| Page::new(4096), |n| namespace_page(n, config)),
         0x01 => controller_page(controller),
         0x02 => active_list(controller, id)?,
@@ -80,10 +80,30 @@ pub(crate) fn identify(controller: &Controller, command: &Command) -> Result<Vec
         }
         _ => return Err(Status::INVALID_FIELD),
     };
+    Ok(patched(controller, selector, id, page))
+}
+
+/// A data structure with what is said otherwise in it.
+fn patched(controller: &Controller, selector: u8, namespace: u32, mut page: Page) -> Vec<u8> {
     for patch in &controller.patches {
-        patch.apply(selector, id, &mut page.0);
+        patch.apply(selector, namespace, &mut page.0);
     }
-    Ok(page.0)
+    page.0
+}
+
+/// Identify Controller as the host reads it.
+pub(crate) fn controller_data(controller: &Controller) -> Vec<u8> {
+    patched(controller, 0x01, 0, controller_page(controller))
+}
+
+/// Identify Controller of the NVM command set as the host reads it.
+pub(crate) fn limits_data(controller: &Controller) -> Vec<u8> {
+    patched(controller, 0x06, 0, Page::new(4096))
+}
+
+/// Identify Namespace as the host reads it.
+pub(crate) fn namespace_data(controller: &Controller, namespace: &Namespace) -> Vec<u8> {
+    patched(controller, 0x00, namespace.id, namespace_page(namespace, &controller.shared.config))
 }
 
 /// Identify Controller (5.17.2.1).

@@ -4,6 +4,7 @@ use crate::command::{ALL_NAMESPACES, Command, nvm};
 use crate::controller::Controller;
 use crate::data_pointer::{Direction, transfer_error};
 use crate::namespace::Namespace;
+use crate::offers::Offers;
 use crate::shared::Counters;
 use crate::status::Status;
 
@@ -11,6 +12,7 @@ use crate::status::Status;
 #[inline]
 pub(crate) fn execute(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let id = command.namespace();
+    controller.offers.check_io(command.opcode())?;
     if command.opcode() == nvm::FLUSH {
         return flush(controller, id);
     }
@@ -25,8 +27,11 @@ pub(crate) fn execute(controller: &mut Controller, command: &Command) -> Result<
         nvm::READ => read(controller, command),
         nvm::WRITE => write(controller, command),
         nvm::COMPARE => compare(controller, command),
-        nvm::VERIFY => in_range(namespace, command).map(drop),
-        nvm::WRITE_ZEROES => write_zeroes(namespace, command),
+        nvm::VERIFY => {
+            let (_, len) = in_range(namespace, command)?;
+            controller.offers.check_size(nvm::VERIFY, len as u64)
+        }
+        nvm::WRITE_ZEROES => write_zeroes(namespace, &controller.offers, command),
         nvm::DATASET_MANAGEMENT => dataset_management(controller, command),
         _ => Err(Status::INVALID_OPCODE),
     }
@@ -50,7 +55,7 @@ fn in_range(namespace: &Namespace, command: &Command) -> Result<(usize, usize), 
 fn prepare(controller: &mut Controller, command: &Command, direction: Direction) -> Result<(usize, usize), Status> {
     let namespace = namespace(&mut controller.namespaces, command)?;
     let (offset, len) = in_range(namespace, command)?;
-    if controller.shared.config.max_transfer.is_some_and(|limit| len > limit as usize) {
+    if controller.offers.max_transfer.is_some_and(|limit| len as u64 > limit) {
         return Err(Status::INVALID_FIELD);
     }
     controller.pointers.walk(&controller.view, command, len as u64, direction)?;
@@ -75,6 +80,10 @@ fn read(controller: &mut Controller, command: &Command) -> Result<(), Status> {
 
 #[inline]
 fn write(controller: &mut Controller, command: &Command) -> Result<(), Status> {
+    // DTYPE (dword 12 bits 23:20).
+    if command.dword(12) >> 20 & 15 != 0 && !controller.offers.directives() {
+        return Err(Status::INVALID_FIELD);
+    }
     let (mut offset, len) = prepare(controller, command, Direction::FromHost)?;
     let namespace = namespace(&mut controller.namespaces, command)?;
     if namespace.read_only {
@@ -118,6 +127,9 @@ fn compare(controller: &mut Controller, command: &Command) -> Result<(), Status>
 /// Flush (3.2.2), of one namespace or of all.
 fn flush(controller: &mut Controller, id: u32) -> Result<(), Status> {
     if id == ALL_NAMESPACES {
+        if !controller.offers.flushes_all() {
+            return Err(Status::INVALID_NAMESPACE);
+        }
         controller.namespaces.iter_mut().flatten().for_each(Namespace::flush);
         return Ok(());
     }
@@ -127,13 +139,18 @@ fn flush(controller: &mut Controller, id: u32) -> Result<(), Status> {
 }
 
 /// Write Zeroes (3.2.8); with DEAC (dword 12 bit 25) the blocks are deallocated, which reads the same.
-fn write_zeroes(namespace: &mut Namespace, command: &Command) -> Result<(), Status> {
+fn write_zeroes(namespace: &mut Namespace, offers: &Offers, command: &Command) -> Result<(), Status> {
+    let deallocates = command.dword(12) & 1 << 25 != 0;
+    if deallocates && !namespace.write_zeroes_deallocates {
+        return Err(Status::INVALID_FIELD);
+    }
     let (offset, len) = in_range(namespace, command)?;
+    offers.check_size(nvm::WRITE_ZEROES, len as u64)?;
     if namespace.read_only {
         return Err(Status::WRITE_PROTECTED);
     }
     let (lba, blocks, durable) = (command.lba(), command.blocks().into(), command.force_unit_access());
-    if command.dword(12) & 1 << 25 != 0 {
+    if deallocates {
         namespace.before_deallocate(lba, blocks, durable);
         namespace.backing.deallocate(offset, len)?;
     } else {
@@ -147,6 +164,10 @@ fn write_zeroes(namespace: &mut Namespace, command: &Command) -> Result<(), Stat
 fn dataset_management(controller: &mut Controller, command: &Command) -> Result<(), Status> {
     let count = (command.dword(10) & 0xff) as usize + 1;
     let deallocate = command.dword(11) & 4 != 0;
+    let limits = controller.offers.deallocation;
+    if deallocate && limits.ranges.is_some_and(|most| count > most.into()) {
+        return Err(Status::COMMAND_SIZE_LIMIT);
+    }
     let len = count * 16;
     let mut raw = [0; 256 * 16];
     crate::admin::take(controller, command, &mut raw[..len])?;
@@ -155,9 +176,15 @@ fn dataset_management(controller: &mut Controller, command: &Command) -> Result<
         return Err(Status::WRITE_PROTECTED);
     }
     let mut ranges = [(0, 0, 0, 0); 256];
+    let mut total = 0;
     for (range, raw) in ranges.iter_mut().zip(raw[..len].chunks_exact(16)) {
         let blocks = u64::from(u32::from_le_bytes([raw[4], raw[5], raw[6], raw[7]]));
         let lba = u64::from_le_bytes(std::array::from_fn(|n| raw[8 + n]));
+        total += blocks;
+        let too_long = limits.range_blocks.is_some_and(|most| blocks > most.into());
+        if deallocate && (too_long || limits.blocks.is_some_and(|most| total > most)) {
+            return Err(Status::COMMAND_SIZE_LIMIT);
+        }
         let (offset, bytes) = namespace.range(lba, blocks).ok_or(Status::LBA_OUT_OF_RANGE)?;
         *range = (lba, blocks, offset, bytes);
     }

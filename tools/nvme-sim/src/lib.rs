@@ -2,7 +2,8 @@
 //!
 //! It takes the place of a drive where there is none: for tests, for trying things out, and for everything that must go
 //! wrong on demand. It follows the NVM Express Base Specification 2.0 and the NVM Command Set Specification 1.0, not any
-//! driver: what they forbid is refused with the status they name, and the log says so (`RUST_LOG=nvme_sim=warn`).
+//! driver: what they forbid is refused with the status they name, and so is what Identify does not offer, also where a
+//! test has it say something else ([`IdentifyPatch`]). The log says so (`RUST_LOG=nvme_sim=warn`).
 //!
 //! ```
 //! use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, Simulator};
@@ -57,6 +58,7 @@ mod interrupts;
 mod io;
 mod log_page;
 mod namespace;
+mod offers;
 mod patch;
 mod prp;
 mod queue;

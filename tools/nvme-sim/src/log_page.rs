@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::command::{Command, admin, nvm};
+use crate::command::{ALL_NAMESPACES, Command, admin, nvm};
 use crate::controller::Controller;
 use crate::events::{ERROR_ENTRIES, LOG_CHANGED_NAMESPACES, LOG_ERROR, LOG_FIRMWARE, LOG_HEALTH};
 use crate::features::TEMPERATURE;
@@ -23,8 +23,15 @@ pub(crate) fn get(controller: &mut Controller, command: &Command) -> Result<Vec<
     if command.dword(14) & 1 << 23 != 0 || offset % 4 != 0 {
         return Err(Status::INVALID_FIELD);
     }
+    let extended = dwords > 0xffff || offset != 0;
+    if extended && !controller.offers.extended_log() {
+        return Err(Status::INVALID_FIELD);
+    }
+    let whole = matches!(command.namespace(), 0 | ALL_NAMESPACES);
     let page = match id {
-        LOG_SUPPORTED => supported(),
+        LOG_HEALTH if !whole && !controller.offers.namespace_health() => return Err(Status::INVALID_FIELD),
+        LOG_EFFECTS if !controller.offers.effects_log() => return Err(Status::INVALID_LOG_PAGE),
+        LOG_SUPPORTED => supported(controller),
         LOG_ERROR => errors(controller),
         LOG_HEALTH => health(controller),
         LOG_FIRMWARE => firmware(),
@@ -35,9 +42,7 @@ pub(crate) fn get(controller: &mut Controller, command: &Command) -> Result<Vec<
     if offset > page.len() as u64 {
         return Err(Status::INVALID_FIELD);
     }
-    if let Some(limit) = controller.shared.config.max_transfer
-        && bytes > u64::from(limit)
-    {
+    if controller.offers.max_transfer.is_some_and(|limit| bytes > limit) {
         return Err(Status::INVALID_FIELD);
     }
     // No limit on transfers is no licence to make the controller reserve 16 GiB.
@@ -52,11 +57,12 @@ pub(crate) fn get(controller: &mut Controller, command: &Command) -> Result<Vec<
 }
 
 /// Supported log pages (5.16.1.1).
-fn supported() -> Vec<u8> {
+fn supported(controller: &Controller) -> Vec<u8> {
     let mut page = Page::new(1024);
-    for id in [LOG_SUPPORTED, LOG_ERROR, LOG_HEALTH, LOG_FIRMWARE, LOG_CHANGED_NAMESPACES, LOG_EFFECTS] {
+    for id in [LOG_SUPPORTED, LOG_ERROR, LOG_HEALTH, LOG_FIRMWARE, LOG_CHANGED_NAMESPACES] {
         page.put(usize::from(id) * 4, &[1]);
     }
+    page.put(usize::from(LOG_EFFECTS) * 4, &[u8::from(controller.offers.effects_log())]);
     page.0
 }
 
@@ -126,16 +132,20 @@ fn effects(controller: &Controller) -> Vec<u8> {
     ] {
         set(0, opcode, SUPPORTED);
     }
-    if controller.shared.config.shadow_doorbells {
-        set(0, admin::DOORBELL_BUFFER, SUPPORTED);
-    }
+    let offers = &controller.offers;
     // Format changes data and the namespace, and wants to be alone with it (CSE 1).
-    set(0, admin::FORMAT, SUPPORTED | DATA_CHANGES | 1 << 3 | 1 << 16);
-    for opcode in [nvm::READ, nvm::COMPARE, nvm::VERIFY] {
-        set(1024, opcode, SUPPORTED);
+    let format = SUPPORTED | DATA_CHANGES | 1 << 3 | 1 << 16;
+    for (opcode, effects) in [(admin::DOORBELL_BUFFER, SUPPORTED), (admin::FORMAT, format)] {
+        if offers.check_admin(opcode).is_ok() {
+            set(0, opcode, effects);
+        }
     }
-    for opcode in [nvm::FLUSH, nvm::WRITE, nvm::WRITE_ZEROES, nvm::DATASET_MANAGEMENT] {
-        set(1024, opcode, SUPPORTED | DATA_CHANGES);
+    let changing = [nvm::FLUSH, nvm::WRITE, nvm::WRITE_ZEROES, nvm::DATASET_MANAGEMENT].map(|n| (n, DATA_CHANGES));
+    let reading = [nvm::READ, nvm::COMPARE, nvm::VERIFY].map(|n| (n, 0));
+    for (opcode, effects) in changing.into_iter().chain(reading) {
+        if offers.check_io(opcode).is_ok() {
+            set(1024, opcode, SUPPORTED | effects);
+        }
     }
     page.0
 }

@@ -36,6 +36,8 @@ pub(crate) struct Namespace {
     pub blocks: u64,
     bytes: u64,
     pub read_only: bool,
+    /// DEAC in Write Zeroes is offered.
+    pub write_zeroes_deallocates: bool,
     cache_bytes: u64,
 }
 
@@ -52,6 +54,7 @@ impl Namespace {
             blocks: bytes >> shift,
             bytes,
             read_only: config.read_only,
+            write_zeroes_deallocates: true,
             cache_bytes: controller.write_cache_bytes,
         };
         namespace.set_write_cache(controller.volatile_write_cache)?;

@@ -126,7 +126,7 @@ mod tests {
     #[test]
     fn a_completion_queue_fills_wraps_and_turns_its_phase() {
         let (file, memory) = SharedBytes::memory_file(c"queue-test", 4096).unwrap();
-        let table = Arc::new(DmaTable::new());
+        let table = Arc::new(DmaTable::new(None));
         table.map(&file, 0, 0x1000, 4096, true, true).unwrap();
         let view = DmaView::new(table);
         let mut queue = CompletionQueue::new(0x1000, 3, None);

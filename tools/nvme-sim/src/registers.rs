@@ -25,6 +25,8 @@ pub(crate) const CSTS_SHUTDOWN: u32 = 3 << 2;
 pub(crate) const CSTS_SHUTDOWN_OCCURRING: u32 = 1 << 2;
 /// CSTS.SHST: shutdown is complete.
 pub(crate) const CSTS_SHUTDOWN_COMPLETE: u32 = 2 << 2;
+/// CSTS.PP: the controller does not process commands for a while.
+pub(crate) const CSTS_PAUSED: u32 = 1 << 5;
 /// CSTS.NSSRO: a subsystem reset occurred.
 pub(crate) const CSTS_SUBSYSTEM_RESET: u32 = 1 << 4;
 

@@ -18,7 +18,7 @@ use vfio_bindings::bindings::vfio::{
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
 
 use crate::config_space::{BarLayout, CONFIG_BYTES, ConfigSpace};
-use crate::registers::DOORBELLS;
+use crate::registers::{DOORBELLS, shutdown_notification};
 use crate::shared::{Counters, Request, Shared};
 
 const BAR0: u32 = 0;
@@ -153,7 +153,16 @@ impl FrontEnd {
     fn write_bar(&mut self, offset: u64, data: &[u8]) {
         let layout = self.shared.layout;
         if let Some((part, at)) = overlap(offset, data.len(), 0, DOORBELLS) {
-            self.shared.registers().write(at, &data[part]);
+            let told = {
+                let mut registers = self.shared.registers();
+                let before = registers.configuration;
+                registers.write(at, &data[part]);
+                shutdown_notification(before) == 0 && shutdown_notification(registers.configuration) != 0
+            };
+            if told {
+                // Before the answer: what the host submits when it has it comes too late. Nobody answers after the end.
+                let _ = self.shared.ask(Request::ShutdownTold);
+            }
             self.shared.call_attention();
         }
         if let Some((part, at)) = overlap(offset, data.len(), DOORBELLS, layout.doorbell_bytes) {
@@ -261,6 +270,9 @@ impl ServerBackend for FrontEnd {
     }
 
     fn reset(&mut self) -> io::Result<()> {
+        if self.shared.faults.plan().reset_forgets_interrupts {
+            self.shared.interrupts.disable_all();
+        }
         self.shared.ask(Request::FunctionReset).map(drop).map_err(io::Error::other)
     }
 

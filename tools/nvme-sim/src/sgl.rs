@@ -2,6 +2,7 @@
 
 use crate::data_pointer::{Direction, Piece, transfer_error};
 use crate::dma::DmaView;
+use crate::offers::SglOffer;
 use crate::status::Status;
 
 /// More descriptors than any transfer needs; an endless list of empty ones ends here.
@@ -33,13 +34,14 @@ pub(crate) fn walk(
     words: [u64; 2],
     bytes: u64,
     direction: Direction,
+    offer: SglOffer,
     pieces: &mut Vec<Piece>,
 ) -> Result<(), Status> {
     let mut left = bytes;
     let mut seen = 0;
     let first = Descriptor::new(words);
     if matches!(first.kind, DATA_BLOCK | BIT_BUCKET) {
-        take(first, &mut left, direction, pieces)?;
+        take(first, &mut left, direction, offer, pieces)?;
         return if left == 0 { Ok(()) } else { Err(Status::SGL_LENGTH_INVALID) };
     }
     let mut segment = first;
@@ -58,7 +60,7 @@ pub(crate) fn walk(
             let word = |half: usize| u64::from_le_bytes(std::array::from_fn(|n| raw[half * 8 + n]));
             let descriptor = Descriptor::new([word(0), word(1)]);
             if !matches!(descriptor.kind, SEGMENT | LAST_SEGMENT) {
-                take(descriptor, &mut left, direction, pieces)?;
+                take(descriptor, &mut left, direction, offer, pieces)?;
             } else if segment.kind == LAST_SEGMENT {
                 return Err(Status::INVALID_SGL_SEGMENT);
             } else if n + 1 != count {
@@ -89,9 +91,18 @@ fn check_segment(segment: Descriptor) -> Result<(), Status> {
 
 /// Takes a data block or bit bucket. The list must be exactly as long as the transfer (SGLS bit 18 is 0); a bit bucket
 /// counts for data to the host only, and is skipped otherwise.
-fn take(d: Descriptor, left: &mut u64, direction: Direction, pieces: &mut Vec<Piece>) -> Result<(), Status> {
-    if d.subtype != 0 {
+fn take(
+    d: Descriptor,
+    left: &mut u64,
+    direction: Direction,
+    offer: SglOffer,
+    pieces: &mut Vec<Piece>,
+) -> Result<(), Status> {
+    if d.subtype != 0 || d.kind == BIT_BUCKET && !offer.bit_bucket {
         return Err(Status::SGL_TYPE_INVALID);
+    }
+    if offer.dwords_only && (d.bytes & 3 != 0 || d.kind == DATA_BLOCK && d.address & 3 != 0) {
+        return Err(Status::SGL_GRANULARITY_INVALID);
     }
     let iova = match d.kind {
         DATA_BLOCK => Some(d.address),

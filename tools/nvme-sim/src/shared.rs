@@ -36,6 +36,8 @@ pub(crate) enum Request {
     Reset,
     /// Function level reset: nothing outlives that (PCI Express Base 4.0, 6.6.2).
     FunctionReset,
+    /// CC.SHN was set.
+    ShutdownTold,
     /// Identify says this otherwise from now on.
     Identify(Vec<IdentifyPatch>),
     PowerCut(PowerLoss),
@@ -67,6 +69,8 @@ pub struct Counters {
     pub interrupts: AtomicU64,
     /// Times the idle data thread went to sleep.
     pub naps: AtomicU64,
+    /// Commands that the host submitted after it had set CC.SHN, admin commands too (NVMe Base 2.0, 3.6.1, forbids it).
+    pub commands_after_shutdown: AtomicU64,
     /// Unsafe shutdowns and power cuts.
     pub power_cuts: AtomicU64,
     /// Commands carried out after the end of their queue ([`FaultAction::Stray`](crate::FaultAction)).
@@ -119,7 +123,7 @@ impl Shared {
             registers: Mutex::new(Registers::new(&config)),
             config_space: Mutex::new(ConfigSpace::new(&layout)),
             doorbells,
-            dma: Arc::new(DmaTable::new()),
+            dma: Arc::new(DmaTable::new(config.dma_regions)),
             interrupts: Arc::new(Interrupts::new(layout.vectors)),
             faults: FaultControl::new(config.faults.clone()),
             counters: Counters::default(),

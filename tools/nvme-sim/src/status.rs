@@ -30,9 +30,12 @@ impl Status {
     pub(crate) const SGL_LENGTH_INVALID: Status = Status::refusal(GENERIC, 0x0f);
     pub(crate) const SGL_TYPE_INVALID: Status = Status::refusal(GENERIC, 0x11);
     pub(crate) const PRP_OFFSET_INVALID: Status = Status::refusal(GENERIC, 0x13);
+    pub(crate) const SANITIZE_IN_PROGRESS: Status = Status::new(GENERIC, 0x1d);
+    pub(crate) const SGL_GRANULARITY_INVALID: Status = Status::refusal(GENERIC, 0x1e);
     pub(crate) const WRITE_PROTECTED: Status = Status::refusal(GENERIC, 0x20);
     pub(crate) const LBA_OUT_OF_RANGE: Status = Status::refusal(GENERIC, 0x80);
     pub(crate) const CAPACITY_EXCEEDED: Status = Status::refusal(GENERIC, 0x81);
+    pub(crate) const FORMAT_IN_PROGRESS: Status = Status::new(GENERIC, 0x84);
     pub(crate) const CQ_INVALID: Status = Status::refusal(SPECIFIC, 0x00);
     pub(crate) const INVALID_QUEUE_ID: Status = Status::refusal(SPECIFIC, 0x01);
     pub(crate) const INVALID_QUEUE_SIZE: Status = Status::refusal(SPECIFIC, 0x02);
@@ -42,6 +45,7 @@ impl Status {
     pub(crate) const INVALID_FORMAT: Status = Status::refusal(SPECIFIC, 0x0a);
     pub(crate) const INVALID_QUEUE_DELETION: Status = Status::refusal(SPECIFIC, 0x0c);
     pub(crate) const NOT_SAVEABLE: Status = Status::refusal(SPECIFIC, 0x0d);
+    pub(crate) const COMMAND_SIZE_LIMIT: Status = Status::refusal(SPECIFIC, 0x83);
     pub(crate) const WRITE_FAULT: Status = Status::refusal(MEDIA, 0x80);
     pub(crate) const UNRECOVERED_READ_ERROR: Status = Status::refusal(MEDIA, 0x81);
     pub(crate) const COMPARE_FAILURE: Status = Status::refusal(MEDIA, 0x85);

@@ -397,7 +397,8 @@ fn rules_as_text() {
                 blocks: Some(16..=31),
                 skip: 3,
                 limit: Some(4),
-                probability: 0.5
+                probability: 0.5,
+                ..Default::default()
             }
         ))
     );

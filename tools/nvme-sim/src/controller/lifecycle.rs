@@ -34,10 +34,12 @@ impl Controller {
             registers.status = registers::CSTS_SUBSYSTEM_RESET;
             return;
         }
+        self.set_paused();
         self.reset_waits |= wanted.reset;
         if self.reset_waits && !self.faults.plan.never_reset {
             self.clear();
             self.shared.registers().controller_reset();
+            self.set_paused();
         }
         if registers::enabled(cc) && self.state == State::Disabled && !self.reset_waits {
             self.start(cc);
@@ -48,10 +50,19 @@ impl Controller {
         }
     }
 
+    /// CSTS.PP (3.1.3.6).
+    fn set_paused(&mut self) {
+        let paused = if self.faults.plan.paused { registers::CSTS_PAUSED } else { 0 };
+        let mut registers = self.shared.registers();
+        registers.status = registers.status & !registers::CSTS_PAUSED | paused;
+    }
+
     /// Leaves nothing of queues and commands behind: a controller level reset (NVMe Base 2.0, 3.7.2).
     fn clear(&mut self) {
         self.reset_waits = false;
         self.state = State::Disabled;
+        self.count_after_shutdown();
+        self.after_shutdown = None;
         self.let_stray();
         self.sqs.fill(None);
         self.cqs.fill(None);
@@ -167,7 +178,11 @@ impl Controller {
                 self.reset_all();
                 self.strays.clear();
             }
-            Request::Identify(patches) => self.patches = patches,
+            Request::ShutdownTold => self.note_shutdown(),
+            Request::Identify(patches) => {
+                self.patches = patches;
+                self.refresh_offers();
+            }
             Request::PowerCut(loss) => return Ok(self.power_cut(loss)),
             Request::AddNamespace(config) => {
                 let free = self.namespaces.iter().position(Option::is_none).unwrap_or(self.namespaces.len());
@@ -181,6 +196,7 @@ impl Controller {
                 }
                 self.namespaces[free] = Some(namespace);
                 self.apply_write_cache();
+                self.refresh_offers();
                 self.namespace_changed(id);
                 return Ok(id.into());
             }

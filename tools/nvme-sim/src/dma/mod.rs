@@ -43,6 +43,8 @@ type Regions = Arc<[Arc<Region>]>;
 pub(crate) struct DmaTable {
     current: Mutex<Regions>,
     generation: AtomicU64,
+    /// Regions there may be at a time.
+    most: usize,
 }
 
 /// An address range that the front-end has not mapped for this kind of access.
@@ -65,8 +67,10 @@ fn invalid(text: String) -> io::Error {
 }
 
 impl DmaTable {
-    pub fn new() -> DmaTable {
-        DmaTable { current: Mutex::new(Arc::from([])), generation: AtomicU64::new(0) }
+    /// A table of at most `most` regions; `None`: as many as anybody needs.
+    pub fn new(most: Option<usize>) -> DmaTable {
+        let most = most.unwrap_or(MAX_REGIONS);
+        DmaTable { current: Mutex::new(Arc::from([])), generation: AtomicU64::new(0), most }
     }
 
     fn change<T>(&self, change: impl FnOnce(&mut Vec<Arc<Region>>) -> io::Result<T>) -> io::Result<T> {
@@ -88,8 +92,8 @@ impl DmaTable {
         let bytes = SharedBytes::of_client(file, offset, bytes, writable)?;
         let region = Region { iova, bytes, readable, writable };
         self.change(|regions| {
-            if regions.len() >= MAX_REGIONS {
-                return Err(invalid(format!("DMA map: {MAX_REGIONS} regions are mapped already")));
+            if regions.len() >= self.most {
+                return Err(invalid(format!("DMA map: {} regions are mapped already", self.most)));
             }
             let at = regions.partition_point(|r| r.last() < iova);
             if regions.get(at).is_some_and(|next| next.iova <= region.last()) {
@@ -281,7 +285,7 @@ mod tests {
 
     fn table() -> (Arc<DmaTable>, File) {
         let (file, _) = SharedBytes::memory_file(c"dma-test", 1 << 16).unwrap();
-        (Arc::new(DmaTable::new()), file)
+        (Arc::new(DmaTable::new(None)), file)
     }
 
     #[test]
