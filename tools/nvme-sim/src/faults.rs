@@ -36,6 +36,8 @@ pub struct FaultPlan {
     pub sanitizing: bool,
     /// This namespace (0xffffffff: each) is being formatted: its I/O commands are answered with Format In Progress.
     pub formatting: Option<u32>,
+    /// How long the messages of the front-end wait, each, before they are answered.
+    pub message_delay: Duration,
     /// A function reset takes away the eventfds of interrupts: the host has to give them once more.
     pub reset_forgets_interrupts: bool,
     /// CSTS.CFS is set and nothing is processed, until this is false and the host resets the controller.
@@ -237,6 +239,10 @@ impl FaultControl {
     /// The plan as it stands.
     pub fn plan(&self) -> FaultPlan {
         self.plan.lock().unwrap_or_else(PoisonError::into_inner).plan.clone()
+    }
+
+    pub(crate) fn message_delay(&self) -> Duration {
+        self.plan.lock().unwrap_or_else(PoisonError::into_inner).plan.message_delay
     }
 
     /// How many times a rule has hit a command.

@@ -1,93 +1,44 @@
 //! The front-end's side: vfio-user messages on a socket, one front-end at a time.
 
+mod session;
+mod wire;
+
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_TYPE_MASK, VFIO_PCI_MSIX_IRQ_INDEX,
-    VFIO_PCI_NUM_IRQS, VFIO_PCI_NUM_REGIONS, VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_READ,
-    VFIO_REGION_INFO_FLAG_WRITE, vfio_region_info, vfio_region_sparse_mmap_area,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_TYPE_MASK, VFIO_IRQ_SET_DATA_BOOL, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_IRQ_SET_DATA_TYPE_MASK, VFIO_PCI_MSIX_IRQ_INDEX,
 };
-use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
 
-use crate::config_space::{BarLayout, CONFIG_BYTES, ConfigSpace};
+use crate::config_space::{BarLayout, ConfigSpace};
 use crate::registers::{DOORBELLS, shutdown_notification};
 use crate::shared::{Counters, Request, Shared};
 
 const BAR0: u32 = 0;
 const CONFIG: u32 = 7;
 
-/// Largest access by message; larger than any register or table.
-const MAX_ACCESS: usize = 1 << 20;
-
-/// The regions of the device; `memory` is the file behind BAR0, of which the doorbells may be mapped.
-fn regions(layout: &BarLayout, memory: RawFd) -> Vec<ServerRegion> {
-    let region = |index: u32| {
-        let (size, flags) = match index {
-            BAR0 => {
-                (layout.bytes, VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE | VFIO_REGION_INFO_FLAG_MMAP)
-            }
-            CONFIG => (CONFIG_BYTES as u64, VFIO_REGION_INFO_FLAG_READ | VFIO_REGION_INFO_FLAG_WRITE),
-            _ => (0, 0),
-        };
-        let argsz = size_of::<vfio_region_info>() as u32;
-        let region_info = vfio_region_info { argsz, flags, index, cap_offset: 0, size, offset: 0 };
-        let doorbells = vfio_region_sparse_mmap_area { offset: DOORBELLS, size: layout.doorbell_bytes };
-        let mapped = index == BAR0;
-        ServerRegion {
-            region_info,
-            sparse_areas: if mapped { vec![SparseArea { area: doorbells }] } else { vec![] },
-            mmap_fd: mapped.then_some(memory),
-        }
-    };
-    (0..VFIO_PCI_NUM_REGIONS).map(region).collect()
-}
-
-fn irqs(layout: &BarLayout) -> Vec<IrqInfo> {
-    let irq = |index| {
-        let msix = index == VFIO_PCI_MSIX_IRQ_INDEX;
-        let flags = if msix { VFIO_IRQ_INFO_EVENTFD | VFIO_IRQ_INFO_NORESIZE } else { 0 };
-        IrqInfo { index, flags, count: if msix { layout.vectors.into() } else { 0 } }
-    };
-    (0..VFIO_PCI_NUM_IRQS).map(irq).collect()
-}
-
 /// Serves one front-end after the other until `shared.stop` is set and the listener shut down.
 pub(crate) fn serve(shared: Arc<Shared>, listener: OwnedFd, memory: File) {
     let listener = UnixListener::from(listener);
     loop {
-        let result = listener.try_clone().map(|listener| {
-            let server = Server::from_owned_fd(
-                OwnedFd::from(listener),
-                true,
-                irqs(&shared.layout),
-                regions(&shared.layout, memory.as_raw_fd()),
-            );
+        let result = listener.accept().and_then(|(stream, _)| {
             let mut front_end = FrontEnd { shared: shared.clone(), msix_table: vec![0; msix_bytes(&shared.layout)] };
-            // The crate panics on some malformed messages (a version that is no C string): such a front-end is dropped,
-            // and the next one served.
-            catch_unwind(AssertUnwindSafe(|| server.run(&mut front_end)))
+            session::run(&stream, &mut front_end, &memory)
         });
         front_end_gone(&shared);
         match result {
             _ if shared.stop.load(Ordering::Acquire) => return,
-            Ok(Ok(Ok(()))) => log::info!("the front-end has gone"),
-            Ok(Ok(Err(error))) => {
+            Ok(()) => log::info!("the front-end has gone"),
+            Err(error) => {
                 log::warn!("the front-end is dropped: {error}");
                 // An accept that fails at once would fail again and again.
                 std::thread::sleep(Duration::from_millis(1));
-            }
-            Ok(Err(_)) => log::error!("the front-end is dropped: it sent a malformed message"),
-            Err(error) => {
-                log::error!("cannot use the listening socket: {error}");
-                return;
             }
         }
     }
@@ -126,8 +77,8 @@ fn overlap(offset: u64, len: usize, start: u64, size: u64) -> Option<(std::ops::
     (from < to).then(|| ((from - offset) as usize..(to - offset) as usize, from - start))
 }
 
-fn too_large(len: usize) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidInput, format!("an access of {len} bytes"))
+fn invalid(text: String) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text)
 }
 
 impl FrontEnd {
@@ -187,14 +138,8 @@ impl FrontEnd {
         }
         self.shared.wake();
     }
-}
 
-impl ServerBackend for FrontEnd {
-    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
-        if data.len() > MAX_ACCESS {
-            return Err(too_large(data.len()));
-        }
-        data.fill(0);
+    fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
         match region {
             _ if self.gone() => data.fill(0xff),
             BAR0 => self.read_bar(offset, data),
@@ -204,13 +149,9 @@ impl ServerBackend for FrontEnd {
                 data.fill(0xff);
             }
         }
-        Ok(())
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
-        if data.len() > MAX_ACCESS {
-            return Err(too_large(data.len()));
-        }
         match region {
             _ if self.gone() => {}
             BAR0 => self.write_bar(offset, data),
@@ -235,7 +176,7 @@ impl ServerBackend for FrontEnd {
 
     fn dma_map(
         &mut self,
-        flags: DmaMapFlags,
+        (readable, writable): (bool, bool),
         offset: u64,
         address: u64,
         size: u64,
@@ -246,17 +187,16 @@ impl ServerBackend for FrontEnd {
             log::error!("{text}");
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         };
-        let (readable, writable) = (flags.contains(DmaMapFlags::READ), flags.contains(DmaMapFlags::WRITE));
         log::debug!("DMA map of {size} bytes at {address:#x}, file offset {offset:#x}");
         self.shared.dma.map(&file, offset, address, size, readable, writable).inspect_err(|error| {
             log::error!("cannot map {size} bytes at {address:#x} for DMA (file offset {offset:#x}): {error}");
         })
     }
 
-    fn dma_unmap(&mut self, flags: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
+    fn dma_unmap(&mut self, everything: bool, address: u64, size: u64) -> io::Result<()> {
         log::debug!("DMA unmap of {size} bytes at {address:#x}");
         Counters::add(&self.shared.counters.dma_unmaps, 1);
-        if flags.contains(DmaUnmapFlags::UNMAP_ALL) {
+        if everything {
             self.shared.dma.clear();
         } else if self.shared.dma.unmap(address, size).inspect_err(|error| log::error!("{error}"))? == 0 {
             log::warn!("DMA unmap of {size} bytes at {address:#x}: nothing is mapped there");
@@ -288,6 +228,7 @@ impl ServerBackend for FrontEnd {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
         }
         match data {
+            VFIO_IRQ_SET_DATA_BOOL => return Err(invalid("SET_IRQS with flags for each vector".into())),
             VFIO_IRQ_SET_DATA_NONE if count == 0 => self.shared.interrupts.disable_all(),
             VFIO_IRQ_SET_DATA_NONE => self.shared.interrupts.trigger(start, count),
             VFIO_IRQ_SET_DATA_EVENTFD if count == 0 => self.shared.interrupts.disable_all(),
