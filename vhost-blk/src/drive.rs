@@ -45,6 +45,9 @@ pub use leases::{Lease, Share};
 pub use namespaces::{ExportedNamespace, Known};
 use shares::Shares;
 
+/// What a controller does not say within this time while guests wait for it is asked for later.
+const SOON: Duration = Duration::from_secs(1);
+
 /// One NVMe controller in use.
 pub struct Drive {
     name: String,
@@ -105,6 +108,8 @@ struct Present {
     unsafe_shutdowns: Option<u128>,
     /// It did not say so when it came back: this is from before.
     unsure: bool,
+    /// A question was not answered soon.
+    silent: bool,
 }
 
 impl Present {
@@ -120,8 +125,10 @@ impl Present {
 
     /// A controller that works.
     fn of(device: Device, controller: Controller) -> Present {
-        let unsafe_shutdowns = controller.health_log().ok().map(|health| health.unsafe_shutdowns);
-        Present { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false }
+        let health = controller.monitor(SOON).health_log();
+        let silent = matches!(health, Err(Error::Unanswered { .. }));
+        let unsafe_shutdowns = health.ok().map(|health| health.unsafe_shutdowns);
+        Present { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false, silent }
     }
 
     /// The same, for [`FlushPromise`](crate::disk::FlushPromise).

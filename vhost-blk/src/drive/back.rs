@@ -8,7 +8,7 @@ use nvme_driver::{Controller, Error};
 use super::away::Away;
 use super::leases::NoWay;
 use super::namespaces::Found;
-use super::{Condition, Drive, NotOpened, Present};
+use super::{Condition, Drive, NotOpened, Present, SOON};
 use crate::worker::Trial;
 
 /// Why a drive is not there, or not back.
@@ -78,7 +78,7 @@ impl Drive {
     fn go_on(&self, mut present: Present) -> Result<(), NotBack> {
         let expected = self.state().namespaces.clone();
         self.is_same(&present.controller).map_err(NotBack::Unfit)?;
-        let found = expected.iter().map(|namespace| self.look_at(&present.controller, namespace.id));
+        let found = expected.iter().map(|namespace| self.look_at(&mut present, namespace.id));
         let found = found.collect::<Result<Vec<_>, _>>()?;
         let mut state = self.state();
         let Condition::Away(away) = &state.condition else { return Ok(()) };
@@ -130,12 +130,17 @@ impl Drive {
         Ok(())
     }
 
-    /// What has become of a namespace. `None`: the controller answers with an error. That says nothing of the namespace, of which
-    /// is kept what is known, until it can be asked.
-    fn look_at(&self, controller: &Controller, id: u32) -> Result<Option<Found>, NotBack> {
-        match Found::look(controller, id) {
+    /// What has become of a namespace. `None`: the controller answers with an error, or not soon. That says nothing of the namespace,
+    /// of which is kept what is known, until it can be asked.
+    fn look_at(&self, present: &mut Present, id: u32) -> Result<Option<Found>, NotBack> {
+        // One that does not answer now would keep guests waiting for each question.
+        if present.silent {
+            return Ok(None);
+        }
+        match Found::look(&present.controller.monitor(SOON), id) {
             Ok(found) => Ok(Some(found)),
-            Err(error @ (Error::Command { .. } | Error::Untrustworthy(_))) => {
+            Err(error @ (Error::Command { .. } | Error::Untrustworthy(_) | Error::Unanswered { .. })) => {
+                present.silent = matches!(error, Error::Unanswered { .. });
                 log::warn!("{}: namespace {id} is taken to be as it was, and asked for again: {error}", self.name);
                 Ok(None)
             }

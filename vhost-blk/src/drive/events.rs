@@ -30,6 +30,7 @@ impl Drive {
     /// Looks what the controller reports.
     pub(super) fn check(&self) {
         let Ok(controller) = self.controller() else { return };
+        let controller = controller.monitor(self.options.admin_timeout);
         // What cannot be read is no reason to stop a drive that answers its guests.
         match self.look_at_reports(&controller) {
             Err(error) => self.complain(error.to_string()),

@@ -1,0 +1,86 @@
+//! "Could not find out" is not "found something else", and no question is worth a disk.
+
+use std::time::{Duration, Instant};
+
+use nvme_sim::{FaultAction, NamespaceConfig, Status};
+
+use crate::common::*;
+use crate::stand::Stand;
+use crate::{MIB, admin, fault, guest};
+
+const INTERNAL_ERROR: Status = Status::new(0, 0x06);
+const INVALID_FIELD: Status = Status::new(0, 0x02);
+
+/// More than a look at two namespaces asks, with all its tries.
+const MANY: u64 = 40;
+
+/// Has the drive tell that namespaces have changed, so that all are looked at; waits until some of it has met the faults.
+fn look(stand: &Stand) {
+    let before = stand.drive.faults().fired();
+    stand.drive.add_namespace(NamespaceConfig { bytes: MIB, ..NamespaceConfig::default() }).unwrap();
+    eventually("the drive is asked", || stand.drive.faults().fired() > before);
+}
+
+#[test]
+fn answers_that_are_errors_say_nothing() {
+    // Whether its cache is in use is one of the questions.
+    let stand = Stand::with(|setup| setup.drive.volatile_write_cache = true);
+    let mut neighbour = stand.neighbour();
+    neighbour.measure_alone();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = guest(&stand, &region);
+    for status in [INTERNAL_ERROR, INTERNAL_ERROR.not_to_be_retried(), INVALID_FIELD.not_to_be_retried()] {
+        for opcode in [admin::IDENTIFY, admin::GET_FEATURES, admin::GET_LOG_PAGE] {
+            // One, and as many as there may be.
+            for limit in [1, MANY] {
+                fault(&stand, opcode, limit, FaultAction::Fail(status));
+                look(&stand);
+                (0..20).for_each(|_| ring.check_io(8));
+                stand.drive.faults().clear();
+            }
+        }
+    }
+    for lost in ["answers with I/O errors", "out of operation", "are lost"] {
+        assert_eq!(stand.program.lines_with(lost), 0, "{lost}");
+    }
+    neighbour.verdict();
+}
+
+#[test]
+fn questions_that_are_not_answered_cost_nobody_a_reset() {
+    let stand = Stand::with(|setup| setup.top = "io-timeout = 5".into());
+    let mut neighbour = stand.neighbour();
+    neighbour.measure_alone();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = guest(&stand, &region);
+    fault(&stand, admin::GET_LOG_PAGE, 1, FaultAction::LoseCompletion);
+    look(&stand);
+    stand.program.wait_for("is not answered within");
+    ring.check_io(8);
+    assert_eq!(stand.program.lines_with("out of operation"), 0);
+    neighbour.verdict();
+}
+
+/// A ring that stops does not wait for its queue pair to be deleted.
+#[test]
+fn queue_pairs_are_deleted_by_and_by() {
+    let stand = Stand::new();
+    let mut neighbour = stand.neighbour();
+    neighbour.measure_alone();
+    let region = Region::new(0, MIB);
+    let (front, ring) = guest(&stand, &region);
+    fault(
+        &stand,
+        admin::DELETE_SUBMISSION_QUEUE,
+        1,
+        FaultAction::Delay(Duration::from_secs(4)..=Duration::from_secs(4)),
+    );
+    let start = Instant::now();
+    ring.stop(&front);
+    assert!(start.elapsed() < Duration::from_secs(2), "GET_VRING_BASE took {:?}", start.elapsed());
+    eventually("the queue pair is being deleted", || stand.drive.faults().fired() > 0);
+    drop(front);
+    let (_front, mut ring) = guest(&stand, &region);
+    ring.check_io(8);
+    neighbour.verdict();
+}
