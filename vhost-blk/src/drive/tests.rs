@@ -1,5 +1,7 @@
 //! The last resort of a stop: a lane that is still busy when all deadlines have passed.
 
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
 
 use super::leases::STOP_MARGIN;
@@ -11,6 +13,64 @@ use crate::ring::model::{Guest, writable};
 fn read(client: &mut Client, guest: &Guest) {
     client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     rustix::io::write(&client.kick, &1u64.to_ne_bytes()).unwrap();
+}
+
+/// Producers first, then the device (NVMe Base 2.0, 3.6.1).
+#[test]
+fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
+    // Doorbells of all kinds count.
+    for shadow_doorbells in [false, true] {
+        let config = Config { namespaces: vec![namespace.clone()], shadow_doorbells, ..Config::default() };
+        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
+        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
+        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
+        let drive = Arc::new(Drive::open(&address, &Options::default(), Duration::from_secs(600), pool).unwrap());
+        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
+        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+        // So there is something under way, and something new, at each moment.
+        let late = Duration::ZERO..=Duration::from_millis(2);
+        simulator.faults().add(FaultRule { action: FaultAction::Delay(late), when: FaultMatch::default() });
+        let mut client = Client::new(&guest, 0, false, 16);
+        let share = drive.share("test".into(), None);
+        let lease = share.lease(0, 16).unwrap();
+        let handle = lease.start(client.lane(&guest, &disk));
+
+        let (answered, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+        let (back, after) = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let deadline = Instant::now() + Duration::from_secs(60);
+                while !stop.load(Ordering::Relaxed) || client.in_flight() > 0 {
+                    assert!(Instant::now() < deadline, "{} requests are not answered", client.in_flight());
+                    if !stop.load(Ordering::Relaxed) && client.in_flight() < 5 {
+                        read(&mut client, &guest);
+                    }
+                    while let Some((_, status, _)) = client.answer(&guest) {
+                        assert_eq!(status, OK);
+                        answered.fetch_add(1, Ordering::Relaxed);
+                    }
+                }
+            });
+            // What is wrong is told when the guest has ended.
+            until("the guest is at work", || (answered.load(Ordering::Relaxed) > 20).then_some(()));
+            drive.leave(Cause::WantedBack);
+            let counters = simulator.counters();
+            let after =
+                [&counters.commands_after_shutdown, &counters.power_cuts].map(|count| count.load(Ordering::Relaxed));
+            let seen = answered.load(Ordering::Relaxed);
+            let back = drive.come_back();
+            if back.is_ok() {
+                until("the guest goes on", || (answered.load(Ordering::Relaxed) > seen + 20).then_some(()));
+            }
+            stop.store(true, Ordering::Relaxed);
+            (back, after)
+        });
+        back.unwrap();
+        assert_eq!(after, [0, 0], "commands after the shutdown; shutdowns without notice");
+        assert_eq!(simulator.counters().commands_after_shutdown.load(Ordering::Relaxed), 0);
+        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+    }
 }
 
 #[test]
