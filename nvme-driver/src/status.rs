@@ -40,6 +40,18 @@ impl fmt::Display for CodeType {
     }
 }
 
+/// What may come of giving the drive the same command once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Retry {
+    /// The same answer: it says so (Do Not Retry), or there is nothing that could change.
+    Never,
+    /// Another answer, perhaps, at once: something has interfered with this command.
+    AtOnce,
+    /// Another answer, perhaps, later: the drive is not ready for it, and nobody can say for how long. To be tried again at growing
+    /// intervals, or at those that it asks for ([`Status::retry_delay`]), for as long as anybody can wait.
+    OverTime,
+}
+
 impl Status {
     /// Successful Completion.
     pub const SUCCESS: Status = Status(0);
@@ -130,6 +142,32 @@ impl Status {
     /// Do not retry (DNR): the same command would fail again.
     pub const fn do_not_retry(self) -> bool {
         self.0 & 1 << 14 != 0
+    }
+
+    /// What may come of another try. Without Do Not Retry every status allows one (NVMe Base 2.0, figure 93); those that name
+    /// something that passes are worth more than a few.
+    pub const fn retry(self) -> Retry {
+        if self.is_success() || self.do_not_retry() {
+            return Retry::Never;
+        }
+        // Who asks for a delay expects to be asked again after it.
+        if self.retry_delay() != 0 {
+            return Retry::OverTime;
+        }
+        match (self.code_type_number(), self.code()) {
+            // Sanitize In Progress, Command Interrupted, Transient Transport Error, Admin Command Media Not Ready, Namespace Not
+            // Ready, Format In Progress.
+            (0, 0x1d | 0x21 | 0x22 | 0x24 | 0x82 | 0x84) => Retry::OverTime,
+            // Internal Path Error, Asymmetric Access Inaccessible and Transition, Controller Pathing Error, Host Pathing Error. A
+            // persistent loss (01h) does not pass.
+            (3, 0x00 | 0x02 | 0x03 | 0x60 | 0x70) => Retry::OverTime,
+            (3, 0x01) => Retry::Never,
+            // Invalid opcode and field, namespace, SGL and PRP, LBA out of range, capacity, write protection: the command is the
+            // same, and so is the drive.
+            (0, 0x01 | 0x02 | 0x0b | 0x0d..=0x13 | 0x15 | 0x16 | 0x1e | 0x20 | 0x80 | 0x81 | 0x83) => Retry::Never,
+            (2, 0x85) => Retry::Never,
+            _ => Retry::AtOnce,
+        }
     }
 
     /// More information is in the error log (M).
@@ -328,6 +366,27 @@ mod tests {
         assert_eq!(status.kind(), Status::UNRECOVERED_READ);
         assert!(Status::from_phase_and_status(1).is_success(), "the phase tag is no part of the status");
         assert!(Status::from_phase_and_status(1 << 15).is_success(), "only type and code decide");
+    }
+
+    #[test]
+    fn another_try_depends_on_what_the_drive_says() {
+        const DNR: u16 = 1 << 14;
+        let over_time =
+            [(0, 0x82), (0, 0x21), (0, 0x22), (0, 0x84), (0, 0x1d), (3, 0x00), (3, 0x02), (3, 0x03), (3, 0x60)];
+        for (code_type, code) in over_time {
+            let status = Status::new(code_type, code);
+            assert_eq!(status.retry(), Retry::OverTime, "{status}");
+            assert_eq!(Status(status.0 | DNR).retry(), Retry::Never, "{status}, do not retry");
+        }
+        for (code_type, code) in [(0, 0x04), (0, 0x06), (0, 0x07), (2, 0x80), (2, 0x81), (7, 0x11)] {
+            let status = Status::new(code_type, code);
+            assert_eq!(status.retry(), Retry::AtOnce, "{status}");
+            // CRD 2: after a delay, which is asked for.
+            assert_eq!(Status(status.0 | 2 << 11).retry(), Retry::OverTime, "{status} with a delay");
+        }
+        for (code_type, code) in [(0, 0x00), (0, 0x01), (0, 0x02), (0, 0x20), (0, 0x80), (2, 0x85), (3, 0x01)] {
+            assert_eq!(Status::new(code_type, code).retry(), Retry::Never);
+        }
     }
 
     #[test]

@@ -84,6 +84,20 @@ pub struct Disk {
 }
 
 impl Disk {
+    /// A writable disk with a write cache, for a driver that has negotiated no features.
+    pub fn new(namespace: Namespace) -> Disk {
+        Disk {
+            offer: Offer::new(&namespace),
+            read_only: namespace.read_only,
+            namespace,
+            serial: [0; 20],
+            features: 0,
+            writeback: Arc::new(AtomicBool::new(true)),
+            flushes: Arc::default(),
+            refused: Arc::default(),
+        }
+    }
+
     /// The same disk on its namespace as that is now.
     pub fn on(&self, namespace: Namespace) -> Disk {
         let Disk { offer, read_only, serial, features, writeback, flushes, refused, .. } = self;

@@ -210,6 +210,11 @@ impl Drive {
         })
     }
 
+    /// How long requests wait for it when it is away, or not ready for them.
+    pub fn hold(&self) -> Duration {
+        self.hold
+    }
+
     /// Where it was opened.
     pub fn address(&self) -> &DeviceAddress {
         &self.address

@@ -21,6 +21,7 @@ mod turns;
 use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
@@ -63,6 +64,8 @@ pub struct LaneSetup {
     pub counters: Arc<LaneCounters>,
     /// How many lines it may write to the log: the disk's.
     pub log: Arc<LogLimit>,
+    /// How long a request waits for a drive that is not ready for it.
+    pub hold: Duration,
 }
 
 /// What others may know of a lane that a worker owns.
@@ -143,7 +146,7 @@ pub struct Lane {
 impl Lane {
     /// A lane that takes its first request when it is polled.
     pub fn new(setup: LaneSetup) -> Lane {
-        let LaneSetup { name, ring, memory, disk, kick, call, error, counters, log } = setup;
+        let LaneSetup { name, ring, memory, disk, kick, call, error, counters, log, hold } = setup;
         let size = ring.size();
         let resuming = ring.resumed();
         let tally = counters.read();
@@ -158,7 +161,7 @@ impl Lane {
             resuming,
             drive: Drive::Present,
             abandoned: None,
-            again: Again::default(),
+            again: Again::new(hold),
             turns: Turns::default(),
             longs: Longs::default(),
             changes: Changes::default(),

@@ -403,6 +403,36 @@ fn a_retry_waits_as_long_as_the_drive_wants() {
 }
 
 #[test]
+fn a_drive_that_is_not_ready_is_waited_for() {
+    const NAMESPACE_NOT_READY: nvme_sim::Status = nvme_sim::Status::new(0, 0x82);
+    let fault = |bench: &Bench, limit| {
+        let when = FaultMatch { limit, ..FaultMatch::default() };
+        bench.simulator().faults().add(FaultRule { action: FaultAction::Fail(NAMESPACE_NOT_READY), when });
+    };
+    let bench = Bench::new();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = one_ring(&bench, &region);
+    // More often than any request is tried that fails at once.
+    fault(&bench, Some(9));
+    let start = Instant::now();
+    assert_eq!(ring.read_one(0), 0);
+    assert!(start.elapsed() >= Duration::from_millis(1 + 2 + 4 + 8 + 16 + 32 + 64 + 128), "{:?}", start.elapsed());
+    bench.counts(0, 9);
+
+    const HOLD: Duration = Duration::from_millis(400);
+    let bench = Bench::with(HOLD, |_| ());
+    let (_front, mut ring) = one_ring(&bench, &region);
+    fault(&bench, None);
+    for _ in 0..2 {
+        let start = Instant::now();
+        assert_eq!(ring.read_one(0), IOERR);
+        assert!((HOLD..DEADLINE).contains(&start.elapsed()), "{:?}", start.elapsed());
+    }
+    bench.simulator().faults().clear();
+    ring.check_io(8);
+}
+
+#[test]
 fn patience_ends() {
     const HOLD: Duration = Duration::from_millis(400);
     let bench = Bench::with(HOLD, |_| ());

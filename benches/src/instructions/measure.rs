@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nvme_driver::controller::{Controller, Options, QueuePairOptions};
@@ -66,14 +65,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
     let mut guest = Guest::new(layout);
     let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
-    let disk = Disk {
-        flushes: Default::default(),
-        namespace: drive.namespace.clone(),
-        read_only: false,
-        serial: [0; 20],
-        features: 0,
-        writeback: AtomicBool::new(true),
-    };
+    let disk = Disk::new(drive.namespace.clone());
     let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
     if logged {
         let log = InflightMemory::create(1, ring.size()).expect("some memory");
@@ -89,6 +81,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
         error: None,
         counters: Arc::new(LaneCounters::default()),
         log: Arc::default(),
+        hold: std::time::Duration::ZERO,
     });
     let sectors = drive.namespace.bytes() / 512;
     let pool = BouncePool::new(drive.device.dma(), 1 << 20).expect("some memory");

@@ -8,7 +8,6 @@
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use nvme_driver::testing::namespace;
 use nvme_driver::{Namespace, Segment};
@@ -45,14 +44,7 @@ const MOST: usize = 16;
 
 fn disk(read_only: bool, block_shift: u8) -> Disk {
     let namespace = Namespace { read_only, ..namespace(block_shift, 1000) };
-    Disk {
-        namespace,
-        read_only,
-        serial: [b'x'; 20],
-        features: 1 << 9,
-        writeback: AtomicBool::new(true),
-        flushes: Arc::default(),
-    }
+    Disk { serial: [b'x'; 20], features: 1 << 9, ..Disk::new(namespace) }
 }
 
 /// All of a guest's memory. `None`: a file is too short for its region by now.

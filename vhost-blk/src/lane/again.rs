@@ -6,9 +6,10 @@
 //! Requests that were under way when the drive went are given to it in no particular order: virtio promises none between
 //! requests in flight, and to know theirs would cost each request something.
 
-use std::collections::VecDeque;
-use std::time::Instant;
+use std::collections::{HashMap, VecDeque};
+use std::time::{Duration, Instant};
 
+use nvme_driver::status::Retry;
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
 use super::kept::RETRY;
@@ -19,8 +20,20 @@ use crate::log_limit::Kind;
 use crate::request::{self, Operation, Request};
 use crate::ring::Buffer;
 
-/// How often a request is tried again because the drive's answer allows it (Do Not Retry is clear).
+/// How often a request is tried again because the drive's answer allows it; more often only if what it names passes with time.
 const MOST_RETRIES: u8 = 5;
+/// Before the second try of a request that the drive is not ready for; each time twice as long.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+const LONGEST_PAUSE: Duration = Duration::from_millis(500);
+
+/// When a request is tried again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// After this of the controller's retry delays (NVMe Base 2.0, figure 94, CRD); 0: at once.
+    Drives(u8),
+    /// Not before this time.
+    Until(Instant),
+}
 
 /// A slot whose request is to be given to the drive.
 struct Waiting {
@@ -32,6 +45,10 @@ struct Waiting {
 /// Requests to be given to the drive once more.
 #[derive(Default)]
 pub(super) struct Again {
+    /// How long a request is tried that the drive is not ready for.
+    hold: Duration,
+    /// Until when, by slot, of those that were tried for that reason.
+    deadlines: HashMap<u16, Instant>,
     /// Answers that allowed another try.
     allowed: u64,
     /// How many there are.
@@ -50,6 +67,17 @@ pub(super) struct Again {
 }
 
 impl Again {
+    /// `hold`: how long a request is tried that the drive is not ready for.
+    pub fn new(hold: Duration) -> Again {
+        Again { hold, ..Again::default() }
+    }
+
+    /// The same as [`Again::push`], not before `due`.
+    fn push_at(&mut self, slot: u16, due: Instant) {
+        self.count += 1;
+        self.paused.push(due, slot);
+    }
+
     /// Nothing waits.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
@@ -258,8 +286,11 @@ impl Lane {
         if status.concerns_sgl() && self.tries_without_sgl(number, status) {
             return;
         }
-        if self.may_try_again(number, status) {
-            self.again.push(number, status.retry_delay());
+        if let Some(wait) = self.another_try(number, status) {
+            match wait {
+                Wait::Drives(delay) => self.again.push(number, delay),
+                Wait::Until(due) => self.again.push_at(number, due),
+            }
             return self.end_waiting();
         }
         if self.announced_in_vain(number, status) {
@@ -319,13 +350,33 @@ impl Lane {
         }
     }
 
-    /// May the request in this slot be given to the drive once more, after this answer? It will be, and is counted.
-    pub(super) fn may_try_again(&mut self, number: u16, status: Status) -> bool {
-        let mut kept = self.slots.kept_mut(number);
-        kept.iter_mut().for_each(|kept| kept.acquit());
-        if status.do_not_retry() || !kept.is_some_and(|kept| kept.count(RETRY, MOST_RETRIES)) {
-            return false;
-        }
+    /// May the request in this slot be given to the drive once more, after this answer, and when? It will be, and is counted.
+    pub(super) fn another_try(&mut self, number: u16, status: Status) -> Option<Wait> {
+        let kept = self.slots.kept_mut(number)?;
+        kept.acquit();
+        let tries = kept.retries();
+        let wait = match status.retry() {
+            Retry::Never => return None,
+            Retry::AtOnce if tries < MOST_RETRIES => Wait::Drives(0),
+            Retry::AtOnce => return None,
+            Retry::OverTime => {
+                let (now, hold) = (Instant::now(), self.again.hold);
+                // The first of this request; what is left of another that had this slot does not count.
+                if tries == 0 {
+                    self.again.deadlines.insert(number, now + hold);
+                }
+                let over = self.again.deadlines.get(&number).is_none_or(|deadline| now >= *deadline);
+                let pause = FIRST_PAUSE * 2u32.pow(u32::from(tries.clamp(1, 16) - 1));
+                match status.retry_delay() {
+                    _ if over && tries >= MOST_RETRIES => return None,
+                    0 if tries == 0 => Wait::Drives(0),
+                    0 => Wait::Until(now + pause.min(LONGEST_PAUSE)),
+                    delay => Wait::Drives(delay),
+                }
+            }
+        };
+        // Beyond as many they are not counted any more: time is.
+        kept.count(RETRY, u8::MAX);
         self.again.allowed += 1;
         let answers = self.again.allowed;
         // As in `warn`; but the number is the ring's, which a guest may begin anew.
@@ -338,7 +389,7 @@ impl Lane {
             );
             self.count_line();
         }
-        true
+        Some(wait)
     }
 
     /// Answers all that waits for the drive with an error, and from now on everything, until it is back.

@@ -4,6 +4,8 @@ use std::time::Instant;
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
+use std::time::Duration;
+
 use super::testing::{Client, DATA, DEADLINE, Machine};
 use super::*;
 use crate::request::{IOERR, OK};
@@ -49,6 +51,7 @@ impl Bench {
             error: None,
             counters: client.counters.clone(),
             log: Arc::default(),
+            hold: Duration::ZERO,
         });
         Bench { client, lane, pair, pool, log, machine }
     }

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
-use super::again::Paused;
+use super::again::{Paused, Wait};
 use super::kept::{ALONE, Kept, Long};
 use super::{Lane, Mode, count, flush};
 use crate::guest_memory::OutsideMemory;
@@ -366,10 +366,10 @@ impl Lane {
         let status = status.unwrap_or(Status::SUCCESS);
         if !status.is_success() {
             pool.give_back(bounce);
-            if !self.may_try_again(slot, status) {
+            let Some(wait) = self.another_try(slot, status) else {
                 self.end_one(slot, pool, End::Refused(status));
                 return 0;
-            }
+            };
             let Some(bounced) = self.bounced_mut(slot) else { return 0 };
             bounced.again = true;
             let is_long = bounced.is_long();
@@ -377,9 +377,10 @@ impl Lane {
                 self.end_one(slot, pool, end);
                 return 0;
             }
-            match status.retry_delay() {
-                0 => self.bounced.wait(slot, is_long),
-                delay => self.bounced.paused.push(Instant::now() + pair.retry_delay(delay), slot),
+            match wait {
+                Wait::Drives(0) => self.bounced.wait(slot, is_long),
+                Wait::Drives(delay) => self.bounced.paused.push(Instant::now() + pair.retry_delay(delay), slot),
+                Wait::Until(due) => self.bounced.paused.push(due, slot),
             }
             return 0;
         }

@@ -77,6 +77,11 @@ impl Kept {
         self.word &= !flags;
     }
 
+    /// How often it was tried again.
+    pub fn retries(&self) -> u8 {
+        (self.word / RETRY) as u8
+    }
+
     /// In how many failures it has had a part.
     pub fn failures(&self) -> u8 {
         (self.word / FAILURE) as u8

@@ -2,7 +2,6 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use nvme_driver::controller::QueuePairOptions;
@@ -11,7 +10,6 @@ use nvme_sim::{Config, Simulator};
 use vfio::{Address, Device};
 
 use super::*;
-use crate::blk_config::Offer;
 use crate::guest_memory::Reach;
 use crate::request::tests::header;
 use crate::ring::model::{Driver, Guest, Piece, Random, readable, writable};
@@ -81,16 +79,7 @@ impl Machine {
 
 /// A namespace as a guest may use it that flushes.
 pub(crate) fn disk(namespace: nvme_driver::Namespace) -> Disk {
-    Disk {
-        flushes: Default::default(),
-        refused: Default::default(),
-        offer: Offer::new(&namespace),
-        namespace,
-        read_only: false,
-        serial: *b"serial-0123456789abc",
-        features: 1 << 9,
-        writeback: Arc::new(AtomicBool::new(true)),
-    }
+    Disk { serial: *b"serial-0123456789abc", features: 1 << 9, ..Disk::new(namespace) }
 }
 
 /// An eventfd as a front-end makes it: blocking.
@@ -156,6 +145,7 @@ impl Client {
             error: Some(self.error.try_clone().unwrap()),
             counters: self.counters.clone(),
             log: Arc::default(),
+            hold: Duration::ZERO,
         })
     }
 

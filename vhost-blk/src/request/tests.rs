@@ -1,9 +1,5 @@
 //! Parsing, without a drive.
 
-use std::sync::atomic::AtomicBool;
-
-use std::sync::Arc;
-
 use super::*;
 use crate::blk_config::Offer;
 use crate::ring::model::{Driver, Guest, IOVA_OFFSET, Piece, Random, readable, writable};
@@ -15,16 +11,8 @@ const STATUS: u64 = 0x9000;
 const DATA: u64 = 0x10_0000;
 
 pub(crate) fn disk(block_shift: u8, blocks: u64) -> Disk {
-    Disk {
-        flushes: Default::default(),
-        refused: Default::default(),
-        offer: Offer::new(&nvme_driver::testing::namespace(block_shift, blocks)),
-        namespace: nvme_driver::testing::namespace(block_shift, blocks),
-        read_only: false,
-        serial: *b"serial-0123456789abc",
-        features: 1 << 9,
-        writeback: Arc::new(AtomicBool::new(true)),
-    }
+    let namespace = nvme_driver::testing::namespace(block_shift, blocks);
+    Disk { serial: *b"serial-0123456789abc", features: 1 << 9, ..Disk::new(namespace) }
 }
 
 pub(crate) fn header(kind: u32, sector: u64) -> [u8; 16] {

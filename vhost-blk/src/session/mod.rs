@@ -229,6 +229,7 @@ impl Session {
             error: duplicate("error", state.error.try_clone())?,
             counters: self.export.counters(index),
             log: self.export.log.clone(),
+            hold: self.export.drive.hold(),
         });
         let lease = match lease {
             Some(lease) => lease,
