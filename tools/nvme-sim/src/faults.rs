@@ -46,6 +46,10 @@ pub struct FaultPlan {
     pub reorder: bool,
     /// Bits of Critical Warning in the health log (NVMe Base 2.0, 5.16.1.3); the host is told of those that appear.
     pub critical_warning: u8,
+    /// Each register access by message is answered so much later; commands are not, as they need none.
+    pub answer_delay: Duration,
+    /// DMA maps are refused while so many regions are mapped, as servers with a small table do. `None`: there is room.
+    pub most_dma_regions: Option<usize>,
 }
 
 /// A fault of single commands: what, and when.

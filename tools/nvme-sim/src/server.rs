@@ -86,6 +86,11 @@ impl FrontEnd {
         self.shared.faults.removed() || self.shared.stop.load(Ordering::Acquire)
     }
 
+    /// Takes as long to answer a register access as the faults say.
+    fn delay(&self) {
+        std::thread::sleep(self.shared.faults.plan().answer_delay);
+    }
+
     fn read_bar(&self, offset: u64, data: &mut [u8]) {
         let layout = &self.shared.layout;
         if let Some((part, at)) = overlap(offset, data.len(), 0, DOORBELLS) {
@@ -140,6 +145,7 @@ impl FrontEnd {
     }
 
     fn region_read(&mut self, region: u32, offset: u64, data: &mut [u8]) {
+        self.delay();
         match region {
             _ if self.gone() => data.fill(0xff),
             BAR0 => self.read_bar(offset, data),
@@ -152,6 +158,7 @@ impl FrontEnd {
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.delay();
         match region {
             _ if self.gone() => {}
             BAR0 => self.write_bar(offset, data),
@@ -188,6 +195,10 @@ impl FrontEnd {
             return Err(io::Error::new(io::ErrorKind::Unsupported, text));
         };
         log::debug!("DMA map of {size} bytes at {address:#x}, file offset {offset:#x}");
+        let mapped = self.shared.dma.len();
+        if self.shared.faults.plan().most_dma_regions.is_some_and(|most| mapped >= most) {
+            return Err(io::Error::other(format!("DMA map refused by a fault: {mapped} regions are mapped")));
+        }
         self.shared.dma.map(&file, offset, address, size, readable, writable).inspect_err(|error| {
             log::error!("cannot map {size} bytes at {address:#x} for DMA (file offset {offset:#x}): {error}");
         })

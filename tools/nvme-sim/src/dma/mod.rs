@@ -83,6 +83,11 @@ impl DmaTable {
         Ok(result)
     }
 
+    /// How many regions are mapped.
+    pub fn len(&self) -> usize {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
     /// Maps `len` bytes of `file` from `offset` at the address `iova`.
     pub fn map(&self, file: &File, offset: u64, iova: u64, len: u64, readable: bool, writable: bool) -> io::Result<()> {
         if len == 0 || iova.checked_add(len - 1).is_none() {
