@@ -110,11 +110,12 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether nothing answers any more: the device was removed, has lost power, or its server has ended.
+    /// Whether nothing is there any more: the device was removed, has lost power, or its server has ended. A server that does
+    /// not answer in time may be as alive as ever.
     pub fn is_gone(&self) -> bool {
         match self {
             Error::Register { problem, .. } => problem == crate::controller::GONE,
-            Error::Device { source: vfio::Error::Disconnected { .. } | vfio::Error::Timeout { .. }, .. } => true,
+            Error::Device { source: vfio::Error::Disconnected { .. }, .. } => true,
             _ => false,
         }
     }

@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::backend::kernel::KernelBackend;
 use crate::backend::user::UserBackend;
 use crate::config_space::{self, ConfigSpace};
-use crate::{Address, Bar, DmaSpace, Error, Notice};
+use crate::{Address, Bar, DmaSpace, Error, Notice, ServerIdentity};
 
 /// The BARs of a PCI function: 0 to 5.
 const BARS: u8 = 6;
@@ -18,13 +18,14 @@ const BARS: u8 = 6;
 /// How a device is opened.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
-    /// How long a vfio-user server may take to answer one request. After that the connection is given up.
+    /// How long a vfio-user server may take to answer one request, that for the connection included. After that the connection
+    /// is given up: shorter than a server may be busy, and a device that is merely slow is lost. 30 s by default.
     pub request_timeout: Duration,
 }
 
 impl Default for OpenOptions {
     fn default() -> OpenOptions {
-        OpenOptions { request_timeout: Duration::from_secs(5) }
+        OpenOptions { request_timeout: Duration::from_secs(30) }
     }
 }
 
@@ -131,6 +132,11 @@ impl Device {
         let backend = Arc::downgrade(&self.inner.backend);
         drop(self);
         backend.strong_count() == 0
+    }
+
+    /// Who serves the device.
+    pub fn server(&self) -> ServerIdentity {
+        self.inner.backend.server()
     }
 
     /// The NUMA node the device is attached to, if the machine tells.

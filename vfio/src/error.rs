@@ -40,7 +40,7 @@ pub enum Error {
         after: Duration,
     },
 
-    /// The connection to a vfio-user server was lost, or given up before.
+    /// A vfio-user server has closed the connection: it has ended, or does not want this client.
     #[error("'{request}' cannot be sent to the vfio-user server on {}: {reason}; open the device again", socket.display())]
     Disconnected {
         /// The socket.
@@ -51,7 +51,21 @@ pub enum Error {
         reason: String,
     },
 
-    /// A vfio-user server answered with something that cannot be used.
+    /// The connection to a vfio-user server was given up here, some time before. The server may be as alive as ever.
+    #[error(
+        "'{request}' is not sent to the vfio-user server on {}: the connection was given up, as {reason}; open the device again",
+        socket.display()
+    )]
+    GivenUp {
+        /// The socket.
+        socket: PathBuf,
+        /// What was asked.
+        request: &'static str,
+        /// Why it was given up.
+        reason: String,
+    },
+
+    /// A vfio-user server has refused something, or answered with something that cannot be used.
     #[error("'{request}' failed on the vfio-user server on {}: {reason}", socket.display())]
     Server {
         /// The socket.

@@ -60,13 +60,12 @@
 //!
 //! # vfio-user
 //!
-//! Each connection has a thread, on which `vfio_user::Client` waits for the server. Callers wait for that thread with a
-//! deadline ([`OpenOptions::request_timeout`]): a server that is stuck or gone gives [`Error::Timeout`] once and
-//! [`Error::Disconnected`] from then on, and never holds a caller. Mapped registers and memory stay valid meanwhile; the
-//! server just does not see them any more. Open the device again to go on.
-//!
-//! The client does not look at the error flag of replies. So a server's refusal to map memory for DMA, to reset or to
-//! change interrupts goes unnoticed here, and a refused register access or unmapping ends in a timeout.
+//! Requests of several threads go over the connection one after the other, each with a deadline from when it is sent
+//! ([`OpenOptions::request_timeout`]). What the server refuses is [`Error::Server`], which says what was asked for and what it
+//! answered; the connection stays as good as before. A server that does not answer in time gives [`Error::Timeout`] once and
+//! [`Error::GivenUp`] from then on, one that has closed the connection [`Error::Disconnected`]: it has ended, and what it held in
+//! memory is lost, whereas one that was given up may live on ([`Device::server`] tells whether it did). Nobody is held for longer.
+//! Mapped registers and memory stay valid meanwhile; the server just does not see them any more. Open the device again to go on.
 //!
 //! # Kernel VFIO
 //!
@@ -93,7 +92,7 @@ mod error;
 mod guard;
 
 pub use address::{Address, PciAddress};
-pub use backend::Notice;
+pub use backend::{Notice, ServerIdentity};
 pub use bar::{Bar, Doorbell};
 pub use config_space::{
     CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,

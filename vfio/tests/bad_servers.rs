@@ -2,11 +2,13 @@
 
 mod server;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use server::raw::{self, RawServer};
-use server::{Behaviour, TestServer};
-use vfio::{Address, Device, Error};
+use server::{Behaviour, Refuse, TestServer};
+use vfio::{Address, Device, Error, SharedMemory};
 
 /// The deadline given to devices here, and what a call may take when it is not met.
 const DEADLINE: Duration = Duration::from_secs(1);
@@ -37,7 +39,7 @@ fn a_server_that_does_not_negotiate_is_given_up_and_left() {
 }
 
 #[test]
-fn a_reply_that_makes_the_client_panic_is_an_error() {
+fn a_region_that_is_told_of_in_part_is_an_error() {
     let server = RawServer::start(|message| {
         Some(match message.command {
             raw::VERSION => raw::version(),
@@ -65,10 +67,37 @@ fn a_request_without_an_answer_ends_the_connection() {
     let (result, took) = timed(|| device.reset());
     assert!(matches!(result, Err(Error::Timeout { request: "reset the device", .. })), "{result:?}");
     assert!(took >= DEADLINE && took < LATE, "{took:?}");
+    // It may be as alive as ever, which is another thing than one that has closed the connection.
+    assert_eq!(device.notice(), Some(vfio::Notice::GivenUp));
     let (results, took) = timed(|| (0..20).map(|_| device.reset()).collect::<Vec<_>>());
-    assert!(results.iter().all(|result| matches!(result, Err(Error::Disconnected { .. }))), "{results:?}");
+    assert!(results.iter().all(|result| matches!(result, Err(Error::GivenUp { .. }))), "{results:?}");
     assert!(took < 10 * DEADLINE, "later calls fail at once, 20 not after {took:?}");
     server.join();
+}
+
+#[test]
+fn what_waits_behind_a_stuck_request_is_not_sent() {
+    let resets = Arc::new(AtomicUsize::new(0));
+    let heard = resets.clone();
+    let server = RawServer::start(move |message| match message.command {
+        raw::VERSION => Some(raw::version()),
+        raw::DEVICE_GET_INFO => Some(raw::device_info(0)),
+        _ => {
+            heard.fetch_add(1, Ordering::Relaxed);
+            None
+        }
+    });
+    let device = server.open(DEADLINE).unwrap();
+    let results = std::thread::scope(|scope| {
+        let callers = [(); 3].map(|()| scope.spawn(|| device.reset()));
+        callers.map(|caller| caller.join().unwrap())
+    });
+    let late = results.iter().filter(|result| matches!(result, Err(Error::Timeout { .. }))).count();
+    let given_up = results.iter().filter(|result| matches!(result, Err(Error::GivenUp { .. }))).count();
+    assert_eq!((late, given_up), (1, 2), "{results:?}");
+    drop(device);
+    server.join();
+    assert_eq!(resets.load(Ordering::Relaxed), 1, "the others were told that theirs failed");
 }
 
 #[test]
@@ -82,7 +111,7 @@ fn a_stuck_register_is_a_timeout_and_mapped_doorbells_stay() {
     let error = result.unwrap_err();
     assert!(took >= DEADLINE && took < LATE, "{took:?}");
     assert!(error.to_string().contains("device.sock") && error.to_string().contains("read a register"), "{error}");
-    assert!(matches!(bar.read_u32(0), Err(Error::Disconnected { .. })));
+    assert!(matches!(bar.read_u32(0), Err(Error::GivenUp { .. })));
     doorbell.ring(3);
     assert_eq!(bar.read_u32(0x1000).unwrap(), 3);
     drop(buffer);
@@ -93,21 +122,149 @@ fn a_stuck_register_is_a_timeout_and_mapped_doorbells_stay() {
 fn a_refused_read_is_an_error() {
     let server = TestServer::start(Behaviour { refuse_read_of: Some(0x20), ..Behaviour::default() });
     let device = server.open_within(DEADLINE).unwrap();
-    let (result, took) = timed(|| device.bar(0).unwrap().read_u32(0x20));
-    assert!(result.is_err());
-    assert!(took < LATE, "{took:?}");
+    let bar = device.bar(0).unwrap();
+    let (result, took) = timed(|| bar.read_u32(0x20));
+    let error = result.unwrap_err().to_string();
+    assert!(error.contains("'read a register' failed") && error.contains("4 bytes at 0x20 of region 0"), "{error}");
+    assert!(took < DEADLINE, "{took:?}");
+    bar.read_u32(0).unwrap();
 }
 
-/// What `backend::user` documents: the client does not see the refusal. This fails when a newer client does.
 #[test]
-fn a_refused_dma_map_goes_unnoticed() {
-    let server = TestServer::start(Behaviour { refuse_dma: true, ..Behaviour::default() });
-    let device = server.open_within(DEADLINE).unwrap();
-    let buffer = device.dma().allocate(4096).unwrap();
-    assert!(!server.has_dma(buffer.iova()));
-    // The refusal to unmap it is what ends the connection.
-    drop(buffer);
-    assert!(matches!(device.reset(), Err(Error::Disconnected { .. })));
+fn a_refused_dma_map_is_an_error_by_name_and_costs_nobody_else() {
+    let server = TestServer::start(Behaviour { most_dma: 1, ..Behaviour::default() });
+    let device = server.open_within(LATE).unwrap();
+    let taken = device.dma().allocate(4096).unwrap();
+    let memory = || Arc::new(SharedMemory::create(8192).unwrap());
+    let error = device.dma().map(memory()).unwrap_err();
+    assert!(matches!(error, Error::Server { request: "map memory for DMA", .. }), "{error:?}");
+    let text = error.to_string();
+    for part in ["device.sock", "0x2000 bytes at 0x", "it refuses", "with 1 mappings there already"] {
+        assert!(text.contains(part), "{part} in {text}");
+    }
+    // What was refused takes no addresses, is not unmapped, and the connection is as good as before.
+    assert!(server.has_dma(taken.iova()) && device.notice().is_none());
+    device.reset().unwrap();
+    let iova = taken.iova();
+    drop(taken);
+    assert!(!server.has_dma(iova));
+    drop(device.dma().map(memory()).unwrap());
+    assert_eq!(server.refused_unmaps(), 0);
+}
+
+#[test]
+fn refused_unmaps_writes_and_resets_are_errors_at_once() {
+    let refuse = Refuse { write_of: Some(0x24), unmap: true, reset: true };
+    let server = TestServer::start(Behaviour { refuse, ..Behaviour::default() });
+    let device = server.open_within(LATE).unwrap();
+    let bar = device.bar(0).unwrap();
+    let (result, took) = timed(|| bar.write_u32(0x24, 5));
+    let text = result.unwrap_err().to_string();
+    assert!(text.contains("4 bytes at 0x24 of region 0: it refuses") && took < LATE, "{text} after {took:?}");
+    let error = device.reset().unwrap_err();
+    assert!(matches!(error, Error::Server { request: "reset the device", .. }), "{error:?}");
+    // Memory that the server may still reach: its addresses are not used again.
+    let first = device.dma().map(Arc::new(SharedMemory::create(4096).unwrap())).unwrap();
+    let iova = first.iova();
+    drop(first);
+    let second = device.dma().map(Arc::new(SharedMemory::create(4096).unwrap())).unwrap();
+    assert_ne!(second.iova(), iova);
+    bar.write_u32(0x28, 5).unwrap();
+    assert_eq!((bar.read_u32(0x28).unwrap(), device.notice()), (5, None));
+}
+
+/// A server without regions that answers DEVICE_RESET with what `reply` makes of it.
+fn reset_answered(reply: impl Fn(&mut Vec<u8>) + Send + 'static) -> (RawServer, Device) {
+    let server = RawServer::start_raw(move |message| {
+        let mut answer = message.reply(match message.command {
+            raw::VERSION => raw::version(),
+            raw::DEVICE_GET_INFO => raw::device_info(0),
+            _ => vec![],
+        });
+        if message.command == raw::DEVICE_RESET {
+            reply(&mut answer);
+        }
+        Some(answer)
+    });
+    let device = server.open(LATE).unwrap();
+    (server, device)
+}
+
+#[test]
+fn an_errno_is_told_in_words() {
+    let (server, device) = reset_answered(|reply| {
+        reply[8..12].copy_from_slice(&0x21u32.to_ne_bytes());
+        reply[12..16].copy_from_slice(&(libc::ENOSPC as u32).to_ne_bytes());
+    });
+    for _ in 0..2 {
+        let error = device.reset().unwrap_err().to_string();
+        assert!(error.contains("it refuses: No space left"), "{error}");
+    }
+    drop(device);
+    server.join();
+}
+
+#[test]
+fn a_reply_that_does_not_fit_is_an_error_and_no_panic() {
+    let set_bytes = |reply: &mut Vec<u8>, bytes: u32| reply[4..8].copy_from_slice(&bytes.to_ne_bytes());
+    // It is longer than it should be, but whole: the next one begins where it should.
+    let (server, device) = reset_answered(move |reply| {
+        reply.extend([0; 8]);
+        set_bytes(reply, 24);
+    });
+    for _ in 0..2 {
+        let error = device.reset().unwrap_err();
+        assert!(matches!(&error, Error::Server { reason, .. } if reason.contains("it has 8 bytes")), "{error}");
+    }
+    assert_eq!(device.notice(), None);
+    drop(device);
+    server.join();
+    // After these nothing can be made of what comes next.
+    type Spoil = fn(&mut Vec<u8>);
+    let spoils: [Spoil; 5] = [
+        |reply| reply[4..8].copy_from_slice(&15u32.to_ne_bytes()),
+        |reply| reply[4..8].copy_from_slice(&u32::MAX.to_ne_bytes()),
+        |reply| reply[0] ^= 1,
+        |reply| reply[2] = 2,
+        |reply| reply[8] = 7,
+    ];
+    for (number, spoil) in spoils.into_iter().enumerate() {
+        let (server, device) = reset_answered(spoil);
+        let error = device.reset().unwrap_err();
+        assert!(
+            matches!(error, Error::Server { .. }) && error.to_string().contains("made no sense"),
+            "{number}: {error}"
+        );
+        assert!(matches!(device.reset(), Err(Error::GivenUp { .. })), "{number}");
+        assert_eq!(device.notice(), Some(vfio::Notice::GivenUp), "{number}");
+        server.join();
+    }
+}
+
+#[test]
+fn what_the_server_asks_for_is_refused_and_what_it_answers_is_heard() {
+    let (told, refusals) = std::sync::mpsc::channel();
+    let server = RawServer::start_raw(move |message| {
+        if message.is_reply() {
+            told.send(message.header).unwrap();
+            return None;
+        }
+        Some(match message.command {
+            raw::VERSION => message.reply(raw::version()),
+            raw::DEVICE_GET_INFO => message.reply(raw::device_info(0)),
+            // DMA_READ of 16 bytes, numbered by the server; the answer comes behind it.
+            _ => {
+                let ask = [&[7, 0, 11, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0][..], &[0; 16]].concat();
+                [ask, message.reply(vec![])].concat()
+            }
+        })
+    });
+    let device = server.open(LATE).unwrap();
+    device.reset().unwrap();
+    let refusal = refusals.recv_timeout(LATE).unwrap();
+    assert_eq!((refusal[0], refusal[2], refusal[8]), (7, 11, 0x21), "a reply with the error flag: {refusal:?}");
+    drop(device);
+    server.join();
 }
 
 #[test]

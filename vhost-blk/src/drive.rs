@@ -27,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Controller, Error, Options};
-use vfio::{Device, DmaAddresses};
+use vfio::{Device, DmaAddresses, OpenOptions};
 
 use crate::address::DeviceAddress;
 use crate::bell::Bell;
@@ -47,6 +47,9 @@ use shares::Shares;
 
 /// What a controller does not say within this time while guests wait for it is asked for later.
 const SOON: Duration = Duration::from_secs(1);
+/// A vfio-user server may take as long to answer a register access as a drive may take for a command, but no less than this: the
+/// machine may be busy.
+const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
 /// One NVMe controller in use.
 pub struct Drive {
@@ -115,7 +118,8 @@ struct Present {
 impl Present {
     /// Opens the controller at `address`. `earlier`: what it could reach when it was open before.
     fn open(address: &vfio::Address, options: &Options, earlier: Option<DmaAddresses>) -> Result<Present, NotOpened> {
-        let device = Device::open(address).map_err(NotOpened::Device)?;
+        let patience = OpenOptions { request_timeout: options.io_timeout.max(LEAST_PATIENCE) };
+        let device = Device::open_with(address, &patience).map_err(NotOpened::Device)?;
         if let Some(earlier) = earlier {
             device.dma().keep_clear_of(earlier);
         }

@@ -29,6 +29,17 @@ struct Bench {
 impl Bench {
     /// `ready`: how long each drive may say that it needs to start and to stop.
     fn new(ready: &[Duration], hold: Duration) -> Bench {
+        let options = Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_secs(1), ..Options::default() };
+        Bench::start(ready, hold, &options, false)
+    }
+
+    /// One drive, with a volatile write cache.
+    fn with_cache(io_timeout: Duration) -> Bench {
+        let options = Options { io_timeout, ..Options::default() };
+        Bench::start(&[Duration::from_secs(20)], Duration::from_secs(600), &options, true)
+    }
+
+    fn start(ready: &[Duration], hold: Duration, options: &Options, volatile_write_cache: bool) -> Bench {
         let _ = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info"))
             .is_test(true)
             .try_init();
@@ -36,7 +47,8 @@ impl Bench {
         let (mut simulators, mut exports) = (Vec::new(), Vec::new());
         for (number, &ready_timeout) in ready.iter().enumerate() {
             let namespace = NamespaceConfig { bytes: 64 * MIB, ..NamespaceConfig::default() };
-            let config = Config { namespaces: vec![namespace], ready_timeout, ..Config::default() };
+            let config =
+                Config { namespaces: vec![namespace], ready_timeout, volatile_write_cache, ..Config::default() };
             let simulator = Simulator::start(config, &folder.path().join(format!("nvme{number}"))).unwrap();
             exports.push(ExportSettings {
                 device: DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned())),
@@ -51,8 +63,7 @@ impl Bench {
             simulators.push(Arc::new(simulator));
         }
         let settings = Settings { patience: Patience::with(None, Some(hold)), exports, ..Settings::default() };
-        let options = Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_secs(1), ..Options::default() };
-        let target = Target::start_with(&settings, &options).unwrap();
+        let target = Target::start_with(&settings, options).unwrap();
         Bench { target, simulators, folder }
     }
 
@@ -137,4 +148,43 @@ fn a_drive_that_cannot_be_stopped_delays_no_other() {
     bench.simulators[0].faults().clear();
     assert_eq!(stuck.wait(), 0);
     bench.target.stop().unwrap();
+}
+
+/// A disk of a drive whose server takes `delay` for a message, for a second, with a write in its cache that was not flushed. The longest
+/// that a read took meanwhile, and what the flush said.
+fn slow_server(io_timeout: Duration, delay: Duration) -> (Duration, u8) {
+    let bench = Bench::with_cache(io_timeout);
+    let region = Region::new(0, MIB);
+    let front = bench.connect(0);
+    let mut ring = Ring::first(&front, &region);
+    ring.check_io(0);
+    bench.simulators[0].faults().change(|plan| plan.answer_delay = delay);
+    let (start, mut longest, mut cleared) = (Instant::now(), Duration::ZERO, false);
+    // The drive is looked at every half second: one look is under way soon, and is answered that late.
+    while start.elapsed() < delay + Duration::from_secs(1) {
+        let one = Instant::now();
+        assert_eq!(ring.read_one(0), 0);
+        longest = longest.max(one.elapsed());
+        if start.elapsed() > Duration::from_secs(1) && !std::mem::replace(&mut cleared, true) {
+            bench.simulators[0].faults().clear();
+        }
+    }
+    let flushed = ring.request(T_FLUSH, 0, (0, 0));
+    ring.check_io(8);
+    bench.target.stop().unwrap();
+    (longest, flushed)
+}
+
+#[test]
+fn a_server_may_be_as_slow_as_a_command() {
+    let (longest, flushed) = slow_server(Duration::from_secs(30), Duration::from_secs(9));
+    assert_eq!(flushed, 0);
+    assert!(longest < Duration::from_secs(3), "commands need no messages, and took {longest:?}");
+}
+
+#[test]
+fn a_server_that_is_given_up_and_lives_has_lost_nothing() {
+    // The patience with a server is 5 s then.
+    let (longest, flushed) = slow_server(Duration::from_secs(1), Duration::from_secs(6));
+    assert_eq!(flushed, 0, "the longest read took {longest:?}");
 }

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use memmap2::{MmapOptions, MmapRaw};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Backend, CONFIG_REGION, MappedArea, Notices, Region};
+use super::{Backend, CONFIG_REGION, MappedArea, Notices, Region, ServerIdentity};
 use crate::{Error, IovaRange, SharedMemory};
 
 /// Bytes of BAR 0; the page at 0x1000 is mapped.
@@ -110,6 +110,10 @@ impl Backend for FakeBackend {
 
     fn notices(&self) -> &Notices {
         &self.notices
+    }
+
+    fn server(&self) -> ServerIdentity {
+        ServerIdentity::Kernel
     }
 
     fn numa_node(&self) -> Option<u32> {

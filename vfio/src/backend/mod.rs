@@ -9,14 +9,16 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::dma::RangeAllocator;
 use crate::{Error, Guard, IovaRange};
 
-mod connection;
+mod client;
 #[cfg(test)]
 pub(crate) mod fake;
+mod identity;
 pub(crate) mod kernel;
+mod messages;
 mod notices;
-mod socket;
 pub(crate) mod user;
 
+pub use identity::ServerIdentity;
 pub use notices::Notice;
 pub(crate) use notices::Notices;
 
@@ -64,6 +66,8 @@ pub(crate) trait Backend: Send + Sync {
     fn reset(&self) -> Result<(), Error>;
     /// What the device tells of its own end.
     fn notices(&self) -> &Notices;
+    /// Who serves the device.
+    fn server(&self) -> ServerIdentity;
     /// The NUMA node the device is attached to.
     fn numa_node(&self) -> Option<u32>;
     /// The DMA addresses that may be used.

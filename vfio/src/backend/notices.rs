@@ -13,7 +13,10 @@ use vmm_sys_util::eventfd::EventFd;
 pub enum Notice {
     /// The kernel wants it back, because it is being removed or unbound: that waits until it is closed here.
     RemovalRequested,
-    /// The connection to the vfio-user server has ended.
+    /// The connection to the vfio-user server was given up here: an answer did not come in time, or made no sense. The server
+    /// lives, for all that is known.
+    GivenUp,
+    /// The vfio-user server has ended the connection.
     Disconnected,
     /// The kernel reports an uncorrectable PCI Express error: the device is of no use before a reset.
     Error,
@@ -23,6 +26,7 @@ impl std::fmt::Display for Notice {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Notice::RemovalRequested => "it is being removed",
+            Notice::GivenUp => "its vfio-user server did not answer in time, or made no sense",
             Notice::Disconnected => "its vfio-user server has gone",
             Notice::Error => "an uncorrectable PCI Express error is reported",
         })

@@ -35,12 +35,23 @@ pub struct Behaviour {
     pub refuse_read_of: Option<u64>,
     /// Reads of this register of BAR 0 are never answered.
     pub stuck_at: Option<u64>,
-    /// DMA maps are refused.
-    pub refuse_dma: bool,
+    /// A DMA map beyond so many is refused.
+    pub most_dma: usize,
+    /// What else is answered with an error.
+    pub refuse: Refuse,
     /// The length of the file behind BAR 0.
     pub file_bytes: u64,
     /// The configuration space.
     pub config: Vec<u8>,
+}
+
+/// What a server answers with an error.
+#[derive(Clone, Copy, Default)]
+pub struct Refuse {
+    /// Writes of this register of BAR 0.
+    pub write_of: Option<u64>,
+    pub unmap: bool,
+    pub reset: bool,
 }
 
 impl Default for Behaviour {
@@ -55,7 +66,8 @@ impl Default for Behaviour {
             areas: vec![(0x1000, 0x1000)],
             refuse_read_of: None,
             stuck_at: None,
-            refuse_dma: false,
+            most_dma: usize::MAX,
+            refuse: Refuse::default(),
             file_bytes: BAR_BYTES,
             config,
         }
@@ -68,6 +80,7 @@ struct State {
     config: Vec<u8>,
     messages: usize,
     resets: usize,
+    refused_unmaps: usize,
     hang_up: bool,
     dma: BTreeMap<u64, (u64, u64, File)>,
     interrupts: BTreeMap<u32, File>,
@@ -108,6 +121,9 @@ impl ServerBackend for Backend {
     }
 
     fn region_write(&mut self, region: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        if region == 0 && self.behaviour.refuse.write_of == Some(offset) {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let mut state = self.state();
         state.messages += 1;
         let to = if region == 0 { &mut state.registers } else { &mut state.config };
@@ -116,7 +132,7 @@ impl ServerBackend for Backend {
     }
 
     fn dma_map(&mut self, _: DmaMapFlags, offset: u64, address: u64, size: u64, fd: Option<File>) -> io::Result<()> {
-        if self.behaviour.refuse_dma {
+        if self.state().dma.len() >= self.behaviour.most_dma {
             return Err(io::Error::from_raw_os_error(libc::ENOMEM));
         }
         let file = fd.ok_or_else(|| io::Error::from_raw_os_error(libc::EINVAL))?;
@@ -125,11 +141,19 @@ impl ServerBackend for Backend {
     }
 
     fn dma_unmap(&mut self, _: DmaUnmapFlags, address: u64, size: u64) -> io::Result<()> {
-        let removed = self.state().dma.remove(&address);
-        removed.filter(|(bytes, ..)| *bytes == size).map(|_| ()).ok_or(io::Error::from_raw_os_error(libc::EINVAL))
+        let mut state = self.state();
+        let removed = if self.behaviour.refuse.unmap { None } else { state.dma.remove(&address) };
+        if removed.is_none_or(|(bytes, ..)| bytes != size) {
+            state.refused_unmaps += 1;
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
+        Ok(())
     }
 
     fn reset(&mut self) -> io::Result<()> {
+        if self.behaviour.refuse.reset {
+            return Err(io::Error::from_raw_os_error(libc::EIO));
+        }
         let mut state = self.state();
         state.resets += 1;
         state.config[4] = 0;
@@ -229,6 +253,10 @@ impl TestServer {
 
     pub fn resets(&self) -> usize {
         self.state.lock().unwrap().resets
+    }
+
+    pub fn refused_unmaps(&self) -> usize {
+        self.state.lock().unwrap().refused_unmaps
     }
 
     pub fn messages(&self) -> usize {

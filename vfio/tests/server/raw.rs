@@ -11,11 +11,27 @@ use vfio::{Address, Device, Error, OpenOptions};
 pub const VERSION: u16 = 1;
 pub const DEVICE_GET_INFO: u16 = 4;
 pub const DEVICE_GET_REGION_INFO: u16 = 5;
+pub const DEVICE_RESET: u16 = 13;
 
 /// A message as the protocol frames it: 16 bytes of header, then the payload.
 pub struct Message {
+    pub header: [u8; 16],
     pub command: u16,
     pub payload: Vec<u8>,
+}
+
+impl Message {
+    /// A good reply to it.
+    pub fn reply(&self, payload: Vec<u8>) -> Vec<u8> {
+        let mut reply = self.header;
+        reply[4..8].copy_from_slice(&(16 + payload.len() as u32).to_ne_bytes());
+        reply[8..12].copy_from_slice(&1u32.to_ne_bytes());
+        [&reply[..], &payload].concat()
+    }
+
+    pub fn is_reply(&self) -> bool {
+        self.header[8] & 0xf == 1
+    }
 }
 
 pub struct RawServer {
@@ -26,19 +42,21 @@ pub struct RawServer {
 
 impl RawServer {
     /// Serves one client: `answer` gives the payload of the reply, or `None` for silence from there on.
-    pub fn start(mut answer: impl FnMut(Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
+    pub fn start(mut answer: impl FnMut(&Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
+        RawServer::start_raw(move |message| answer(&message).map(|payload| message.reply(payload)))
+    }
+
+    /// The same; `answer` gives all that is sent.
+    pub fn start_raw(mut answer: impl FnMut(Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("raw.sock");
         let listener = UnixListener::bind(&socket).unwrap();
         let thread = std::thread::spawn(move || {
             let (mut stream, _) = listener.accept().unwrap();
             stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
-            while let Some((header, message)) = receive(&mut stream) {
-                let Some(payload) = answer(message) else { continue };
-                let mut reply = header;
-                reply[4..8].copy_from_slice(&(16 + payload.len() as u32).to_ne_bytes());
-                reply[8..12].copy_from_slice(&1u32.to_ne_bytes());
-                if stream.write_all(&[&reply[..], &payload].concat()).is_err() {
+            while let Some(message) = receive(&mut stream) {
+                let Some(reply) = answer(message) else { continue };
+                if stream.write_all(&reply).is_err() {
                     break;
                 }
             }
@@ -62,7 +80,7 @@ impl RawServer {
 }
 
 /// The next message; `None` when the client has gone.
-fn receive(stream: &mut UnixStream) -> Option<([u8; 16], Message)> {
+fn receive(stream: &mut UnixStream) -> Option<Message> {
     let mut header = [0; 16];
     match stream.read(&mut header).expect("the client sends something, or leaves") {
         0 => return None,
@@ -72,7 +90,7 @@ fn receive(stream: &mut UnixStream) -> Option<([u8; 16], Message)> {
     let bytes = u32::from_ne_bytes(header[4..8].try_into().unwrap());
     let mut payload = vec![0; bytes as usize - 16];
     stream.read_exact(&mut payload).unwrap();
-    Some((header, Message { command, payload }))
+    Some(Message { header, command, payload })
 }
 
 /// The payload of a good answer to VERSION.

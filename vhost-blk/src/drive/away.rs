@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Controller, Error};
-use vfio::{Device, DmaAddresses, Notice};
+use vfio::{Device, DmaAddresses, Notice, ServerIdentity};
 
 use super::shares::Place;
 use super::{Condition, Drive, Present, State};
@@ -26,6 +26,8 @@ pub(super) struct Away {
     pub unsafe_shutdowns: Option<u128>,
     /// What it may still write to, should it care nothing for resets: nothing is mapped there when it is opened anew.
     pub addresses: DmaAddresses,
+    /// Whether it is the same one that serves it when it is back: another one has lost what the first had in memory.
+    pub server: ServerIdentity,
     /// The device, if it is still open.
     pub kept: Option<Kept>,
 }
@@ -110,7 +112,8 @@ impl Drive {
         // What makes a drive disappear, time and again, is as bad as what makes it fail.
         let failed = !matches!(cause, Cause::WantedBack);
         let addresses = device.dma().handed_out();
-        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses, kept: None };
+        let server = device.server();
+        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses, server, kept: None };
         let mut lost = Vec::new();
         for place in &places {
             match self.pool.fail_queue_pair(place.id) {

@@ -86,7 +86,8 @@ impl Drive {
         present.unsure = away.unsafe_shutdowns.is_some() && present.unsafe_shutdowns.is_none();
         present.unsafe_shutdowns = present.unsafe_shutdowns.or(away.unsafe_shutdowns);
         let lost_power = away.unsafe_shutdowns.is_some() && away.unsafe_shutdowns != present.unsafe_shutdowns;
-        let cache_lost = away.cache_lost || lost_power;
+        let lived_on = away.server.lived_on_as(&present.device.server());
+        let cache_lost = away.cache_lost || lost_power || !lived_on;
         if !self.memory.is_attached() {
             self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
         }

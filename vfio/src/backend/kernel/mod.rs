@@ -32,7 +32,7 @@ use vmm_sys_util::ioctl_io_nr;
 use self::explain::{Subject, explain, on_open};
 use self::space::{OpenDevices, Space, Way};
 use self::sysfs::Roots;
-use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region};
+use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region, ServerIdentity};
 use crate::config_space::{self, CAPABILITY_MSIX};
 use crate::dma::{RangeAllocator, page_size};
 use crate::{Error, IovaRange, PciAddress};
@@ -375,6 +375,10 @@ impl Backend for KernelBackend {
 
     fn notices(&self) -> &Notices {
         &self.notices
+    }
+
+    fn server(&self) -> ServerIdentity {
+        ServerIdentity::Kernel
     }
 
     fn numa_node(&self) -> Option<u32> {
