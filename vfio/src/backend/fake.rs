@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use memmap2::{MmapOptions, MmapRaw};
@@ -22,6 +22,8 @@ pub(crate) struct FakeBackend {
     requests: AtomicUsize,
     mapped: Mutex<BTreeMap<u64, u64>>,
     refuse_map: AtomicBool,
+    /// Bytes of the longest mapping that is not refused.
+    longest: AtomicU64,
     refuse_unmap: AtomicBool,
     notices: Notices,
 }
@@ -37,6 +39,7 @@ impl Default for FakeBackend {
             requests: AtomicUsize::default(),
             mapped: Mutex::default(),
             refuse_map: AtomicBool::default(),
+            longest: AtomicU64::new(u64::MAX),
             refuse_unmap: AtomicBool::default(),
             notices: Notices::new().unwrap(),
         }
@@ -51,6 +54,10 @@ impl FakeBackend {
 
     pub fn refuse_map(&self, refuse: bool) {
         self.refuse_map.store(refuse, Ordering::Relaxed);
+    }
+
+    pub fn refuse_more_than(&self, bytes: u64) {
+        self.longest.store(bytes, Ordering::Relaxed);
     }
 
     pub fn refuse_unmap(&self, refuse: bool) {
@@ -133,7 +140,7 @@ impl Backend for FakeBackend {
     }
 
     unsafe fn dma_map(&self, iova: u64, _: &File, _: u64, _: *mut u8, bytes: usize) -> Result<(), Error> {
-        if self.refuse_map.load(Ordering::Relaxed) {
+        if self.refuse_map.load(Ordering::Relaxed) || bytes as u64 > self.longest.load(Ordering::Relaxed) {
             return Err(refused());
         }
         let bytes = bytes as u64;

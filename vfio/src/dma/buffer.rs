@@ -38,6 +38,10 @@ pub(super) struct Pool {
     chunks: Mutex<Vec<Weak<Chunk>>>,
 }
 
+/// New chunks are as large as all before them together, so that they stay few: a vfio-user server may take no more than a few
+/// dozen mappings. But no larger than this, bytes.
+const LARGEST_STEP: usize = 256 << 20;
+
 /// Memory mapped for the device in one piece.
 struct Chunk {
     /// Before the memory: a mapping has to end before its memory does.
@@ -57,7 +61,9 @@ impl Pool {
                 return Ok(buffer);
             }
         }
-        let chunk = Chunk::new(space, round_up(bytes, HUGE_2M)?)?;
+        let needed = round_up(bytes, HUGE_2M)?;
+        let before: usize = chunks.iter().filter_map(Weak::upgrade).map(|chunk| chunk.memory.len()).sum();
+        let chunk = Chunk::new(space, needed, needed.max(before.min(LARGEST_STEP)))?;
         chunks.push(Arc::downgrade(&chunk));
         // New memory is zero.
         Ok(chunk.cut(bytes).expect("a new chunk is free, and as large as the buffer"))
@@ -65,10 +71,21 @@ impl Pool {
 }
 
 impl Chunk {
-    fn new(space: &DmaSpace, bytes: usize) -> Result<Arc<Chunk>, Error> {
+    /// A chunk of `wanted` bytes; of `needed` ones if there is no more.
+    fn new(space: &DmaSpace, needed: usize, wanted: usize) -> Result<Arc<Chunk>, Error> {
         let lock = !space.inner.backend.pins_memory();
-        let memory = Arc::new(SharedMemory::create_for_dma(bytes, lock)?);
-        let mapping = space.map(memory.clone())?;
+        let memory = Arc::new(SharedMemory::create_for_dma(needed, wanted, lock)?);
+        let (memory, mapping) = match space.map(memory.clone()) {
+            Ok(mapping) => (memory, mapping),
+            Err(error) if memory.len() > needed => {
+                log::debug!("{space:?}: {} bytes in one piece cannot be had: {error}", memory.len());
+                drop(memory);
+                let memory = Arc::new(SharedMemory::create_for_dma(needed, needed, lock)?);
+                let mapping = space.map(memory.clone())?;
+                (memory, mapping)
+            }
+            Err(error) => return Err(error),
+        };
         let free = RangeAllocator::new(&[IovaRange { start: 0, last: memory.len() as u64 - 1 }]);
         Ok(Arc::new(Chunk { mapping, memory, free: Mutex::new(free) }))
     }

@@ -80,21 +80,33 @@ impl SharedMemory {
         Ok(SharedMemory { file, file_offset: offset, bytes, guard: None, memory })
     }
 
-    /// Memory of zeroes for DMA, at least `bytes` long, which is a multiple of 2 MiB: hugepages if there are any free,
-    /// else normal pages, locked if `lock`.
-    pub(super) fn create_for_dma(bytes: usize, lock: bool) -> Result<SharedMemory, Error> {
-        if bytes >= HUGE_1G
-            && let Ok(memory) = SharedMemory::create_huge(round_up(bytes, HUGE_1G)?, libc::MFD_HUGE_1GB)
+    /// Memory of zeroes for DMA, `wanted` or at least `needed` bytes long, which are multiples of 2 MiB: hugepages if there are
+    /// any free, else normal pages, locked if `lock`.
+    pub(super) fn create_for_dma(needed: usize, wanted: usize, lock: bool) -> Result<SharedMemory, Error> {
+        if needed >= HUGE_1G
+            && let Ok(memory) = SharedMemory::create_huge(round_up(needed, HUGE_1G)?, libc::MFD_HUGE_1GB)
         {
             return Ok(memory);
         }
-        let refused = match SharedMemory::create_huge(bytes, libc::MFD_HUGE_2MB) {
+        if wanted > needed
+            && let Ok(memory) = SharedMemory::create_huge(wanted, libc::MFD_HUGE_2MB)
+        {
+            return Ok(memory);
+        }
+        let refused = match SharedMemory::create_huge(needed, libc::MFD_HUGE_2MB) {
             Ok(memory) => return Ok(memory),
             Err(error) => error,
         };
-        let memory = SharedMemory::create(bytes)?;
+        if wanted > needed
+            && let Ok(memory) = SharedMemory::create(wanted)
+            && (!lock || memory.memory.lock().is_ok())
+        {
+            warn_once(needed, &refused, None);
+            return Ok(memory);
+        }
+        let memory = SharedMemory::create(needed)?;
         let not_locked = if lock { memory.memory.lock().err() } else { None };
-        warn_once(bytes, &refused, not_locked);
+        warn_once(needed, &refused, not_locked);
         Ok(memory)
     }
 

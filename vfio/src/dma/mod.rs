@@ -386,6 +386,29 @@ mod tests {
     }
 
     #[test]
+    fn many_buffers_take_few_mappings() {
+        let (backend, space) = space();
+        // As of 64 queue pairs with their lists, and of the copies of requests: 198 MiB.
+        let buffers: Vec<_> =
+            (0..64).flat_map(|_| [1 << 20, (2 << 20) + 4096].map(|b| space.allocate(b).unwrap())).collect();
+        assert!(backend.mapped().len() <= 10, "{}", backend.mapped().len());
+        let (taken, used) = (backend.mapped().iter().map(|(_, bytes)| bytes).sum::<u64>(), 198 * MIB);
+        assert!(taken <= 2 * used, "{taken} bytes for {used}");
+        drop(buffers);
+        assert_eq!(backend.mapped(), []);
+    }
+
+    #[test]
+    fn a_device_that_takes_only_small_pieces_gets_them() {
+        let (backend, space) = space();
+        backend.refuse_more_than(2 * MIB);
+        let buffers: Vec<_> = (0..5).map(|_| space.allocate(2 << 20).unwrap()).collect();
+        assert_eq!(backend.mapped().len(), 5);
+        assert!(space.allocate(3 << 20).is_err());
+        drop(buffers);
+    }
+
+    #[test]
     fn a_buffer_is_zero_even_where_another_one_was() {
         let (_, space) = space();
         let _keeps_the_chunk = space.allocate(4096).unwrap();
