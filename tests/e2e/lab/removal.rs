@@ -35,6 +35,17 @@ const FUNCTIONS: &str = r#"
     grows() { [ "$(counter "$1")" -gt "$2" ]; }
 "#;
 
+/// What QEMU notes for each I/O command, and when CC.SHN is set.
+const COMMAND: &str = "pci_nvme_io_cmd";
+const SHUTDOWN: &str = "pci_nvme_mmio_shutdown_set";
+
+/// Producers first, then the device (NVMe Base 2.0, 3.6.1): no command of the removed drive's namespace after CC.SHN was set.
+fn nothing_comes_after_the_shutdown(trace: &str) -> bool {
+    let is_command = |line: &&str| line.contains(COMMAND) && line.contains("nsid 0x1 ");
+    let Some((before, after)) = trace.rsplit_once(SHUTDOWN) else { return false };
+    before.lines().filter(is_command).count() > 50 && after.lines().filter(is_command).count() == 0
+}
+
 fn program(variable: &str, name: &str) -> PathBuf {
     std::env::var_os(variable).map_or_else(|| Lab::build().join("release").join(name), PathBuf::from)
 }
@@ -49,7 +60,13 @@ fn script(guest: &mut Guest, text: &str) -> String {
 fn a_drive_is_removed_under_load_and_put_back(kernel: &Kernel) {
     let folder = folder();
     let drive = LabDrive::new("moving").hotplug();
-    let lab = Lab::new(kernel).hugepages(16).drive(drive.clone()).drive(LabDrive::new("staying"));
+    // Its commands are those of namespace 2, by which QEMU's trace tells the two apart.
+    let staying = LabDrive::new("staying").namespace(8, 512).namespace(64, 512);
+    let lab = Lab::new(kernel)
+        .arguments(&["-trace", COMMAND, "-trace", SHUTDOWN])
+        .hugepages(16)
+        .drive(drive.clone())
+        .drive(staying);
     let mut guest = lab.boot(folder.path()).unwrap();
     bind(&mut guest, REMOVED);
     bind(&mut guest, OTHER);
@@ -61,6 +78,7 @@ device = "0000:01:00.0"
 socket-path = "/tmp/a.sock"
 [[export]]
 device = "0000:00:05.0"
+namespace = 2
 socket-path = "/tmp/b.sock"
 END
         VHOST_BLK --config /tmp/target.toml >/tmp/target.log 2>&1 </dev/null &
@@ -85,6 +103,8 @@ END
             break;
         }
     }
+    let trace = std::fs::read_to_string(folder.path().join("qemu.log")).unwrap();
+    assert!(nothing_comes_after_the_shutdown(&trace), "{trace}");
     let away = r#"
         told 1 '0000:01:00.0: out of operation: it is being removed'
         [ ! -e /sys/bus/pci/devices/0000:01:00.0 ]
