@@ -56,7 +56,8 @@ pub enum Work<'a> {
     WriteZeroes {
         /// The blocks, in any order.
         ranges: &'a [LbaRange],
-        /// The drive may deallocate the blocks if they read as zeroes then.
+        /// The drive may deallocate the blocks; it is told so only if they read as zeroes then
+        /// ([`crate::Namespace::write_zeroes_deallocates`]).
         deallocate: bool,
         /// Force unit access.
         fua: bool,

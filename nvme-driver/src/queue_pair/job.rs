@@ -84,6 +84,8 @@ impl Job {
     }
 
     pub fn write_zeroes(namespace: &Namespace, deallocate: bool, fua: bool) -> Job {
+        // Only where the drive says that it takes the bit, and that the blocks read as zeroes then (DLFEAT).
+        let deallocate = deallocate && namespace.write_zeroes_deallocates;
         let flags = if deallocate { CDW12_DEAC } else { 0 } | if fua { CDW12_FUA } else { 0 };
         Job::stretches(namespace, io::WRITE_ZEROES, flags, namespace.max_write_zeroes_blocks)
     }
@@ -244,6 +246,13 @@ mod tests {
         assert_eq!(
             seen,
             [(5, 0xffff | flags), (65541, 0xffff | flags), (131077, 0xffff | flags), (196613, flags), (0, flags)]
+        );
+        // A drive that does not take the bit is not sent it, whatever the request would allow.
+        let careful = Namespace { write_zeroes_deallocates: false, ..drive.clone() };
+        assert!(
+            commands(Job::write_zeroes(&careful, true, false), &ranges)
+                .iter()
+                .all(|(command, _)| { command.dword(12) & CDW12_DEAC == 0 })
         );
         assert_eq!(commands(Job::verify(&drive), &ranges[1..])[0].0, Command::blocks(io::VERIFY, 1, 0, 1, 0));
     }
