@@ -114,5 +114,5 @@ pub use error::Error;
 pub use identify::ControllerIdentity;
 pub use namespace::Namespace;
 pub use queue_pair::{CommandId, Completed, Completions, Counters, Full, OWNER_SHIFT, QueuePair, SubmitError};
-pub use status::Status;
+pub use status::{Retry, Status};
 pub use work::{LbaRange, Segment, Work};
