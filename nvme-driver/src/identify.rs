@@ -3,14 +3,19 @@
 //! The raw structures are only views of the bytes; nothing is believed until it went through [`ControllerIdentity`] or
 //! [`Namespace`].
 
+mod descriptors;
+
 use std::mem::offset_of;
 use std::time::Duration;
 
 use zerocopy::byteorder::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, KnownLayout, Unaligned};
 
+use crate::quirks::{Function, Quirk, Quirks};
 use crate::registers::Version;
-use crate::{Error, Namespace, SglAlignment};
+use crate::{Error, Namespace, Options, SglAlignment};
+
+pub(crate) use descriptors::Descriptors;
 
 /// Every Identify data structure has this many bytes.
 pub const BYTES: usize = 4096;
@@ -53,7 +58,8 @@ pub(crate) struct RawController {
     _npss: [u8; 3],
     warning_temperature: U16,
     critical_temperature: U16,
-    _mtfa: [u8; 242],
+    mtfa: U16,
+    _rest_to_sqes: [u8; 240],
     sqes: u8,
     cqes: u8,
     _maxcmd: U16,
@@ -89,6 +95,7 @@ const _: () = {
     assert!(offset_of!(RawController, lpa) == 261);
     assert!(offset_of!(RawController, elpe) == 262);
     assert!(offset_of!(RawController, warning_temperature) == 266);
+    assert!(offset_of!(RawController, mtfa) == 270);
     assert!(offset_of!(RawController, sqes) == 512);
     assert!(offset_of!(RawController, nn) == 516);
     assert!(offset_of!(RawController, oncs) == 520);
@@ -138,7 +145,10 @@ pub(crate) struct RawNamespace {
     dlfeat: u8,
     _nawun: U16,
     nawupf: U16,
-    _nacwu: [u8; 8],
+    _nacwu: U16,
+    _nabsn: U16,
+    nabo: U16,
+    nabspf: U16,
     noiob: U16,
     _nvmcap: [u8; 16],
     npwg: U16,
@@ -172,6 +182,8 @@ const _: () = {
     assert!(offset_of!(RawNamespace, dps) == 29);
     assert!(offset_of!(RawNamespace, dlfeat) == 33);
     assert!(offset_of!(RawNamespace, nawupf) == 36);
+    assert!(offset_of!(RawNamespace, nabo) == 42);
+    assert!(offset_of!(RawNamespace, nabspf) == 44);
     assert!(offset_of!(RawNamespace, noiob) == 46);
     assert!(offset_of!(RawNamespace, npwg) == 64);
     assert!(offset_of!(RawNamespace, nows) == 72);
@@ -266,6 +278,10 @@ pub struct ControllerIdentity {
     pub supports_format: bool,
     /// A format of one namespace formats all of them (FNA bit 0).
     pub formats_all_namespaces: bool,
+    /// A format of one namespace that erases erases all of them (FNA bit 1).
+    pub erases_all_namespaces: bool,
+    /// A format can erase by throwing the key away (FNA bit 2).
+    pub supports_cryptographic_erase: bool,
     /// Namespace Management and Attachment.
     pub supports_namespace_management: bool,
     /// Doorbell Buffer Config.
@@ -295,6 +311,10 @@ pub struct ControllerIdentity {
     pub retry_delays: [Duration; 3],
     /// Blocks written as a unit even over a power failure (AWUPF): 1 to 65536.
     pub atomic_write_blocks: u32,
+    /// How long the controller may pause to activate firmware (MTFA; CSTS.PP says that it does); `None`: not said.
+    pub activation_time: Option<Duration>,
+    /// What is known of it from elsewhere; what follows from it and from [`Options`] shows in the abilities here.
+    pub quirks: Quirks,
 }
 
 impl ControllerIdentity {
@@ -340,6 +360,8 @@ impl ControllerIdentity {
             supports_namespace_management: oacs & 1 << 3 != 0,
             supports_shadow_doorbells: oacs & 1 << 8 != 0,
             formats_all_namespaces: raw.fna & 1 != 0,
+            erases_all_namespaces: raw.fna & 1 << 1 != 0,
+            supports_cryptographic_erase: raw.fna & 1 << 2 != 0,
             namespace_events: raw.oaes.get() & 1 << 8 != 0,
             firmware_events: raw.oaes.get() & 1 << 9 != 0,
             abort_limit: u16::from(raw.acl) + 1,
@@ -352,7 +374,25 @@ impl ControllerIdentity {
             retry_delays: raw.retry_delays.map(|time| Duration::from_millis(100) * u32::from(time.get())),
             shutdown_time: Some(Duration::from_micros(raw.rtd3e.get().into())).filter(|time| !time.is_zero()),
             atomic_write_blocks: u32::from(raw.awupf.get()) + 1,
+            activation_time: Some(Duration::from_millis(100) * u32::from(raw.mtfa.get()))
+                .filter(|time| !time.is_zero()),
+            quirks: Quirks::NONE,
         })
+    }
+
+    /// Looks up what else is known of the drive, and takes away the abilities that are not to be used.
+    pub(crate) fn restrict(mut self, function: Function, options: &Options) -> ControllerIdentity {
+        self.quirks = Quirks::of_drive(function, &self.model, &self.firmware);
+        let usable = |wanted: Option<bool>, quirk| wanted.unwrap_or(!self.quirks.has(quirk));
+        let (sgl, discard, write_zeroes) = (
+            usable(options.sgl, Quirk::NoSgl),
+            usable(options.discard, Quirk::NoDiscard),
+            usable(options.write_zeroes, Quirk::NoWriteZeroes),
+        );
+        self.sgl = self.sgl.filter(|_| sgl);
+        self.supports_discard &= discard;
+        self.supports_write_zeroes &= write_zeroes;
+        self
     }
 }
 
@@ -388,47 +428,6 @@ fn text(bytes: &[u8]) -> String {
     let text: String =
         bytes[..end].iter().map(|&byte| if matches!(byte, b' '..=b'~') { byte as char } else { '?' }).collect();
     text.trim().to_string()
-}
-
-/// The identifiers of a namespace from its descriptor list, CNS 03h (NVMe Base 2.0, figure 277).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Descriptors {
-    pub eui64: Option<[u8; 8]>,
-    pub nguid: Option<[u8; 16]>,
-    pub uuid: Option<[u8; 16]>,
-    /// Command Set Identifier: 0 is the NVM Command Set.
-    pub command_set: Option<u8>,
-}
-
-impl Descriptors {
-    pub fn parse(bytes: &[u8], namespace: u32) -> Result<Descriptors, Error> {
-        let mut found = Descriptors::default();
-        let mut rest = bytes;
-        // Type (NIDT), length (NIDL), two reserved bytes, the identifier; a length of 0 ends the list.
-        while let [kind, length, _, _, tail @ ..] = rest
-            && *length != 0
-        {
-            let Some((id, tail)) = tail.split_at_checked((*length).into()) else {
-                return Err(Error::Untrustworthy(format!(
-                    "namespace {namespace}: identification descriptor of type {kind} with {length} bytes runs over the end"
-                )));
-            };
-            let wrong = |_| {
-                Error::Untrustworthy(format!(
-                    "namespace {namespace}: identification descriptor of type {kind} with {length} bytes"
-                ))
-            };
-            match kind {
-                1 => found.eui64 = Some(id.try_into().map_err(wrong)?),
-                2 => found.nguid = Some(id.try_into().map_err(wrong)?),
-                3 => found.uuid = Some(id.try_into().map_err(wrong)?),
-                4 => found.command_set = Some(<[u8; 1]>::try_from(id).map_err(wrong)?[0]),
-                _ => {}
-            }
-            rest = tail;
-        }
-        Ok(found)
-    }
 }
 
 /// Everything needed besides the namespace's own structure to make a [`Namespace`].
@@ -468,23 +467,37 @@ impl Namespace {
         let block_bytes = 1u32 << block_shift;
         let bytes_of = |field: U16| (u32::from(field.get()) + 1) * block_bytes;
         let preferred = |field: U16| if optperf { bytes_of(field) } else { block_bytes };
-        // Without them, what is written as a unit over a power failure (NSABP, bit 1) at least tells a 512e drive: its pages
-        // are not larger than that. Much larger units say nothing of pages.
-        let unit = if raw.nsfeat & 1 << 1 != 0 { bytes_of(raw.nawupf).min(4096) } else { block_bytes };
-        let physical = if optperf { bytes_of(raw.npwg) } else { unit };
+        // What is written without tearing over a power failure: the namespace's own values count where it has some (NSABP, bit 1).
+        let own = raw.nsfeat & 1 << 1 != 0;
+        let atomic_blocks = match raw.nawupf.get() {
+            0 => identity.atomic_write_blocks,
+            _ if !own => identity.atomic_write_blocks,
+            blocks => u32::from(blocks) + 1,
+        };
+        let boundary = own.then_some((raw.nabspf.get(), raw.nabo.get()));
+        let atomic = untorn(atomic_blocks, boundary).saturating_mul(block_bytes);
+        let granularity = preferred(raw.npwg);
+        let has = |quirk| identity.quirks.has(quirk);
+        // Not in the list of the specification's own boundaries; a drive that has one of those knows better.
+        let stripe = identity.max_transfer.filter(|bytes| has(Quirk::Striped) && bytes.is_power_of_two());
+        let boundary_blocks = match u32::from(raw.noiob.get()) {
+            0 => stripe.map_or(0, |bytes| bytes >> block_shift),
+            blocks => blocks,
+        };
         let commands_blocks = |bytes: Option<u64>| {
             bytes.map_or(MAX_BLOCKS_PER_COMMAND, |bytes| {
                 ((bytes >> block_shift) as u32).clamp(1, MAX_BLOCKS_PER_COMMAND)
             })
         };
         let reads_zeroes = raw.dlfeat & 7 == 1;
-        let given = |id: &[u8]| id.iter().any(|&byte| byte != 0);
+        let given = |id: &[u8]| !has(Quirk::UntrueIdentifiers) && id.iter().any(|&byte| byte != 0);
         Ok(Namespace {
             id,
             blocks,
             block_shift,
-            boundary_blocks: raw.noiob.get().into(),
-            physical_block_bytes: usable_physical_block(physical, block_bytes),
+            boundary_blocks,
+            physical_block_bytes: physical_block(atomic, granularity, block_bytes),
+            write_granularity_bytes: granularity,
             write_alignment_bytes: preferred(raw.npwa),
             // One block is what drives say that do not care.
             optimal_io_bytes: if optperf && raw.nows.get() != 0 { bytes_of(raw.nows) } else { 0 },
@@ -499,7 +512,7 @@ impl Namespace {
             volatile_write_cache: write_cache_enabled,
             discard: identity.supports_discard,
             write_zeroes: identity.supports_write_zeroes,
-            write_zeroes_deallocates: raw.dlfeat & 1 << 3 != 0 && reads_zeroes,
+            write_zeroes_deallocates: raw.dlfeat & 1 << 3 != 0 && reads_zeroes && !has(Quirk::NoDeallocatingZeroes),
             discard_reads_zeroes: reads_zeroes,
             compare: identity.supports_compare,
             verify: identity.supports_verify,
@@ -555,9 +568,25 @@ impl RawNamespace {
 /// Number of logical blocks is a zero-based 16-bit field in every command that has one.
 const MAX_BLOCKS_PER_COMMAND: u32 = 65536;
 
-/// A write granularity serves as physical block size when it is a power of two; otherwise the largest power of two in it.
-fn usable_physical_block(bytes: u32, block_bytes: u32) -> u32 {
-    (1u32 << bytes.trailing_zeros().min(31)).max(block_bytes)
+/// The largest power of two of blocks that is written without tearing wherever a multiple of it begins: `blocks` at a time, and
+/// not across the boundaries that the namespace may have, given as NABSPF (zero-based, 0: none) and NABO.
+fn untorn(blocks: u32, boundary: Option<(u16, u16)>) -> u32 {
+    let largest = 1 << blocks.max(1).ilog2();
+    match boundary {
+        None | Some((0, _)) => largest,
+        // A multiple of it lies on no boundary but its own ones if it divides the distance of two, and the first.
+        Some((size, first)) => {
+            let divides = |number: u32| 1u32.checked_shl(number.trailing_zeros()).unwrap_or(u32::MAX);
+            largest.min(divides(u32::from(size) + 1)).min(divides(first.into()))
+        }
+    }
+}
+
+/// What serves as physical block: what is written without tearing, but no more than 4096 bytes unless the drive also writes in
+/// larger units (`granularity`).
+fn physical_block(untorn: u32, granularity: u32, block_bytes: u32) -> u32 {
+    let unit = (1u32 << granularity.max(1).ilog2()).max(4096);
+    untorn.min(unit).max(block_bytes)
 }
 
 #[cfg(test)]

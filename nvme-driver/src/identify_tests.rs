@@ -33,6 +33,8 @@ fn capabilities_are_read_from_their_bits() {
         bytes[256..258].copy_from_slice(&(1u16 << 8 | 1 << 1).to_le_bytes());
         bytes[258..260].copy_from_slice(&[3, 7]);
         bytes[261] = 4;
+        bytes[270] = 25;
+        bytes[524] = 6;
         bytes[520..522].copy_from_slice(&(1u16 | 1 << 2 | 1 << 7).to_le_bytes());
         bytes[525] = 7;
         bytes[536] = 2;
@@ -48,6 +50,10 @@ fn capabilities_are_read_from_their_bits() {
     assert!(identity.supports_compare && identity.supports_discard && identity.supports_verify);
     assert!(!identity.supports_write_zeroes && !identity.supports_feature_select);
     assert_eq!(identity.sgl, Some(SglAlignment::Dword));
+    assert_eq!(identity.activation_time, Some(Duration::from_millis(2500)));
+    assert!(
+        !identity.formats_all_namespaces && identity.erases_all_namespaces && identity.supports_cryptographic_erase
+    );
 }
 
 #[test]
@@ -146,22 +152,23 @@ fn namespace(edit: impl FnOnce(&mut [u8])) -> Result<Namespace, Error> {
 }
 
 fn namespace_with(edit: impl FnOnce(&mut [u8]), descriptors: &Descriptors) -> Result<Namespace, Error> {
+    namespace_of(&controller(|bytes| bytes[520] = 0xff).unwrap(), edit, descriptors)
+}
+
+fn namespace_of(
+    identity: &ControllerIdentity,
+    edit: impl FnOnce(&mut [u8]),
+    descriptors: &Descriptors,
+) -> Result<Namespace, Error> {
     let mut bytes = vec![0u8; BYTES];
     bytes[0..8].copy_from_slice(&0x10000u64.to_le_bytes());
     bytes[25] = 1;
     bytes[130] = 9;
     bytes[134] = 12;
     edit(&mut bytes);
-    let identity = controller(|bytes| bytes[520] = 0xff).unwrap();
     Namespace::parse(
         RawNamespace::ref_from_bytes(&bytes).unwrap(),
-        &NamespaceContext {
-            id: 1,
-            identity: &identity,
-            limits: &CommandLimits::NONE,
-            descriptors,
-            write_cache_enabled: true,
-        },
+        &NamespaceContext { id: 1, identity, limits: &CommandLimits::NONE, descriptors, write_cache_enabled: true },
     )
 }
 
@@ -210,7 +217,8 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
         bytes[24] = 1 << 4;
     })
     .unwrap();
-    assert_eq!((with.physical_block_bytes, with.write_alignment_bytes), (4096, 4096));
+    assert_eq!((with.write_granularity_bytes, with.write_alignment_bytes), (4096, 4096));
+    assert_eq!(with.physical_block_bytes, 512, "it promises no more than a block");
     assert_eq!((with.discard_granularity_bytes, with.discard_alignment_bytes), (8192, 16384));
     assert_eq!(with.optimal_io_bytes, 128 << 10);
 
@@ -218,7 +226,7 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
         bytes[24] = 1 << 1;
         bytes[36] = 7;
     });
-    assert_eq!(atomic.unwrap().physical_block_bytes, 4096, "NAWUPF stands in for NPWG");
+    assert_eq!(atomic.unwrap().physical_block_bytes, 4096);
     let huge = namespace(|bytes| {
         bytes[24] = 1 << 1;
         bytes[36] = 255;
@@ -230,7 +238,77 @@ fn preferred_sizes_are_zero_based_and_only_valid_with_optperf() {
         bytes[24] = 1 << 4;
         bytes[64] = 11;
     });
-    assert_eq!(odd.unwrap().physical_block_bytes, 2048, "12 blocks: the largest power of two in them");
+    let odd = odd.unwrap();
+    assert_eq!((odd.physical_block_bytes, odd.write_granularity_bytes), (512, 12 * 512));
+}
+
+#[test]
+fn a_physical_block_is_what_is_written_without_tearing() {
+    let physical = |awupf: u16, edit: &dyn Fn(&mut [u8])| {
+        let identity = controller(|bytes| bytes[528..530].copy_from_slice(&awupf.to_le_bytes())).unwrap();
+        namespace_of(&identity, |bytes| edit(bytes), &Descriptors::default()).unwrap().physical_block_bytes
+    };
+    let put = |bytes: &mut [u8], at: usize, value: u16| bytes[at..at + 2].copy_from_slice(&value.to_le_bytes());
+    const NSABP: u8 = 1 << 1;
+    const OPTPERF: u8 = 1 << 4;
+    assert_eq!(physical(0, &|_| ()), 512, "one block");
+    assert_eq!(physical(7, &|_| ()), 4096, "the controller's promise");
+    assert_eq!(physical(6, &|_| ()), 2048, "7 blocks: the largest power of two in them");
+    assert_eq!(physical(u16::MAX, &|_| ()), 4096, "much more says nothing of what the drive works with");
+    let pages_of_16_kib = |bytes: &mut [u8]| {
+        bytes[24] = OPTPERF;
+        put(bytes, 64, 31);
+    };
+    assert_eq!(physical(255, &pages_of_16_kib), 16 << 10, "it promises them, and works with them");
+    assert_eq!(physical(7, &pages_of_16_kib), 4096);
+    assert_eq!(physical(7, &|bytes| put(bytes, 36, 1)), 4096, "NAWUPF is not there without NSABP");
+    let own = |nawupf: u16, nabspf: u16, nabo: u16| {
+        physical(7, &|bytes| {
+            bytes[24] = NSABP;
+            put(bytes, 36, nawupf);
+            put(bytes, 44, nabspf);
+            put(bytes, 42, nabo);
+        })
+    };
+    assert_eq!(own(0, 0, 0), 4096, "0: as the controller says");
+    assert_eq!(own(3, 0, 0), 2048);
+    assert_eq!((own(63, 1, 0), own(63, 5, 0), own(63, 255, 0)), (1024, 1024, 4096), "no boundary lies within");
+    assert_eq!((own(63, 255, 2), own(63, 255, 8)), (1024, 4096), "nor where they begin later");
+}
+
+#[test]
+fn what_is_known_of_a_drive_takes_abilities_away() {
+    let offered = || controller(|bytes| (bytes[520], bytes[536], bytes[77]) = (0xff, 1, 5)).unwrap();
+    let unknown = Function { vendor: 1, device: 2 };
+    let kept = offered().restrict(unknown, &Options::default());
+    assert_eq!(kept, offered());
+    // Samsung PM1725a.
+    let known = Function { vendor: 0x144d, device: 0xa822 };
+    let without = offered().restrict(known, &Options::default());
+    assert!(without.quirks.has(Quirk::NoWriteZeroes) && !without.supports_write_zeroes && without.supports_discard);
+    let told = Options { write_zeroes: Some(true), sgl: Some(false), discard: Some(false), ..Options::default() };
+    let told = offered().restrict(known, &told);
+    assert_eq!(
+        (told.supports_write_zeroes, told.supports_discard, told.sgl),
+        (true, false, None),
+        "an option counts more"
+    );
+
+    // Intel P4500: striped, and with identifiers that others have, too.
+    let ids = |bytes: &mut [u8]| {
+        bytes[104..120].fill(3);
+        bytes[120..128].fill(4);
+    };
+    let uuid = Descriptors { uuid: Some([1; 16]), ..Default::default() };
+    let plain = namespace_of(&offered(), ids, &uuid).unwrap();
+    assert_eq!((plain.nguid, plain.eui64, plain.uuid), (Some([3; 16]), Some([4; 8]), Some([1; 16])));
+    assert_eq!(plain.boundary_blocks, 0);
+    let intel = offered().restrict(Function { vendor: 0x8086, device: 0x0a54 }, &Options::default());
+    let striped = namespace_of(&intel, ids, &uuid).unwrap();
+    assert_eq!((striped.nguid, striped.eui64, striped.uuid), (None, None, None));
+    assert_eq!(striped.boundary_blocks, 256, "128 KiB");
+    let own = namespace_of(&intel, |bytes| bytes[46] = 64, &uuid).unwrap();
+    assert_eq!(own.boundary_blocks, 64, "NOIOB counts more");
 }
 
 #[test]

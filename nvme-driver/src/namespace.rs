@@ -12,10 +12,14 @@ pub struct Namespace {
     pub blocks: u64,
     /// Block size as a power of two: 9 (512 bytes) or 12 (4096 bytes).
     pub block_shift: u8,
-    /// No read or write should cross a multiple of this many logical blocks (NOIOB); 0: no such boundary.
+    /// No read or write should cross a multiple of this many logical blocks (NOIOB, or [`crate::Quirk::Striped`]); 0: no such
+    /// boundary.
     pub boundary_blocks: u32,
-    /// The unit the drive writes without reading first, in bytes: a power of two, at least the block size (NPWG, else NAWUPF up to 4096).
+    /// What the drive writes without tearing over a power failure, in bytes: a power of two, at least the block size (AWUPF or
+    /// NAWUPF, within NABSPF); no more than 4096 unless the drive writes in larger units.
     pub physical_block_bytes: u32,
+    /// The unit the drive writes without reading first, in bytes: a number of blocks, at least one (NPWG).
+    pub write_granularity_bytes: u32,
     /// Writes should start at a multiple of this many bytes (NPWA); at least the block size.
     pub write_alignment_bytes: u32,
     /// The transfer size at which the drive works best, in bytes (NOWS); 0: not said.

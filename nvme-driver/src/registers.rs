@@ -67,9 +67,12 @@ pub struct Capabilities {
 }
 
 impl Capabilities {
-    /// Entries a queue can have: 1 to 65536.
+    /// Entries a queue can have: 2 to 65536. A queue of one entry (MQES 0) could hold nothing; drives that say so take 64.
     pub fn max_queue_entries(&self) -> u32 {
-        u32::from(self.max_queue_entries_minus_one()) + 1
+        match self.max_queue_entries_minus_one() {
+            0 => 64,
+            most => u32::from(most) + 1,
+        }
     }
 
     /// Time to become ready or not ready by TO; at least one unit, since a few controllers report 0.
@@ -188,6 +191,8 @@ mod tests {
         assert_eq!((cap.page_size_min(), cap.page_size_max()), (1, 4));
         assert_eq!(Capabilities::from_bits(0).ready_timeout(), Duration::from_millis(500));
         assert_eq!(Capabilities::from_bits(u64::MAX).max_queue_entries(), 65536);
+        assert_eq!(Capabilities::from_bits(0).max_queue_entries(), 64);
+        assert_eq!(Capabilities::from_bits(1).max_queue_entries(), 2);
     }
 
     #[test]

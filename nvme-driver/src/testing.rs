@@ -11,6 +11,7 @@ pub fn namespace(block_shift: u8, blocks: u64) -> Namespace {
         block_shift,
         boundary_blocks: 0,
         physical_block_bytes: block,
+        write_granularity_bytes: block,
         write_alignment_bytes: block,
         optimal_io_bytes: 0,
         discard_granularity_bytes: block,

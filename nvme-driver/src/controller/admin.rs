@@ -12,7 +12,7 @@ use super::hardware::Hardware;
 use crate::command::admin;
 use crate::error::Doing;
 use crate::queue_pair::{Completed, QueuePair, QueueSettings};
-use crate::{Command, Error, Status};
+use crate::{Command, ControllerIdentity, Error, Status};
 
 /// Entries of the admin queues. As many submission entries fill a page, which is what every driver uses, and what some drives
 /// were only ever tried with. CAP.MQES bounds I/O queues only; AQA has room for 4096.
@@ -31,6 +31,9 @@ const DATA_PAGES: usize = 4;
 const ABORT_GRACE: Duration = Duration::from_millis(500);
 /// How often CSTS is looked at while waiting, so that a controller that is gone is noticed before the deadline.
 const ALIVE_INTERVAL: Duration = Duration::from_millis(20);
+
+/// How long a controller may pause that does not say so (MTFA).
+const UNKNOWN_PAUSE: Duration = Duration::from_secs(30);
 
 /// Most bytes of one admin command's data.
 pub(crate) const MAX_DATA: usize = DATA_PAGES * PAGE;
@@ -76,6 +79,8 @@ pub(crate) struct Admin {
     /// Aborts of overdue commands that are out, and how many there may be (ACL).
     aborts: u16,
     abort_limit: u16,
+    /// How long a pause of the controller (CSTS.PP) may last.
+    longest_pause: Duration,
     next_token: u64,
     answers: Vec<Completed>,
     /// Answered event requests, not looked at yet: the results.
@@ -119,6 +124,7 @@ impl Admin {
             lost: Vec::with_capacity(MOST_LOST),
             aborts: 0,
             abort_limit: 1,
+            longest_pause: UNKNOWN_PAUSE,
             next_token: 0,
             answers: Vec::new(),
             events: VecDeque::new(),
@@ -137,9 +143,10 @@ impl Admin {
         Ok(())
     }
 
-    /// How many aborts the controller takes at once (ACL, not zero-based).
-    pub fn set_abort_limit(&mut self, limit: u16) {
-        self.abort_limit = limit;
+    /// What the controller says of aborts, and of pauses.
+    pub fn set_limits(&mut self, identity: &ControllerIdentity) {
+        self.abort_limit = identity.abort_limit;
+        self.longest_pause = identity.activation_time.unwrap_or(UNKNOWN_PAUSE);
     }
 
     /// The controller could not be stopped and may write to its memory for ever: it is not used again.
@@ -340,13 +347,14 @@ impl Admin {
     fn wait(&mut self, hardware: &Hardware, token: u64, timeout: Duration) -> Result<Option<Completed>, Error> {
         let start = Instant::now();
         let mut next_look = ALIVE_INTERVAL;
+        let mut pauses = Pauses { timeout, allowance: self.longest_pause, seen: Duration::ZERO };
         loop {
             let waited = start.elapsed();
             self.reap(hardware);
             let found = self.answers.iter().position(|completed| completed.token == token);
             let found = found.map(|at| self.answers.swap_remove(at));
             self.answers.clear();
-            if found.is_some() || waited >= timeout {
+            if found.is_some() || waited >= pauses.timeout {
                 return Ok(found);
             }
             // Somebody is about to stop the controller: not kept waiting by a command that nobody needs any more.
@@ -356,14 +364,35 @@ impl Admin {
                     hardware.standing.stop("the controller has failed");
                     return Err(error);
                 }
+                pauses.look(waited, hardware.paused());
                 next_look = waited + ALIVE_INTERVAL;
             }
             // Most commands take microseconds; the others milliseconds to minutes.
             if waited < Duration::from_millis(1) {
                 std::thread::yield_now();
             } else {
-                std::thread::sleep(Duration::from_micros(100).min(timeout - waited));
+                std::thread::sleep(Duration::from_micros(100).min(pauses.timeout.saturating_sub(waited)));
             }
+        }
+    }
+}
+
+/// A deadline that moves while the controller has paused its commands: the pause does not count, as long as it may last.
+struct Pauses {
+    timeout: Duration,
+    /// What is left of it.
+    allowance: Duration,
+    /// When was last looked, since the beginning of the wait.
+    seen: Duration,
+}
+
+impl Pauses {
+    fn look(&mut self, waited: Duration, paused: bool) {
+        let since = waited.saturating_sub(std::mem::replace(&mut self.seen, waited));
+        if paused {
+            let counted = since.min(self.allowance);
+            self.allowance -= counted;
+            self.timeout += counted;
         }
     }
 }
@@ -390,4 +419,26 @@ fn answer(completed: Completed, name: impl FnOnce() -> String) -> Result<u32, Er
 fn full(hardware: &Hardware) -> Error {
     // One command is waited for at a time: this takes a controller that answers with wrong identifiers.
     Error::NotInOperation { controller: hardware.name.clone(), why: "the admin queue is full" }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_of_the_controller_does_not_count_as_long_as_it_may_last() {
+        let seconds = Duration::from_secs;
+        let mut pauses = Pauses { timeout: seconds(10), allowance: seconds(30), seen: Duration::ZERO };
+        pauses.look(seconds(4), false);
+        assert_eq!(pauses.timeout, seconds(10));
+        for at in 5..=24 {
+            pauses.look(seconds(at), true);
+        }
+        assert_eq!(pauses.timeout, seconds(30), "20 seconds of pause");
+        pauses.look(seconds(25), false);
+        for at in 26..=60 {
+            pauses.look(seconds(at), true);
+        }
+        assert_eq!(pauses.timeout, seconds(40), "30 at most");
+    }
 }

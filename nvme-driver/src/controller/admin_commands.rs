@@ -7,9 +7,10 @@ use zerocopy::FromBytes;
 use super::admin::{Admin, MAX_DATA, Patience};
 use super::{Controller, ask, identify, lock};
 use crate::command::admin as opcode;
-use crate::features::{Feature, Select, VolatileWriteCache, Which};
+use crate::features::{self, Feature, Select, VolatileWriteCache, Which};
 use crate::identify::{Descriptors, NamespaceContext, RawNamespace, cns};
 use crate::log_page::{self, ChangedNamespaces, ErrorEntry, Health, parse_namespace_list};
+use crate::quirks::Quirk;
 use crate::registers::Version;
 use crate::{Command, CommandId, Error, Namespace, Status};
 
@@ -17,6 +18,9 @@ use crate::{Command, CommandId, Error, Namespace, Status};
 const ALL_NAMESPACES: u32 = u32::MAX;
 /// More namespaces than this are not listed: no drive has them, so a longer list is a broken one.
 const MAX_NAMESPACES: usize = 65_536;
+
+/// No more are looked for where they have to be asked for one by one.
+const MOST_LOOKED_FOR: u32 = 1024;
 
 /// What a format does to the data that was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -51,6 +55,9 @@ impl Controller {
             // Lists came with 1.1; before, all namespaces were active.
             return Ok((1..=max.min(MAX_NAMESPACES as u32)).collect());
         }
+        if self.inner.identity.quirks.has(Quirk::NoNamespaceList) {
+            return self.look_for_namespaces(&mut admin);
+        }
         let mut ids = Vec::new();
         loop {
             let after = ids.last().copied().unwrap_or(0);
@@ -66,6 +73,18 @@ impl Controller {
                 return Ok(ids);
             }
         }
+    }
+
+    /// The active namespaces of a controller that cannot list them: those of which it says something.
+    fn look_for_namespaces(&self, admin: &mut Admin) -> Result<Vec<u32>, Error> {
+        let all = 1..=self.inner.identity.max_namespace_id.min(MOST_LOOKED_FOR);
+        let mut ids = Vec::new();
+        for id in all {
+            if self.identify_namespace(admin, id)?.is_some() {
+                ids.push(id);
+            }
+        }
+        Ok(ids)
     }
 
     /// A namespace as it is now. Refused if its format cannot be served, with the format's name.
@@ -125,7 +144,8 @@ impl Controller {
 
     fn identify_descriptors(&self, admin: &mut Admin, id: u32) -> Result<Descriptors, Error> {
         // The list came with 1.3.
-        if self.inner.identity.version < Version::new(1, 3) {
+        let identity = &self.inner.identity;
+        if identity.version < Version::new(1, 3) || identity.quirks.has(Quirk::NoDescriptors) {
             return Ok(Descriptors::default());
         }
         match self.identify(admin, cns::NAMESPACE_DESCRIPTORS, id, "namespace descriptors") {
@@ -163,6 +183,14 @@ impl Controller {
     ///
     /// A [`Namespace`] asked for before does not learn of a write cache that is switched on or off.
     pub fn set_feature<F: Feature>(&self, value: &F, save: bool) -> Result<u32, Error> {
+        let identity = &self.inner.identity;
+        // ONCS bit 4 stands for both, Save and Select (NVMe Base 2.0, figure 275).
+        if save && !identity.supports_feature_select {
+            return Err(Error::Unsupported(format!("saving {} over a reset (ONCS bit 4)", F::NAME)));
+        }
+        if F::ID == features::id::VOLATILE_WRITE_CACHE && !identity.volatile_write_cache {
+            return Err(Error::Unsupported("a volatile write cache (VWC)".into()));
+        }
         let command = Command::new(opcode::SET_FEATURES, 0)
             .with_cdw10(u32::from(F::ID) | u32::from(save) << 31)
             .with_cdw11(value.to_dword());
@@ -190,6 +218,9 @@ impl Controller {
 
     /// The namespaces that changed since this log was read last. [`super::Event::NamespacesChanged`] has read it already.
     pub fn changed_namespaces(&self) -> Result<ChangedNamespaces, Error> {
+        if !self.inner.identity.namespace_events {
+            return Err(Error::Unsupported("telling which namespaces have changed (OAES bit 8)".into()));
+        }
         self.read_changed_namespaces(&mut lock(&self.inner.admin))
     }
 
@@ -224,8 +255,9 @@ impl Controller {
         offset: u64,
         bytes: usize,
     ) -> Result<Vec<u8>, Error> {
-        const RETAIN_EVENT: u32 = 1 << 15;
         let identity = &self.inner.identity;
+        // Retain Asynchronous Event came with 1.3; the bit was reserved before.
+        let retain: u32 = if identity.version < Version::new(1, 3) { 0 } else { 1 << 15 };
         if bytes == 0
             || !bytes.is_multiple_of(4)
             || !offset.is_multiple_of(4)
@@ -245,7 +277,7 @@ impl Controller {
         for (at, length, last) in pieces(offset, bytes, piece) {
             let dwords = (length / 4 - 1) as u32;
             let command = Command::new(opcode::GET_LOG_PAGE, namespace)
-                .with_cdw10(dwords << 16 | if last { 0 } else { RETAIN_EVENT } | u32::from(id))
+                .with_cdw10(dwords << 16 | if last { 0 } else { retain } | u32::from(id))
                 .with_cdw11(dwords >> 16)
                 .with_cdw12(at as u32)
                 .with_cdw13((at >> 32) as u32);
@@ -266,11 +298,15 @@ impl Controller {
 
     /// Formats a namespace, without metadata and protection: **its data is lost**. Returns it as it is then.
     ///
-    /// Nothing may be outstanding on it. Where [`crate::ControllerIdentity::formats_all_namespaces`] is set, all namespaces lose
-    /// their data: ask for each of them again.
+    /// Nothing may be outstanding on it. Where [`crate::ControllerIdentity::formats_all_namespaces`] is set, or
+    /// [`crate::ControllerIdentity::erases_all_namespaces`] and something is to be erased, all namespaces lose their data: ask for
+    /// each of them again.
     pub fn format(&self, namespace: u32, options: &FormatOptions) -> Result<Namespace, Error> {
         if !self.inner.identity.supports_format {
             return Err(Error::Unsupported("Format NVM".into()));
+        }
+        if options.erase == Erase::Cryptographic && !self.inner.identity.supports_cryptographic_erase {
+            return Err(Error::Unsupported("erasing by throwing the key away (FNA bit 2)".into()));
         }
         let shift = match options.block_bytes {
             512 => 9,

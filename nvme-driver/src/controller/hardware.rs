@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use vfio::{Bar, Device};
 
+use super::Options;
 use crate::Error;
 use crate::error::Doing;
 use crate::identify::{CQ_ENTRY_SHIFT, SQ_ENTRY_SHIFT};
+use crate::quirks::{Function, Quirk, Quirks, REST_AFTER_DISABLE, REST_BEFORE_START};
 use crate::registers::{
     Capabilities, Configuration, ControllerStatus, SHUTDOWN_COMPLETE, SHUTDOWN_NORMAL, Version, admin_queue_attributes,
     cq_doorbell, offset, sq_doorbell,
@@ -17,6 +19,13 @@ use crate::registers::{
 
 /// CRTO can ask for nine hours; no one waits that long for a drive.
 const MAX_READY_TIMEOUT: Duration = Duration::from_secs(300);
+/// Drives that promise to be ready within a second are so in general; after a crash, or with new firmware, they are not.
+const MIN_READY_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long to wait for a controller that asks for `asked` (CAP.TO, CRTO): half as much again, within bounds.
+fn patient(asked: Duration) -> Duration {
+    (asked + asked / 2).clamp(MIN_READY_TIMEOUT, MAX_READY_TIMEOUT)
+}
 
 /// Base class, subclass and programming interface of an NVMe I/O controller (NVMe over PCIe Transport 1.0, 3.8.1.5).
 const CLASS_NVME: u32 = 0x01_08_02;
@@ -27,9 +36,6 @@ fn usable_capabilities(raw: u64) -> Result<Capabilities, String> {
         return Err(GONE.into());
     }
     let capabilities = Capabilities::from_bits(raw);
-    if capabilities.max_queue_entries() < 2 {
-        return Err("queues of one entry (MQES 0) cannot be used".into());
-    }
     if capabilities.page_size_min() > 0 {
         let bytes = 4096u64 << capabilities.page_size_min();
         return Err(format!("its smallest memory page is {bytes} bytes (MPSMIN); this driver uses 4096"));
@@ -98,12 +104,24 @@ pub(crate) struct Hardware {
     bar: Bar,
     /// The longest the controller may take to become ready or not ready.
     ready_timeout: Duration,
+    /// What it says it is, where there are quirks of.
+    pub function: Function,
+    /// How long CSTS is left alone after CC.EN was cleared.
+    rest_after_disable: Duration,
+    /// It does not tell when it has shut down.
+    no_shutdown_status: bool,
 }
 
 impl Hardware {
     /// Reads the capabilities and refuses a device that is no NVMe controller, or none that this driver can drive.
-    pub fn new(device: &Device) -> Result<Hardware, Error> {
+    pub fn new(device: &Device, options: &Options) -> Result<Hardware, Error> {
         let name = device.address().to_string();
+        let register = device.config_space().read_u32(0).doing("read the vendor from configuration space")?;
+        let function = Function::from_register(register);
+        let quirks = Quirks::of_function(function);
+        if quirks.has(Quirk::RestBeforeStart) {
+            std::thread::sleep(REST_BEFORE_START);
+        }
         let class = device.config_space().read_u32(0x08).doing("read the class code from configuration space")? >> 8;
         let gone = class == 0xff_ffff;
         if class != CLASS_NVME {
@@ -132,9 +150,22 @@ impl Hardware {
             let crto = bar.read_u32(offset::CRTO).doing("read CRTO")?;
             ready_timeout = ready_timeout.max(Duration::from_millis(500) * (crto & 0xffff));
         }
-        let ready_timeout = ready_timeout.min(MAX_READY_TIMEOUT);
-        let standing = Standing::new();
-        Ok(Hardware { device: device.clone(), name, capabilities, version, standing, bar, ready_timeout })
+        if capabilities.max_queue_entries_minus_one() == 0 {
+            log::info!("{name}: it says that queues have one entry (MQES 0); taken for 64");
+        }
+        let rest = if quirks.has(Quirk::RestAfterDisable) { REST_AFTER_DISABLE } else { Duration::ZERO };
+        Ok(Hardware {
+            device: device.clone(),
+            name,
+            capabilities,
+            version,
+            standing: Standing::new(),
+            bar,
+            ready_timeout: options.ready_timeout.unwrap_or_else(|| patient(ready_timeout)),
+            function,
+            rest_after_disable: options.rest_after_disable.unwrap_or(rest),
+            no_shutdown_status: quirks.has(Quirk::NoShutdownStatus),
+        })
     }
 
     /// Queue pairs, admin included, whose doorbells lie in BAR0.
@@ -152,6 +183,11 @@ impl Hardware {
 
     fn csts(&self) -> Result<ControllerStatus, Error> {
         self.bar.read_u32(offset::CSTS).doing("read CSTS").map(ControllerStatus::from_bits)
+    }
+
+    /// Does an enabled controller say that it has paused the processing of commands (CSTS.PP; NVMe Base 2.0, 3.1.3.6)?
+    pub fn paused(&self) -> bool {
+        self.csts().is_ok_and(|csts| !csts.is_gone() && csts.ready() && csts.processing_paused())
     }
 
     /// CSTS for a message; all ones when it cannot be read.
@@ -210,6 +246,9 @@ impl Hardware {
             }
         }
         self.write_cc(cc.with_enable(false).with_shutdown(0))?;
+        if cc.enable() {
+            std::thread::sleep(self.rest_after_disable);
+        }
         self.wait("become not ready after CC.EN was cleared", |csts| !csts.ready())
     }
 
@@ -246,6 +285,9 @@ impl Hardware {
             return Ok(());
         }
         self.write_cc(cc.with_shutdown(SHUTDOWN_NORMAL))?;
+        if self.no_shutdown_status {
+            return Ok(());
+        }
         self.wait_for("complete the shutdown after CC.SHN was set", timeout, |csts| {
             csts.shutdown() == SHUTDOWN_COMPLETE
         })
@@ -292,15 +334,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_time_to_become_ready_has_a_floor_slack_and_an_end() {
+        let seconds = Duration::from_secs;
+        for (asked, waited) in [(0, 10), (1, 10), (6, 10), (8, 12), (20, 30), (100, 150), (1000, 300)] {
+            assert_eq!(patient(seconds(asked)), seconds(waited), "{asked} s");
+        }
+    }
+
+    #[test]
     fn capabilities_that_cannot_be_worked_with_are_refused() {
         let usable = Capabilities::new().with_max_queue_entries_minus_one(1).with_command_sets(1);
         assert_eq!(usable_capabilities(usable.into_bits()), Ok(usable));
         let wide = usable.with_doorbell_stride(15).with_page_size_max(15).with_timeout(255).with_command_sets(0xff);
         assert_eq!(usable_capabilities(wide.into_bits()), Ok(wide));
+        let none = usable.with_max_queue_entries_minus_one(0);
+        assert_eq!(usable_capabilities(none.into_bits()), Ok(none), "MQES 0 is 64");
         for (bad, why) in [
             (Capabilities::from_bits(u64::MAX), "all ones"),
-            (Capabilities::from_bits(0), "MQES"),
-            (usable.with_max_queue_entries_minus_one(0), "MQES"),
+            (Capabilities::from_bits(0), "NVM Command Set"),
             (usable.with_page_size_min(1).with_page_size_max(1), "8192 bytes"),
             (usable.with_command_sets(0x80), "NVM Command Set"),
         ] {

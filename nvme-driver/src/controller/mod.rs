@@ -34,31 +34,48 @@ pub struct Options {
     /// Entries of each queue of a queue pair, unless [`QueuePairOptions`] says otherwise: 2 to 4096. A queue pair takes about
     /// 4 KiB of memory per entry.
     pub queue_entries: u16,
-    /// Queue pairs to ask the controller for, at least 1. It may grant fewer.
+    /// Queue pairs to ask the controller for, at least 1. It may grant fewer. Those that are not created cost next to nothing.
     pub max_queue_pairs: u16,
     /// Use shadow doorbells (Doorbell Buffer Config) if the controller offers them.
     pub shadow_doorbells: bool,
-    /// Give the device eventfds for its interrupt vectors. Without, only polling works.
+    /// Give the device eventfds for its interrupt vectors, for up to 64 queue pairs. Without, only polling works.
     pub interrupts: bool,
     /// Deadline of an admin command, after which the controller counts as failed. (Format has a deadline of its own, and so has
     /// what is asked by [`Controller::monitor`].)
     pub admin_timeout: Duration,
     /// Age at which `QueuePair::tick` reports a command of a queue pair.
     pub io_timeout: Duration,
-    /// The longest wait for a shutdown, whatever the controller asks for (RTD3E).
+    /// The longest wait for a shutdown. Within it, a controller has twice the time that it says it needs (RTD3E), and no less than
+    /// 5 seconds.
     pub shutdown_timeout: Duration,
+    /// The longest wait for the controller to become ready, or not ready; `None`: half as much again as it asks for (CAP.TO,
+    /// CRTO), but from 10 seconds to 5 minutes.
+    pub ready_timeout: Option<Duration>,
+    /// How long CSTS is not read after CC.EN was cleared; `None`: not at all, unless [`crate::quirks`] has the drive.
+    pub rest_after_disable: Option<Duration>,
+    /// Whether to use scatter gather lists where the drive has them; `None`: unless [`crate::quirks`] says otherwise.
+    pub sgl: Option<bool>,
+    /// The same for Dataset Management.
+    pub discard: Option<bool>,
+    /// The same for Write Zeroes.
+    pub write_zeroes: Option<bool>,
 }
 
 impl Default for Options {
     fn default() -> Options {
         Options {
             queue_entries: 512,
-            max_queue_pairs: 64,
+            max_queue_pairs: 1024,
             shadow_doorbells: true,
             interrupts: true,
             admin_timeout: Duration::from_secs(10),
             io_timeout: Duration::from_secs(30),
-            shutdown_timeout: Duration::from_secs(30),
+            shutdown_timeout: Duration::from_secs(60),
+            ready_timeout: None,
+            rest_after_disable: None,
+            sgl: None,
+            discard: None,
+            write_zeroes: None,
         }
     }
 }
@@ -116,7 +133,7 @@ impl Controller {
                 options.max_queue_pairs, options.queue_entries
             )));
         }
-        let hardware = Hardware::new(device)?;
+        let hardware = Hardware::new(device, options)?;
         hardware.disable()?;
         // From the moment it is enabled the controller may write to the admin queues; on any error it is stopped first.
         let mut parts = Unfinished { hardware: &hardware, admin: Some(Admin::new(&hardware)?), shadow: None };
@@ -132,6 +149,9 @@ impl Controller {
             vectors.len(),
             if shadow.is_some() { "on" } else { "off" }
         );
+        if !identity.quirks.is_empty() {
+            log::info!("{}: known of this drive: {}", hardware.name, identity.quirks);
+        }
         let queues = Mutex::new(Queues::new(granted, vectors.len()));
         let inner = Inner {
             hardware,
@@ -174,7 +194,14 @@ impl Controller {
         self.inner.hardware.check()
     }
 
-    /// The same, and an error also when an admin command was not answered: nothing can be asked any more until a reset. Does not
+    /// Has the controller paused its commands, as it may for as long as it activates firmware
+    /// ([`ControllerIdentity::activation_time`])? What is not answered meanwhile is not lost. One register read, as
+    /// [`Controller::health`].
+    pub fn is_paused(&self) -> bool {
+        self.inner.hardware.paused()
+    }
+
+    /// [`Controller::health`], and an error also when an admin command was not answered: nothing can be asked any more until a reset. Does not
     /// wait for one that is under way.
     pub fn in_operation(&self) -> Result<(), Error> {
         self.health()?;
@@ -444,6 +471,7 @@ fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options
     let raw =
         RawController::ref_from_bytes(&data).map_err(|_| Error::Untrustworthy("Identify data of wrong size".into()))?;
     ControllerIdentity::parse(raw, hardware.capabilities.page_size_min(), hardware.version)
+        .map(|identity| identity.restrict(hardware.function, options))
 }
 
 /// Bytes of the Host Behavior Support data structure (NVMe Base 2.0, 5.27.1.18).
@@ -540,7 +568,7 @@ fn ask_for_events(
         Err(error @ Error::Command { .. }) => log::warn!("{}: {error}", hardware.name),
         Err(error) => return Err(error),
     }
-    admin.set_abort_limit(identity.abort_limit);
+    admin.set_limits(identity);
     admin.request_events(hardware, identity.event_limit);
     Ok(())
 }

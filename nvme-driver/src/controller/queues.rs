@@ -11,6 +11,7 @@ use super::{Controller, lock};
 use crate::command::admin;
 use crate::error::Doing;
 use crate::queue_pair::{QueuePair, QueueSettings, ShadowDoorbell, ShadowDoorbells};
+use crate::quirks::Quirk;
 use crate::{Command, Error};
 
 /// How a queue pair is to be.
@@ -172,7 +173,10 @@ impl Controller {
     /// place is needed.
     pub fn create_queue_pair(&self, options: QueuePairOptions) -> Result<QueuePair, Error> {
         let inner = &*self.inner;
-        let limit = inner.hardware.capabilities.max_queue_entries().min(MAX_ENTRIES.into()) as u16;
+        let limit = match inner.identity.quirks.has(Quirk::OneCommand) {
+            true => 2,
+            false => inner.hardware.capabilities.max_queue_entries().min(MAX_ENTRIES.into()) as u16,
+        };
         let entries = options.entries.unwrap_or(inner.options.queue_entries).min(limit);
         if entries < 2 {
             return Err(Error::Invalid(format!("a queue pair of {entries} entries cannot be; ask for 2 or more")));
@@ -343,9 +347,13 @@ impl Controller {
     }
 }
 
-/// Eventfds for the admin queue (vector 0) and `pairs` queue pairs, as far as the device has vectors, enabled.
+/// Queue pairs with an interrupt of their own: each costs an eventfd whether it is used or not, and who has so many polls.
+const MAX_INTERRUPTS: u16 = 64;
+
+/// Eventfds for the admin queue (vector 0) and `pairs` queue pairs, up to [`MAX_INTERRUPTS`], as far as the device has vectors,
+/// enabled.
 pub(crate) fn enable_vectors(hardware: &Hardware, pairs: u16) -> Result<Vec<EventFd>, Error> {
-    let count = hardware.device.interrupt_vectors().min(u32::from(pairs) + 1);
+    let count = hardware.device.interrupt_vectors().min(u32::from(pairs.min(MAX_INTERRUPTS)) + 1);
     if count == 0 {
         return Ok(Vec::new());
     }

@@ -104,6 +104,27 @@ fn slow_to_become_ready_is_no_error() {
     works(&controller, 1, 4);
 }
 
+/// A drive that promises half a second, and takes longer just now.
+#[test]
+fn slower_than_it_says_is_no_error() {
+    let faults = FaultPlan { ready_delay: Duration::from_millis(1500), ..Default::default() };
+    let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), faults, ..small() });
+    let controller = Controller::open(&rig.device, &Options::default()).unwrap();
+    controller.reset().unwrap();
+    works(&controller, 1, 4);
+}
+
+#[test]
+fn a_drive_is_left_alone_after_it_was_disabled_if_it_has_to_be() {
+    let rig = Rig::new(small());
+    let rest = Duration::from_millis(400);
+    let controller = rig.try_open(&Options { rest_after_disable: Some(rest), ..Default::default() }).unwrap();
+    let start = Instant::now();
+    controller.reset().unwrap();
+    assert!(start.elapsed() >= rest);
+    works(&controller, 1, 4);
+}
+
 #[test]
 fn never_reset_is_an_error_within_the_deadline() {
     let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), ..small() });

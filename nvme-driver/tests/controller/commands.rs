@@ -7,7 +7,9 @@ use nvme_driver::features::{
     VolatileWriteCache,
 };
 use nvme_driver::log_page::{ChangedNamespaces, id};
-use nvme_driver::{Erase, Error, FormatOptions, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::{
+    Erase, Error, FormatOptions, LbaRange, Options, QueuePairOptions, Segment, Status, SubmitError, Work, command,
+};
 use nvme_sim::{Config, FaultAction, NamespaceConfig};
 
 use crate::{Rig, complete, disk, small, works};
@@ -111,10 +113,36 @@ fn the_write_cache_can_be_switched() {
     assert!(controller.namespace(1).unwrap().volatile_write_cache, "what was not saved is gone after a reset");
 
     let rig = Rig::new(small());
+    let error = rig.open().set_feature(&VolatileWriteCache { enabled: false }, false).unwrap_err();
+    assert!(matches!(error, Error::Unsupported(_)), "{error}");
     let error = rig.open().get_feature::<VolatileWriteCache>(Select::Current, &()).unwrap_err();
     assert_eq!(error.status().map(Status::kind), Some(Status::INVALID_FIELD));
     assert!(error.to_string().contains("Get Features (Volatile Write Cache)"), "{error}");
     assert!(error.to_string().contains("Generic: Invalid Field in Command"), "{error}");
+}
+
+/// What a drive offers and is not to be used is as if it did not offer it.
+#[test]
+fn abilities_can_be_left_off() {
+    let rig = Rig::new(small());
+    let off = Options { sgl: Some(false), discard: Some(false), write_zeroes: Some(false), ..Default::default() };
+    for (options, on) in [(Options::default(), true), (off, false)] {
+        let controller = rig.try_open(&options).unwrap();
+        assert_eq!(controller.identity().sgl.is_some(), on);
+        let namespace = controller.namespace(1).unwrap();
+        assert_eq!((namespace.discard, namespace.write_zeroes), (on, on));
+        let mut pair = controller.create_queue_pair(QueuePairOptions::default()).unwrap();
+        let ranges = [LbaRange { lba: 0, blocks: 1 }];
+        assert_eq!(pair.submit(&namespace, Work::Discard { ranges: &ranges }, 1).is_ok(), on);
+        // Half a block here and half a block there: only a list of segments can say that.
+        let memory = rig.device.dma().allocate(16384).unwrap();
+        let odd = [512, 8192].map(|at| Segment { iova: memory.iova() + at, bytes: 256 });
+        let submitted = pair.submit(&namespace, Work::Read { lba: 0, segments: &odd }, 2);
+        assert_eq!(submitted, if on { Ok(()) } else { Err(SubmitError::NeedsBounce) });
+        controller.reset().unwrap();
+        assert_eq!(controller.identity().sgl.is_some(), on);
+        works(&controller, 1, 1);
+    }
 }
 
 #[test]
@@ -271,7 +299,7 @@ fn the_example_reads_what_is_there() {
     controller.blocking(2, Duration::from_secs(10)).unwrap().write(3, &[b'#'; 4096]).unwrap();
     drop(controller);
     let socket = rig.simulator.socket().to_path_buf();
-    let Rig { device, simulator: _simulator, _directory } = rig;
+    let Rig { device, simulator: _simulator, _directory, .. } = rig;
     // One front-end at a time.
     drop(device);
     let mut out = Vec::new();

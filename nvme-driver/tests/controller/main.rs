@@ -5,6 +5,7 @@ mod commands;
 mod events;
 mod queues;
 mod recovery;
+mod unusual;
 
 #[allow(dead_code)] // Its `main` is not called here.
 #[path = "../../examples/read_block.rs"]
@@ -26,6 +27,8 @@ const PROMPT: Duration = Duration::from_secs(9);
 struct Rig {
     device: Device,
     simulator: Simulator,
+    /// What the controller asks for; nobody waits longer here unless a test says so.
+    ready_timeout: Duration,
     _directory: tempfile::TempDir,
 }
 
@@ -33,9 +36,10 @@ impl Rig {
     fn new(config: Config) -> Rig {
         let _ = env_logger::builder().is_test(true).try_init();
         let directory = tempfile::tempdir().unwrap();
+        let ready_timeout = config.ready_timeout;
         let simulator = Simulator::start(config, &directory.path().join("nvme.sock")).unwrap();
         let device = Device::open(&Address::VfioUser(simulator.socket().to_path_buf())).unwrap();
-        Rig { device, simulator, _directory: directory }
+        Rig { device, simulator, ready_timeout, _directory: directory }
     }
 
     fn open(&self) -> Controller {
@@ -43,7 +47,8 @@ impl Rig {
     }
 
     fn try_open(&self, options: &Options) -> Result<Controller, Error> {
-        Controller::open(&self.device, options)
+        let ready_timeout = options.ready_timeout.or(Some(self.ready_timeout));
+        Controller::open(&self.device, &Options { ready_timeout, ..options.clone() })
     }
 
     /// Until `count` commands have met a fault.

@@ -31,6 +31,21 @@ fn all_granted_pairs_work_at_once() {
     assert_eq!(again, [1, 5, 8]);
 }
 
+/// As many as the controller grants; interrupts cost a file descriptor each and are made for some.
+#[test]
+fn more_pairs_than_interrupts() {
+    let rig = Rig::new(Config { max_queue_pairs: 150, ..small() });
+    let controller = rig.open();
+    assert_eq!(controller.max_queue_pairs(), 150);
+    let create = |interrupt| controller.create_queue_pair(QueuePairOptions { entries: Some(2), interrupt });
+    let mut pairs: Vec<_> = (0..64).map(|_| create(true).unwrap()).collect();
+    assert!(matches!(create(true), Err(Error::NoInterruptsLeft { vectors: 64 })));
+    pairs.extend((64..80).map(|_| create(false).unwrap()));
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    write_and_verify(pairs.last_mut().expect("there are some"), &namespace, &memory, 8, 1);
+}
+
 #[test]
 fn dropped_pairs_are_deleted_when_their_place_is_needed() {
     let rig = Rig::new(Config { max_queue_pairs: 2, ..small() });

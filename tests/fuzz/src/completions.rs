@@ -46,6 +46,8 @@ pub fn run(data: &[u8]) {
         admin_timeout: Duration::from_millis(10),
         io_timeout: Duration::from_millis(5),
         shutdown_timeout: Duration::from_millis(10),
+        ready_timeout: Some(Duration::from_millis(500)),
+        ..Options::default()
     };
     let Ok(controller) = Controller::open(&device, &options) else { return };
     let Some(mut bench) = Bench::new(drive, &device, controller) else { return };
