@@ -66,11 +66,11 @@ pub struct BlockConfig {
     pub geometry: U32,
     /// Logical block size in bytes.
     pub blk_size: U32,
-    /// Logical blocks in a physical block, as a power of two.
+    /// Logical blocks in a physical block, which is never written in part, as a power of two.
     pub physical_block_exp: u8,
     /// Logical blocks before the first aligned physical block: none, NVMe counts from the start of the namespace.
     pub alignment_offset: u8,
-    /// Smallest transfer that performs well, in logical blocks.
+    /// Smallest transfer that performs well, in logical blocks; 65535 stands for more, too.
     pub min_io_size: U16,
     /// Best transfer size, in logical blocks; 0: not known.
     pub opt_io_size: U32,
@@ -196,6 +196,8 @@ impl Offer {
 pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool) -> BlockConfig {
     let block = namespace.block_bytes();
     let blocks = |bytes: u32| bytes / block;
+    // What is written with less is read first, or torn.
+    let smallest = namespace.write_granularity_bytes.max(namespace.physical_block_bytes);
     let mut config = BlockConfig {
         // `Namespace` promises that the size in bytes fits into 63 bits.
         capacity: U64::new(namespace.bytes() / u64::from(SECTOR_BYTES)),
@@ -205,7 +207,7 @@ pub fn config(namespace: &Namespace, features: u64, queues: u16, writeback: bool
         blk_size: U32::new(block),
         physical_block_exp: blocks(namespace.physical_block_bytes).max(1).ilog2() as u8,
         alignment_offset: 0,
-        min_io_size: U16::new(u16::try_from(blocks(namespace.physical_block_bytes)).unwrap_or(0).max(1)),
+        min_io_size: U16::new(u16::try_from(blocks(smallest)).unwrap_or(u16::MAX).max(1)),
         opt_io_size: U32::new(blocks(namespace.optimal_io_bytes)),
         writeback: u8::from(writeback),
         unused0: 0,
@@ -279,6 +281,7 @@ mod tests {
     fn namespace(block_shift: u8) -> Namespace {
         Namespace {
             physical_block_bytes: 4096,
+            write_granularity_bytes: 4096,
             write_alignment_bytes: 4096,
             optimal_io_bytes: 128 << 10,
             discard_granularity_bytes: 4096,
@@ -330,6 +333,21 @@ mod tests {
         assert_eq!(config.max_discard_sectors.get(), !7, "whole blocks");
         assert_eq!(config.discard_sector_alignment.get(), 8);
         assert_eq!(config.max_write_zeroes_sectors.get(), 65536 * 8);
+    }
+
+    /// What is written without tearing is one thing, what is written well another.
+    #[test]
+    fn a_physical_block_is_what_is_not_torn() {
+        let seen = |physical, granularity| {
+            let mut namespace = namespace(9);
+            (namespace.physical_block_bytes, namespace.write_granularity_bytes) = (physical, granularity);
+            let config = config(&namespace, features(&namespace, false), 1, false);
+            (config.physical_block_exp, config.min_io_size.get())
+        };
+        assert_eq!(seen(512, 16 << 10), (0, 32));
+        assert_eq!(seen(4096, 512), (3, 8), "never less than a physical block");
+        assert_eq!(seen(4096, 6144), (3, 12));
+        assert_eq!(seen(512, 32 << 20), (0, u16::MAX), "65536 blocks: as many as the field holds");
     }
 
     #[test]
