@@ -176,7 +176,7 @@ impl ServeArgs {
         }
         let patience = Patience::with(self.io_timeout, self.hold);
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
-        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, memory, exports: vec![export] })
+        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, memory, exports: vec![export], drives: vec![] })
     }
 }
 
@@ -249,6 +249,7 @@ mod tests {
                 read_only: false,
                 serial: None,
             }],
+            drives: vec![],
         };
         assert_eq!(settings("--device sim:1G --socket-path /a"), Ok(expected.clone()));
         assert_eq!(settings("serve --device sim:1G --socket-path /a"), Ok(expected));

@@ -1,5 +1,6 @@
 //! What to serve: from the command line or from a TOML file, checked before anything is opened.
 
+mod drives;
 mod file;
 #[cfg(test)]
 mod tests;
@@ -11,6 +12,7 @@ use std::time::Duration;
 use crate::address::DeviceAddress;
 use crate::guest_memory::Limits;
 
+pub use drives::DriveSettings;
 pub use file::load;
 pub use values::{
     CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, SERIAL_BYTES, Serial, hold, io_timeout,
@@ -53,6 +55,8 @@ pub struct Settings {
     pub memory: Limits,
     /// At least one; no two with the same socket.
     pub exports: Vec<ExportSettings>,
+    /// Drives with settings of their own; no two of the same drive.
+    pub drives: Vec<DriveSettings>,
 }
 
 /// How long a drive may take.
@@ -150,6 +154,13 @@ impl Settings {
         };
         let pairs =
             self.exports.iter().enumerate().filter_map(|(index, export)| Some((earlier(index, export)?, export)));
+        let unused = self.drives.iter().filter(|drive| self.exports.iter().all(|export| export.device != drive.device));
+        let unused = unused.map(|drive| {
+            format!(
+                "the settings of the drive {} are for nothing: no disk is on it; look whether its address is right",
+                drive.device
+            )
+        });
         pairs
             .map(|(one, two)| {
                 format!(
@@ -158,6 +169,7 @@ impl Settings {
                     one.listen, two.listen, one.device
                 )
             })
+            .chain(unused)
             .collect()
     }
 }

@@ -47,7 +47,13 @@ fn main() -> ExitCode {
                     Check::Machine => vhost_blk::check::machine(&configuration, file.as_deref()),
                 };
                 let exports = configuration.settings.exports.iter().map(|export| format!("{export}\n"));
-                print(&exports.chain(found.notes.iter().map(|note| format!("# {note}\n"))).collect::<String>());
+                let drives = configuration.settings.drives.iter().map(|drive| format!("{drive}\n"));
+                print(
+                    &exports
+                        .chain(drives)
+                        .chain(found.notes.iter().map(|note| format!("# {note}\n")))
+                        .collect::<String>(),
+                );
                 let wrong: Vec<String> = configuration.mistakes().map(str::to_owned).collect();
                 return match (wrong.is_empty(), found.mistakes.is_empty()) {
                     (true, true) => ExitCode::SUCCESS,

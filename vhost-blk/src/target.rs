@@ -170,7 +170,10 @@ impl Target {
         // Whatever fails from here on, what has started is stopped in its order.
         let mut target = Target { running: running.clone(), watch: None, status, _pool: pool.clone() };
         let budget = Budget::new(settings.memory, settings.exports.len());
-        let means = Means { options: options.clone(), hold: settings.patience.hold, pool: pool.clone(), budget };
+        let devices = settings.exports.iter().map(|export| &export.device);
+        let options = devices.map(|device| (device.clone(), settings.options(device, options))).collect();
+        let means = Means { options, hold: settings.patience.hold, pool: pool.clone(), budget };
+        settings.drives.iter().for_each(|drive| log::info!("{drive}"));
         // All of them at once: one that is slow keeps nobody waiting.
         let mut waiting = Waiting::all(&settings.exports, listeners, &Arc::new(means));
         loop {

@@ -171,12 +171,13 @@ fn a_controller_that_never_becomes_ready_costs_its_own_disk_only() {
 #[test]
 fn a_controller_that_does_not_come_up_is_tried_less_and_less_often() {
     let lab = Lab::new();
-    let broken =
-        Simulator::start(Config { ready_timeout: Duration::from_millis(500), ..Lab::config(1) }, &lab.path("n"));
-    let broken = broken.unwrap();
+    let broken = lab.plug("n");
     broken.faults().set(FaultPlan { never_ready: true, ..FaultPlan::default() });
-    let program = lab.start(&[("n", "s", "")]);
+    // Its own time to become ready; without, it would be as long as a socket is kept open for it.
+    let patience = format!("[[drive]]\ndevice = \"vfio-user:{}\"\nready-timeout = 0.5\n", lab.path("n").display());
+    let program = lab.start(&[("n", "s", &patience)]);
     program.wait_for("cannot bring up the controller");
+    program.wait_for("within 500ms");
     assert!(!lab.path("s").exists());
     broken.faults().set(FaultPlan::default());
     check_disk(&lab.path("s"));

@@ -71,8 +71,12 @@ impl Bench {
         };
         let patience = Patience::with(None, Some(HOLD));
         let settings = Settings { patience, exports: vec![export], ..Settings::default() };
-        let options =
-            Options { io_timeout: IO_TIMEOUT, admin_timeout: Duration::from_millis(500), ..Options::default() };
+        let options = Options {
+            io_timeout: IO_TIMEOUT,
+            admin_timeout: Duration::from_millis(500),
+            ready_timeout: Some(READY_TIMEOUT),
+            ..Options::default()
+        };
         let target = Target::start_with(&settings, &options).unwrap();
         Bench { target, simulator, folder }
     }

@@ -10,7 +10,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use super::values::{self, CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, Serial};
-use super::{Configuration, ExportSettings, Listen, Patience, RefusedExport, Settings};
+use super::{Configuration, DriveSettings, ExportSettings, Listen, Patience, RefusedExport, Settings};
 use crate::address::DeviceAddress;
 use crate::guest_memory::{Limits, parse_bytes, parse_regions};
 
@@ -34,11 +34,13 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
     let bytes = top.checked("guest-memory-limit", |text: String| parse_bytes(&text));
     let regions = top.checked("guest-regions-limit", parse_regions);
     let sections = top.sections("export");
+    let drives = top.sections("drive");
     let mut mistakes = top.finish();
     if sections.is_empty() && mistakes.is_empty() {
         mistakes.push(format!("{name}: no export: add an [[export]] section with device and socket-path"));
     }
     let mut exports: Vec<Export> = sections.into_iter().map(Export::read).collect();
+    let drives = read_drives(source, drives, &mut exports, &mut mistakes);
     find_common_sockets(source, &mut exports);
     find_common_files(source, &mut exports);
     let none_is_left = exports.iter().all(|export| !export.mistakes.is_empty());
@@ -48,7 +50,7 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
     }
     let patience = Patience::with(io_timeout, hold);
     let memory = Limits::with(bytes, regions);
-    let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, memory, exports: Vec::new() };
+    let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, memory, exports: Vec::new(), drives };
     let mut configuration = Configuration { settings, refused: Vec::new() };
     for Export { socket, settings, mistakes, .. } in exports {
         match settings.filter(|_| mistakes.is_empty()) {
@@ -101,6 +103,64 @@ impl Export {
         }
         Export { line, socket, settings, mistakes }
     }
+}
+
+/// The drives' own settings. What is wrong with them costs the exports of that drive; without one, the file.
+fn read_drives(
+    source: Source,
+    sections: Vec<Section>,
+    exports: &mut [Export],
+    mistakes: &mut Vec<String>,
+) -> Vec<DriveSettings> {
+    let mut drives: Vec<(usize, DriveSettings)> = Vec::new();
+    for mut section in sections {
+        let line = source.line(section.span.clone());
+        let place = section.place_of("device");
+        let device = section.required::<DeviceAddress>("device");
+        let twice = drives.iter().find(|(_, other)| Some(&other.device) == device.as_ref());
+        if let Some((earlier, other)) = twice {
+            let why = format!("the drive {} has two sections (see line {earlier}): write one", other.device);
+            section.wrong(place, &why);
+        }
+        let sgl = section.take::<bool>("sgl");
+        let discard = section.take::<bool>("discard");
+        let write_zeroes = section.take::<bool>("write-zeroes");
+        let shadow_doorbells = section.take::<bool>("shadow-doorbells");
+        let ready_timeout = section.checked("ready-timeout", values::drive_timeout);
+        let admin_timeout = section.checked("admin-timeout", values::drive_timeout);
+        let shutdown_timeout = section.checked("shutdown-timeout", values::drive_timeout);
+        let queue_pairs = section.checked("queue-pairs", values::queue_pairs);
+        let wrong = section.finish();
+        let of_it = |export: &Export| {
+            device.as_ref().is_some_and(|device| export.settings.as_ref().is_some_and(|its| its.device == *device))
+        };
+        let mut its: Vec<&mut Export> = exports.iter_mut().filter(|export| of_it(export)).collect();
+        match (wrong.is_empty(), its.split_first_mut()) {
+            (true, _) => {}
+            (false, None) => mistakes.extend(wrong),
+            (false, Some((first, others))) => {
+                let why = format!("the section of its drive makes no sense (see line {line})");
+                others.iter_mut().for_each(|export| export.mistakes.push(source.tell(export.line, &why)));
+                first.mistakes.extend(wrong);
+                continue;
+            }
+        }
+        if let Some(device) = device {
+            let settings = DriveSettings {
+                device,
+                sgl,
+                discard,
+                write_zeroes,
+                shadow_doorbells,
+                ready_timeout,
+                admin_timeout,
+                shutdown_timeout,
+                queue_pairs,
+            };
+            drives.push((line, settings));
+        }
+    }
+    drives.into_iter().map(|(_, settings)| settings).collect()
 }
 
 /// Of two exports with one socket nobody can tell which is meant: a guest must not find the other's disk there.

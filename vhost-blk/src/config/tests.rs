@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use nvme_driver::Options;
+
 use super::*;
 
 fn parse(text: &str, name: &str) -> Result<Settings, Vec<String>> {
@@ -99,6 +101,9 @@ fn the_example_is_right_and_so_are_the_lines_it_leaves_out() {
     assert_eq!((settings.cpus.len(), settings.exports.len()), (2, 2));
     assert_eq!(settings.patience, Patience::default(), "what the example shows is the default");
     assert_eq!(settings.memory, Limits::default(), "what the example shows is the default");
+    let [drive] = &settings.drives[..] else { panic!("{:?}", settings.drives) };
+    assert_eq!(drive.device, settings.exports[1].device);
+    assert_eq!((drive.sgl, drive.queue_pairs), (Some(false), Some(32)), "all keys are shown");
     assert_eq!(settings.exports[0].queues, DEFAULT_QUEUES, "what the example shows is the default");
     assert_eq!(settings.exports[0].queue_size, DEFAULT_QUEUE_SIZE);
 }
@@ -111,7 +116,7 @@ fn errors_name_the_line() {
     );
     assert_eq!(
         error("cpu = \"1\"\n"),
-        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `guest-memory-limit`, `guest-regions-limit`, `export`"
+        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `guest-memory-limit`, `guest-regions-limit`, `export`, `drive`"
     );
     assert_eq!(error("hold = -1\n"), "c.toml, line 1: -1 seconds to wait for a drive: use 0 to 86400");
     assert_eq!(error("io-timeout = nan\n"), "c.toml, line 1: NaN seconds for a command: use 0.01 to 86400");
@@ -303,4 +308,71 @@ fn serials_are_padded() {
     assert_eq!(&full.parse::<Serial>().unwrap().to_bytes(), full.as_bytes());
     assert!("123456789012345678901".parse::<Serial>().is_err());
     assert!("a\nb".parse::<Serial>().is_err());
+}
+
+#[test]
+fn a_drive_has_settings_of_its_own() {
+    let drive = r#"
+        [[drive]]
+        device = "01:00.0"
+        sgl = false
+        discard = false
+        write-zeroes = true
+        shadow-doorbells = false
+        ready-timeout = 45
+        admin-timeout = 2.5
+        shutdown-timeout = 90
+        queue-pairs = 7
+        [[drive]]
+        device = "sim:1G"
+    "#;
+    let exports = export("0000:01:00.0", "/a", "queues = 200")
+        + &export("sim:1G", "/b", "read-only = true")
+        + &export("sim:1G", "/c", "read-only = true");
+    let settings = parse(&(exports + drive), "c.toml").unwrap();
+    let base = Options { io_timeout: Duration::from_secs(3), max_queue_pairs: 1, ..Options::default() };
+    let told = settings.options(&settings.exports[0].device, &base);
+    assert_eq!((told.sgl, told.discard, told.write_zeroes), (Some(false), Some(false), Some(true)));
+    assert!(!told.shadow_doorbells && !told.interrupts, "workers poll");
+    assert_eq!(told.ready_timeout, Some(Duration::from_secs(45)));
+    assert_eq!((told.admin_timeout, told.shutdown_timeout), (Duration::from_millis(2500), Duration::from_secs(90)));
+    assert_eq!((told.max_queue_pairs, told.io_timeout), (7, base.io_timeout));
+    // One that says nothing is as it was, with queue pairs for all rings of its disks.
+    let untold = settings.options(&settings.exports[1].device, &base);
+    assert_eq!((untold.sgl, untold.ready_timeout), (None, None));
+    assert_eq!((untold.admin_timeout, untold.max_queue_pairs), (base.admin_timeout, 2 * DEFAULT_QUEUES));
+    assert_eq!(
+        settings.drives[0].to_string(),
+        "the drive 0000:01:00.0: sgl = false, discard = false, write-zeroes = true, shadow-doorbells = false, \
+         ready-timeout = 45, admin-timeout = 2.5, shutdown-timeout = 90, queue-pairs = 7"
+    );
+    assert_eq!(settings.drives[1].to_string(), "the drive sim:1G: as it says");
+    assert_eq!(settings.warnings(), [""; 0]);
+}
+
+#[test]
+fn a_mistake_in_a_drives_settings_costs_its_disks_only() {
+    let exports = export("sim:1G", "/a", "") + &export("sim:2G", "/b", "") + &export("sim:1G", "/c", "");
+    let drive = |device: &str, more: &str| format!("[[drive]]\ndevice = \"{device}\"\n{more}\n");
+    for (wrong, why) in [
+        ("sgl = 1", "line 15: invalid type: integer `1`, expected a boolean"),
+        ("ready-timeout = 0", "line 15: 0 seconds for a drive: use 0.1 to 86400"),
+        ("admin-timeout = \"x\"", "line 15: invalid type: string \"x\", expected f64"),
+        ("queue-pairs = 0", "line 15: 0 queue pairs: use 1 to 65534"),
+        ("colour = 1", "line 15: unknown field `colour`, expected one of `device`, `sgl`, `discard`, `write-zeroes`, "),
+        (&drive("sim:1G", ""), "line 16: the drive sim:1G has two sections (see line 13): write one"),
+    ] {
+        let (mistakes, sockets) = split(&(exports.clone() + &drive("sim:1G", wrong)));
+        assert_eq!(sockets, ["/b"], "{wrong}");
+        assert!(mistakes[0][0].starts_with(&format!("c.toml, {why}")), "{mistakes:?}");
+        assert!(
+            mistakes[1][0].starts_with("c.toml, line 11: the section of its drive makes no sense "),
+            "{mistakes:?}"
+        );
+    }
+    // Nobody's: the file makes no sense.
+    assert_eq!(error(&(exports.clone() + "[[drive]]\nsgl = true\n")), "c.toml, line 13: missing field `device`");
+    assert!(error(&(exports.clone() + &drive("nvme0", ""))).starts_with("c.toml, line 14: device address \"nvme0\" "));
+    let unused = parse(&(export("sim:1G", "/a", "") + &drive("sim:3G", "sgl = false")), "c.toml").unwrap().warnings();
+    assert!(unused.len() == 1 && unused[0].starts_with("the settings of the drive sim:3G are for nothing"));
 }

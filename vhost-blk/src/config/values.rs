@@ -151,6 +151,11 @@ pub fn hold(seconds: f64) -> Result<Duration, String> {
     duration(seconds, 0.0).ok_or_else(|| format!("{seconds} seconds to wait for a drive: use 0 to {MOST_SECONDS}"))
 }
 
+/// Checks the time that a drive has for something, in seconds.
+pub fn drive_timeout(seconds: f64) -> Result<Duration, String> {
+    duration(seconds, 0.1).ok_or_else(|| format!("{seconds} seconds for a drive: use 0.1 to {MOST_SECONDS}"))
+}
+
 const MOST_SECONDS: f64 = 86400.0;
 
 fn duration(seconds: f64, least: f64) -> Option<Duration> {

@@ -27,8 +27,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How drives are opened.
 pub struct Means {
-    /// The controllers' options.
-    pub options: Options,
+    /// The controllers' options, each with its own.
+    pub options: Vec<(DeviceAddress, Options)>,
     /// How long requests wait for a drive that goes.
     pub hold: Duration,
     /// The workers.
@@ -292,7 +292,10 @@ fn attempt(
     let Means { options, hold, pool, budget } = means;
     let drive = match drive {
         Some(drive) => drive,
-        None => Arc::new(Drive::open(address, options, *hold, pool.clone())?),
+        None => {
+            let options = options.iter().find(|(of, _)| of == address).map(|(_, options)| options.clone());
+            Arc::new(Drive::open(address, &options.unwrap_or_default(), *hold, pool.clone())?)
+        }
     };
     let look = |wanted: Wanted| {
         let Wanted { number, settings, export, bind } = wanted;
