@@ -2,12 +2,13 @@
 # Benchmarks, described in benches/README.md.
 #
 #   benches/run.sh instructions [--json]   counts instructions per request; needs valgrind
+#   benches/run.sh pause [--json]          how long a request waits that its drive has lost
 #   benches/run.sh compare [OPTION...]     this target beside data-plane, without a guest; needs qemu-storage-daemon
 set -eu
 cd "$(dirname "$0")/.."
 
 usage() {
-    echo "usage: benches/run.sh instructions [--json] | compare [OPTION...]" >&2
+    echo "usage: benches/run.sh instructions [--json] | pause [--json] | compare [OPTION...]" >&2
     exit 2
 }
 
@@ -22,6 +23,10 @@ instructions)
     }
     cargo build --release --quiet --package benches --bin instructions
     exec "${CARGO_TARGET_DIR:-target}/release/instructions" "$@"
+    ;;
+pause)
+    cargo build --release --quiet --package benches --bin pause
+    exec "${CARGO_TARGET_DIR:-target}/release/pause" "$@"
     ;;
 compare)
     cargo build --release --quiet --package vhost-blk --package compare

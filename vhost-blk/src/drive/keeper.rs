@@ -11,8 +11,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use super::back::NotBack;
 use super::{Cause, Condition, Drive, monitor};
 
-/// Time between two looks at a controller.
-const CHECK_INTERVAL: Duration = Duration::from_millis(500);
+/// Time between two looks at a controller: one that has failed is noticed within it, if no request was with it.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
