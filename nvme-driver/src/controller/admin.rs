@@ -185,7 +185,7 @@ impl Admin {
         if command.opcode() == admin::ABORT && self.aborts >= self.abort_limit {
             return Err(Error::Unsupported(format!("more than {} Abort commands at once (ACL)", self.abort_limit)));
         }
-        let place = self.place();
+        let place = free_place(&self.lost);
         let token = self.next_token;
         self.next_token += 1;
         let id = self.push(command, token).ok_or_else(|| full(hardware))?;
@@ -222,12 +222,6 @@ impl Admin {
         }
     }
 
-    /// The place for the data of the next command: not one that the controller may still use for a command that is lost.
-    fn place(&self) -> usize {
-        // There is one more than can be lost.
-        (0..MOST_LOST).find(|&place| self.lost.iter().all(|lost| lost.place != place)).unwrap_or(MOST_LOST)
-    }
-
     /// Like `execute`, for a command that has the controller write `bytes` (at most [`MAX_DATA`]) to memory.
     pub fn execute_in(
         &mut self,
@@ -238,7 +232,7 @@ impl Admin {
         name: impl FnOnce() -> String,
     ) -> Result<Vec<u8>, Error> {
         debug_assert!(bytes > 0 && bytes <= MAX_DATA);
-        let at = self.place() * DATA_PLACE;
+        let at = free_place(&self.lost) * DATA_PLACE;
         if hardware.in_operation().is_ok() {
             // What a lazy controller leaves unwritten has to read as zeroes, not as the answer before.
             self.data.write(at, &vec![0; bytes]).expect("a place has room for the largest answer");
@@ -260,7 +254,7 @@ impl Admin {
         name: impl FnOnce() -> String,
     ) -> Result<u32, Error> {
         debug_assert!(!data.is_empty() && data.len() <= MAX_DATA);
-        let at = self.place() * DATA_PLACE;
+        let at = free_place(&self.lost) * DATA_PLACE;
         if hardware.in_operation().is_ok() {
             self.data.write(at, data).expect("a place has room for the longest data");
         }
@@ -407,6 +401,12 @@ impl AdminShadow {
     }
 }
 
+/// The place for the data of the next command: not one that the controller may still use for a command that is lost.
+fn free_place(lost: &[Lost]) -> usize {
+    // There is one more than can be lost.
+    (0..MOST_LOST).find(|&place| lost.iter().all(|lost| lost.place != place)).unwrap_or(MOST_LOST)
+}
+
 fn advance(place: u16, by: usize, entries: u16) -> u16 {
     ((usize::from(place) + by) % usize::from(entries)) as u16
 }
@@ -424,6 +424,19 @@ fn full(hardware: &Hardware) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_data_of_a_lost_command_keeps_its_place() {
+        let mut lost: Vec<Lost> = Vec::new();
+        for token in 0..MOST_LOST as u64 {
+            let place = free_place(&lost);
+            assert!(lost.iter().all(|lost| lost.place != place), "{place} twice");
+            lost.push(Lost { token, place });
+        }
+        assert_eq!(free_place(&lost), MOST_LOST, "as many as there are");
+        lost.retain(|lost| lost.token != 5);
+        assert_eq!(free_place(&lost), 5, "answered: free again");
+    }
 
     #[test]
     fn a_pause_of_the_controller_does_not_count_as_long_as_it_may_last() {
