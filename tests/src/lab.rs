@@ -173,7 +173,7 @@ impl LabDrive {
     }
 
     /// Adds a namespace, of this size and these bytes per block, instead of the only one: they are numbered from 1, and
-    /// the n-th one is kept in `NAME-n.img`. Not for a drive that is to be put back after its removal: QEMU cannot
+    /// the n-th one is kept in `NAME-n.img`; QEMU's monitor knows it as `namespace-NAME-n`. Not for a drive that is to be put back after its removal: QEMU cannot
     /// add namespaces to a machine that runs.
     pub fn namespace(mut self, mib: u64, block_size: u32) -> LabDrive {
         self.namespaces.push((mib, block_size));
@@ -246,7 +246,8 @@ impl LabDrive {
             let image_name = format!("{name}-{number}");
             add("-blockdev", image(folder, &image_name, mib, None)?);
             let sizes = format!("logical_block_size={size},physical_block_size={size}");
-            add("-device", format!("nvme-ns,bus={name},nsid={number},drive=image-{image_name},{sizes}"));
+            let device = format!("nvme-ns,id=namespace-{image_name},bus={name},nsid={number}");
+            add("-device", format!("{device},drive=image-{image_name},{sizes}"));
         }
         Ok(arguments)
     }

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use e2e::{Guest, Kernel, Lab, LabDrive};
+use e2e::{Guest, Kernel, Lab, LabDrive, Qmp};
 use serde_json::json;
 
 use super::{LONG, SHORT, bind, folder, on_each_kernel};
@@ -57,6 +57,31 @@ fn script(guest: &mut Guest, text: &str) -> String {
     guest.run(&format!("{FUNCTIONS}{text}"), LONG).unwrap()
 }
 
+/// The drive that stays answers hardly anything for a while, and is brought up again where it is: nothing is unmapped, which is seen where
+/// the kernel can trace that. No request of its guest fails.
+fn fails_in_place(guest: &mut Guest, monitor: &mut Qmp, is_traced: bool) {
+    let trace = r#"
+        mount -t tracefs none /sys/kernel/tracing 2>/dev/null || true
+        unmap=/sys/kernel/tracing/events/iommu/unmap/enable
+        [ ! -e $unmap ] || echo 1 >$unmap
+        [ ! -e $unmap ] || cat $unmap"#;
+    assert_eq!(script(guest, trace).trim() == "1", is_traced);
+    let mut throttle = |iops: u32| {
+        let limits = json!({ "id": "namespace-staying-2", "bps": 0, "bps_rd": 0, "bps_wr": 0, "iops": iops, "iops_rd": 0, "iops_wr": 0 });
+        monitor.execute("block_set_io_throttle", limits).unwrap();
+    };
+    throttle(1);
+    script(guest, "told 1 '0000:00:05.0: out of operation: [0-9]* commands were not answered in time'");
+    throttle(0);
+    let back = r#"
+        told 1 '0000:00:05.0: the drive is back'
+        ! grep 'opened anew' /tmp/target.log || fail 'its function could not be reset'
+        unmaps=/sys/kernel/tracing/trace
+        [ ! -e $unmaps ] || ! grep 'unmap:' $unmaps || fail 'memory was unmapped'
+        [ ! -e $unmaps ] || echo 0 >/sys/kernel/tracing/events/iommu/unmap/enable"#;
+    script(guest, back);
+}
+
 fn a_drive_is_removed_under_load_and_put_back(kernel: &Kernel) {
     let folder = folder();
     let drive = LabDrive::new("moving").hotplug();
@@ -73,6 +98,7 @@ fn a_drive_is_removed_under_load_and_put_back(kernel: &Kernel) {
     let start = r#"
         cat >/tmp/target.toml <<END
 hold = 15
+io-timeout = 5
 [[export]]
 device = "0000:01:00.0"
 socket-path = "/tmp/a.sock"
@@ -94,8 +120,11 @@ END
         wait_for grows reads 50"#;
     script(&mut guest, start);
 
-    // By QEMU, as by somebody who pulls it: it goes when the target has let go of it, and not before.
     let mut monitor = guest.monitor().unwrap();
+    // Debian's kernels can trace; the other one has no modules, and cannot.
+    fails_in_place(&mut guest, &mut monitor, kernel.modules.is_some());
+
+    // By QEMU, as by somebody who pulls it: it goes when the target has let go of it, and not before.
     monitor.execute("device_del", json!({ "id": "moving" })).unwrap();
     loop {
         let event = monitor.event("DEVICE_DELETED").unwrap();

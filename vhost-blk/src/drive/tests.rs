@@ -73,6 +73,40 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
     }
 }
 
+/// Nothing holds a device any more that is to go, whether it was brought up in place before or not.
+#[test]
+fn a_device_that_is_let_go_is_closed() {
+    for failures in 0..3 {
+        let directory = tempfile::tempdir().unwrap();
+        let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
+        let config = Config { namespaces: vec![namespace], ..Config::default() };
+        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
+        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
+        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
+        let drive = Arc::new(Drive::open(&address, &Options::default(), Duration::from_secs(600), pool).unwrap());
+        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
+        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+        let mut client = Client::new(&guest, 0, false, 16);
+        let share = drive.share("test".into(), None);
+        let lease = share.lease(0, 16).unwrap();
+        let handle = lease.start(client.lane(&guest, &disk));
+        for _ in 0..failures {
+            drive.leave(Cause::Failed("a test says so".into()));
+            assert!(drive.is_kept());
+            drive.come_back().unwrap();
+            read(&mut client, &guest);
+            assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+        }
+        drive.leave(Cause::WantedBack);
+        let gone = || simulator.counters().front_ends_gone.load(Ordering::Relaxed);
+        until("it is closed", || (gone() == 1).then_some(()));
+        drive.come_back().unwrap();
+        read(&mut client, &guest);
+        assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+    }
+}
+
 #[test]
 fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
     for forsaken in [false, true] {
