@@ -99,7 +99,8 @@ pub use config_space::{
 };
 pub use device::{Device, OpenOptions};
 pub use dma::{
-    DmaAddresses, DmaBuffer, DmaElement, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory, SharedMemory,
+    DmaAddresses, DmaBuffer, DmaElement, DmaLimits, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory,
+    SharedMemory,
 };
 pub use error::Error;
 pub use guard::{Guard, LossListener};

@@ -25,9 +25,9 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use vfio::{DmaMapping, DmaSpace, Guard};
+use vfio::{DmaLimits, DmaMapping, DmaSpace, Guard};
 use vm_memory::{FileOffset, MmapRegion};
 
 /// Regions have to start on a multiple of this many bytes, in guest memory and in their file: the page of an IOMMU.
@@ -119,6 +119,14 @@ pub enum Error {
     NoSuchRegion(RegionDescription),
 }
 
+impl Error {
+    /// Is it the drive that does not answer, whatever it is asked for?
+    fn is_the_drives(&self) -> bool {
+        use vfio::Error::{Disconnected, GivenUp, Timeout};
+        matches!(self, Error::Dma { source: Disconnected { .. } | GivenUp { .. } | Timeout { .. }, .. })
+    }
+}
+
 /// A mapped region. Fields are dropped in their order: the device loses its access before the process does.
 struct Region {
     description: RegionDescription,
@@ -126,6 +134,8 @@ struct Region {
     iova: AtomicU64,
     /// The device's access, while it is there.
     dma: Mutex<Option<DmaMapping>>,
+    /// Why the device could not be given access when it came back: its session ends.
+    refusal: OnceLock<String>,
     guard: Guard,
     mapping: MmapRegion,
     _grant: Grant,
@@ -152,8 +162,7 @@ impl Region {
     /// Lets a device reach it, in place of the one before.
     fn attach(&self, dma: &DmaSpace) -> Result<(), Error> {
         let file = self.mapping.file_offset().expect("made from a file in Region::map").file();
-        // A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
-        let bytes = (self.description.bytes as usize).next_multiple_of(PAGE as usize);
+        let bytes = self.dma_bytes();
         // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
         // maps whole pages; or its guard has found it lost. The DmaMapping lives in the same Region, before the mapping, so it
         // is dropped first; nothing else unmaps either.
@@ -162,6 +171,17 @@ impl Region {
         self.iova.store(mapped.iova(), Ordering::Relaxed);
         *self.dma.lock().unwrap_or_else(PoisonError::into_inner) = Some(mapped);
         Ok(())
+    }
+
+    /// A region may end within a page; the rest of that page is the same file's, and `mapping` has it.
+    fn dma_bytes(&self) -> usize {
+        (self.description.bytes as usize).next_multiple_of(PAGE as usize)
+    }
+
+    /// Could a device with these limits be given access?
+    fn check(&self, limits: &DmaLimits) -> Result<(), Error> {
+        let result = limits.check(self.description.file_offset, self.host(), self.dma_bytes());
+        result.map_err(|source| Error::Dma { region: self.description, source })
     }
 
     /// Takes the device's access away.
@@ -198,6 +218,7 @@ impl Region {
             description,
             iova: AtomicU64::new(0),
             dma: Mutex::default(),
+            refusal: OnceLock::new(),
             guard,
             mapping,
             _grant: grant,
@@ -247,6 +268,11 @@ impl GuestMemory {
     /// A region that was found without pages since it was mapped.
     pub fn lost(&self) -> Option<&RegionDescription> {
         self.regions.iter().find(|region| region.guard.is_lost()).map(|region| &region.description)
+    }
+
+    /// A region that the device cannot be given access to, and why. Nothing of the table may be told to it.
+    pub fn unreachable(&self) -> Option<&str> {
+        self.regions.iter().find_map(|region| region.refusal.get()).map(String::as_str)
     }
 
     /// This table and one region more, mapped into this process, and for the device if that is there. One that is in the
@@ -394,6 +420,12 @@ impl GuestMemory {
         let region = Arc::new(Region::map(description, file, &self.account)?);
         reach.add(&region)?;
         Ok(region)
+    }
+
+    /// As if the device had come back and not taken any of it.
+    #[cfg(test)]
+    pub(crate) fn refuse(&self) {
+        self.regions.iter().for_each(|region| _ = region.refusal.set("refused by a test".into()));
     }
 
     /// A table whose regions no device can reach: `iova` is the guest address plus `iova_offset`.

@@ -18,7 +18,7 @@ const MOST: usize = 64;
 struct Bench {
     // Dropped in this order.
     target: Target,
-    _simulator: Simulator,
+    simulator: Simulator,
     folder: tempfile::TempDir,
 }
 
@@ -46,7 +46,7 @@ impl Bench {
             serial: None,
         });
         let target = Target::start(&Settings { exports: exports.collect(), ..Settings::default() }).unwrap();
-        Bench { target, _simulator: simulator, folder }
+        Bench { target, simulator, folder }
     }
 
     fn connect(&self, export: usize) -> Front {
@@ -94,5 +94,44 @@ fn many_rings_need_few_regions_of_a_server_and_one_too_many_costs_its_own_sessio
         again.reply(ADD_MEM_REG).is_some_and(|reply| number(&reply) == 0)
     });
     neighbour.check_io(2048);
+    bench.target.stop().unwrap();
+}
+
+#[test]
+fn a_drive_that_comes_back_and_takes_less_is_back_for_all_but_those_whose_memory_it_does_not_take() {
+    let bench = Bench::new(&[1, 2]);
+    let (region, victims_region) = (Region::new(0, MIB), Region::new(0, MIB));
+    let front = bench.connect(0);
+    let mut neighbour = Ring::first(&front, &region);
+    neighbour.check_io(0);
+    let victim = bench.connect(1);
+    let mut ring = Ring::first(&victim, &victims_region);
+    ring.check_io(1024);
+    let more = pages(30);
+    more[..20].iter().for_each(|page| page.add(&victim));
+
+    // What comes while it is away is good for now.
+    bench.simulator.remove();
+    neighbour.submit(0, 0, (neighbour.data(), 4096));
+    ring.submit(0, 1024, (ring.data(), 4096));
+    more[20..].iter().for_each(|page| page.add(&victim));
+    bench.simulator.faults().change(|plan| plan.most_dma_regions = Some(20));
+    bench.simulator.reinsert().unwrap();
+    assert_eq!(neighbour.wait(), 0);
+    victim.wait_for_end();
+    neighbour.check_io(8);
+    // It may come again with less.
+    eventually("there is room again", || {
+        let again = bench.connect(1);
+        let region = Region::new(0, MIB);
+        again.send(ADD_MEM_REG, NEED_REPLY, &region.single(), &[region.file.as_raw_fd()]);
+        again.reply(ADD_MEM_REG).is_some_and(|reply| number(&reply) == 0) && {
+            let mut ring = Ring::new(&region, 0, 0x10000);
+            ring.start(&again);
+            ring.check_io(1024);
+            true
+        }
+    });
+    neighbour.check_io(8);
     bench.target.stop().unwrap();
 }

@@ -36,6 +36,41 @@ pub struct DmaSpace {
     inner: Arc<Inner>,
 }
 
+/// What a device demands of memory that it is to reach, for whoever wants to know while the device is not open.
+#[derive(Clone, Copy, Debug)]
+pub struct DmaLimits {
+    alignment: u64,
+    /// Bytes of the longest piece of others' memory for which there are addresses.
+    longest: u64,
+}
+
+impl DmaLimits {
+    /// Could the device be given these bytes, if it had no others? As for [`DmaSpace::map_raw`].
+    ///
+    /// # Errors
+    /// They are not made of its pages, or longer than its addresses.
+    pub fn check(&self, file_offset: u64, host: *const u8, bytes: usize) -> Result<(), Error> {
+        let alignment = self.alignment;
+        let bytes = bytes as u64;
+        if bytes == 0 || [file_offset, host.addr() as u64, bytes].iter().any(|number| number % alignment != 0) {
+            return Err(Error::BadMemory {
+                reason: format!(
+                    "its length {bytes:#x}, offset {file_offset:#x} and address {host:?} must be multiples of {alignment:#x}"
+                ),
+            });
+        }
+        if bytes > self.longest {
+            let longest = self.longest;
+            return Err(Error::BadMemory {
+                reason: format!(
+                    "the device has no more than {longest:#x} addresses in one piece for its {bytes:#x} bytes"
+                ),
+            });
+        }
+        Ok(())
+    }
+}
+
 /// The addresses that a space has handed out.
 #[derive(Clone, Copy, Debug)]
 pub struct DmaAddresses {
@@ -117,14 +152,7 @@ impl DmaSpace {
         host: *mut u8,
         len: usize,
     ) -> Result<DmaMapping, Error> {
-        let alignment = self.inner.alignment;
-        if len == 0 || [file_offset, host.addr() as u64, len as u64].iter().any(|number| number % alignment != 0) {
-            return Err(Error::BadMemory {
-                reason: format!(
-                    "its length {len:#x}, offset {file_offset:#x} and address {host:?} must be multiples of {alignment:#x}"
-                ),
-            });
-        }
+        DmaLimits { longest: u64::MAX, ..self.limits() }.check(file_offset, host, len)?;
         let bytes = len as u64;
         let iova = self
             .take_addresses(last, bytes, file_offset)
@@ -136,6 +164,14 @@ impl DmaSpace {
             return Err(error);
         }
         Ok(DmaMapping { iova, len, space: self.clone(), memory: None })
+    }
+
+    /// What it demands of others' memory.
+    pub fn limits(&self) -> DmaLimits {
+        let last = self.inner.last_for_others;
+        let lengths = self.inner.ranges.iter().filter(|range| range.start <= last);
+        let longest = lengths.map(|range| (range.last.min(last) - range.start).saturating_add(1)).max().unwrap_or(0);
+        DmaLimits { alignment: self.inner.alignment, longest }
     }
 
     /// The DMA addresses that mappings are given, as the IOMMU reports them.
@@ -346,6 +382,22 @@ mod tests {
         assert!(mappings.len() >= 2, "{}", mappings.len());
         let queues: Vec<_> = (0..100).map(|_| space.allocate(2 << 20).unwrap()).collect();
         drop((queues, mappings));
+    }
+
+    #[test]
+    fn limits_say_what_could_be_mapped() {
+        let (_, space) = space();
+        let limits = space.limits();
+        // FakeBackend has 4 GiB of addresses, of which page 0 and the last eighth are not for others.
+        let most = (4u64 << 30) - 4096 - ((4 << 30) - 4096) / 8;
+        let check =
+            |offset, host: usize, bytes: u64| limits.check(offset, std::ptr::without_provenance(host), bytes as usize);
+        assert!(check(4096, 8192, most & !0xfff).is_ok());
+        for (offset, host, bytes) in
+            [(1, 0, 4096), (0, 1, 4096), (0, 0, 4095), (0, 0, 0), (0, 0, (most & !0xfff) + 4096)]
+        {
+            assert!(matches!(check(offset, host, bytes), Err(Error::BadMemory { .. })), "{offset} {host} {bytes:#x}");
+        }
     }
 
     #[test]

@@ -88,16 +88,13 @@ impl Drive {
         let lost_power = away.unsafe_shutdowns.is_some() && away.unsafe_shutdowns != present.unsafe_shutdowns;
         let lived_on = away.server.lived_on_as(&present.device.server());
         let cache_lost = away.cache_lost || lost_power || !lived_on;
-        if !self.memory.is_attached() {
-            self.memory.attach(present.device.dma().clone()).map_err(|error| NotBack::Unfit(error.to_string()))?;
-        }
+        // The drive's own memory first: however much guests have, it can be had.
         let places = self.shares().places().to_vec();
         let wanted = places.len();
         let ways = places.iter().map(|place| self.make_way(&present.device, &present.controller, place.entries));
         let ways = match ways.collect::<Result<Vec<_>, _>>() {
             Ok(ways) => ways,
             Err(error) => {
-                self.memory.detach();
                 let granted = present.controller.max_queue_pairs();
                 return Err(NotBack::Unfit(match error {
                     NoWay::NoneLeft => format!("it grants {granted} queue pairs, and {wanted} are in use"),
@@ -105,6 +102,16 @@ impl Drive {
                 }));
             }
         };
+        if !self.memory.is_attached() {
+            let refused = self.memory.attach(present.device.dma().clone());
+            let refused = refused.map_err(|error| NotBack::Unfit(error.to_string()))?;
+            for error in &refused {
+                log::error!("{}: {error}; the session that has it ends, all others go on", self.name);
+            }
+            if !refused.is_empty() {
+                state.namespaces.iter().for_each(|namespace| namespace.ring());
+            }
+        }
         for (namespace, found) in expected.iter().zip(found) {
             found.into_iter().for_each(|found| namespace.learn(&self.name, found));
         }

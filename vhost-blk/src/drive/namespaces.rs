@@ -133,6 +133,11 @@ impl ExportedNamespace {
             _ => {}
         }
         drop(known);
+        self.ring();
+    }
+
+    /// Has everybody who listens look.
+    pub(super) fn ring(&self) {
         let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.iter().filter_map(Weak::upgrade).for_each(|bell| bell.ring());
     }

@@ -6,27 +6,28 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use vfio::DmaSpace;
+use vfio::{DmaLimits, DmaSpace};
 
 use super::{Error, Region};
 
 /// The memory of all guests that use a drive.
-#[derive(Default)]
 pub struct Reach {
     inner: Mutex<Inner>,
 }
 
-#[derive(Default)]
 struct Inner {
     /// `None`: the drive is away.
     dma: Option<DmaSpace>,
+    /// What is known of a drive that is away.
+    limits: DmaLimits,
     regions: Vec<Weak<Region>>,
 }
 
 impl Reach {
     /// For a drive that is there, and no memory yet.
     pub fn new(dma: DmaSpace) -> Reach {
-        Reach { inner: Mutex::new(Inner { dma: Some(dma), regions: Vec::new() }) }
+        let limits = dma.limits();
+        Reach { inner: Mutex::new(Inner { dma: Some(dma), limits, regions: Vec::new() }) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -47,26 +48,36 @@ impl Reach {
         inner.live().for_each(|region| region.detach());
     }
 
-    /// The drive is back: everything is mapped for it.
+    /// The drive is back: everything is mapped for it that can be. Returns what cannot: that is its session's matter, which ends
+    /// ([`GuestMemory::unreachable`](super::GuestMemory::unreachable)), and nobody else's.
     ///
     /// # Errors
-    /// A region cannot be mapped; then none is.
-    pub fn attach(&self, dma: DmaSpace) -> Result<(), Error> {
+    /// The drive does not answer; then nothing is mapped.
+    pub fn attach(&self, dma: DmaSpace) -> Result<Vec<Error>, Error> {
         let mut inner = self.inner();
         inner.regions.retain(|region| region.strong_count() > 0);
-        if let Some(error) = inner.live().find_map(|region| region.attach(&dma).err()) {
-            inner.live().for_each(|region| region.detach());
-            return Err(error);
+        let mut refused = Vec::new();
+        for region in inner.live().filter(|region| region.refusal.get().is_none()) {
+            let Err(error) = region.attach(&dma) else { continue };
+            if error.is_the_drives() {
+                inner.live().for_each(|region| region.detach());
+                return Err(error);
+            }
+            // It is the first to say so: the others are left out above.
+            let _ = region.refusal.set(error.to_string());
+            refused.push(error);
         }
+        inner.limits = dma.limits();
         inner.dma = Some(dma);
-        Ok(())
+        Ok(refused)
     }
 
-    /// One region more, mapped if the drive is there.
+    /// One region more, mapped if the drive is there. If it is not, what is known of it has to allow for the region.
     pub(super) fn add(&self, region: &Arc<Region>) -> Result<(), Error> {
         let mut inner = self.inner();
-        if let Some(dma) = &inner.dma {
-            region.attach(dma)?;
+        match &inner.dma {
+            Some(dma) => region.attach(dma)?,
+            None => region.check(&inner.limits)?,
         }
         inner.regions.retain(|region| region.strong_count() > 0);
         inner.regions.push(Arc::downgrade(region));

@@ -100,10 +100,27 @@ impl Lane {
 
     /// The drive is back, and sees the guest's memory at addresses of its own choice.
     pub(crate) fn regain_drive(&mut self) {
+        if self.is_out_of_reach() {
+            return self.stay_away();
+        }
         self.drive = Drive::Present;
         self.again.write_protected = false;
         self.view.forget_device();
         self.find_pending();
+    }
+
+    /// Is there memory of its guest that the drive cannot reach? Its session ends.
+    pub(crate) fn is_out_of_reach(&self) -> bool {
+        self.view.memory().unreachable().is_some()
+    }
+
+    /// The drive gets nothing of it any more, whatever its addresses would mean there: what waits is answered with an error, and
+    /// nothing more is taken.
+    pub(crate) fn stay_away(&mut self) {
+        self.drive = Drive::Held;
+        self.give_up();
+        self.begin_stop();
+        (self.resuming, self.pending) = (false, None);
     }
 
     /// Does it take what the driver makes available?

@@ -213,13 +213,17 @@ pub fn serve<D: Device>(
         if lost {
             // First: what is lost from here on is heard again. Most often it is somebody else's.
             losses.clear();
-            if let Some(why) = connection.device().lost_memory() {
-                return End::Broken(why);
-            }
         }
         if news {
-            // First: what changes from here on rings again.
+            // The same.
             changed.silence();
+        }
+        if (lost || news)
+            && let Some(why) = connection.device().lost_memory()
+        {
+            return End::Broken(why);
+        }
+        if news {
             connection.device().look_at_namespace();
         }
         if begins {

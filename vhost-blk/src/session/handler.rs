@@ -48,6 +48,9 @@ impl Device for Session {
     }
 
     fn lost_memory(&self) -> Option<String> {
+        if let Some(why) = self.memory.unreachable() {
+            return Some(format!("the drive is back and cannot be given all of the guest's memory: {why}"));
+        }
         let lost = match self.memory.lost() {
             Some(region) => format!("the {region}"),
             None if self.inflight.as_ref().is_some_and(InflightMemory::is_lost) => {

@@ -57,6 +57,9 @@ impl Group {
         if self.given_up {
             lane.give_up();
         }
+        if lane.is_out_of_reach() {
+            lane.stay_away();
+        }
         lane.begin();
         let index = self.lanes.iter().position(Option::is_none).unwrap_or(self.lanes.len());
         match self.lanes.get_mut(index) {

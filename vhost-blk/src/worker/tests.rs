@@ -374,6 +374,38 @@ fn a_dead_drive_is_told_and_waited_for() {
 }
 
 #[test]
+fn nothing_of_a_guest_that_the_drive_cannot_reach_goes_to_it() {
+    let machine = Machine::new(config());
+    let guest = &machine.guest;
+    let pool = WorkerPool::start(&[]).unwrap();
+    let (pair, bounce) = machine.pair(64);
+    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let disk = Arc::new(machine.disk());
+    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
+    machine.sim.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
+    running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
+    until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
+    machine.controller.reset().unwrap();
+    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
+    running.send(guest, 0, 8, &[writable(DATA + 4096, 4096)]).unwrap();
+    machine.sim.faults().clear();
+    let commands = machine.sim.counters().commands.load(Ordering::Relaxed);
+    guest.memory.refuse();
+    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.way);
+    assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
+    // What starts now, before the session has ended, is no better off.
+    let mut other = Running::start(&pool, pair, guest, Client::new(guest, 1, false, 16), &disk);
+    other.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
+    for running in [&mut running, &mut other] {
+        running.handle.take().unwrap().stop(DEADLINE).unwrap();
+        assert!(running.client.answer(guest).is_none(), "it is left in the ring");
+    }
+    assert_eq!(machine.sim.counters().commands.load(Ordering::Relaxed), commands);
+}
+
+#[test]
 fn a_lane_may_start_before_its_drive_is_there() {
     for packed in [false, true] {
         let machine = Machine::new(config());
