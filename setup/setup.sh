@@ -13,7 +13,7 @@ usage: setup.sh COMMAND [options]
   bind BDF[=SERIAL]...      takes these drives from the kernel and gives them to vfio-pci; only those with these serial
                             numbers, where they are given
   unbind BDF...             gives these drives back to the driver they had before, or nvme
-  hugepages SIZE [--node N] [--page 2M|1G]
+  hugepages SIZE [--node N] [--page 2M|1G|...]
                             makes sure that there are hugepages of SIZE (512M, 2G) in all, or on one NUMA node
   undo                      restores what was there before the first change
 

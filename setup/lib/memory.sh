@@ -11,6 +11,18 @@ size_in_bytes() {
     esac
 }
 
+# Kilobytes of 64K, 2M, 512M, 1G, if hugepages can be that large: which of them there are depends on the kernel.
+page_in_kilobytes() {
+    local kilobytes
+    [[ ${1^^} =~ ^([1-9][0-9]{0,3})([KMG])B?$ ]] || return 1
+    case ${BASH_REMATCH[2]} in
+    K) kilobytes=${BASH_REMATCH[1]} ;;
+    M) kilobytes=$((BASH_REMATCH[1] << 10)) ;;
+    G) kilobytes=$((BASH_REMATCH[1] << 20)) ;;
+    esac
+    ((kilobytes >= 64 && (kilobytes & (kilobytes - 1)) == 0)) && printf '%s' "$kilobytes"
+}
+
 # 2M of 2048, 1G of 1048576, 1536K of 1536: kilobytes for people.
 size_for_people() {
     if (($1 >= 1 << 20 && $1 % (1 << 20) == 0)); then
@@ -67,11 +79,7 @@ pages_everywhere() {
 provide_hugepages() {
     local size=$1 bytes kilobytes dir where
     bytes=$(size_in_bytes "$size") || wrong_usage "'$size' is no size: it looks like 512M or 2G"
-    case ${PAGE^^} in
-    '' | 2M | 2MB) kilobytes=2048 ;;
-    1G | 1GB) kilobytes=1048576 ;;
-    *) wrong_usage "--page is 2M or 1G, not '$PAGE'" ;;
-    esac
+    kilobytes=$(page_in_kilobytes "${PAGE:-2M}") || wrong_usage "--page is the size of a hugepage such as 2M, 512M or 1G, not '$PAGE'"
     [[ -z $NODE || $NODE =~ ^(0|[1-9][0-9]*)$ ]] || wrong_usage "--node is a number, not '$NODE'"
     where="hugepages of $(size_for_people $kilobytes)${NODE:+ on node $NODE}"
     dir=$(pages_dir $kilobytes "$NODE")

@@ -23,11 +23,14 @@ struct Inner {
     index: u32,
     region: Region,
     backend: Arc<dyn Backend>,
+    device: String,
+    /// It was told that doorbells are requests.
+    told: AtomicBool,
 }
 
 impl Bar {
-    pub(crate) fn new(index: u32, region: Region, backend: Arc<dyn Backend>) -> Bar {
-        Bar { inner: Arc::new(Inner { index, region, backend }) }
+    pub(crate) fn new(index: u32, region: Region, backend: Arc<dyn Backend>, device: String) -> Bar {
+        Bar { inner: Arc::new(Inner { index, region, backend, device, told: AtomicBool::new(false) }) }
     }
 
     /// The region's size in bytes.
@@ -113,10 +116,21 @@ impl Bar {
         }
     }
 
-    /// The doorbell register at `offset`, a multiple of 4.
+    /// The doorbell register at `offset`, a multiple of 4. That it is not mapped is logged, once for the BAR: each ring is a
+    /// request then.
     pub fn doorbell(&self, offset: u64) -> Result<Doorbell, Error> {
         self.check(offset, 4)?;
-        Ok(Doorbell(match self.pointer::<u32>(offset) {
+        let pointer = self.pointer::<u32>(offset);
+        // Relaxed: the flag guards nothing but the line.
+        if pointer.is_none() && !self.inner.told.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "{}: the doorbell at {offset:#x} of BAR {} cannot be mapped: each ring of it is a request, which takes \
+                 microseconds in place of nanoseconds",
+                self.inner.device,
+                self.inner.index
+            );
+        }
+        Ok(Doorbell(match pointer {
             Some((register, area)) => {
                 Target::Mapped(MappedDoorbell { register, _area: area.clone(), _backend: self.inner.backend.clone() })
             }
@@ -273,7 +287,14 @@ mod tests {
 
     fn bar() -> (Arc<FakeBackend>, Bar) {
         let backend = Arc::new(FakeBackend::default());
-        (backend.clone(), Bar::new(0, backend.region(0), backend))
+        (backend.clone(), Bar::new(0, backend.region(0), backend, "fake".into()))
+    }
+
+    #[test]
+    fn doorbells_that_are_requests_are_told_once() {
+        let (_, bar) = bar();
+        assert!(bar.doorbell(0x1000).unwrap().is_mapped() && !bar.inner.told.load(Ordering::Relaxed));
+        assert!(!bar.doorbell(0x2000).unwrap().is_mapped() && bar.inner.told.load(Ordering::Relaxed));
     }
 
     #[test]

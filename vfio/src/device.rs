@@ -84,7 +84,7 @@ impl Device {
         if region.size == 0 {
             return Err(Error::NoRegion { device: self.address().to_string(), region: format!("BAR {index}") });
         }
-        Ok(Bar::new(index.into(), region, self.inner.backend.clone()))
+        Ok(Bar::new(index.into(), region, self.inner.backend.clone(), self.address().to_string()))
     }
 
     /// The number of MSI-X vectors; 0 if the device has no MSI-X.

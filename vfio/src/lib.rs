@@ -36,7 +36,7 @@
 //! # Memory
 //!
 //! A device sees memory at DMA addresses (IOVAs) that [`DmaSpace`] hands out within the ranges the IOMMU reports,
-//! congruent to the memory's place in its file modulo 2 MiB (1 GiB for long memory), so that the IOMMU's large pages can
+//! congruent to the memory's place in its file modulo 2 MiB (up to 1 GiB for long memory), so that the IOMMU's large pages can
 //! be used. There are three ways to share memory:
 //! - [`DmaSpace::allocate`]: a driver's own queues and buffers. Small ones are cut from chunks of 2 MiB that are mapped
 //!   once. Hugepages are used where any are free.

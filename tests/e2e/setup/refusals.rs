@@ -357,6 +357,7 @@ fn wrong_words() {
         "hugepages 0G",
         "hugepages -1G",
         "hugepages 1G --page 4K",
+        "hugepages 1G --page 3M",
         "hugepages 1G --node x",
         "hugepages 010",
         "unbind 01:00.0 --force",

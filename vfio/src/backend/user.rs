@@ -22,6 +22,7 @@ use super::messages::{
 };
 use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region, ServerIdentity};
 use crate::config_space::{self, CAPABILITY_MSIX};
+use crate::dma::page_size;
 use crate::{Error, Guard, IovaRange};
 
 /// A server has no IOMMU whose ranges could be asked for. These fit the address width of any that it may model; they
@@ -78,7 +79,7 @@ impl UserBackend {
         }
         let mut regions = vec![Region::default(); CONFIG_REGION as usize + 1];
         for (index, region) in (0..info.regions).zip(&mut regions) {
-            *region = map_region(describe(&client, index)?).map_err(|reason| Error::BadRegion {
+            *region = map_region(describe(&client, index)?, page_size() as u64).map_err(|reason| Error::BadRegion {
                 device: format!("the vfio-user server on {}", socket.display()),
                 region: format!("region {index}"),
                 reason,
@@ -226,7 +227,8 @@ fn sparse_areas(description: &[u8], mut next: u32) -> Result<Vec<(u64, u64)>, St
     Ok(areas)
 }
 
-fn map_region(region: Described) -> Result<Region, String> {
+/// Maps what is offered, on a machine with pages of `page` bytes.
+fn map_region(region: Described, page: u64) -> Result<Region, String> {
     let mut mapped = Region { size: region.size, areas: Vec::new() };
     let Some((file, file_start)) = region.file else { return Ok(mapped) };
     if region.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 {
@@ -247,6 +249,10 @@ fn map_region(region: Described) -> Result<Region, String> {
             ));
         }
         let start = file_start.checked_add(offset).ok_or("its offset in the file overflows")?;
+        // What does not begin at a page of this machine can only be reached by request.
+        if !start.is_multiple_of(page) {
+            continue;
+        }
         let memory = map_file(&file, start, bytes)?;
         // SAFETY: the mapping has just been made, of whole pages, and is dropped after the guard. Registers are accessed by
         // volatile accesses only, and mean whatever the server likes.
@@ -385,7 +391,7 @@ mod tests {
     }
 
     fn areas(region: Described) -> Result<Vec<(u64, usize)>, String> {
-        Ok(map_region(region)?.areas.iter().map(|area| (area.offset, area.memory.len())).collect())
+        Ok(map_region(region, PAGE)?.areas.iter().map(|area| (area.offset, area.memory.len())).collect())
     }
 
     const MMAP: u32 = VFIO_REGION_INFO_FLAG_MMAP;
@@ -401,6 +407,13 @@ mod tests {
         assert_eq!(areas(region(MMAP, 0x4000, 0, &[])).unwrap(), [(0, 0x4000)]);
         assert_eq!(areas(region(MMAP, 0x3000, 0x1000, &[])).unwrap(), [(0, 0x3000)]);
         assert_eq!(areas(region(MMAP, 0x3800, 0, &[])).unwrap(), []);
+    }
+
+    #[test]
+    fn areas_within_a_page_of_a_machine_with_larger_ones_are_left_out() {
+        let sparse = [(0, 0x1000), (0x1000, 0x1000)];
+        let mapped = map_region(region(MMAP, 0x4000, 0, &sparse), 0x10000).unwrap();
+        assert_eq!(mapped.areas.iter().map(|area| area.offset).collect::<Vec<_>>(), [0]);
     }
 
     #[test]

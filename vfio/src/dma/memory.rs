@@ -5,9 +5,10 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::path::Path;
 use std::slice;
-use std::sync::Once;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{LazyLock, Once};
 
 use memmap2::{MmapOptions, MmapRaw};
 
@@ -16,10 +17,11 @@ use crate::{Error, Guard};
 
 /// The granularity of memory for DMA in this crate, bytes.
 pub(super) const PAGE: usize = 4096;
-/// The smaller hugepage, bytes.
+/// What memory for DMA is made of, bytes: a hugepage of most machines.
 pub(super) const HUGE_2M: usize = 2 << 20;
-/// The larger hugepage, bytes.
-const HUGE_1G: usize = 1 << 30;
+
+/// The hugepages this kernel has, bytes, the largest first.
+static HUGEPAGES: LazyLock<Vec<usize>> = LazyLock::new(|| hugepages(Path::new("/sys/kernel/mm/hugepages")));
 
 /// A piece of a file, mapped shared: other processes that map the file see the same bytes.
 ///
@@ -83,20 +85,17 @@ impl SharedMemory {
     /// Memory of zeroes for DMA, `wanted` or at least `needed` bytes long, which are multiples of 2 MiB: hugepages if there are
     /// any free, else normal pages, locked if `lock`.
     pub(super) fn create_for_dma(needed: usize, wanted: usize, lock: bool) -> Result<SharedMemory, Error> {
-        if needed >= HUGE_1G
-            && let Ok(memory) = SharedMemory::create_huge(round_up(needed, HUGE_1G)?, libc::MFD_HUGE_1GB)
-        {
-            return Ok(memory);
+        let mut refused = io::Error::from_raw_os_error(libc::ENOENT);
+        let lengths = [wanted, needed];
+        for bytes in &lengths[if wanted > needed { 0 } else { 1 }..] {
+            // Memory is not made of pages longer than itself, most of which would be wasted.
+            for page in HUGEPAGES.iter().filter(|page| *page <= bytes) {
+                match SharedMemory::create_huge(round_up(*bytes, *page)?, *page) {
+                    Ok(memory) => return Ok(memory),
+                    Err(error) => refused = error,
+                }
+            }
         }
-        if wanted > needed
-            && let Ok(memory) = SharedMemory::create_huge(wanted, libc::MFD_HUGE_2MB)
-        {
-            return Ok(memory);
-        }
-        let refused = match SharedMemory::create_huge(needed, libc::MFD_HUGE_2MB) {
-            Ok(memory) => return Ok(memory),
-            Err(error) => error,
-        };
         if wanted > needed
             && let Ok(memory) = SharedMemory::create(wanted)
             && (!lock || memory.memory.lock().is_ok())
@@ -110,8 +109,9 @@ impl SharedMemory {
         Ok(memory)
     }
 
-    fn create_huge(bytes: usize, size: libc::c_uint) -> io::Result<SharedMemory> {
-        let file = anonymous_file(bytes, libc::MFD_HUGETLB | size)?;
+    /// Of hugepages of `page` bytes, a power of two.
+    fn create_huge(bytes: usize, page: usize) -> io::Result<SharedMemory> {
+        let file = anonymous_file(bytes, libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT)?;
         // Mapping reserves the pages: it fails here if there are too few, not at a later access.
         let memory = MmapOptions::new().len(bytes).populate().map_raw(&file)?;
         Ok(SharedMemory { file, file_offset: 0, bytes, guard: None, memory })
@@ -198,6 +198,18 @@ impl SharedMemory {
     }
 }
 
+/// The sizes of hugepages that a kernel lists in a folder such as /sys/kernel/mm/hugepages, bytes, the largest first.
+fn hugepages(folder: &Path) -> Vec<usize> {
+    let names = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    let size = |name: std::ffi::OsString| {
+        let kilobytes: usize = name.to_str()?.strip_prefix("hugepages-")?.strip_suffix("kB")?.parse().ok()?;
+        kilobytes.checked_mul(1024).filter(|bytes| bytes.is_power_of_two())
+    };
+    let mut sizes: Vec<usize> = names.filter_map(size).collect();
+    sizes.sort_unstable_by(|one, other| other.cmp(one));
+    sizes
+}
+
 pub(super) fn round_up(bytes: usize, unit: usize) -> Result<usize, Error> {
     match bytes.checked_next_multiple_of(unit) {
         Some(rounded) if rounded > 0 => Ok(rounded),
@@ -281,6 +293,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn hugepages_of_any_size_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["2048kB", "524288kB", "16777216kB", "3kB", "kB", "-1kB", "99999999999999999999kB"] {
+            std::fs::create_dir(folder.path().join(format!("hugepages-{name}"))).unwrap();
+        }
+        std::fs::create_dir(folder.path().join("others")).unwrap();
+        assert_eq!(hugepages(folder.path()), [16 << 30, 512 << 20, 2 << 20]);
+        assert_eq!(hugepages(&folder.path().join("none")), [0; 0]);
+    }
 
     #[test]
     fn slices_stay_inside_and_aligned() {

@@ -20,11 +20,11 @@ pub use memory::SharedMemory;
 pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
 pub use plain::PlainMemory;
 
-/// DMA addresses are congruent to the memory's offset in its file modulo this, bytes. Hugepages begin at multiples of
-/// it, in the file as in physical memory, so that the IOMMU can map them by its large pages.
-const LARGE_PAGE: u64 = 2 << 20;
-/// The same for memory that is at least this long, while there are such addresses.
-const LARGEST_PAGE: u64 = 1 << 30;
+/// DMA addresses are congruent to the memory's offset in its file modulo the first of these that the memory is as long as, and
+/// for which there are addresses; always modulo the last one. Bytes. Hugepages begin at multiples of their size, in the file as in
+/// physical memory and in this process, so that the IOMMU can map them by its large pages: those of x86-64, and of arm64 with pages
+/// of 64 KiB (512 MiB) and 16 KiB (32 MiB).
+const LARGE_PAGES: [u64; 4] = [1 << 30, 512 << 20, 32 << 20, 2 << 20];
 /// Of the addresses, this part, counted from the highest one down, is kept back from [`DmaSpace::map_raw`], but
 const KEPT_BACK_PART: u64 = 8;
 /// no more than this, bytes: a driver's queues and buffers take far less.
@@ -196,8 +196,9 @@ impl DmaSpace {
 
     fn take_addresses(&self, last: u64, bytes: u64, file_offset: u64) -> Option<u64> {
         let mut addresses = self.addresses();
-        let largest = (bytes >= LARGEST_PAGE).then(|| addresses.allocate_below(last, bytes, LARGEST_PAGE, file_offset));
-        largest.flatten().or_else(|| addresses.allocate_below(last, bytes, LARGE_PAGE, file_offset))
+        let [.., least] = LARGE_PAGES;
+        let mut pages = LARGE_PAGES.into_iter().filter(|page| *page == least || bytes >= *page);
+        pages.find_map(|page| addresses.allocate_below(last, bytes, page, file_offset))
     }
 
     fn addresses(&self) -> MutexGuard<'_, RangeAllocator> {
@@ -334,6 +335,20 @@ mod tests {
         let second = space.map(memory(0x5000_0000)).unwrap();
         assert_eq!(second.iova(), 0xa000_0000);
         drop((small, first, second));
+    }
+
+    #[test]
+    fn memory_is_laid_out_for_the_largest_page_it_has_room_for() {
+        let (_, space) = space();
+        // Nothing touches the memory: it takes no room. Something small comes first each time, so that nothing fits by chance.
+        for (bytes, page) in [(512, 512), (600, 512), (32, 32), (500, 32), (31, 2), (2, 2), (1, 2)] {
+            let small = space.map(memory(4096)).unwrap();
+            let file = SharedMemory::create((bytes + 6) << 20).unwrap();
+            let part = SharedMemory::from_file(file.file().try_clone().unwrap(), 6 << 20, bytes << 20).unwrap();
+            let mapping = space.map(Arc::new(part)).unwrap();
+            assert_eq!(mapping.iova() % (page * MIB), 6 * MIB % (page * MIB), "{bytes} MiB at {:#x}", mapping.iova());
+            drop((small, mapping));
+        }
     }
 
     #[test]

@@ -72,7 +72,9 @@ pub(super) fn assumed_ranges() -> Vec<IovaRange> {
     vec![IovaRange { start: 0, last: 0xfedf_ffff }, IovaRange { start: 0xfef0_0000, last: (1 << 39) - 1 }]
 }
 
-/// The parts of a region (offset, bytes) that may be mapped, as whole pages of `page` bytes.
+/// The parts of a region (offset, bytes) that may be mapped, as whole pages of `page` bytes. The last page of a region may be
+/// shorter: where the kernel offers it, nothing else is behind it (vfio-pci, which makes sure of that for a BAR of less than a
+/// page).
 ///
 /// `msix_table` is where the MSI-X table lies in this region. The kernel says that its pages may be mapped as well
 /// (`MsixMappable`), or gives the areas around it, or, before 4.16 on some platforms, does neither: then they are left out.
@@ -101,7 +103,7 @@ pub(super) fn mappable(
     };
     let whole = |&(offset, bytes): &(u64, u64)| {
         let inside = offset.checked_add(bytes).is_some_and(|end| end <= size);
-        inside && bytes > 0 && offset % page == 0 && bytes % page == 0
+        inside && bytes > 0 && offset % page == 0 && (bytes % page == 0 || offset + bytes == size)
     };
     areas.into_iter().filter(whole).collect()
 }
@@ -203,7 +205,20 @@ mod tests {
     fn areas_that_are_not_pages_of_the_region_are_left_out() {
         let areas = [(0, 0x800), (0x800, 0x1000), (0x3000, 0x2000), (0x1000, 0), (u64::MAX - 0xfff, 0x1000)];
         assert_eq!(mappable(0x4000, MMAP, &[sparse(&areas)], None, 4096), []);
-        assert_eq!(mappable(0x4000, MMAP, &[], None, 0x10000), []);
+    }
+
+    #[test]
+    fn a_region_of_less_than_a_page_is_mapped() {
+        assert_eq!(mappable(0x4000, MMAP, &[], None, 0x10000), [(0, 0x4000)]);
+        assert_eq!(mappable(0x14000, MMAP, &[], None, 0x10000), [(0, 0x14000)]);
+        assert_eq!(
+            mappable(0x4000, MMAP, &[VfioRegionInfoCap::MsixMappable], Some((0x2000, 16)), 0x10000),
+            [(0, 0x4000)]
+        );
+        // The MSI-X table would be in it, or what is left does not begin at a page.
+        assert_eq!(mappable(0x4000, MMAP, &[], Some((0x2000, 16)), 0x10000), []);
+        assert_eq!(mappable(0x4000, MMAP, &[sparse(&[(0, 0x2000), (0x3000, 0x1000)])], None, 0x10000), []);
+        assert_eq!(mappable(0x4000, 0, &[], None, 0x10000), []);
     }
 
     #[test]
