@@ -98,6 +98,7 @@ pub use config_space::{
     CAPABILITY_MSIX, COMMAND, COMMAND_BUS_MASTER, COMMAND_INTERRUPT_DISABLE, COMMAND_MEMORY_SPACE, ConfigSpace,
 };
 pub use device::{Device, OpenOptions};
+pub use dma::numa::numa_node_of_cpu;
 pub use dma::{
     DmaAddresses, DmaBuffer, DmaElement, DmaLimits, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory,
     SharedMemory,

@@ -26,6 +26,7 @@ pub(crate) struct FakeBackend {
     longest: AtomicU64,
     refuse_unmap: AtomicBool,
     notices: Notices,
+    numa_node: Mutex<Option<u32>>,
 }
 
 impl Default for FakeBackend {
@@ -42,6 +43,7 @@ impl Default for FakeBackend {
             longest: AtomicU64::new(u64::MAX),
             refuse_unmap: AtomicBool::default(),
             notices: Notices::new().unwrap(),
+            numa_node: Mutex::default(),
         }
     }
 }
@@ -58,6 +60,10 @@ impl FakeBackend {
 
     pub fn refuse_more_than(&self, bytes: u64) {
         self.longest.store(bytes, Ordering::Relaxed);
+    }
+
+    pub fn set_numa_node(&self, node: Option<u32>) {
+        *self.numa_node.lock().unwrap() = node;
     }
 
     pub fn refuse_unmap(&self, refuse: bool) {
@@ -124,7 +130,7 @@ impl Backend for FakeBackend {
     }
 
     fn numa_node(&self) -> Option<u32> {
-        None
+        *self.numa_node.lock().unwrap()
     }
 
     fn iova_ranges(&self) -> Vec<IovaRange> {

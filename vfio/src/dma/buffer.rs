@@ -1,6 +1,7 @@
 //! Buffers for the device's structures and data, cut from chunks that are mapped once.
 
 use std::fmt;
+use std::io;
 use std::marker::PhantomData;
 use std::ops::Deref;
 use std::ptr::NonNull;
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::iova::{IovaRange, RangeAllocator};
 use super::memory::{HUGE_2M, PAGE, round_up};
-use super::{DmaMapping, DmaSpace, SharedMemory};
+use super::{DmaMapping, DmaSpace, SharedMemory, numa};
 use crate::Error;
 
 /// What DMA memory may be seen as.
@@ -36,6 +37,8 @@ unsafe impl<T: DmaElement, const N: usize> DmaElement for [T; N] {}
 pub(super) struct Pool {
     /// A chunk lives as long as one of its buffers.
     chunks: Mutex<Vec<Weak<Chunk>>>,
+    /// It was told that memory is not on the device's node.
+    told: AtomicBool,
 }
 
 /// New chunks are as large as all before them together, so that they stay few: a vfio-user server may take no more than a few
@@ -63,10 +66,44 @@ impl Pool {
         }
         let needed = round_up(bytes, HUGE_2M)?;
         let before: usize = chunks.iter().filter_map(Weak::upgrade).map(|chunk| chunk.memory.len()).sum();
-        let chunk = Chunk::new(space, needed, needed.max(before.min(LARGEST_STEP)))?;
+        let wanted = needed.max(before.min(LARGEST_STEP));
+        let chunk = match space.inner.backend.numa_node() {
+            None => Chunk::new(space, needed, wanted)?,
+            Some(node) => {
+                let (chunk, preferred) = numa::on_node(node, || Chunk::new(space, needed, wanted));
+                let chunk = chunk?;
+                self.tell_of_node(space, &chunk, node, preferred);
+                chunk
+            }
+        };
         chunks.push(Arc::downgrade(&chunk));
         // New memory is zero.
         Ok(chunk.cut(bytes).expect("a new chunk is free, and as large as the buffer"))
+    }
+}
+
+impl Pool {
+    /// Tells, once, of memory that is not on the device's node.
+    fn tell_of_node(&self, space: &DmaSpace, chunk: &Chunk, node: u32, preferred: io::Result<()>) {
+        let why = match (numa::node_of(chunk.memory.as_ptr()), preferred) {
+            (Ok(there), _) if there == node => return,
+            (_, Err(error)) => format!("the kernel does not let this process choose ({error})"),
+            (Ok(there), Ok(())) => format!("it lies on node {there}, as that node has none free"),
+            (Err(error), Ok(())) => format!("the kernel does not tell where it lies ({error})"),
+        };
+        // Relaxed: the flag guards nothing but the line.
+        if !self.told.swap(true, Ordering::Relaxed) {
+            log::warn!(
+                "{}: memory for its queues may not be on its NUMA node {node}, which costs each of its accesses: {why}. For \
+                 hugepages there run: setup/setup.sh hugepages 1G --node {node}",
+                space.inner.device
+            );
+        }
+    }
+
+    #[cfg(test)]
+    pub fn is_told(&self) -> bool {
+        self.told.load(Ordering::Relaxed)
     }
 }
 

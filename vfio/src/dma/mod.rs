@@ -10,6 +10,7 @@ use crate::backend::Backend;
 mod buffer;
 mod iova;
 mod memory;
+pub(crate) mod numa;
 mod plain;
 
 use buffer::Pool;
@@ -463,6 +464,18 @@ mod tests {
         assert!(taken <= 2 * used, "{taken} bytes for {used}");
         drop(buffers);
         assert_eq!(backend.mapped(), []);
+    }
+
+    #[test]
+    fn memory_that_is_not_on_the_devices_node_is_told_once() {
+        let (backend, space) = space();
+        backend.set_numa_node(Some(1000));
+        let buffers: Vec<_> = (0..2).map(|_| space.allocate(2 << 20).unwrap()).collect();
+        assert!(space.inner.pool.is_told());
+        drop(buffers);
+        let (_, space) = self::space();
+        let _buffer = space.allocate(4096).unwrap();
+        assert!(!space.inner.pool.is_told(), "a device whose node is not known");
     }
 
     #[test]
