@@ -67,6 +67,7 @@
 //! | bring-up, reset, shutdown, health, namespaces, features, log pages, events, format | [`Controller`], for control threads: its functions may block, up to their deadlines |
 //! | reads, writes and the rest, without blocking | [`QueuePair`] |
 //! | geometry, limits and abilities of a namespace | [`Namespace`] |
+//! | what a drive does otherwise than it says | [`quirks`], and [`Options`] for single drives |
 //! | what an error means | [`Error`] on the control path, [`Status`] with the specification's names on the data path |
 //! | memory for data | `vfio::DmaSpace`: allocate, or map a shared file |
 //!
@@ -77,6 +78,9 @@
 //! follows is [`Controller::reset`]; the owner of each pair then takes out what was outstanding
 //! ([`QueuePair::drain_after_reset`]), has the pair created again ([`Controller::recreate_queue_pair`]), and submits anew.
 //! Until the reset, the memory of an overdue request still belongs to the drive.
+//!
+//! Whoever only wants to know how a drive is asks by [`Controller::monitor`]: a question that is not answered costs nothing else.
+//! An admin command that is under way keeps nobody waiting who resets or stops the controller.
 //!
 //! # What is not served
 //!
