@@ -334,6 +334,7 @@ impl Controller {
                 // To the host it is an error like any other: counted, and in the error log.
                 self.completion(sq, command, Err(status))
             }
+            None if decision.nothing => self.completion(sq, command, Ok(0)),
             None => self.execute(sq, command)?,
         };
         if decision.lose {

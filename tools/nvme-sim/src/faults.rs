@@ -71,6 +71,8 @@ pub enum FaultAction {
     Stray(RangeInclusive<Duration>),
     /// It is not carried out and completes with this status.
     Fail(Status),
+    /// It completes with success, and nothing was done: data that the host waits for is not written.
+    DoNothing,
     /// It is carried out, but its completion is never posted.
     LoseCompletion,
     /// It is carried out, but its completion bears the identifier of no outstanding command.
@@ -173,6 +175,7 @@ pub(crate) struct Decision {
     /// The end of its queue is not its own.
     pub stray: bool,
     pub fail: Option<Status>,
+    pub nothing: bool,
     pub lose: bool,
     pub wrong_id: bool,
     pub fatal: bool,
@@ -350,6 +353,7 @@ impl FaultState {
                     decision.stray = matches!(rule.action, FaultAction::Stray(_));
                 }
                 FaultAction::Fail(status) => decision.fail = Some(*status),
+                FaultAction::DoNothing => decision.nothing = true,
                 FaultAction::LoseCompletion => decision.lose = true,
                 FaultAction::WrongCommandId => decision.wrong_id = true,
                 FaultAction::Fatal => decision.fatal = true,
@@ -372,7 +376,7 @@ impl FaultState {
 impl std::str::FromStr for FaultRule {
     type Err = crate::Error;
 
-    /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `stray=TIME[..TIME]`, `fail=TYPE:CODE`, `lose`,
+    /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `stray=TIME[..TIME]`, `fail=TYPE:CODE`, `nothing`, `lose`,
     /// `wrong-id`, `fatal`, `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `cns=N` (Identify), `fid=N` (features),
     /// `lid=N` (log pages), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`, `p=PROBABILITY`.
     fn from_str(text: &str) -> Result<FaultRule, crate::Error> {
@@ -394,12 +398,13 @@ impl std::str::FromStr for FaultRule {
                 });
                 FaultAction::Fail(status.ok_or_else(|| bad(value, "not TYPE:CODE like 2:0x81"))?)
             }
+            "nothing" => FaultAction::DoNothing,
             "lose" => FaultAction::LoseCompletion,
             "wrong-id" => FaultAction::WrongCommandId,
             "fatal" => FaultAction::Fatal,
             "stop" => FaultAction::Stop,
             "remove" => FaultAction::Remove,
-            _ => return Err(bad(name, "not one of delay, stray, fail, lose, wrong-id, fatal, stop, remove")),
+            _ => return Err(bad(name, "not one of delay, stray, fail, nothing, lose, wrong-id, fatal, stop, remove")),
         };
         let mut when = FaultMatch::default();
         for part in parts {

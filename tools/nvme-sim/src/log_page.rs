@@ -4,9 +4,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::command::{ALL_NAMESPACES, Command, admin, nvm};
 use crate::controller::Controller;
-use crate::events::{ERROR_ENTRIES, LOG_CHANGED_NAMESPACES, LOG_ERROR, LOG_FIRMWARE, LOG_HEALTH};
+use crate::events::{LOG_CHANGED_NAMESPACES, LOG_ERROR, LOG_FIRMWARE, LOG_HEALTH};
 use crate::features::TEMPERATURE;
 use crate::identify::{FIRMWARE, Page};
+use crate::shared::Counters;
 use crate::status::Status;
 
 const LOG_SUPPORTED: u8 = 0x00;
@@ -52,6 +53,7 @@ pub(crate) fn get(controller: &mut Controller, command: &Command) -> Result<Vec<
     data.resize(bytes, 0);
     if !keep_event {
         controller.events.page_read(id);
+        Counters::add(&controller.shared.counters.events_released, 1);
     }
     Ok(data)
 }
@@ -68,8 +70,8 @@ fn supported(controller: &Controller) -> Vec<u8> {
 
 /// Error information (5.16.1.2), the newest first.
 fn errors(controller: &Controller) -> Vec<u8> {
-    let mut page = Page::new(ERROR_ENTRIES * 64);
-    for (n, entry) in controller.events.errors.iter().enumerate() {
+    let mut page = Page::new(controller.offers.error_entries * 64);
+    for (n, entry) in controller.events.errors.iter().take(controller.offers.error_entries).enumerate() {
         let at = n * 64;
         page.put(at, &entry.count.to_le_bytes());
         page.put(at + 8, &entry.sq.to_le_bytes());

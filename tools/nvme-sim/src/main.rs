@@ -83,7 +83,7 @@ struct Arguments {
     /// Seed of everything random
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// A fault: ACTION[,CONDITION]…; may be repeated. Actions: delay=TIME[..TIME], fail=TYPE:CODE, lose, wrong-id, fatal, stop,
+    /// A fault: ACTION[,CONDITION]…; may be repeated. Actions: delay=TIME[..TIME], fail=TYPE:CODE, nothing, lose, wrong-id, fatal, stop,
     /// remove. Conditions: opcode=NAME or number, admin, cns=N (Identify), fid=N (features), lid=N (log pages), nsid=N,
     /// lba=FIRST[..LAST], skip=N, limit=N, p=PROBABILITY
     #[arg(long = "fault", value_name = "RULE")]

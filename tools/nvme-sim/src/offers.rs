@@ -30,6 +30,8 @@ pub(crate) struct Offers {
     log_pages: u8,
     /// AERL, 1's based.
     pub event_requests: usize,
+    /// Entries of the error log (ELPE, 1's based).
+    pub error_entries: usize,
     /// Asynchronous events that are optional (OAES).
     pub events: u32,
     pub sgl: SglOffer,
@@ -82,6 +84,7 @@ impl Offers {
             commands: field::<2>(&page, 520) as u16,
             log_pages: page[261],
             event_requests: usize::from(page[259]) + 1,
+            error_entries: usize::from(page[262]) + 1,
             events: field::<4>(&page, 92) as u32,
             sgl: SglOffer {
                 supported: matches!(sgls & 3, 1 | 2),

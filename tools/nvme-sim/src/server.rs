@@ -17,7 +17,7 @@ use vfio_bindings::bindings::vfio::{
 };
 
 use crate::config_space::{BarLayout, ConfigSpace};
-use crate::registers::{DOORBELLS, shutdown_notification};
+use crate::registers::{CSTS_FATAL, CSTS_READY, DOORBELLS, enabled, shutdown_notification};
 use crate::shared::{Counters, Request, Shared};
 
 const BAR0: u32 = 0;
@@ -112,7 +112,13 @@ impl FrontEnd {
             let told = {
                 let mut registers = self.shared.registers();
                 let before = registers.configuration;
+                let starting = enabled(before) && registers.status & (CSTS_READY | CSTS_FATAL) == 0;
                 registers.write(at, &data[part]);
+                if starting && !enabled(registers.configuration) {
+                    // Only this thread writes it.
+                    Counters::add(&self.shared.counters.early_disables, 1);
+                    log::warn!("CC.EN was cleared before CSTS.RDY was set (NVMe Base 2.0, 3.1.3.5)");
+                }
                 shutdown_notification(before) == 0 && shutdown_notification(registers.configuration) != 0
             };
             if told {

@@ -71,6 +71,10 @@ pub struct Counters {
     pub naps: AtomicU64,
     /// Commands that the host submitted after it had set CC.SHN, admin commands too (NVMe Base 2.0, 3.6.1, forbids it).
     pub commands_after_shutdown: AtomicU64,
+    /// Times the host cleared CC.EN while the controller was becoming ready (NVMe Base 2.0, 3.1.3.5, forbids it).
+    pub early_disables: AtomicU64,
+    /// Log pages read without keeping their events (Get Log Page with RAE 0): such events are told again.
+    pub events_released: AtomicU64,
     /// Unsafe shutdowns and power cuts.
     pub power_cuts: AtomicU64,
     /// Commands carried out after the end of their queue ([`FaultAction::Stray`](crate::FaultAction)).

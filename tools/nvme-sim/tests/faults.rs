@@ -122,6 +122,19 @@ fn admin_commands_by_what_they_ask_for() {
 }
 
 #[test]
+fn a_command_that_says_it_was_done_and_was_not() {
+    let (controller, mut host) = bring_up(FaultPlan::default());
+    let faults = controller.simulator.faults();
+    assert_eq!(host.write_blocks(1, 0, 9, &[3; 4096]), 0);
+    faults.add("nothing,opcode=write,limit=1".parse().unwrap());
+    faults.add("nothing,cns=1,limit=1".parse().unwrap());
+    assert_eq!(host.write_blocks(1, 0, 9, &[4; 4096]), 0);
+    assert_eq!(host.read_blocks(1, 0, 9, 4096), Ok(vec![3; 4096]));
+    assert_eq!(host.identify(1, 0), Ok(vec![0; 4096]));
+    assert_ne!(host.identify(1, 0), Ok(vec![0; 4096]));
+}
+
+#[test]
 fn a_fault_befalls_the_very_next_command() {
     let (controller, mut host) = bring_up(FaultPlan::default());
     let faults = controller.simulator.faults();

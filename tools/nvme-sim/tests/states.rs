@@ -174,3 +174,26 @@ fn a_region_too_many_is_refused() {
     let read = Sqe::new(READ, 1).prp(far + 4096, 0).blocks(0, 8);
     assert_eq!(host.command(1, read).status, 0);
 }
+
+#[test]
+fn a_controller_that_is_disabled_while_it_becomes_ready() {
+    let (controller, mut host) = bring_up(Config::default());
+    let early = || controller.simulator.counters().early_disables.load(Ordering::Relaxed);
+    host.disable();
+    assert_eq!(early(), 0);
+    controller.simulator.faults().change(|plan| plan.never_ready = true);
+    host.prepare(32);
+    host.write32(0x14, 4 << 20 | 6 << 16 | 1);
+    host.disable();
+    assert_eq!(early(), 1);
+}
+
+#[test]
+fn log_pages_that_keep_their_event() {
+    let (controller, mut host) = bring_up(Config::default());
+    let released = || controller.simulator.counters().events_released.load(Ordering::Relaxed);
+    let page = host.allocate(4096);
+    let log = |keep: u32| Sqe::new(2, 0xffff_ffff).prp(page, 0).dword(10, 15 << 16 | keep << 15 | 1);
+    assert_eq!((host.admin(log(1)).status, released()), (0, 0));
+    assert_eq!((host.admin(log(0)).status, released()), (0, 1));
+}
