@@ -95,6 +95,80 @@ mod tests {
         assert!(!passes(7, 3, 3), "nothing new, nothing to tell");
     }
 
+    /// Both sides write, then look: one of them has to see the other's. They do it at the same moment, again and again; without
+    /// the fence neither sees the other in about one of a hundred times.
+    #[test]
+    fn one_of_the_two_sees_the_other() {
+        use std::sync::atomic::{AtomicBool, AtomicUsize};
+        use std::time::{Duration, Instant};
+        const CELLS: usize = 64;
+        const ROUNDS: usize = 30_000;
+        /// On a line of its own.
+        #[repr(align(128))]
+        #[derive(Default)]
+        struct Alone<T>(T);
+        #[derive(Default)]
+        struct Cell {
+            shadow: Alone<AtomicU32>,
+            event: Alone<AtomicU32>,
+            /// The controller has seen the new value.
+            seen: Alone<AtomicBool>,
+        }
+        let cells: [Cell; CELLS] = std::array::from_fn(|_| Cell::default());
+        let at = [const { Alone(AtomicU32::new(0)) }; 2];
+        // The round that is none any more, once there is one.
+        let over = AtomicUsize::new(0);
+        // Waits until the other side is in this round, too.
+        let meet = |me: usize, round: usize| {
+            at[me].0.store(round as u32, Ordering::SeqCst);
+            let mut looks = 0;
+            while at[1 - me].0.load(Ordering::SeqCst) < round as u32 {
+                looks += 1;
+                if looks < 2000 { std::hint::spin_loop() } else { std::thread::yield_now() }
+            }
+        };
+        // Neither side is the first each time.
+        let wait = |turns: usize| (0..turns).for_each(|_| std::hint::spin_loop());
+        // The shadow goes from `new - 1` to `new`, which passes the event index that the controller writes, and not the one before.
+        let new = |round: usize| (round / CELLS + 1) as u16;
+        let (mut missed, mut rounds) = (0, 0);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for round in 1.. {
+                    meet(1, round);
+                    if over.load(Ordering::SeqCst) == round {
+                        return;
+                    }
+                    wait(round % 7 * 3);
+                    let cell = &cells[round % CELLS];
+                    cell.event.0.store(u32::from(new(round)) - 1, Ordering::Relaxed);
+                    fence(Ordering::SeqCst);
+                    let seen = cell.shadow.0.load(Ordering::Acquire) == u32::from(new(round));
+                    cell.seen.0.store(seen, Ordering::Relaxed);
+                }
+            });
+            let mut told = true;
+            let begin = Instant::now();
+            for round in 1.. {
+                // A machine that is busy shows it in fewer rounds, or not at all.
+                let end = round > ROUNDS || begin.elapsed() > Duration::from_secs(10);
+                if end {
+                    over.store(round, Ordering::SeqCst);
+                }
+                meet(0, round);
+                missed += usize::from(!told && !cells[(round - 1) % CELLS].seen.0.load(Ordering::Relaxed));
+                if end {
+                    break;
+                }
+                wait(round % 5 * 3);
+                let cell = &cells[round % CELLS];
+                told = announce_in_memory(&cell.shadow.0, &cell.event.0, new(round));
+                rounds = round;
+            }
+        });
+        assert_eq!(missed, 0, "neither saw the other, so often in {rounds} rounds");
+    }
+
     #[test]
     fn a_sleeping_controller_is_always_told() {
         // The controller's side: sleeps only after it has asked to be told and looked once more.

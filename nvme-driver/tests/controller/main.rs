@@ -3,6 +3,7 @@
 mod bring_up;
 mod commands;
 mod events;
+mod promises;
 mod queues;
 mod recovery;
 mod unusual;

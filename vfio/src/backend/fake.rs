@@ -25,6 +25,7 @@ pub(crate) struct FakeBackend {
     /// Bytes of the longest mapping that is not refused.
     longest: AtomicU64,
     refuse_unmap: AtomicBool,
+    alignment: u64,
     notices: Notices,
     numa_node: Mutex<Option<u32>>,
 }
@@ -42,6 +43,7 @@ impl Default for FakeBackend {
             refuse_map: AtomicBool::default(),
             longest: AtomicU64::new(u64::MAX),
             refuse_unmap: AtomicBool::default(),
+            alignment: 4096,
             notices: Notices::new().unwrap(),
             numa_node: Mutex::default(),
         }
@@ -49,6 +51,11 @@ impl Default for FakeBackend {
 }
 
 impl FakeBackend {
+    /// One whose IOMMU has pages of `bytes`.
+    pub fn with_pages(bytes: u64) -> FakeBackend {
+        FakeBackend { alignment: bytes, ..FakeBackend::default() }
+    }
+
     /// What is mapped for DMA: address and bytes.
     pub fn mapped(&self) -> Vec<(u64, u64)> {
         self.mapped.lock().unwrap().iter().map(|(&start, &bytes)| (start, bytes)).collect()
@@ -138,7 +145,7 @@ impl Backend for FakeBackend {
     }
 
     fn iova_alignment(&self) -> u64 {
-        4096
+        self.alignment
     }
 
     fn pins_memory(&self) -> bool {
@@ -151,6 +158,7 @@ impl Backend for FakeBackend {
         }
         let bytes = bytes as u64;
         let mut mapped = self.mapped.lock().unwrap();
+        assert!((iova | bytes).is_multiple_of(self.alignment), "{iova:#x}, {bytes:#x} bytes: pages of the IOMMU");
         assert!(iova + bytes <= 1 << 32, "inside the range");
         let overlaps = mapped.iter().any(|(&start, &other)| iova < start + other && start < iova + bytes);
         assert!(!overlaps, "{iova:#x} overlaps what is mapped");

@@ -265,6 +265,9 @@ impl fmt::Debug for DmaMapping {
 }
 
 #[cfg(test)]
+mod address_tests;
+
+#[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
