@@ -12,6 +12,8 @@ use std::time::Duration;
 /// How a kernel differs from one that does everything it is told.
 #[derive(Debug)]
 pub struct Behaviour {
+    /// The larger size of hugepages.
+    pub larger_page: &'static str,
     /// Drivers that do not take a drive.
     pub refusing: Vec<&'static str>,
     /// At most so many hugepages on each node.
@@ -28,7 +30,15 @@ pub struct Behaviour {
 
 impl Default for Behaviour {
     fn default() -> Behaviour {
-        Behaviour { refusing: Vec::new(), most_pages: 4096, used_pages: 0, iommufd: false, dies_at: 0, meanwhile: None }
+        Behaviour {
+            refusing: Vec::new(),
+            most_pages: 4096,
+            used_pages: 0,
+            iommufd: false,
+            dies_at: 0,
+            meanwhile: None,
+            larger_page: "1048576kB",
+        }
     }
 }
 
@@ -148,8 +158,8 @@ impl State {
                 }
             }
         }
-        for size in ["hugepages-2048kB", "hugepages-1048576kB"] {
-            self.hugepages(size, &shared.behaviour);
+        for size in ["2048kB", shared.behaviour.larger_page] {
+            self.hugepages(&format!("hugepages-{size}"), &shared.behaviour);
         }
     }
 

@@ -126,7 +126,7 @@ impl Machine {
         machine.write("proc/cmdline", "root=/dev/sda1 intel_iommu=on\n");
         machine.write("proc/interrupts", "  24:   5   IR-PCI-MSI  nvme0q0\n");
         for pool in ["kernel/mm", "devices/system/node/node0", "devices/system/node/node1"] {
-            for size in ["2048kB", "1048576kB"] {
+            for size in ["2048kB", behaviour.larger_page] {
                 machine.write(&format!("sys/{pool}/hugepages/hugepages-{size}/nr_hugepages"), "0\n");
                 machine.write(&format!("sys/{pool}/hugepages/hugepages-{size}/free_hugepages"), "0\n");
             }

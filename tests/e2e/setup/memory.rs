@@ -56,12 +56,7 @@ fn one_node_and_large_pages() {
 /// As on a machine with pages of 64 KiB.
 #[test]
 fn pages_of_any_size_that_the_kernel_has() {
-    let machine = Machine::new();
-    for pool in ["sys/kernel/mm", "sys/devices/system/node/node0", "sys/devices/system/node/node1"] {
-        let [from, to] =
-            ["1048576kB", "524288kB"].map(|size| machine.path(&format!("{pool}/hugepages/hugepages-{size}")));
-        fs::rename(from, to).unwrap();
-    }
+    let machine = Machine::with(Behaviour { larger_page: "524288kB", ..Behaviour::default() });
     machine.run("hugepages 1G --node 1 --page 512M").succeeded().says("there are 2 now");
     assert_eq!(pages(&machine, 1, "524288kB"), 2);
     machine.run("hugepages 1G --page 32M").refused(&["no pages of that size", "there are: 2M 512M"]);
