@@ -218,6 +218,16 @@ impl CommandLimits {
         discard_blocks: u64::MAX,
     };
 
+    /// Is any of these limits tighter than it was?
+    pub fn less_than(&self, before: &CommandLimits) -> bool {
+        let bytes = |limit: Option<u64>| limit.unwrap_or(u64::MAX);
+        bytes(self.verify_bytes) < bytes(before.verify_bytes)
+            || bytes(self.write_zeroes_bytes) < bytes(before.write_zeroes_bytes)
+            || self.discard_ranges < before.discard_ranges
+            || self.discard_range_blocks < before.discard_range_blocks
+            || self.discard_blocks < before.discard_blocks
+    }
+
     /// From CNS 06h; 0 means no limit in each field. `page_size_min` is CAP.MPSMIN.
     pub fn parse(raw: &RawNvmController, page_size_min: u8) -> CommandLimits {
         let or = |value: u64, none: u64| if value == 0 { none } else { value };

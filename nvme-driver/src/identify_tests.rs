@@ -104,6 +104,16 @@ fn command_limits() {
             discard_blocks: 16000
         }
     );
+    assert!(some.less_than(&none) && !none.less_than(&some) && !some.less_than(&some));
+    for less in [
+        CommandLimits { write_zeroes_bytes: Some(4096), ..some },
+        CommandLimits { verify_bytes: Some(4096), discard_blocks: u64::MAX, ..some },
+        CommandLimits { discard_ranges: 15, ..some },
+        CommandLimits { discard_range_blocks: 999, ..some },
+        CommandLimits { discard_blocks: 15999, ..some },
+    ] {
+        assert!(less.less_than(&some), "{less:?}");
+    }
 }
 
 fn descriptor(kind: u8, id: &[u8]) -> Vec<u8> {

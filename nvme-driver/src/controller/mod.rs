@@ -302,6 +302,12 @@ impl Controller {
                 inner.hardware.name
             )));
         }
+        if command_limits(&inner.hardware, admin, &inner.options, &identity)?.less_than(&inner.limits) {
+            return Err(Error::Untrustworthy(format!(
+                "after a reset {} takes less in one command than its namespaces were made for; open it anew",
+                inner.hardware.name
+            )));
+        }
         let now = negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?;
         if now < granted {
             return Err(Error::Untrustworthy(format!(

@@ -12,13 +12,15 @@ use super::back::NotBack;
 use super::{Cause, Condition, Drive, monitor};
 
 /// Time between two looks at a controller: one that has failed is noticed within it, if no request was with it.
-const CHECK_INTERVAL: Duration = Duration::from_millis(100);
+const CHECK_INTERVAL: Duration = Duration::from_millis(50);
 /// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// Between two looks at an address where nothing is.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// A controller that fails again and again is reset less and less often, but no less often than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// So often a drive may fail, without having recovered, before the pauses grow: by then a request that is the reason has its error.
+const QUICK_ATTEMPTS: u32 = 5;
 /// What works for this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(1);
 /// How long the program's end waits for what is under way.
@@ -183,6 +185,8 @@ struct Attempts {
     next: Option<Instant>,
     /// After a failure.
     pause: Duration,
+    /// How often it was back, and had not recovered.
+    times: u32,
     told: Option<String>,
 }
 
@@ -191,7 +195,7 @@ impl Attempts {
     fn works(&mut self, time: Duration) {
         (self.next, self.told) = (None, None);
         if time >= RECOVERED {
-            self.pause = FIRST_PAUSE;
+            (self.pause, self.times) = (FIRST_PAUSE, 0);
         }
     }
 
@@ -204,7 +208,10 @@ impl Attempts {
     fn tried(&mut self, drive: &Drive, result: Result<(), NotBack>) {
         let (why, pause) = match result {
             Ok(()) => {
-                longer(&mut self.pause);
+                self.times += 1;
+                if self.times > QUICK_ATTEMPTS {
+                    longer(&mut self.pause);
+                }
                 self.next = None;
                 return;
             }

@@ -3,12 +3,14 @@
 use std::path::Path;
 use std::time::Duration;
 
-use nvme_sim::{Config, NamespaceConfig, Simulator};
+use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, IdentifyPatch, NamespaceConfig, Simulator};
+use vm_memory::{Bytes, GuestAddress};
 
 use crate::common::*;
 use crate::stand::Stand;
 use crate::{IOERR, MIB, guest};
 
+const T_DISCARD: u32 = 11;
 /// What the neighbour's requests wait for a drive that is opened anew.
 const AWAY: Duration = Duration::from_secs(5);
 
@@ -73,5 +75,30 @@ fn another_namespace_costs_its_own_disk() {
     replace(&mut stand, config(blocks.path()));
     eventually("its disk is back", || ring.read_one(0) == 0);
     ring.check_io(8);
+    neighbour.verdict_within(AWAY);
+}
+
+/// A firmware that comes with a reset, say, takes fewer ranges in a command. Drivers that were told otherwise are served as before.
+#[test]
+fn limits_that_shrink_with_a_reset_are_kept_to() {
+    let stand = Stand::with(|setup| setup.top = "io-timeout = 1".into());
+    let neighbour = stand.neighbour();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = guest(&stand, &region);
+    let ranges: Vec<u8> = (0..16u64)
+        .flat_map(|at| [&(at * 64).to_le_bytes()[..], &8u32.to_le_bytes(), &0u32.to_le_bytes()].concat())
+        .collect();
+    let discard = |ring: &mut Ring| {
+        region.memory.write_slice(&ranges, GuestAddress(ring.data())).unwrap();
+        ring.request(T_DISCARD, 0, (ring.data(), ranges.len() as u32))
+    };
+    assert_eq!(discard(&mut ring), 0);
+    // DMRL of CNS 06h.
+    stand.drive.patch_identify(vec![IdentifyPatch::new(6, 3, [1])]).unwrap();
+    let when = FaultMatch { opcode: Some(2), namespace: Some(1), limit: Some(1), ..FaultMatch::default() };
+    stand.drive.faults().add(FaultRule { action: FaultAction::LoseCompletion, when });
+    ring.check_io(1024);
+    stand.program.wait_for("the drive is back");
+    assert_eq!(discard(&mut ring), 0);
     neighbour.verdict_within(AWAY);
 }
