@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_sim::{FaultAction, NamespaceConfig, Status};
+use nvme_sim::{FaultAction, FaultMatch, FaultRule, NamespaceConfig, Status};
 
 use crate::common::*;
 use crate::stand::Stand;
@@ -83,4 +83,57 @@ fn queue_pairs_are_deleted_by_and_by() {
     let (_front, mut ring) = guest(&stand, &region);
     ring.check_io(8);
     neighbour.verdict();
+}
+
+/// A drive that fails to answer at start is served all the same, as soon as it says what has to be known, and is not another one when it
+/// says the rest.
+#[test]
+fn a_drive_that_fails_to_answer_at_start() {
+    for (cns, feature) in [(Some(0), None), (Some(3), None), (None, Some(6))] {
+        let stand = Stand::with(|setup| {
+            setup.drive.volatile_write_cache = true;
+            let when = FaultMatch { cns, feature, limit: Some(2), ..FaultMatch::default() };
+            setup.drive.faults.rules.push(FaultRule { action: FaultAction::Fail(INTERNAL_ERROR), when });
+        });
+        assert_eq!(stand.drive.faults().fired(), 2);
+        let neighbour = stand.neighbour();
+        let region = Region::new(0, MIB);
+        let (_front, mut ring) = guest(&stand, &region);
+        // It is looked at once more.
+        fault(&stand, admin::IDENTIFY, 1, FaultAction::Fail(INTERNAL_ERROR));
+        look(&stand);
+        (0..20).for_each(|_| ring.check_io(8));
+        assert_eq!(stand.program.lines_with("answers with I/O errors"), 0);
+        neighbour.verdict();
+    }
+}
+
+/// Whether it has lost its power cannot be asked when it is back: nothing says that it has.
+#[test]
+fn a_count_of_power_losses_that_is_not_to_be_had() {
+    let stand = Stand::with(|setup| {
+        setup.top = "io-timeout = 1".into();
+        setup.drive.volatile_write_cache = true;
+    });
+    let neighbour = stand.neighbour();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = guest(&stand, &region);
+    ring.store(64, 7);
+    fault(&stand, admin::GET_LOG_PAGE, MANY, FaultAction::Fail(INTERNAL_ERROR));
+    let when = FaultMatch { opcode: Some(2), namespace: Some(1), limit: Some(1), ..FaultMatch::default() };
+    stand.drive.faults().add(FaultRule { action: FaultAction::LoseCompletion, when });
+    assert!(ring.holds(64, 7));
+    stand.program.wait_for("the drive is back");
+    assert_eq!(ring.flush(), 0);
+    stand.drive.faults().clear();
+    look_again(&stand);
+    assert_eq!(ring.flush(), 0);
+    assert_eq!(stand.program.lines_with("are lost"), 0);
+    neighbour.verdict_within(Duration::from_secs(5));
+}
+
+/// Waits until the drive has been asked something after now.
+fn look_again(stand: &Stand) {
+    fault(stand, admin::GET_LOG_PAGE, 1, FaultAction::Delay(Duration::ZERO..=Duration::ZERO));
+    look(stand);
 }
