@@ -9,7 +9,8 @@
 #   tests/torture.sh --fault FAULT       kill; or what befalls the drive: reset (it reports a fatal status), lost (completions
 #                                        never come), removal (it is pulled out, and put back), power (it loses its power
 #                                        with the target, and what was not flushed); or neighbour: a front-end of another
-#                                        disk of the same drive and worker is hostile, another one each time
+#                                        disk of the same drive and worker is hostile, another one each time; or namespace:
+#                                        another namespace of the drive fails, which our client must not notice
 #   tests/torture.sh --seed S            the requests and moments of an earlier run (the processes' own timing differs)
 #   tests/torture.sh --json              kills, errors, lost, duplicates, pause_ms_median, pause_ms_worst and more
 #   tests/torture.sh --pause-limit MS    the longest pause that is no failure (5000)

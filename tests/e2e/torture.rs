@@ -88,6 +88,13 @@ fn hostile_front_ends_packed() {
 }
 
 #[test]
+fn failures_of_another_namespace_split() {
+    let report = torture(30, "namespace", "split");
+    let number = |name: &str| report["other"][name].as_u64().unwrap_or_else(|| panic!("{name} in {report}"));
+    assert!(number("requests") > 1000 && number("failures") > 30, "{report}");
+}
+
+#[test]
 fn power_cuts_packed() {
     torture(10, "power", "packed");
 }

@@ -29,6 +29,8 @@ pub struct Wrong {
     pub errors: u64,
     pub lost: u64,
     pub duplicates: u64,
+    /// It is counted only.
+    pub quiet: bool,
 }
 
 impl Wrong {
@@ -52,7 +54,7 @@ impl Wrong {
     }
 
     fn say(&self, what: &str, text: &str) {
-        if self.total() <= REPORTED {
+        if !self.quiet && self.total() <= REPORTED {
             eprintln!("torture: {what}: {text}");
         }
     }

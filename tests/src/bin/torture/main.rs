@@ -6,6 +6,7 @@ mod client;
 mod front_end;
 mod hostile;
 mod memory;
+mod namespace;
 mod packed;
 mod random;
 mod request;
@@ -33,7 +34,8 @@ pub struct Options {
     #[arg(long, value_enum, default_value_t = RingFormat::Split)]
     ring: RingFormat,
     /// What befalls the target: it is killed, or its drive fails, loses completions, or is pulled out for a while, or both
-    /// lose their power and with it what was not flushed; or another disk of it has a hostile front-end
+    /// lose their power and with it what was not flushed; or another disk of it has a hostile front-end, or another namespace of
+    /// the drive fails
     #[arg(long, value_enum, default_value_t = Fault::Kill)]
     fault: Fault,
     /// Repeats the requests and moments of an earlier run [default: another one each time]
@@ -64,6 +66,7 @@ enum Fault {
     Removal,
     Power,
     Neighbour,
+    Namespace,
 }
 
 /// Why a run came to no end.
@@ -128,7 +131,7 @@ fn print(options: &Options, report: &Report, seed: u64) {
     let mut pauses = report.pauses.clone();
     pauses.sort_unstable();
     let (median, worst) = (milliseconds(pauses.get(pauses.len() / 2)), milliseconds(pauses.last()));
-    let Report { kills, wrong, requests, resumed, blocks_lost, went_back, deeds, .. } = report;
+    let Report { kills, wrong, requests, resumed, blocks_lost, went_back, deeds, suffering, .. } = report;
     if options.json {
         let mut value = serde_json::json!({
             "kills": kills,
@@ -145,6 +148,9 @@ fn print(options: &Options, report: &Report, seed: u64) {
             "blocks_lost": blocks_lost,
             "answers_lost": went_back,
         });
+        if let Some(suffering) = suffering {
+            value["other"] = serde_json::json!({ "requests": suffering.requests, "failures": suffering.failures });
+        }
         if let Some(deeds) = deeds {
             value["hostile"] = serde_json::json!({
                 "sessions": deeds.sessions,
@@ -164,11 +170,15 @@ fn print(options: &Options, report: &Report, seed: u64) {
         Fault::Removal => "removals",
         Fault::Power => "power cuts",
         Fault::Neighbour => "hostile front-ends",
+        Fault::Namespace => "failures of another namespace",
     };
     println!("{kills} {what}, {} rings, seed {seed}", name(options.ring));
     println!("{requests} requests, {resumed} of them in flight at one of these moments");
     if options.fault == Fault::Power {
         println!("{blocks_lost} blocks lost; {went_back} were read that had lost what was answered and not flushed");
+    }
+    if let Some(suffering) = suffering {
+        println!("the other namespace: {} requests, {} failures", suffering.requests, suffering.failures);
     }
     if let Some(deeds) = deeds {
         let habits: Vec<_> = deeds.habits.iter().map(|(name, count)| format!("{name} {count}")).collect();

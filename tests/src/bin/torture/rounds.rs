@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::{Client, Wrong};
 use crate::hostile::{Deeds, Hostile};
+use crate::namespace::{self, Sufferer, Suffering};
 use crate::random::Random;
 use crate::stand::{Drive, Signal, Target};
 use crate::{Failure, Fault, Options, Programs, RingFormat};
@@ -49,6 +50,8 @@ pub struct Report {
     pub went_back: u64,
     /// What the hostile has done, if there is one.
     pub deeds: Option<Deeds>,
+    /// What the client of a failing namespace has met, if there is one.
+    pub suffering: Option<Suffering>,
 }
 
 /// A folder that is removed, unless something went wrong.
@@ -79,7 +82,7 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
     let mut folder = Folder::new()?;
     let mut random = Random::new(seed ^ 0x746f_7274);
     let socket = folder.path.join("disk.sock");
-    let (mut drive, mut hostile) = (None, None);
+    let (mut drive, mut hostile, mut sufferer) = (None, None, None);
     let arguments = if options.fault == Fault::Neighbour {
         let other = folder.path.join("hostile.sock");
         hostile = Some(Hostile::start(&other)?);
@@ -88,8 +91,14 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
         let started = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
         let device = format!("vfio-user:{}", started.socket().display());
         drive = Some(started);
-        let mut arguments =
-            ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec();
+        let mut arguments = if options.fault == Fault::Namespace {
+            let other = folder.path.join("failing.sock");
+            let packed = options.ring == RingFormat::Packed;
+            sufferer = Some(Sufferer::start(random.next(), packed, options.rings, &other)?);
+            two_disks(&device, &folder.path, [&socket, &other])?
+        } else {
+            ["--device", &device, "--socket-path", &socket.display().to_string()].map(String::from).to_vec()
+        };
         if options.fault == Fault::Lost {
             arguments.extend(["--io-timeout", IO_TIMEOUT].map(String::from));
         }
@@ -108,15 +117,27 @@ pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, 
         blocks_lost: 0,
         went_back: 0,
         deeds: None,
+        suffering: None,
     };
     let mut run = Run { options, drive, target, client, hostile, random, socket, report, ready: false, broken: false };
     run.rounds()?;
+    let suffering = sufferer.map(Sufferer::end).transpose()?;
     run.end();
     let mut report = run.report;
     report.wrong = run.client.wrong;
     report.requests = run.client.requests;
     report.went_back = run.client.went_back();
     report.deeds = run.hostile.map(|hostile| hostile.deeds);
+    report.suffering = suffering;
+    if let Some(Suffering { wrong, failures, .. }) = suffering {
+        if wrong > 0 {
+            report.wrong.error(&format!("{wrong} requests of the failing namespace have no answer, or more than one"));
+        }
+        // A namespace that does not fail proves nothing.
+        if failures == 0 {
+            report.wrong.error("the other namespace has not failed");
+        }
+    }
     // A drive that loses nothing proves nothing.
     if options.fault == Fault::Power && report.blocks_lost == 0 {
         report.wrong.error("the drive has lost nothing in its power cuts");
@@ -134,6 +155,11 @@ fn beside_a_hostile(seed: u64, folder: &Path, sockets: [&Path; 2]) -> Result<Vec
     let pairs = ["1", "4", "16"][(seed / 3 % 3) as usize];
     let sgl = if seed.is_multiple_of(2) { "on" } else { "off" };
     let device = format!("sim:{LARGE_MIB}M,lba={lba},namespaces=2,queues={pairs},sgl={sgl},write-cache=on");
+    two_disks(&device, folder, sockets)
+}
+
+/// Arguments of a target with two disks, the first two namespaces of `device`.
+fn two_disks(device: &str, folder: &Path, sockets: [&Path; 2]) -> Result<Vec<String>, Failure> {
     let exports = (1..).zip(sockets).map(|(namespace, socket)| {
         let socket = socket.display();
         format!("[[export]]\ndevice = \"{device}\"\nnamespace = {namespace}\nsocket-path = \"{socket}\"\n")
@@ -151,6 +177,9 @@ fn drive_arguments(options: &Options, seed: u64, folder: &Path) -> Vec<String> {
     let mut arguments =
         vec!["--size", &size, "--lba", lba, "--reorder"].into_iter().map(String::from).collect::<Vec<_>>();
     arguments.extend(["--seed".into(), seed.to_string()]);
+    if options.fault == Fault::Namespace {
+        arguments.extend(["--namespaces".into(), namespace::FAILING.to_string()]);
+    }
     arguments.extend(UNEVEN.iter().flat_map(|rule| ["--fault".into(), (*rule).into()]));
     match options.fault {
         // A drive that is pulled out loses what is in its cache, and nobody can do anything about that.
@@ -196,6 +225,7 @@ impl Run<'_> {
             match self.options.fault {
                 Fault::Kill | Fault::Power => self.kill()?,
                 Fault::Neighbour => self.hostile(),
+                Fault::Namespace => self.fail_namespace()?,
                 fault => self.fail_drive(fault)?,
             }
         }
@@ -271,6 +301,30 @@ impl Run<'_> {
         }
         if !self.broken && fault != Fault::Removal && self.drive().times(FATAL) + self.drive().times(LOST) == before.1 {
             self.client.wrong.error("no command has met the fault");
+        }
+        Ok(())
+    }
+
+    /// Has the other namespace fail for a while. The pause is the longest that any request of ours had to wait; there is no need for
+    /// one: nothing that befalls one namespace is a reason to reset the drive.
+    fn fail_namespace(&mut self) -> Result<(), Failure> {
+        let delay = self.random.time(LOAD);
+        self.work_for(delay);
+        let before = self.drive().times(READY);
+        self.report.kills += 1;
+        self.report.resumed += self.client.in_flight() as u64;
+        self.client.longest = Duration::ZERO;
+        let rules = format!("faults {} {}", UNEVEN.join(" "), namespace::fault(&mut self.random));
+        self.drive().tell(&rules)?;
+        let settled = self.client.requests + 200;
+        let done = |client: &Client| {
+            client.requests >= settled && client.oldest().is_none_or(|oldest| oldest.number >= settled)
+        };
+        self.until(done);
+        self.drive().tell(&format!("faults {}", UNEVEN.join(" ")))?;
+        self.report.pauses.push(self.client.longest);
+        if self.drive().times(READY) != before {
+            self.client.wrong.error(&format!("the drive was reset for its other namespace: {rules}"));
         }
         Ok(())
     }
