@@ -214,6 +214,14 @@ impl Drive {
         })
     }
 
+    /// The NUMA node that it is on, if the machine tells and it is there.
+    pub fn numa_node(&self) -> Option<u32> {
+        match &self.state().condition {
+            Condition::Present(present) => present.device.numa_node(),
+            _ => None,
+        }
+    }
+
     /// How long requests wait for it when it is away, or not ready for them.
     pub fn hold(&self) -> Duration {
         self.hold
