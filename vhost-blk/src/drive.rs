@@ -39,6 +39,7 @@ pub use away::Cause;
 pub use back::NotBack;
 use embedded::Embedded;
 use events::Reports;
+use keeper::Expired;
 pub use keeper::Keeper;
 pub(crate) use keeper::longer;
 pub use leases::{Lease, Share};
@@ -78,8 +79,8 @@ pub struct Drive {
     chores: Bell,
     /// The places in use, for whoever must not wait for `state`.
     pairs: Mutex<HashSet<PairId>>,
-    /// For the keeper: commands were not answered in time, as was noticed then.
-    expired: Mutex<Option<(String, Instant)>>,
+    /// For the keeper: commands were not answered in time.
+    expired: Mutex<Option<Expired>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
 }
@@ -312,7 +313,7 @@ impl Drive {
     pub fn report_expired(&self, pair: PairId, count: usize, at: Instant) {
         if self.pairs().contains(&pair) {
             let why = format!("{count} commands were not answered in time");
-            *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some((why, at));
+            *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some(Expired { why, at, paused: None });
             self.bell.ring();
         }
     }

@@ -348,6 +348,16 @@ impl WorkerPool {
         }
     }
 
+    /// How long the oldest command is with the drive on the queue pair of a place, roughly; `None`: there is none, or no queue pair.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn oldest(&self, pair: PairId) -> Result<Option<Duration>, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Oldest { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
     /// Gives nothing more to the queue pair of a place until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
     /// Returns how many commands the controller still has; what it answers is passed on.
     ///

@@ -6,6 +6,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use nvme_driver::Controller;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::back::NotBack;
@@ -19,6 +20,8 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
 /// A controller that fails again and again is reset less and less often, but no less often than this.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How long a controller may pause that does not say so (MTFA).
+const UNKNOWN_PAUSE: Duration = Duration::from_secs(30);
 /// So often a drive may fail, without having recovered, before the pauses grow: by then a request that is the reason has its error.
 const QUICK_ATTEMPTS: u32 = 5;
 /// What works for this long has recovered.
@@ -133,6 +136,15 @@ fn wait(drive: &Drive, time: Duration) {
     drive.bell.silence();
 }
 
+/// Commands that were not answered in time.
+pub(super) struct Expired {
+    pub why: String,
+    /// When that was noticed.
+    pub at: Instant,
+    /// When the controller was last seen to pause since then.
+    pub paused: Option<Instant>,
+}
+
 impl Drive {
     /// Why the drive has to go away, if it has to.
     fn trouble(&self) -> Option<Cause> {
@@ -150,15 +162,42 @@ impl Drive {
         if let Some(notice) = notice {
             return Some(Cause::from(notice));
         }
-        let (why, at) = expired?;
+        let expired = expired?;
         let controller = match &self.state().condition {
             // What was noticed before the controller came back has been dealt with.
-            Condition::Present(present) if present.since < at => present.controller.clone(),
+            Condition::Present(present) if present.since < expired.at => present.controller.clone(),
             _ => return None,
         };
         // It may have gone, which is another matter than a command that it has lost.
-        let health = controller.health();
-        Some(health.map_or_else(|error| Cause::from(&error), |()| Cause::Failed(why)))
+        if let Err(error) = controller.health() {
+            return Some(Cause::from(&error));
+        }
+        self.still_expired(&controller, expired).map(Cause::Failed)
+    }
+
+    /// A controller that activates firmware may pause (CSTS.PP): what it does not answer meanwhile is not lost. After that it has as long as
+    /// any command has.
+    fn still_expired(&self, controller: &Controller, expired: Expired) -> Option<String> {
+        let longest = controller.identity().activation_time.unwrap_or(UNKNOWN_PAUSE);
+        let waits = match expired.paused {
+            _ if controller.is_paused() && expired.at.elapsed() < longest => Some(Instant::now()),
+            Some(last) if !self.has_overdue() => {
+                log::info!("{}: it has paused for {:?}", self, last.saturating_duration_since(expired.at));
+                return None;
+            }
+            Some(last) if last.elapsed() < self.options.io_timeout => Some(last),
+            _ => return Some(expired.why),
+        };
+        let mut slot = self.expired.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.get_or_insert(Expired { paused: waits, ..expired });
+        None
+    }
+
+    /// Is anything with the drive for longer than a command may take?
+    fn has_overdue(&self) -> bool {
+        let places = self.shares().places().to_vec();
+        let mut ages = places.iter().filter_map(|place| self.pool.oldest(place.id).ok().flatten());
+        ages.any(|age| age >= self.options.io_timeout)
     }
 }
 

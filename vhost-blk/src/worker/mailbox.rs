@@ -6,7 +6,7 @@ use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nvme_driver::{Namespace, QueuePair};
 use rustix::event::{EventfdFlags, eventfd};
@@ -68,6 +68,10 @@ pub(super) enum Mail {
     SetError {
         id: LaneId,
         error: Option<File>,
+    },
+    Oldest {
+        index: usize,
+        reply: Sender<Option<Duration>>,
     },
     Pause {
         index: usize,

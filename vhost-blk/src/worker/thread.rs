@@ -291,6 +291,10 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
+                Mail::Oldest { index, reply } => {
+                    let pair = self.group_mut(index).and_then(|group| group.pair());
+                    let _ = reply.send(pair.and_then(QueuePair::oldest));
+                }
                 Mail::Pause { index, seat, reply } => {
                     let _ = reply.send(self.group_mut(index).map_or(0, |group| group.pause(seat)));
                 }

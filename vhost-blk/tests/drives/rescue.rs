@@ -53,3 +53,27 @@ fn the_device_stays_open() {
     assert_eq!(stand.drive.counters().front_ends_gone.load(Ordering::Relaxed), 0);
     neighbour.verdict_within(Duration::from_secs(4));
 }
+
+/// A drive that activates firmware tells that it pauses. What it does not answer meanwhile is not lost, and it is not reset for that.
+#[test]
+fn a_pause_is_no_failure() {
+    let stand = Stand::with(|setup| setup.top = "io-timeout = 0.5".into());
+    let neighbour = stand.neighbour();
+    let region = Region::new(0, MIB);
+    let (_front, mut ring) = guest(&stand, &region);
+    stand.drive.faults().change(|plan| plan.paused = true);
+    ring.submit(0, 8, (ring.data(), 4096));
+    let start = Instant::now();
+    eventually("twice the timeout is over", || start.elapsed() > Duration::from_millis(1200));
+    assert_eq!(ring.poll(), None);
+    stand.drive.faults().change(|plan| plan.paused = false);
+    assert_eq!(ring.wait(), 0);
+    ring.check_io(8);
+    stand.program.wait_for("it has paused for");
+    assert_eq!(stand.program.lines_with("out of operation"), 0);
+    // What is lost afterwards is noticed as ever.
+    lose_a_read(&stand);
+    ring.check_io(8);
+    stand.program.wait_for("the drive is back");
+    neighbour.verdict_within(Duration::from_secs(4));
+}
