@@ -10,23 +10,25 @@ use vfio::{DmaLimits, DmaSpace};
 
 use super::{Error, Region};
 
-/// The memory of all guests that use a drive.
+/// The memory of all guests that use a drive. The default is for a drive that is away, and of which nothing is known.
+#[derive(Default)]
 pub struct Reach {
     inner: Mutex<Inner>,
 }
 
+#[derive(Default)]
 struct Inner {
     /// `None`: the drive is away.
     dma: Option<DmaSpace>,
-    /// What is known of a drive that is away.
-    limits: DmaLimits,
+    /// What is known of a drive that is away; `None`: nothing.
+    limits: Option<DmaLimits>,
     regions: Vec<Weak<Region>>,
 }
 
 impl Reach {
     /// For a drive that is there, and no memory yet.
     pub fn new(dma: DmaSpace) -> Reach {
-        let limits = dma.limits();
+        let limits = Some(dma.limits());
         Reach { inner: Mutex::new(Inner { dma: Some(dma), limits, regions: Vec::new() }) }
     }
 
@@ -67,7 +69,7 @@ impl Reach {
             let _ = region.refusal.set(error.to_string());
             refused.push(error);
         }
-        inner.limits = dma.limits();
+        inner.limits = Some(dma.limits());
         inner.dma = Some(dma);
         Ok(refused)
     }
@@ -77,7 +79,7 @@ impl Reach {
         let mut inner = self.inner();
         match &inner.dma {
             Some(dma) => region.attach(dma)?,
-            None => region.check(&inner.limits)?,
+            None => inner.limits.iter().try_for_each(|limits| region.check(limits))?,
         }
         inner.regions.retain(|region| region.strong_count() > 0);
         inner.regions.push(Arc::downgrade(region));
