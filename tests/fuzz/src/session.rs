@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_blk::bell::Bell;
 use vhost_blk::config::{ExportSettings, Listen};
-use vhost_blk::drive::Drive;
+use vhost_blk::drive::{Drive, Keeper};
 use vhost_blk::export::Export;
 use vhost_blk::guest_memory::{Budget, Limits};
 use vhost_blk::session::Session;
@@ -101,7 +101,10 @@ fn served() -> &'static Served {
         };
         let pool = Arc::new(WorkerPool::start(&[]).expect("a worker starts"));
         let drive = Drive::open(&settings.device, &Options::default(), HOLD, pool.clone()).expect("the drive is there");
-        let export = Export::new(&settings, Arc::new(drive), &Budget::new(Limits::default(), 1), 0, pool.len())
+        let drive = Arc::new(drive);
+        // What rings have left is given back by its threads, as long as the process lives.
+        std::mem::forget(Keeper::start(drive.clone()).expect("threads start"));
+        let export = Export::new(&settings, drive, &Budget::new(Limits::default(), 1), 0, pool.len())
             .expect("the disk is there");
         Served { export: Arc::new(export), stop: Bell::new().expect("an eventfd can be made") }
     })
