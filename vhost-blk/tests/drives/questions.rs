@@ -29,15 +29,14 @@ fn answers_that_are_errors_say_nothing() {
     neighbour.measure_alone();
     let region = Region::new(0, MIB);
     let (_front, mut ring) = guest(&stand, &region);
-    for status in [INTERNAL_ERROR, INTERNAL_ERROR.not_to_be_retried(), INVALID_FIELD.not_to_be_retried()] {
-        for opcode in [admin::IDENTIFY, admin::GET_FEATURES, admin::GET_LOG_PAGE] {
-            // One, and as many as there may be.
-            for limit in [1, MANY] {
-                fault(&stand, opcode, limit, FaultAction::Fail(status));
-                look(&stand);
-                (0..20).for_each(|_| ring.check_io(8));
-                stand.drive.faults().clear();
-            }
+    let refused = INVALID_FIELD.not_to_be_retried();
+    for opcode in [admin::IDENTIFY, admin::GET_FEATURES, admin::GET_LOG_PAGE] {
+        // One, and as many as there may be.
+        for (status, limit) in [(INTERNAL_ERROR, 1), (INTERNAL_ERROR, MANY), (refused, MANY)] {
+            fault(&stand, opcode, limit, FaultAction::Fail(status));
+            look(&stand);
+            (0..20).for_each(|_| ring.check_io(8));
+            stand.drive.faults().clear();
         }
     }
     for lost in ["answers with I/O errors", "out of operation", "are lost"] {
@@ -48,7 +47,10 @@ fn answers_that_are_errors_say_nothing() {
 
 #[test]
 fn questions_that_are_not_answered_cost_nobody_a_reset() {
-    let stand = Stand::with(|setup| setup.top = "io-timeout = 5".into());
+    let stand = Stand::with(|setup| {
+        setup.top = "io-timeout = 5".into();
+        setup.more = "[[drive]]\ndevice = \"{device}\"\nadmin-timeout = 1\n".into();
+    });
     let mut neighbour = stand.neighbour();
     neighbour.measure_alone();
     let region = Region::new(0, MIB);
