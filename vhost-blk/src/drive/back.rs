@@ -1,4 +1,5 @@
-//! How a drive comes back: it is opened again, compared with what was there, and every place gets a queue pair on it.
+//! How a drive comes back: its controller is reset where it is, or the device is opened again; it is compared with what was there, and
+//! every place gets a queue pair on it.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -58,7 +59,7 @@ impl Drive {
             _ => return Ok(()),
         };
         let Some(kept) = kept else { return self.go_on(Present::open(&self.device_address, &self.options, earlier)?) };
-        // What was given away for its queues is not needed any more, and the guests' memory is mapped.
+        // In place: the guests' memory is mapped where it was.
         let result = match kept.controller.reset() {
             Ok(()) => self.go_on(Present::of(kept.device.clone(), kept.controller.clone())),
             Err(error) => Err(NotBack::from(NotOpened::Controller(error))),
