@@ -103,7 +103,7 @@ pub(crate) struct Hardware {
     pub standing: Standing,
     bar: Bar,
     /// The longest the controller may take to become ready or not ready.
-    ready_timeout: Duration,
+    pub ready_timeout: Duration,
     /// What it says it is, where there are quirks of.
     pub function: Function,
     /// How long CSTS is left alone after CC.EN was cleared.

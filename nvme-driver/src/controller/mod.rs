@@ -183,6 +183,11 @@ impl Controller {
         &self.inner.options
     }
 
+    /// The longest it may take to become ready, or not ready: what it asks for (CAP.TO, CRTO) and some, or [`Options::ready_timeout`].
+    pub fn ready_timeout(&self) -> Duration {
+        self.inner.hardware.ready_timeout
+    }
+
     /// Whether doorbells are shadowed in memory.
     pub fn uses_shadow_doorbells(&self) -> bool {
         self.inner.shadow.is_some()

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Error, LbaRange, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::{Controller, Error, LbaRange, Options, QueuePairOptions, Segment, Status, Work, command};
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, IdentifyPatch, RegisterPatch};
 
 use crate::recovery::interrupts_work;
@@ -101,8 +101,9 @@ fn a_controller_has_the_time_that_crto_says() {
     // CAP.TO is 500 ms, CRTO.CRWMT 20 s.
     let registers = vec![RegisterPatch::new(0x68, [40, 0])];
     let rig = Rig::new(Config { ready_timeout: Duration::from_millis(500), registers, ..small() });
-    rig.simulator.faults().change(|plan| plan.ready_delay = Duration::from_millis(1500));
-    works(&rig.open(), 1, 1);
+    let controller = Controller::open(&rig.device, &Options::default()).unwrap();
+    assert_eq!(controller.ready_timeout(), Duration::from_secs(30), "and half as much again");
+    works(&controller, 1, 1);
 }
 
 /// A pair needs a queue of either kind.

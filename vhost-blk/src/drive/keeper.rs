@@ -251,7 +251,7 @@ impl Attempts {
                 if self.times > QUICK_ATTEMPTS {
                     longer(&mut self.pause);
                 }
-                self.next = None;
+                (self.next, self.told) = (None, None);
                 return;
             }
             Err(error) => error.pause(&mut self.pause),
