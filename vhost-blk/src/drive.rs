@@ -121,6 +121,12 @@ impl Present {
     fn open(address: &vfio::Address, options: &Options, earlier: Option<DmaAddresses>) -> Result<Present, NotOpened> {
         let patience = OpenOptions { request_timeout: options.io_timeout.max(LEAST_PATIENCE) };
         let device = Device::open_with(address, &patience).map_err(NotOpened::Device)?;
+        // Nothing that its last user has left may outlive him: the kernel resets a function that it gives out, a server is asked to.
+        if let vfio::Address::VfioUser(_) = address
+            && let Err(error) = device.reset()
+        {
+            log::debug!("{address}: it cannot be reset before it is used: {error}");
+        }
         if let Some(earlier) = earlier {
             device.dma().keep_clear_of(earlier);
         }
