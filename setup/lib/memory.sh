@@ -81,8 +81,8 @@ provide_hugepages() {
     bytes=$(size_in_bytes "$size") || wrong_usage "'$size' is no size: it looks like 512M or 2G"
     kilobytes=$(page_in_kilobytes "${PAGE:-2M}") || wrong_usage "--page is the size of a hugepage such as 2M, 512M or 1G, not '$PAGE'"
     [[ -z $NODE || $NODE =~ ^(0|[1-9][0-9]*)$ ]] || wrong_usage "--node is a number, not '$NODE'"
-    where="hugepages of $(size_for_people $kilobytes)${NODE:+ on node $NODE}"
-    dir=$(pages_dir $kilobytes "$NODE")
+    where="hugepages of $(size_for_people "$kilobytes")${NODE:+ on node $NODE}"
+    dir=$(pages_dir "$kilobytes" "$NODE")
     if [[ -n $NODE && ! -d $SYS/devices/system/node/node$NODE ]]; then
         step refused "$where" "this machine has no NUMA node $NODE" "its nodes are: $(numa_nodes | tr '\n' ' ')"
         return 1

@@ -337,7 +337,17 @@ impl Drive {
     /// Makes every write to a namespace that was answered so far durable.
     pub fn flush(&self, namespace: u32) -> Result<(), String> {
         let timeout = self.options.io_timeout;
-        let mut blocking = self.controller()?.blocking(namespace, timeout).map_err(|error| error.to_string())?;
+        // Rings that were stopped for this have left their queue pairs, which may still be on their way back.
+        self.take_away_leaving();
+        let until = Instant::now() + SOON;
+        let mut blocking = loop {
+            match self.controller()?.blocking(namespace, timeout) {
+                Err(Error::NoQueuePairsLeft { .. }) if Instant::now() < until => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                made => break made.map_err(|error| error.to_string())?,
+            }
+        };
         blocking.flush().map_err(|error| error.to_string())
     }
 

@@ -169,7 +169,7 @@ impl Drive {
     }
 
     /// Gives the queue pairs of places that nobody has any more back to the controller, as far as their lanes have left.
-    fn take_away_leaving(&self) {
+    pub(super) fn take_away_leaving(&self) {
         let leaving = self.shares().leaving();
         for id in leaving {
             let (pair, controller) = {
