@@ -1,4 +1,4 @@
-//! The last resort of a stop: a lane that is still busy when all deadlines have passed.
+//! A drive that has to go, and the last resort of a stop: a lane that is still busy when all deadlines have passed.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -6,9 +6,34 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simu
 
 use super::leases::STOP_MARGIN;
 use super::*;
+use crate::disk::Disk;
 use crate::lane::testing::{Client, DATA, LAYOUT, disk, until};
 use crate::request::{IOERR, OK};
 use crate::ring::model::{Guest, writable};
+
+/// A drive on a controller of this process, and a guest's memory. Nobody looks after the drive.
+struct OneDrive {
+    drive: Arc<Drive>,
+    guest: Guest,
+    disk: Arc<Disk>,
+    simulator: Simulator,
+    _directory: tempfile::TempDir,
+}
+
+impl OneDrive {
+    fn new(config: Config, options: &Options) -> OneDrive {
+        let directory = tempfile::tempdir().unwrap();
+        let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
+        let config = Config { namespaces: vec![namespace], ..config };
+        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
+        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
+        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
+        let drive = Arc::new(Drive::open(&address, options, Duration::from_secs(600), pool).unwrap());
+        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
+        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+        OneDrive { drive, guest, disk, simulator, _directory: directory }
+    }
+}
 
 fn read(client: &mut Client, guest: &Guest) {
     client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
@@ -18,24 +43,17 @@ fn read(client: &mut Client, guest: &Guest) {
 /// Producers first, then the device (NVMe Base 2.0, 3.6.1).
 #[test]
 fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() {
-    let directory = tempfile::tempdir().unwrap();
-    let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
     // Doorbells of all kinds count.
     for shadow_doorbells in [false, true] {
-        let config = Config { namespaces: vec![namespace.clone()], shadow_doorbells, ..Config::default() };
-        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
-        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
-        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
-        let drive = Arc::new(Drive::open(&address, &Options::default(), Duration::from_secs(600), pool).unwrap());
-        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
-        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+        let config = Config { shadow_doorbells, ..Config::default() };
+        let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(config, &Options::default());
         // So there is something under way, and something new, at each moment.
         let late = Duration::ZERO..=Duration::from_millis(2);
         simulator.faults().add(FaultRule { action: FaultAction::Delay(late), when: FaultMatch::default() });
-        let mut client = Client::new(&guest, 0, false, 16);
+        let mut client = Client::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
-        let handle = lease.start(client.lane(&guest, &disk));
+        let handle = lease.start(client.lane(guest, disk));
 
         let (answered, stop) = (AtomicU64::new(0), AtomicBool::new(false));
         let (back, after) = std::thread::scope(|scope| {
@@ -44,9 +62,9 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
                 while !stop.load(Ordering::Relaxed) || client.in_flight() > 0 {
                     assert!(Instant::now() < deadline, "{} requests are not answered", client.in_flight());
                     if !stop.load(Ordering::Relaxed) && client.in_flight() < 5 {
-                        read(&mut client, &guest);
+                        read(&mut client, guest);
                     }
-                    while let Some((_, status, _)) = client.answer(&guest) {
+                    while let Some((_, status, _)) = client.answer(guest) {
                         assert_eq!(status, OK);
                         answered.fetch_add(1, Ordering::Relaxed);
                     }
@@ -77,32 +95,24 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
 #[test]
 fn a_device_that_is_let_go_is_closed() {
     for failures in 0..3 {
-        let directory = tempfile::tempdir().unwrap();
-        let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
-        let config = Config { namespaces: vec![namespace], ..Config::default() };
-        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
-        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
-        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
-        let drive = Arc::new(Drive::open(&address, &Options::default(), Duration::from_secs(600), pool).unwrap());
-        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
-        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
-        let mut client = Client::new(&guest, 0, false, 16);
+        let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(Config::default(), &Options::default());
+        let mut client = Client::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
-        let handle = lease.start(client.lane(&guest, &disk));
+        let handle = lease.start(client.lane(guest, disk));
         for _ in 0..failures {
             drive.leave(Cause::Failed("a test says so".into()));
             assert!(drive.is_kept());
             drive.come_back().unwrap();
-            read(&mut client, &guest);
-            assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+            read(&mut client, guest);
+            assert_eq!(until("an answer", || client.answer(guest)).1, OK);
         }
         drive.leave(Cause::WantedBack);
         let gone = || simulator.counters().front_ends_gone.load(Ordering::Relaxed);
         until("it is closed", || (gone() == 1).then_some(()));
         drive.come_back().unwrap();
-        read(&mut client, &guest);
-        assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+        read(&mut client, guest);
+        assert_eq!(until("an answer", || client.answer(guest)).1, OK);
         assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
     }
 }
@@ -110,30 +120,22 @@ fn a_device_that_is_let_go_is_closed() {
 #[test]
 fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
     for forsaken in [false, true] {
-        let directory = tempfile::tempdir().unwrap();
-        let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
-        let config = Config { namespaces: vec![namespace], ..Config::default() };
-        let simulator = Simulator::start(config, &directory.path().join("nvme")).unwrap();
-        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
-        let address = DeviceAddress::Vfio(vfio::Address::VfioUser(simulator.socket().to_owned()));
-        // No command expires in time, and nobody else looks after the drive.
+        // No command expires in time.
         let options = Options { io_timeout: Duration::from_secs(600), ..Options::default() };
-        let drive = Arc::new(Drive::open(&address, &options, Duration::from_secs(600), pool).unwrap());
-        let guest = Guest::new(&LAYOUT, Some(drive.memory()));
-        let disk = Arc::new(disk(drive.namespace(Some(1)).unwrap().known().namespace));
+        let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(Config::default(), &options);
 
         simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
-        let mut client = Client::new(&guest, 0, false, 16);
+        let mut client = Client::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
-        let handle = lease.start(client.lane(&guest, &disk));
-        read(&mut client, &guest);
+        let handle = lease.start(client.lane(guest, disk));
+        read(&mut client, guest);
         until("the drive has it", || (simulator.faults().fired() > 0).then_some(()));
         let start = Instant::now();
         let stopped = lease.finish_stop(lease.begin_stop(handle, forsaken), start).expect("the lane is given back");
         assert!(start.elapsed() < STOP_MARGIN, "{:?}", start.elapsed());
         // Whoever has left gets no error later.
-        assert_eq!(client.answer(&guest).map(|(_, status, _)| status), (!forsaken).then_some(IOERR));
+        assert_eq!(client.answer(guest).map(|(_, status, _)| status), (!forsaken).then_some(IOERR));
         assert!(matches!(drive.presence(), Presence::Away(_)));
         drop(lease);
 
@@ -141,12 +143,12 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         drive.come_back().unwrap();
         let lease = share.lease(0, 16).unwrap();
         if forsaken {
-            client = Client::new(&guest, 0, false, 16);
+            client = Client::new(guest, 0, false, 16);
         }
         let base = if forsaken { 0 } else { stopped.base };
-        let handle = lease.start(client.lane_at(&guest, &disk, base));
-        read(&mut client, &guest);
-        assert_eq!(until("an answer", || client.answer(&guest)).1, OK);
+        let handle = lease.start(client.lane_at(guest, disk, base));
+        read(&mut client, guest);
+        assert_eq!(until("an answer", || client.answer(guest)).1, OK);
         assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
     }
 }
