@@ -3,7 +3,7 @@
 mod support;
 
 use nvme_sim::{Config, IdentifyPatch, NamespaceConfig};
-use support::{Host, Sqe, descriptor, start};
+use support::{Host, Sqe, descriptor, with_two_namespaces};
 
 const FLUSH: u8 = 0x00;
 const WRITE: u8 = 0x01;
@@ -20,15 +20,6 @@ const SGL_TYPE: u16 = 0x011;
 const SGL_GRANULARITY: u16 = 0x01e;
 const INVALID_LOG_PAGE: u16 = 0x109;
 const SIZE_LIMIT: u16 = 0x183;
-
-/// Two namespaces of 64 MiB, one queue pair.
-fn bring_up(config: Config) -> (support::Controller, Host) {
-    let namespace = NamespaceConfig { bytes: 64 << 20, ..Default::default() };
-    let controller = start(Config { namespaces: vec![namespace.clone(), namespace], ..config });
-    let mut host = Host::bring_up(controller.simulator.socket());
-    host.create_pair(1, 64, None);
-    (controller, host)
-}
 
 /// The status of `entry` once `patch` is in place, and that of it without.
 fn with_and_without(
@@ -56,7 +47,7 @@ fn deallocate(host: &mut Host, ranges: &[(u64, u32)]) -> Sqe {
 
 #[test]
 fn io_commands() {
-    let (controller, mut host) = bring_up(Config { volatile_write_cache: true, ..Default::default() });
+    let (controller, mut host) = with_two_namespaces(Config { volatile_write_cache: true, ..Default::default() });
     let buffer = host.allocate(4096);
     let entry = |opcode| Sqe::new(opcode, 1).prp(buffer, 0).blocks(0, 8);
     let dsm = deallocate(&mut host, &[(0, 8)]);
@@ -92,7 +83,7 @@ fn io_commands() {
 
 #[test]
 fn sizes() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let buffer = host.allocate(32768);
     let (prp1, prp2) = host.prps(buffer, 32768);
     let entry = |opcode, blocks| Sqe::new(opcode, 1).prp(prp1, prp2).blocks(0, blocks);
@@ -128,7 +119,7 @@ fn sizes() {
 
 #[test]
 fn scatter_gather_lists() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let buffer = host.allocate(8192);
     let list = host.allocate(4096);
     let read = |kind, address, bytes| Sqe::new(READ, 1).sgl(descriptor(kind, address, bytes)).blocks(0, 8);
@@ -147,7 +138,7 @@ fn scatter_gather_lists() {
 
 #[test]
 fn admin_commands() {
-    let (controller, mut host) = bring_up(Config { volatile_write_cache: true, ..Default::default() });
+    let (controller, mut host) = with_two_namespaces(Config { volatile_write_cache: true, ..Default::default() });
     let [shadow, events, page] = [(); 3].map(|()| host.allocate(8192));
     let oacs = |value: u16| IdentifyPatch::new(1, 256, value.to_le_bytes());
     let log = |id: u32| Sqe::new(2, 0xffff_ffff).prp(page, 0).dword(10, 127 << 16 | id);

@@ -6,8 +6,8 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
-use support::{Host, MEMORY_BYTES, Sqe, await_some, start};
+use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule};
+use support::{Host, MEMORY_BYTES, Sqe, await_some, with_two_namespaces};
 use vmm_sys_util::eventfd::EventFd;
 
 const FLUSH: u8 = 0x00;
@@ -17,17 +17,9 @@ const ABORT: u8 = 0x08;
 const MSIX: u32 = 2;
 const EVENTFD_TRIGGER: u32 = 1 << 2 | 1 << 5;
 
-fn bring_up(config: Config) -> (support::Controller, Host) {
-    let namespace = NamespaceConfig { bytes: 64 << 20, ..Default::default() };
-    let controller = start(Config { namespaces: vec![namespace.clone(), namespace], ..config });
-    let mut host = Host::bring_up(controller.simulator.socket());
-    host.create_pair(1, 64, None);
-    (controller, host)
-}
-
 #[test]
 fn what_is_sanitized_or_formatted_answers_later() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let faults = controller.simulator.faults();
     let flush = |host: &mut Host| [1, 2, 0xffff_ffff].map(|id| host.command(1, Sqe::new(FLUSH, id)).status);
     assert_eq!(flush(&mut host), [0; 3]);
@@ -47,7 +39,7 @@ fn what_is_sanitized_or_formatted_answers_later() {
 
 #[test]
 fn an_abort_that_aborts_nothing() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let faults = controller.simulator.faults();
     let delay = FaultAction::Delay(Duration::from_secs(600)..=Duration::from_secs(600));
     let when = FaultMatch { opcode: Some(READ), ..Default::default() };
@@ -68,7 +60,7 @@ fn an_abort_that_aborts_nothing() {
 
 #[test]
 fn a_pause_shows_in_csts() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let faults = controller.simulator.faults();
     faults.change(|plan| plan.paused = true);
     host.await_status(1 << 5, 1 << 5);
@@ -82,7 +74,7 @@ fn a_pause_shows_in_csts() {
 #[test]
 fn commands_after_a_shutdown_are_counted() {
     for (shadow, hangs) in [(false, false), (true, false), (false, true)] {
-        let (controller, mut host) = bring_up(Config::default());
+        let (controller, mut host) = with_two_namespaces(Config::default());
         let counters = controller.simulator.counters();
         let counted = || counters.commands_after_shutdown.load(Ordering::Relaxed);
         if shadow {
@@ -117,7 +109,7 @@ fn more_queues_of_one_kind_than_of_the_other() {
     for (submission, completion) in [(2_u16, 4_u16), (4, 2)] {
         let config =
             Config { submission_queues: Some(submission), completion_queues: Some(completion), ..Default::default() };
-        let (_controller, mut host) = bring_up(Config { max_queue_pairs: 8, ..config });
+        let (_controller, mut host) = with_two_namespaces(Config { max_queue_pairs: 8, ..config });
         host.disable();
         host.enable();
         let granted = u32::from(completion - 1) << 16 | u32::from(submission - 1);
@@ -136,7 +128,7 @@ fn more_queues_of_one_kind_than_of_the_other() {
 
 #[test]
 fn a_function_reset_may_forget_the_interrupts() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let mut after_reset = |forgets: bool, given_again: bool| {
         controller.simulator.faults().change(|plan| plan.reset_forgets_interrupts = forgets);
@@ -159,7 +151,7 @@ fn a_function_reset_may_forget_the_interrupts() {
 #[test]
 fn a_region_too_many_is_refused() {
     let config = Config { dma_regions: Some(2), ..Default::default() };
-    let (_controller, mut host) = bring_up(config);
+    let (_controller, mut host) = with_two_namespaces(config);
     let file = tempfile::tempfile_in("/dev/shm").unwrap();
     file.set_len(8192).unwrap();
     let far = support::MEMORY + MEMORY_BYTES;
@@ -177,7 +169,7 @@ fn a_region_too_many_is_refused() {
 
 #[test]
 fn a_controller_that_is_disabled_while_it_becomes_ready() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let early = || controller.simulator.counters().early_disables.load(Ordering::Relaxed);
     host.disable();
     assert_eq!(early(), 0);
@@ -190,7 +182,7 @@ fn a_controller_that_is_disabled_while_it_becomes_ready() {
 
 #[test]
 fn log_pages_that_keep_their_event() {
-    let (controller, mut host) = bring_up(Config::default());
+    let (controller, mut host) = with_two_namespaces(Config::default());
     let released = || controller.simulator.counters().events_released.load(Ordering::Relaxed);
     let page = host.allocate(4096);
     let log = |keep: u32| Sqe::new(2, 0xffff_ffff).prp(page, 0).dword(10, 15 << 16 | keep << 15 | 1);

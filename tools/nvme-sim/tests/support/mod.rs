@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nvme_sim::{Config, Simulator};
+use nvme_sim::{Config, NamespaceConfig, Simulator};
 use vfio_user::Client;
 
 /// Every wait of a test ends here.
@@ -29,6 +29,15 @@ pub fn start(config: Config) -> Controller {
     let directory = tempfile::tempdir().unwrap();
     let simulator = Simulator::start(config, &directory.path().join("nvme.sock")).unwrap();
     Controller { simulator, directory }
+}
+
+/// A controller with two namespaces of 64 MiB, brought up, with one queue pair.
+pub fn with_two_namespaces(config: Config) -> (Controller, Host) {
+    let namespace = NamespaceConfig { bytes: 64 << 20, ..Default::default() };
+    let controller = start(Config { namespaces: vec![namespace.clone(), namespace], ..config });
+    let mut host = Host::bring_up(controller.simulator.socket());
+    host.create_pair(1, 64, None);
+    (controller, host)
 }
 
 impl Controller {
