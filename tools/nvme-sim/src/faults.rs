@@ -108,6 +108,8 @@ pub struct FaultMatch {
     pub log_page: Option<u8>,
     /// Only this namespace identifier.
     pub namespace: Option<u32>,
+    /// Only commands whose data is described by an SGL, or only others.
+    pub sgl: Option<bool>,
     /// Only commands that touch one of these logical blocks (commands with SLBA and NLB).
     pub blocks: Option<RangeInclusive<u64>>,
     /// This many matching commands pass first.
@@ -127,6 +129,7 @@ impl Default for FaultMatch {
             feature: None,
             log_page: None,
             namespace: None,
+            sgl: None,
             blocks: None,
             skip: 0,
             limit: None,
@@ -145,6 +148,7 @@ impl FaultMatch {
         if self.wants_admin() != is_admin
             || self.opcode.is_some_and(|opcode| opcode != command.opcode())
             || self.namespace.is_some_and(|namespace| namespace != command.namespace())
+            || self.sgl.is_some_and(|sgl| sgl != (command.data_pointer_kind() != 0))
         {
             return false;
         }
@@ -378,7 +382,7 @@ impl std::str::FromStr for FaultRule {
 
     /// `ACTION[,CONDITION]…`; actions `delay=TIME[..TIME]` (`us`, `ms` or `s`), `stray=TIME[..TIME]`, `fail=TYPE:CODE`, `nothing`, `lose`,
     /// `wrong-id`, `fatal`, `stop`, `remove`; conditions `admin`, `opcode=NAME` (or a number), `cns=N` (Identify), `fid=N` (features),
-    /// `lid=N` (log pages), `nsid=N`, `lba=FIRST[..LAST]`, `skip=N`, `limit=N`, `p=PROBABILITY`.
+    /// `lid=N` (log pages), `nsid=N`, `sgl=on|off` (the data pointer), `lba=FIRST[..LAST]`, `skip=N`, `limit=N`, `p=PROBABILITY`.
     fn from_str(text: &str) -> Result<FaultRule, crate::Error> {
         let bad = |part: &str, want: &str| crate::error::invalid(format!("fault {text:?}: {part:?}: {want}"));
         let mut parts = text.split(',');
@@ -432,6 +436,14 @@ impl std::str::FromStr for FaultRule {
                     let id = u32::try_from(number()?).map_err(|_| bad(part, "not a namespace identifier"))?;
                     when.namespace = Some(id);
                 }
+                "sgl" => {
+                    let sgl = match value {
+                        "on" => true,
+                        "off" => false,
+                        _ => return Err(bad(part, "not on or off")),
+                    };
+                    when.sgl = Some(sgl);
+                }
                 "lba" => {
                     let (from, to) = value.split_once("..").unwrap_or((value, value));
                     let blocks =
@@ -447,7 +459,7 @@ impl std::str::FromStr for FaultRule {
                 _ => {
                     return Err(bad(
                         part,
-                        "not one of admin, opcode=, cns=, fid=, lid=, nsid=, lba=, skip=, limit=, p=",
+                        "not one of admin, opcode=, cns=, fid=, lid=, nsid=, sgl=, lba=, skip=, limit=, p=",
                     ));
                 }
             }

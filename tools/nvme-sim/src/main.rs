@@ -85,7 +85,7 @@ struct Arguments {
     seed: u64,
     /// A fault: ACTION[,CONDITION]…; may be repeated. Actions: delay=TIME[..TIME], fail=TYPE:CODE, nothing, lose, wrong-id, fatal, stop,
     /// remove. Conditions: opcode=NAME or number, admin, cns=N (Identify), fid=N (features), lid=N (log pages), nsid=N,
-    /// lba=FIRST[..LAST], skip=N, limit=N, p=PROBABILITY
+    /// sgl=on or off (the data pointer), lba=FIRST[..LAST], skip=N, limit=N, p=PROBABILITY
     #[arg(long = "fault", value_name = "RULE")]
     faults: Vec<FaultRule>,
     /// Shuffle completions that are posted together

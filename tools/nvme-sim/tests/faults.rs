@@ -400,13 +400,14 @@ fn rules_as_text() {
     let parse = |text: &str| text.parse::<FaultRule>().map_err(|error| error.to_string());
     let ms = Duration::from_millis;
     assert_eq!(
-        parse("delay=1ms..20ms,opcode=read,nsid=2,lba=0x10..31,skip=3,limit=4,p=0.5"),
+        parse("delay=1ms..20ms,opcode=read,nsid=2,sgl=on,lba=0x10..31,skip=3,limit=4,p=0.5"),
         Ok(rule(
             FaultAction::Delay(ms(1)..=ms(20)),
             FaultMatch {
                 admin: false,
                 opcode: Some(2),
                 namespace: Some(2),
+                sgl: Some(true),
                 blocks: Some(16..=31),
                 skip: 3,
                 limit: Some(4),
@@ -427,6 +428,7 @@ fn rules_as_text() {
         ("fail=1", "TYPE:CODE"),
         ("lose,p=2", "probability"),
         ("lose,opcode=jump", "opcode"),
+        ("lose,sgl=maybe", "on or off"),
         ("lose,lba=x", "FIRST..LAST"),
         ("lose,when=now", "when"),
     ] {
