@@ -98,6 +98,8 @@ pub struct QueuePair {
     plain_bytes: u32,
     id: u16,
     sgl: Option<SglAlignment>,
+    /// What that was before the controller was found to refuse SGLs.
+    sgl_before: Option<SglAlignment>,
     sgl_refused: Arc<AtomicBool>,
     staged: Staged,
     /// Long requests do not go on.
@@ -168,6 +170,7 @@ impl QueuePair {
             plain_bytes: if max_bytes < two_pages { 0 } else { two_pages },
             id: settings.id,
             sgl: settings.sgl,
+            sgl_before: settings.sgl,
             sgl_refused: settings.sgl_refused,
             staged: Staged::new(slots),
             held: false,
@@ -249,12 +252,13 @@ impl QueuePair {
         Ok(id)
     }
 
-    /// The controller has answered that it cannot work with an SGL ([`Status::concerns_sgl`]), whatever it says of itself: requests
-    /// are described without from now on, and on queue pairs that are created later. True: that is news for this pair.
+    /// The controller cannot work with an SGL ([`Status::concerns_sgl`], [`QueuePair::submit_without_sgls`]), whatever it says of
+    /// itself: requests are described without from now on, and on queue pairs that are created later. True: that is news, of all
+    /// pairs of the controller.
     pub fn refuse_sgls(&mut self) -> bool {
+        self.sgl = None;
         // Relaxed: it guards nothing.
-        self.sgl_refused.store(true, Ordering::Relaxed);
-        self.sgl.take().is_some()
+        !self.sgl_refused.swap(true, Ordering::Relaxed)
     }
 
     /// Issues no further commands of long requests, until [`QueuePair::drain_after_reset`]: what the controller has can be waited for.

@@ -94,6 +94,42 @@ impl QueuePair {
         self.transfer(namespace, opcode, flags, lba, segments, token)
     }
 
+    /// The same as [`QueuePair::submit`], but no command has an SGL, whatever the controller announces.
+    pub fn submit_without_sgls(
+        &mut self,
+        namespace: &Namespace,
+        work: Work<'_>,
+        token: u64,
+    ) -> Result<(), SubmitError> {
+        let sgl = self.sgl.take();
+        let submitted = self.submit(namespace, work, token);
+        self.sgl = sgl;
+        submitted
+    }
+
+    /// Would this be submitted with an SGL, in any of its commands, or would it have been before
+    /// [`QueuePair::refuse_sgls`]? Takes time: for requests that have failed. Of a transfer of thousands of commands only these are
+    /// looked at.
+    pub fn describes_by_sgl(&self, namespace: &Namespace, work: &Work<'_>) -> bool {
+        let (&Work::Read { lba, segments } | &Work::Write { lba, segments, .. } | &Work::Compare { lba, segments }) =
+            work
+        else {
+            return false;
+        };
+        let bytes = segments.iter().map(|segment| u64::from(segment.bytes)).sum();
+        let limits = Limits { sgl: self.sgl_before, ..self.limits(namespace) };
+        limits.sgl.is_some() && limits.any_sgl(segments, lba, bytes)
+    }
+
+    fn limits(&self, namespace: &Namespace) -> Limits {
+        Limits {
+            max_bytes: self.max_bytes,
+            block_shift: namespace.block_shift,
+            boundary_blocks: namespace.boundary_blocks,
+            sgl: self.sgl,
+        }
+    }
+
     #[inline(always)]
     fn push_or_refuse(&mut self, command: Command, token: u64) -> Result<(), SubmitError> {
         match self.push(command, token) {
@@ -172,12 +208,7 @@ impl QueuePair {
                 return self.push_or_refuse(command.with_prps(prps.prp1, prps.prp2), token);
             }
         }
-        let limits = Limits {
-            max_bytes: self.max_bytes,
-            block_shift: namespace.block_shift,
-            boundary_blocks: namespace.boundary_blocks,
-            sgl: self.sgl,
-        };
+        let limits = self.limits(namespace);
         let pieces = match long {
             true => limits.expressible(segments, bytes).then_some(usize::MAX),
             false => limits.count_pieces(segments, lba, bytes),

@@ -10,6 +10,9 @@ mod tests;
 use crate::Segment;
 use crate::data_pointer::{MAX_COMMAND_BYTES, Position, SglAlignment, prp, sgl};
 
+/// Most commands of a transfer that are looked at for an SGL: with 128 KiB each, those of half a gigabyte.
+const MOST_LOOKED_AT: usize = 4096;
+
 /// What one command may be.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
@@ -85,6 +88,23 @@ impl Limits {
             left -= reached;
         }
         true
+    }
+
+    /// Is the data of any command of a transfer described by an SGL? Of the first commands, that is: looked at are
+    /// [`MOST_LOOKED_AT`] at most.
+    pub fn any_sgl(&self, segments: &[Segment], lba: u64, bytes: u64) -> bool {
+        let mut position = Position::default();
+        let mut done = 0;
+        for _ in 0..MOST_LOOKED_AT {
+            if done >= bytes {
+                break;
+            }
+            let piece = self.next_piece(segments, position, lba + (done >> self.block_shift), bytes - done);
+            let Some(Piece { bytes: piece, form: Form::Prp }) = piece else { return piece.is_some() };
+            position = position.advanced(segments, piece);
+            done += piece;
+        }
+        false
     }
 
     /// How many commands a transfer takes. `None`: some block cannot be expressed, the data has to be copied.

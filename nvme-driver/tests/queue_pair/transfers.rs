@@ -68,11 +68,13 @@ fn transfer(
         true => Work::Write { lba, segments, fua: false },
         false => Work::Read { lba, segments },
     };
+    let (by_sgl, sgls) = (pair.describes_by_sgl(namespace, &work(segments)), pair.counters().sgls);
     match pair.submit(namespace, work(segments), 7) {
         Ok(()) => {
             pair.ring();
             let completed = wait(pair, 1)[0];
             assert_eq!((completed.token, completed.status), (7, Status::SUCCESS));
+            assert_eq!(pair.counters().sgls > sgls, by_sgl, "it is said beforehand");
             false
         }
         Err(SubmitError::NeedsBounce) => {
@@ -153,6 +155,40 @@ fn any_segments_by_prp_alone_with_boundaries_and_small_transfers() {
     let pair = random_transfers(&rig, 64, 150);
     assert_eq!(pair.counters().sgls, 0);
     assert!(pair.counters().splits > 0 && pair.counters().staged > 0);
+}
+
+#[test]
+fn a_single_request_or_all_can_do_without_sgls() {
+    let rig = rig(config(512), &options());
+    let (mut pair, mut other) = (rig.pair(16), rig.pair(16));
+    let buffer = rig.buffer(16384);
+    // PRPs can say the first, in two commands, and not the second.
+    let (gap, odd) =
+        ([segment(&buffer, 0, 512), segment(&buffer, 1024, 512)], [segment(&buffer, 1, 511), segment(&buffer, 513, 1)]);
+    let read = |segments| Work::Read { lba: 0, segments };
+    for segments in [&gap, &odd] {
+        assert!(pair.describes_by_sgl(&rig.namespace, &read(segments)));
+    }
+    assert!(
+        !pair.describes_by_sgl(&rig.namespace, &read(&gap[..1]))
+            && !pair.describes_by_sgl(&rig.namespace, &Work::Flush)
+    );
+    pair.submit_without_sgls(&rig.namespace, read(&gap), 1).unwrap();
+    assert_eq!(pair.submit_without_sgls(&rig.namespace, read(&odd), 2), Err(SubmitError::NeedsBounce));
+    pair.ring();
+    assert_eq!(wait(&mut pair, 1)[0].status, Status::SUCCESS);
+    assert_eq!((pair.counters().commands, pair.counters().sgls), (2, 0));
+    // Only those.
+    assert_eq!(carry_out(&mut pair, &rig.namespace, read(&odd)).status, Status::SUCCESS);
+    assert_eq!((pair.counters().commands, pair.counters().sgls), (3, 1));
+    assert_eq!((pair.refuse_sgls(), pair.refuse_sgls(), other.refuse_sgls()), (true, false, false));
+    for pair in [&mut pair, &mut other] {
+        assert_eq!(pair.submit(&rig.namespace, read(&odd), 3), Err(SubmitError::NeedsBounce));
+        assert!(pair.describes_by_sgl(&rig.namespace, &read(&odd)), "as it was before");
+    }
+    let mut later = rig.pair(16);
+    assert_eq!(later.submit(&rig.namespace, read(&odd), 3), Err(SubmitError::NeedsBounce));
+    assert!(!later.describes_by_sgl(&rig.namespace, &read(&odd)));
 }
 
 #[test]
