@@ -14,6 +14,7 @@ mod control;
 mod events;
 mod flush;
 mod kept;
+mod sgls;
 mod slots;
 mod suspects;
 mod turns;
@@ -376,6 +377,7 @@ impl Lane {
             if request.operation == Operation::Flush {
                 self.flush_succeeded(number);
             }
+            self.succeeds_without_sgl(number);
             self.longs.drop_slot(number);
             self.slots.answer_any(number);
             return self.give_back(head, request::OK, request.status, request.written);

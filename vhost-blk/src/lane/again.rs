@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use nvme_driver::status::Retry;
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::kept::RETRY;
+use super::kept::{NO_SGL, RETRY};
+use super::sgls::Sgls;
 use super::{BATCH, Drive, Lane, Mode};
 use crate::blk_config;
 use crate::guest_memory::GuestView;
@@ -21,7 +22,7 @@ use crate::request::{self, Operation, Request};
 use crate::ring::Buffer;
 
 /// How often a request is tried again because the drive's answer allows it; more often only if what it names passes with time.
-const MOST_RETRIES: u8 = 5;
+pub(super) const MOST_RETRIES: u8 = 5;
 /// Before the second try of a request that the drive is not ready for; each time twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);
@@ -51,7 +52,7 @@ pub(super) struct Again {
     deadlines: HashMap<u16, Instant>,
     /// Answers that allowed another try.
     allowed: u64,
-    /// How many there are.
+    /// How many there are, and one more while SGLs are to be refused.
     count: usize,
     /// In their order: as soon as the drive has room.
     ready: VecDeque<Waiting>,
@@ -60,8 +61,7 @@ pub(super) struct Again {
     /// Not before it is time.
     paused: Paused,
     segments: Vec<Segment>,
-    /// The drive has said so of an SGL: it is not to get any more.
-    sgl_refused: Option<Status>,
+    pub sgls: Sgls,
     /// The drive was last heard to refuse writes, and this was logged.
     pub write_protected: bool,
 }
@@ -78,10 +78,16 @@ impl Again {
         self.paused.push(due, slot);
     }
 
-    /// Nothing waits.
+    /// There is nothing to do.
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// The drive has answered an SGL with this: it is not to get any more.
+    pub fn refuse_sgls(&mut self, status: Status) {
+        // To be looked at, though no request waits.
+        self.count += usize::from(self.sgls.refused.replace(status).is_none());
     }
 
     /// Adds one; `delay`: which of the controller's retry delays comes first, 0: none.
@@ -109,7 +115,7 @@ impl Again {
 
     /// All that wait; none waits any longer.
     fn take_all(&mut self) -> impl Iterator<Item = u16> + use<> {
-        self.count = 0;
+        self.count = usize::from(self.sgls.refused.is_some());
         let (ready, crowded) = (std::mem::take(&mut self.ready), std::mem::take(&mut self.crowded));
         let paused = std::mem::take(&mut self.paused);
         ready.into_iter().map(|waiting| waiting.slot).chain(crowded).chain(paused.into_slots())
@@ -159,16 +165,9 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
-        if let Some(status) = self.again.sgl_refused.take()
-            && pair.refuse_sgls()
-            && let Some(more) = self.log.admit(Kind::Drive)
-        {
-            log::warn!(
-                "{}: the drive announces SGLs and refuses them ({status}): it is not given any more of them; what needs them is \
-                 copied{more}",
-                self.name
-            );
-            self.count_line();
+        if let Some(status) = self.again.sgls.refused.take() {
+            self.again.count -= 1;
+            self.refuse_sgls(pair, status);
         }
         let Again { ready, crowded, paused, .. } = &mut self.again;
         paused.look(|slot| ready.push_back(Waiting { slot, delay: 0 }));
@@ -210,7 +209,7 @@ impl Lane {
                 }
             }
         }
-        let Lane { again: Again { segments, .. }, longs, slots, view, disk, .. } = self;
+        let Lane { again: Again { segments, sgls, .. }, longs, slots, view, disk, .. } = self;
         let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
         let long = longs.get(number);
         let one = [Buffer { address: kept.data, bytes: kept.bytes() }];
@@ -219,7 +218,19 @@ impl Lane {
         let submitted = match find(view, buffers.iter().copied(), segments) {
             Some(()) => {
                 let work = work(&request, segments, ranges, disk.force_unit_access());
-                pair.submit(&disk.namespace, work, tag | u64::from(number))
+                match kept.has(NO_SGL) {
+                    false => pair.submit(&disk.namespace, work, tag | u64::from(number)),
+                    true if pair.describes_by_sgl(&disk.namespace, &work) => {
+                        pair.submit_without_sgls(&disk.namespace, work, tag | u64::from(number))
+                    }
+                    // The field was another: it would be the same command.
+                    true => {
+                        let status = sgls.doubted;
+                        self.warn_of(status);
+                        self.fail_slot(number);
+                        return true;
+                    }
+                }
             }
             None => Err(SubmitError::Invalid("guest memory is gone")),
         };
@@ -283,7 +294,7 @@ impl Lane {
         if self.ends_given_up(number, status) {
             return;
         }
-        if status.concerns_sgl() && self.tries_without_sgl(number, status) {
+        if self.tries_without_sgl(number, status) {
             return;
         }
         if let Some(wait) = self.another_try(number, status) {
@@ -298,18 +309,6 @@ impl Lane {
         }
         self.warn_of(status);
         self.fail_slot(number);
-    }
-
-    /// A request whose data was described by an SGL that the drive does not understand is described in another way, or copied.
-    fn tries_without_sgl(&mut self, number: u16, status: Status) -> bool {
-        let mut kept = self.slots.kept_mut(number);
-        if !kept.as_mut().is_some_and(|kept| kept.count(RETRY, MOST_RETRIES)) {
-            return false;
-        }
-        self.again.sgl_refused = Some(status);
-        self.again.push(number, 0);
-        self.end_waiting();
-        true
     }
 
     /// Does the drive refuse what it has announced? Drivers can do without, and the next ones are not offered it.

@@ -458,6 +458,9 @@ impl Lane {
 
     /// A request ends that is in no queue and has no piece with the drive.
     fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: End) {
+        if let End::Done = end {
+            self.succeeds_without_sgl(slot);
+        }
         let Some(Bounced { head, long, piece, .. }) = self.remove_bounced(slot) else { return };
         piece.into_iter().for_each(|piece| pool.give_back(piece.bounce));
         let request = long.request;

@@ -28,7 +28,7 @@ pub(super) struct Kept {
     /// Guest address of the data.
     pub data: u64,
     /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
-    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 35:33: [`LOST`], [`EXPIRED`], [`ALONE`]. Bits 47:40: tried again
+    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
     /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
     word: u64,
 }
@@ -40,6 +40,8 @@ pub(super) const LOST: u64 = 1 << 33;
 pub(super) const EXPIRED: u64 = 1 << 34;
 /// Nothing else may be with the drive when it is given this once more.
 pub(super) const ALONE: u64 = 1 << 35;
+/// It is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It is a [`Long`] one.
+pub(super) const NO_SGL: u64 = 1 << 36;
 pub(super) const RETRY: u64 = 1 << 40;
 pub(super) const FAILURE: u64 = 1 << 48;
 
@@ -53,6 +55,12 @@ impl Kept {
     /// Another request; `number`: of a flush.
     pub fn long(operation: Operation, number: u64) -> Kept {
         Kept { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
+    }
+
+    /// What the request is has been kept as a [`Long`] one.
+    pub fn stands_elsewhere(&mut self) {
+        self.data = 0;
+        self.word &= !u64::from(u32::MAX);
     }
 
     /// Of the data in one place; 0: see [`Long`].
@@ -171,11 +179,15 @@ impl Longs {
                 self.keep(*request, std::iter::empty(), ranges)
             }
         };
+        self.put(slot, long);
+    }
+
+    /// Has it stand for the request in a slot, for which nothing is kept yet.
+    pub fn put(&mut self, slot: u16, long: Box<Long>) {
         let index = usize::from(slot);
         if self.by_slot.len() <= index {
             self.by_slot.resize_with(index + 1, || None);
         }
-        // The slot was free: there is none.
         self.by_slot[index] = Some(long);
     }
 
