@@ -97,6 +97,37 @@ fn queues_of_no_entries_are_of_64() {
     works(&controller, 1, 1);
 }
 
+/// Some drives were only ever tried with as many: they fill a page.
+#[test]
+fn the_admin_queues_are_of_64() {
+    for mqes in [[0, 0], [0xff, 0xff]] {
+        let rig = Rig::new(Config { registers: vec![RegisterPatch::new(0, mqes)], ..small() });
+        let controller = rig.open();
+        assert_eq!(rig.simulator.admin_queue_entries(), (64, 64));
+        controller.reset().unwrap();
+        assert_eq!(rig.simulator.admin_queue_entries(), (64, 64));
+    }
+}
+
+/// RTD3E says what a shutdown takes: no less is waited for.
+#[test]
+fn a_drive_may_take_its_time_to_shut_down() {
+    // In microseconds, at byte 88: half a minute, or nothing. Twice as long, or 5 seconds, is waited for.
+    let rigs = [30_000_000u32, 0].map(|rtd3e| patched(&[(CONTROLLER, 88, &rtd3e.to_le_bytes())]));
+    let [slow, silent] = rigs.each_ref().map(|rig| {
+        rig.simulator.faults().change(|plan| plan.shutdown_hangs = true);
+        rig.open()
+    });
+    std::thread::scope(|threads| {
+        let (start, slow) = (Instant::now(), threads.spawn(|| slow.shutdown()));
+        let Err(Error::Register { register: "CSTS", .. }) = silent.shutdown() else { panic!("it is not waited for") };
+        assert!(start.elapsed() >= Duration::from_secs(5));
+        std::thread::sleep(Duration::from_millis(500));
+        rigs.iter().for_each(|rig| rig.simulator.faults().change(|plan| plan.shutdown_hangs = false));
+        slow.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn a_controller_that_has_paused_is_waited_for() {
     let rig = Rig::new(small());

@@ -162,6 +162,12 @@ impl Simulator {
         Ok(())
     }
 
+    /// Entries of the admin submission queue and of the admin completion queue, as the host has set them (AQA); 1 before that.
+    pub fn admin_queue_entries(&self) -> (u32, u32) {
+        let aqa = self.shared.registers().admin_attributes;
+        ((aqa & 0xfff) + 1, (aqa >> 16 & 0xfff) + 1)
+    }
+
     /// Stops the controller and removes its socket, as dropping does.
     ///
     /// A front-end that is still connected finds the registers reading all ones from then on; its connection is served until
