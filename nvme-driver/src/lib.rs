@@ -93,32 +93,27 @@ compile_error!("NVMe structures are little-endian and are used in place; a big-e
 
 mod blocking;
 mod bounce;
-pub mod command;
 pub mod controller;
 mod data_pointer;
 pub mod error;
-pub mod features;
-pub mod identify;
-pub mod log_page;
 pub mod namespace;
 pub mod queue_pair;
 pub mod quirks;
-pub mod registers;
+pub mod spec;
 mod split;
-pub mod status;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod work;
 
 pub use blocking::BlockingNamespace;
 pub use bounce::{Bounce, BounceCounters, BouncePool};
-pub use command::{Command, Completion};
 pub use controller::{Controller, Erase, Event, FormatOptions, Options, QueuePairOptions};
 pub use data_pointer::SglAlignment;
 pub use error::Error;
-pub use identify::ControllerIdentity;
 pub use namespace::Namespace;
 pub use queue_pair::{CommandId, Completed, Completions, Counters, Full, OWNER_SHIFT, QueuePair, SubmitError};
 pub use quirks::{Quirk, Quirks};
-pub use status::{Retry, Status};
+pub use spec::command::{Command, Completion};
+pub use spec::identify::ControllerIdentity;
+pub use spec::status::{Retry, Status};
 pub use work::{LbaRange, Segment, Work};

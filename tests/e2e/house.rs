@@ -80,7 +80,7 @@ fn unsafe_code_is_found() {
 
 #[test]
 fn unsafe_is_only_in_its_rooms() {
-    let rooms = ["vfio/", "tools/nvme-sim/src/dma/", "vhost-blk/src/guest_memory", "vhost-blk/src/ring"];
+    let rooms = ["vfio/", "tools/nvme-sim/src/dma/", "vhost-blk/src/virtio/memory/", "vhost-blk/src/virtio/ring/"];
     for file in files().iter().filter(|file| file.ends_with(".rs")) {
         let source = std::fs::read_to_string(workspace().join(file)).unwrap();
         if !rooms.iter().any(|room| file.starts_with(room)) {
@@ -128,6 +128,50 @@ fn arrows_between_crates_go_one_way() {
             }
         }
     }
+}
+
+/// What each room of the target may use of the others, from the top of the house to its cellar.
+const ROOMS: [(&str, &[&str]); 6] = [
+    ("control", &["vhost_user", "drive", "datapath", "blk", "virtio"]),
+    ("vhost_user", &["drive", "datapath", "blk", "virtio"]),
+    ("drive", &["datapath", "blk", "virtio"]),
+    ("datapath", &["blk", "virtio"]),
+    ("blk", &["virtio"]),
+    ("virtio", &[]),
+];
+/// Modules that belong to no room, and use none.
+const EVERYWHERE: [&str; 3] = ["event", "fault_point", "log_limit"];
+
+/// A source file up to its tests.
+fn without_tests(source: &str) -> &str {
+    let tests = source.find("#[cfg(test)]\nmod ").into_iter().chain(source.find("#[cfg(test)]\npub(crate) mod tests"));
+    &source[..tests.filter(|at| source[*at..].contains('{')).min().unwrap_or(source.len())]
+}
+
+#[test]
+fn arrows_between_rooms_go_one_way() {
+    let root = "vhost-blk/src/";
+    let is_test = |name: &str| name.ends_with("tests.rs") || name.contains("/tests/") || name.ends_with("/testing.rs");
+    let mut found = BTreeSet::new();
+    for file in files().iter().filter(|file| file.ends_with(".rs") && !is_test(file)) {
+        let Some(name) = file.strip_prefix(root) else { continue };
+        let room = name.split(['/', '.']).next().unwrap();
+        if ["lib", "main"].contains(&room) {
+            continue;
+        }
+        let rule = ROOMS.iter().find(|rule| rule.0 == room).map(|rule| rule.1);
+        let allowed = rule.or(EVERYWHERE.contains(&room).then_some(&[][..]));
+        let allowed = allowed.unwrap_or_else(|| panic!("{file} is in no room: say in ROOMS what {room} may use"));
+        let source = std::fs::read_to_string(workspace().join(file)).unwrap();
+        for path in code_of(without_tests(&source)).split("crate::").skip(1) {
+            let used: String = path.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let fits = used == room || EVERYWHERE.contains(&used.as_str()) || allowed.contains(&used.as_str());
+            assert!(fits, "{file} uses {used}, which {room} may not");
+            found.insert((room.to_owned(), used));
+        }
+    }
+    // Were they not found, this test could not fail.
+    assert!(found.contains(&("datapath".into(), "virtio".into())) && found.len() > 15, "{found:?}");
 }
 
 #[test]

@@ -76,8 +76,8 @@ impl Target {
         let name = "vhost-blk";
         let program = vhost_blk_program()?;
         // The tests look at the counters that are logged at the end.
-        let level =
-            std::env::var("RUST_LOG").map_or("info".to_owned(), |level| format!("vhost_blk::export=info,{level}"));
+        let level = std::env::var("RUST_LOG")
+            .map_or("info".to_owned(), |level| format!("vhost_blk::vhost_user::export=info,{level}"));
         // The folder of its embedded controllers goes with the test's, however it ends.
         let environment = [
             ("RUST_LOG".to_owned(), level),

@@ -1,33 +1,29 @@
-//! A vhost-user-blk target that joins a guest's virtqueue to an NVMe queue pair.
+//! A vhost-user-blk target: it joins a guest's virtqueue to a queue pair of an NVMe drive.
 //!
-//! Two halves. The *data path* owns rings, requests and queue pairs on polled workers and never blocks; the
-//! *control side* (configuration, vhost-user sessions, controllers, exports) runs on threads that may block and hands
-//! lanes to the workers by value.
+//! Two halves. The *data path* runs on workers, which are polled threads that never block; it owns rings, requests and queue
+//! pairs. The *control side* runs on threads that may block; it owns configuration, vhost-user sessions and controllers, and moves
+//! lanes to the workers and back by value.
+//!
+//! The rooms, each of which uses only those after it:
+//!
+//! | room | what lives there |
+//! |---|---|
+//! | [`control`] | what is served, and how that changes |
+//! | [`vhost_user`] | the vhost-user protocol, back-end side |
+//! | [`drive`] | a controller that may fail and come back |
+//! | [`datapath`] | what a request runs: workers, poll groups, lanes |
+//! | [`blk`] | the virtio block device: configuration, requests, flushes |
+//! | [`virtio`] | rings and guest memory |
+//!
+//! Two small modules belong to no room: [`event`] (eventfds) and [`log_limit`] (how many log lines others may cause).
 #![deny(unsafe_code)]
 
-pub mod address;
-pub mod bell;
-pub mod blk_config;
-pub mod check;
-pub mod cli;
-pub mod config;
-#[cfg(feature = "demo")]
-pub mod demo;
+pub mod blk;
+pub mod control;
+pub mod datapath;
 pub mod drive;
-pub mod eventfd;
-pub mod export;
-pub mod journal;
-pub mod listener;
+pub mod event;
+mod fault_point;
 pub mod log_limit;
-pub mod service_manager;
-pub mod session;
-pub mod target;
-
-pub mod counters;
-pub mod disk;
-#[allow(unsafe_code)] // shared memory, see its documentation
-pub mod guest_memory;
-pub mod lane;
-pub mod request;
-pub mod ring;
-pub mod worker;
+pub mod vhost_user;
+pub mod virtio;

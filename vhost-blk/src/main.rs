@@ -9,11 +9,11 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
-use vhost_blk::check::Findings;
-use vhost_blk::cli::{self, Check, Cli, Command, Stop};
-use vhost_blk::config::Configuration;
-use vhost_blk::target::Target;
-use vhost_blk::{journal, service_manager};
+use vhost_blk::control::check::Findings;
+use vhost_blk::control::cli::{self, Check, Cli, Command, Stop};
+use vhost_blk::control::config::Configuration;
+use vhost_blk::control::target::Target;
+use vhost_blk::control::{journal, service_manager};
 
 /// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
 const DEFAULT_LOG: &str = "info,nvme_sim=warn,vfio_user=warn";
@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     start_log(is_journal);
     let result = match cli {
         #[cfg(feature = "demo")]
-        Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::demo::run(args),
+        Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::control::demo::run(args),
         Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => {
             let (check, file) = (args.check, args.config.clone());
             let configuration = match args.configuration() {
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
             if let Some(check) = check {
                 let found = match check {
                     Check::File => Findings::default(),
-                    Check::Machine => vhost_blk::check::machine(&configuration, file.as_deref()),
+                    Check::Machine => vhost_blk::control::check::machine(&configuration, file.as_deref()),
                 };
                 let exports = configuration.settings.exports.iter().map(|export| format!("{export}\n"));
                 let drives = configuration.settings.drives.iter().map(|drive| format!("{drive}\n"));

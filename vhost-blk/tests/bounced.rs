@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator, Status};
-use vhost_blk::address::DeviceAddress;
-use vhost_blk::config::{ExportSettings, Listen, Patience, Settings};
-use vhost_blk::target::Target;
+use vhost_blk::control::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::control::target::Target;
+use vhost_blk::drive::DeviceAddress;
 
 const MIB: u64 = 1 << 20;
 const IOERR: u8 = 1;

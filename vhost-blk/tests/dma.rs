@@ -7,9 +7,9 @@ use std::os::fd::AsRawFd;
 use common::served::MIB;
 use common::*;
 use nvme_sim::{Config, FaultPlan, NamespaceConfig, Simulator};
-use vhost_blk::address::DeviceAddress;
-use vhost_blk::config::{ExportSettings, Listen, Settings};
-use vhost_blk::target::Target;
+use vhost_blk::control::config::{ExportSettings, Listen, Settings};
+use vhost_blk::control::target::Target;
+use vhost_blk::drive::DeviceAddress;
 
 /// Regions that the server takes.
 const MOST: usize = 64;

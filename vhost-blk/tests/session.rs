@@ -337,7 +337,7 @@ fn a_switch_to_writethrough_makes_earlier_writes_durable() {
             ..Default::default()
         };
         let simulator = nvme_sim::Simulator::start(config, &folder.path().join("nvme")).unwrap();
-        let device: vhost_blk::address::DeviceAddress =
+        let device: vhost_blk::drive::DeviceAddress =
             format!("vfio-user:{}", simulator.socket().display()).parse().unwrap();
         let served = serve(1, |_, export| export.device = device.clone());
         let front = served.connect();

@@ -34,7 +34,7 @@ impl Cached {
 
     /// A new process, as far as anybody can tell.
     fn serve(&self) -> Served {
-        let device: vhost_blk::address::DeviceAddress =
+        let device: vhost_blk::drive::DeviceAddress =
             format!("vfio-user:{}", self.simulator.socket().display()).parse().unwrap();
         serve(1, |_, export| export.device = device.clone())
     }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use vfio::SharedMemory;
-use vhost_blk::guest_memory::RegionDescription;
-use vhost_blk::ring::RingSetup;
+use vhost_blk::virtio::memory::RegionDescription;
+use vhost_blk::virtio::ring::RingSetup;
 
 /// Descriptors in the ring: room for 64 requests of three.
 pub const RING: u16 = 256;

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use nvme_driver::controller::{Controller, Options, QueuePairOptions};
 use nvme_driver::{BouncePool, Namespace, QueuePair, Segment, Work};
 use vfio::{Address, Device};
-use vhost_blk::counters::LaneCounters;
-use vhost_blk::disk::Disk;
-use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach};
-use vhost_blk::lane::{Lane, LaneSetup};
-use vhost_blk::ring::{Chain, Head, InflightMemory, Ring};
-use vhost_blk::worker::Group;
+use vhost_blk::blk::disk::Disk;
+use vhost_blk::datapath::counters::LaneCounters;
+use vhost_blk::datapath::lane::{Lane, LaneSetup};
+use vhost_blk::datapath::poll_group::PollGroup;
+use vhost_blk::virtio::memory::{GuestMemory, GuestView, Reach};
+use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
@@ -85,7 +85,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
     });
     let sectors = drive.namespace.bytes() / 512;
     let pool = BouncePool::new(drive.device.dma(), 1 << 20).expect("some memory");
-    let mut group = Group::new(drive.pair(), pool);
+    let mut group = PollGroup::new(drive.pair(), pool);
     group.add(lane);
     for round in 0..row.warm_up() + row.rounds() {
         guest.submit(row.batch, sectors);
@@ -103,7 +103,7 @@ fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) 
 }
 
 #[inline(never)]
-fn counted_poll(group: &mut Group) -> usize {
+fn counted_poll(group: &mut PollGroup) -> usize {
     std::hint::black_box(group).poll()
 }
 

@@ -14,14 +14,14 @@ use guest::{Guest, Layout};
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
 use vfio::SharedMemory;
-use vhost_blk::address::DeviceAddress;
-use vhost_blk::counters::LaneCounters;
-use vhost_blk::disk::Disk;
+use vhost_blk::blk::disk::Disk;
+use vhost_blk::datapath::counters::LaneCounters;
+use vhost_blk::datapath::lane::{Lane, LaneSetup};
+use vhost_blk::datapath::worker::{WorkerEvent, WorkerPool};
+use vhost_blk::drive::DeviceAddress;
 use vhost_blk::drive::{Drive, Keeper};
-use vhost_blk::guest_memory::{GuestMemory, RegionDescription};
-use vhost_blk::lane::{Lane, LaneSetup};
-use vhost_blk::ring::Ring;
-use vhost_blk::worker::{WorkerEvent, WorkerPool};
+use vhost_blk::virtio::memory::{GuestMemory, RegionDescription};
+use vhost_blk::virtio::ring::Ring;
 
 /// When a command counts as lost.
 const TIMEOUT: Duration = Duration::from_millis(500);

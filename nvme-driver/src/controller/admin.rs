@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use vfio::{DmaBuffer, DmaSlice};
 
 use super::hardware::Hardware;
-use crate::command::admin;
 use crate::error::Doing;
 use crate::queue_pair::{Completed, QueuePair, QueueSettings};
+use crate::spec::command::admin;
 use crate::{Command, ControllerIdentity, Error, Status};
 
 /// Entries of the admin queues. As many submission entries fill a page, which is what every driver uses, and what some drives

@@ -6,12 +6,12 @@ use zerocopy::FromBytes;
 
 use super::admin::{Admin, MAX_DATA, Patience};
 use super::{Controller, ask, identify, lock};
-use crate::command::admin as opcode;
-use crate::features::{self, Feature, Select, VolatileWriteCache, Which};
-use crate::identify::{Descriptors, NamespaceContext, RawNamespace, cns};
-use crate::log_page::{self, ChangedNamespaces, ErrorEntry, Health, parse_namespace_list};
 use crate::quirks::Quirk;
-use crate::registers::Version;
+use crate::spec::command::admin as opcode;
+use crate::spec::features::{self, Feature, Select, VolatileWriteCache, Which};
+use crate::spec::identify::{Descriptors, NamespaceContext, RawNamespace, cns};
+use crate::spec::log_page::{self, ChangedNamespaces, ErrorEntry, Health, parse_namespace_list};
+use crate::spec::registers::Version;
 use crate::{Command, CommandId, Error, Namespace, Status};
 
 /// The broadcast namespace identifier: all, or none in particular.

@@ -7,7 +7,7 @@ use vmm_sys_util::poll::PollContext;
 use super::admin::Admin;
 use super::{Controller, lock};
 use crate::Error;
-use crate::log_page::{self, ChangedNamespaces, ErrorEntry, Health};
+use crate::spec::log_page::{self, ChangedNamespaces, ErrorEntry, Health};
 
 /// Something a controller has told, with the log page that says more: reading it is what lets the next such event come.
 #[derive(Clone, Debug, PartialEq, Eq)]

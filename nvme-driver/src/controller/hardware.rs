@@ -10,9 +10,9 @@ use vfio::{Bar, Device};
 use super::Options;
 use crate::Error;
 use crate::error::Doing;
-use crate::identify::{CQ_ENTRY_SHIFT, SQ_ENTRY_SHIFT};
 use crate::quirks::{Function, Quirk, Quirks, REST_AFTER_DISABLE, REST_BEFORE_START};
-use crate::registers::{
+use crate::spec::identify::{CQ_ENTRY_SHIFT, SQ_ENTRY_SHIFT};
+use crate::spec::registers::{
     Capabilities, Configuration, ControllerStatus, SHUTDOWN_COMPLETE, SHUTDOWN_NORMAL, Version, admin_queue_attributes,
     cq_doorbell, offset, sq_doorbell,
 };

@@ -14,10 +14,10 @@ use std::time::Duration;
 use vfio::{Device, EventFd};
 use zerocopy::FromBytes;
 
-use crate::command::admin as opcode;
-use crate::features::{self, EventConfiguration, Feature, NumberOfQueues};
-use crate::identify::{self, CommandLimits, ControllerIdentity, RawController, RawNvmController, cns};
-use crate::registers::Version;
+use crate::spec::command::admin as opcode;
+use crate::spec::features::{self, EventConfiguration, Feature, NumberOfQueues};
+use crate::spec::identify::{self, CommandLimits, ControllerIdentity, RawController, RawNvmController, cns};
+use crate::spec::registers::Version;
 use crate::{Command, Error};
 use admin::{Admin, Loss, Patience};
 use hardware::Hardware;

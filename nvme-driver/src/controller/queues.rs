@@ -8,10 +8,10 @@ use vfio::{DmaBuffer, DmaSlice, EventFd};
 use super::admin::{Admin, AdminShadow, Patience};
 use super::hardware::Hardware;
 use super::{Controller, lock};
-use crate::command::admin;
 use crate::error::Doing;
 use crate::queue_pair::{QueuePair, QueueSettings, ShadowDoorbell, ShadowDoorbells};
 use crate::quirks::Quirk;
+use crate::spec::command::admin;
 use crate::{Command, Error};
 
 /// How a queue pair is to be.

@@ -2,8 +2,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::command::{CDW12_DEAC, CDW12_FUA, io};
 use crate::data_pointer::{LIST_WORDS, Position, prp, sgl};
+use crate::spec::command::{CDW12_DEAC, CDW12_FUA, io};
 use crate::split::{Form, Limits};
 use crate::{Command, LbaRange, Namespace, Segment};
 

@@ -5,8 +5,8 @@ use std::sync::atomic::AtomicU64;
 use super::job::Job;
 use super::staged::Next;
 use super::{Completed, Full, QueuePair};
-use crate::command::{CDW0_PSDT_SGL, CDW12_FUA, io};
 use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, Position, prp};
+use crate::spec::command::{CDW0_PSDT_SGL, CDW12_FUA, io};
 use crate::split::Limits;
 use crate::{Command, LbaRange, Namespace, Segment, Status, Work};
 

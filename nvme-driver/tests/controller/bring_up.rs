@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Controller, Error, Options, QueuePairOptions, command};
+use nvme_driver::spec::command;
+use nvme_driver::{Controller, Error, Options, QueuePairOptions};
 use nvme_sim::{Config, FaultAction, FaultPlan, PowerLoss};
 
 use crate::{PROMPT, Rig, assert_names_register, disk, small, works, write_and_verify};
@@ -148,7 +149,7 @@ fn a_controller_left_enabled_is_taken_over() {
 
 #[test]
 fn bring_up_that_fails_half_way_leaves_nothing_behind() {
-    use nvme_driver::command::admin;
+    use nvme_driver::spec::command::admin;
     let rig = Rig::new(small());
     for opcode in [admin::IDENTIFY, admin::SET_FEATURES] {
         rig.admin_fault(opcode, FaultAction::Fail(nvme_sim::Status::new(0, 0x06).do_not_retry()), 1);

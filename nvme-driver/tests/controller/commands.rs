@@ -2,13 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::features::{
+use nvme_driver::spec::command;
+use nvme_driver::spec::features::{
     EventConfiguration, InterruptCoalescing, NumberOfQueues, Select, TemperatureSensor, TemperatureThreshold,
     VolatileWriteCache,
 };
-use nvme_driver::log_page::{ChangedNamespaces, id};
+use nvme_driver::spec::log_page::{ChangedNamespaces, id};
 use nvme_driver::{
-    Erase, Error, FormatOptions, LbaRange, Options, QueuePairOptions, Segment, Status, SubmitError, Work, command,
+    Erase, Error, FormatOptions, LbaRange, Options, QueuePairOptions, Segment, Status, SubmitError, Work,
 };
 use nvme_sim::{Config, FaultAction, NamespaceConfig};
 

@@ -2,9 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::features::TemperatureThreshold;
-use nvme_driver::log_page::ChangedNamespaces;
-use nvme_driver::{Controller, Event, Options, command};
+use nvme_driver::spec::command;
+use nvme_driver::spec::features::TemperatureThreshold;
+use nvme_driver::spec::log_page::ChangedNamespaces;
+use nvme_driver::{Controller, Event, Options};
 use nvme_sim::{Config, FaultAction};
 
 use crate::{DEADLINE, Rig, assert_names_register, disk, small, works};

@@ -5,7 +5,8 @@ use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Controller, Error, LbaRange, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::spec::command;
+use nvme_driver::{Controller, Error, LbaRange, Options, QueuePairOptions, Segment, Status, Work};
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, IdentifyPatch, RegisterPatch};
 
 use crate::recovery::interrupts_work;

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use nvme_driver::{Completions, Error, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::spec::command;
+use nvme_driver::{Completions, Error, Options, QueuePairOptions, Segment, Status, Work};
 use nvme_sim::{Config, FaultAction};
 
 use crate::{DEADLINE, Rig, complete, small, works, write_and_verify};

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Controller, Error, Options, QueuePairOptions, Segment, Status, Work, command};
+use nvme_driver::spec::command;
+use nvme_driver::{Controller, Error, Options, QueuePairOptions, Segment, Status, Work};
 use nvme_sim::{Config, FaultAction};
 
 use crate::{DEADLINE, PROMPT, Rig, assert_names_register, complete, small, works, write_and_verify};

@@ -53,9 +53,9 @@ fn nothing_is_sent_that_a_drive_does_not_offer() {
     let format = FormatOptions { block_bytes: 512, erase: Erase::No, timeout: Duration::from_secs(10) };
     assert!(matches!(controller.format(1, &format), Err(Error::Unsupported(_))));
     assert!(matches!(controller.changed_namespaces(), Err(Error::Unsupported(_))));
-    let coalescing = nvme_driver::features::InterruptCoalescing { threshold: 1, time: 1 };
+    let coalescing = nvme_driver::spec::features::InterruptCoalescing { threshold: 1, time: 1 };
     assert!(matches!(controller.set_feature(&coalescing, true), Err(Error::Unsupported(_))));
-    let cache = nvme_driver::features::VolatileWriteCache { enabled: true };
+    let cache = nvme_driver::spec::features::VolatileWriteCache { enabled: true };
     assert!(matches!(controller.set_feature(&cache, false), Err(Error::Unsupported(_))));
     assert_eq!(controller.error_log().unwrap(), [], "refused by the drive");
 }

@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
-use nvme_driver::features::{Select, VolatileWriteCache};
+use nvme_driver::spec::features::{Select, VolatileWriteCache};
 use nvme_driver::{Command, Controller, LbaRange, Namespace, Options, QueuePair, QueuePairOptions, Segment, Work};
 use vfio::{Device, DmaBuffer};
 

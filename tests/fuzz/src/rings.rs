@@ -11,10 +11,10 @@ use std::sync::Arc;
 
 use nvme_driver::testing::namespace;
 use nvme_driver::{Namespace, Segment};
-use vhost_blk::disk::Disk;
-use vhost_blk::guest_memory::{GuestMemory, GuestView, Reach, RegionDescription};
-use vhost_blk::request::{Operation, Parsed, Parser, Request, peek_plain};
-use vhost_blk::ring::{Chain, Head, InflightMemory, Ring, RingSetup, TripleRing};
+use vhost_blk::blk::disk::Disk;
+use vhost_blk::blk::request::{Operation, Parsed, Parser, Request, peek_plain};
+use vhost_blk::virtio::memory::{GuestMemory, GuestView, Reach, RegionDescription};
+use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring, RingSetup, TripleRing};
 
 use crate::input::Input;
 use crate::memory::{Region, file};

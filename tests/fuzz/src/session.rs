@@ -15,14 +15,14 @@ use std::time::{Duration, Instant};
 use nvme_driver::Options;
 use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
-use vhost_blk::bell::Bell;
-use vhost_blk::config::{ExportSettings, Listen};
+use vhost_blk::control::config::{ExportSettings, Listen};
+use vhost_blk::datapath::worker::WorkerPool;
 use vhost_blk::drive::{Drive, Keeper};
-use vhost_blk::export::Export;
-use vhost_blk::guest_memory::{Budget, Limits};
-use vhost_blk::session::Session;
-use vhost_blk::session::connection::{End, Wakers, serve};
-use vhost_blk::worker::WorkerPool;
+use vhost_blk::event::EventFd;
+use vhost_blk::vhost_user::export::Export;
+use vhost_blk::vhost_user::session::Session;
+use vhost_blk::vhost_user::session::connection::{End, Wakers, serve};
+use vhost_blk::virtio::memory::{Budget, Limits};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::input::Input;
@@ -83,7 +83,7 @@ const NEED_REPLY: u8 = 8;
 struct Served {
     export: Arc<Export>,
     /// Nobody rings it.
-    stop: Bell,
+    stop: EventFd,
 }
 
 fn served() -> &'static Served {
@@ -106,7 +106,7 @@ fn served() -> &'static Served {
         std::mem::forget(Keeper::start(drive.clone()).expect("threads start"));
         let export = Export::new(&settings, drive, &Budget::new(Limits::default(), 1), 0, pool.len())
             .expect("the disk is there");
-        Served { export: Arc::new(export), stop: Bell::new().expect("an eventfd can be made") }
+        Served { export: Arc::new(export), stop: EventFd::new().expect("an eventfd can be made") }
     })
 }
 

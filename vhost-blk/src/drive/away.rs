@@ -9,7 +9,7 @@ use vfio::{Device, DmaAddresses, Notice, ServerIdentity};
 
 use super::shares::Place;
 use super::{Condition, Drive, Present, State};
-use crate::worker::{Suspicion, Trial};
+use crate::datapath::trial::{Suspicion, Trial};
 
 /// Between two looks at what a drive has still to answer.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
@@ -143,7 +143,7 @@ impl Drive {
         if self.hold.is_zero() {
             self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
         }
-        self.bell.ring();
+        self.event.notify();
     }
 
     /// Takes the guests' memory from a device and closes it.

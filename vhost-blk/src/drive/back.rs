@@ -10,7 +10,7 @@ use super::away::Away;
 use super::leases::NoWay;
 use super::namespaces::Found;
 use super::{Condition, Drive, NotOpened, Present, SOON};
-use crate::worker::Trial;
+use crate::datapath::trial::Trial;
 
 /// Why a drive is not there, or not back.
 #[derive(Debug)]
@@ -110,7 +110,7 @@ impl Drive {
                 log::error!("{}: {error}; the session that has it ends, all others go on", self.name);
             }
             if !refused.is_empty() {
-                state.namespaces.iter().for_each(|namespace| namespace.ring());
+                state.namespaces.iter().for_each(|namespace| namespace.tell_listeners());
             }
         }
         for (namespace, found) in expected.iter().zip(found) {

@@ -26,7 +26,7 @@ mod present {
             let cannot = |error: nvme_sim::Error| format!("cannot start the embedded controller: {error}");
             let address: SimAddress = description.parse().map_err(cannot)?;
             // It maps guest memory in this process, too.
-            nvme_sim::set_mapping_guard(crate::guest_memory::guard_mapping);
+            nvme_sim::set_mapping_guard(crate::virtio::memory::guard_mapping);
             let parent = std::env::temp_dir();
             sweep(&parent);
             let folder = Folder::new(&parent)

@@ -3,7 +3,7 @@
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
-use nvme_driver::log_page::{ChangedNamespaces, ErrorEntry, Health};
+use nvme_driver::spec::log_page::{ChangedNamespaces, ErrorEntry, Health};
 use nvme_driver::{Controller, Error, Event};
 
 use super::{Condition, Drive};

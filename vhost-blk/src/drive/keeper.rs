@@ -11,6 +11,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::back::NotBack;
 use super::{Cause, Condition, Drive, monitor};
+use crate::fault_point::fault_point;
 
 /// Time between two looks at a controller: one that has failed is noticed within it, if no request was with it.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
@@ -72,8 +73,8 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.drive.bell.ring();
-        self.drive.chores.ring();
+        self.drive.event.notify();
+        self.drive.chores.notify();
         let deadline = Instant::now() + STOP_LIMIT;
         for ended in &self.ended {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -89,8 +90,7 @@ fn run(drive: &Drive, stop: &AtomicBool) {
     let mut attempts = Attempts::default();
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
-        #[cfg(test)]
-        crate::target::tests::panic_if_asked(&drive.name, "keeper panics");
+        fault_point!("keeper panics", drive);
         let until = attempts.next.unwrap_or(Instant::now() + CHECK_INTERVAL);
         wait(drive, until.saturating_duration_since(Instant::now()));
         if let Some(cause) = drive.trouble() {
@@ -127,13 +127,13 @@ fn wait(drive: &Drive, time: Duration) {
         Condition::Away(away) => away.kept.as_ref().map(|kept| kept.device.clone()),
         Condition::Over => None,
     };
-    let mut sources = vec![PollFd::new(&drive.bell, PollFlags::IN)];
+    let mut sources = vec![PollFd::new(&drive.event, PollFlags::IN)];
     let notices = device.as_ref().map(|device| device.notices());
     sources.extend(notices.iter().map(|notices| PollFd::new(notices, PollFlags::IN)));
     let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
     // An error (a signal) is a wake-up like any other.
     let _ = poll(&mut sources, Some(&time));
-    drive.bell.silence();
+    drive.event.clear();
 }
 
 /// Commands that were not answered in time.

@@ -8,9 +8,10 @@ use vfio::Device;
 
 use super::shares::{DiskNumber, LeaseNumber, Shares};
 use super::{Cause, Condition, Drive, State};
-use crate::lane::Lane;
+use crate::datapath::lane::Lane;
+use crate::datapath::poll_group::Way;
+use crate::datapath::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane};
 use crate::log_limit::Kind;
-use crate::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane, Way};
 
 /// Entries of a queue pair, whatever the ring's size: enough to keep a drive busy, and no more memory than that is worth
 /// (a page for every entry).
@@ -99,7 +100,7 @@ impl Share {
         let (number, line) = joined.ok_or_else(|| format!("{drive} has no queue pair for a ring"))?;
         line.into_iter().for_each(|line| log::warn!("{line}"));
         // There may be one of its own soon.
-        drive.chores.ring();
+        drive.chores.notify();
         Ok(number)
     }
 }
@@ -209,7 +210,7 @@ impl Drive {
     fn release(&self, lease: LeaseNumber) {
         self.shares().remove(lease);
         // Others may want it.
-        self.chores.ring();
+        self.chores.notify();
     }
 
     /// Sees to it that every disk has its share, and every ring a queue pair of its own as long as there are any. True: some lanes

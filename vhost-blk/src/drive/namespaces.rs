@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use nvme_driver::{Controller, Error, Namespace};
 
 use super::Drive;
-use crate::bell::Bell;
-use crate::blk_config::Offer;
-use crate::disk::{FlushPromise, Refused};
+use crate::blk::config::Offer;
+use crate::blk::disk::{FlushPromise, Refused};
+use crate::event::EventFd;
 
 /// What is known of an exported namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +52,7 @@ pub struct ExportedNamespace {
     /// What its drive has refused, to whatever front-end.
     pub refused: Arc<Refused>,
     known: Mutex<Known>,
-    listeners: Mutex<Vec<Weak<Bell>>>,
+    listeners: Mutex<Vec<Weak<EventFd>>>,
 }
 
 impl ExportedNamespace {
@@ -72,16 +72,16 @@ impl ExportedNamespace {
         self.lock().clone()
     }
 
-    /// A bell that rings when something else is known of it, as long as the caller has it.
+    /// A event that rings when something else is known of it, as long as the caller has it.
     ///
     /// # Errors
     /// No eventfd can be made.
-    pub fn listen(&self) -> std::io::Result<Arc<Bell>> {
-        let bell = Arc::new(Bell::new()?);
+    pub fn listen(&self) -> std::io::Result<Arc<EventFd>> {
+        let event = Arc::new(EventFd::new()?);
         let mut listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.retain(|listener| listener.strong_count() > 0);
-        listeners.push(Arc::downgrade(&bell));
-        Ok(bell)
+        listeners.push(Arc::downgrade(&event));
+        Ok(event)
     }
 
     /// The drive has lost its cache, so often by now, and no lane has it yet. `drive`: its name.
@@ -133,13 +133,13 @@ impl ExportedNamespace {
             _ => {}
         }
         drop(known);
-        self.ring();
+        self.tell_listeners();
     }
 
     /// Has everybody who listens look.
-    pub(super) fn ring(&self) {
+    pub(super) fn tell_listeners(&self) {
         let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
-        listeners.iter().filter_map(Weak::upgrade).for_each(|bell| bell.ring());
+        listeners.iter().filter_map(Weak::upgrade).for_each(|event| event.notify());
     }
 }
 
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
 
     fn namespace() -> Namespace {
-        crate::request::tests::disk(9, 1000).namespace
+        crate::blk::request::tests::disk(9, 1000).namespace
     }
 
     #[test]
@@ -264,29 +264,29 @@ mod tests {
         assert!(exported.known().absent.is_some());
     }
 
-    fn rings(bell: &Bell) -> bool {
+    fn rings(event: &EventFd) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        let rings = poll(&mut [PollFd::new(bell, PollFlags::IN)], Some(&now)).unwrap() == 1;
-        bell.silence();
+        let rings = poll(&mut [PollFd::new(event, PollFlags::IN)], Some(&now)).unwrap() == 1;
+        event.clear();
         rings
     }
 
     #[test]
     fn what_is_no_news_rings_nothing() {
         let exported = ExportedNamespace::new(namespace());
-        let (bell, other) = (exported.listen().unwrap(), exported.listen().unwrap());
+        let (event, other) = (exported.listen().unwrap(), exported.listen().unwrap());
         let there = |blocks| Found::There(Namespace { blocks, ..namespace() });
         exported.learn("drive", there(1000));
-        assert!(!rings(&bell));
+        assert!(!rings(&event));
         exported.learn("drive", there(2000));
-        assert!(rings(&bell));
+        assert!(rings(&event));
         assert!(rings(&other), "whoever listens hears it");
         drop(other);
         assert_eq!(exported.known().usable().blocks, 2000);
         exported.learn("drive", Found::Gone);
-        assert!(rings(&bell));
+        assert!(rings(&event));
         exported.learn("drive", Found::Gone);
-        assert!(!rings(&bell));
+        assert!(!rings(&event));
         let known = exported.known();
         assert_eq!(
             (known.usable().blocks, known.namespace.blocks),
@@ -296,9 +296,9 @@ mod tests {
         // Another one in its place is not it.
         exported.learn("drive", Found::There(Namespace { block_shift: 12, ..namespace() }));
         assert!(exported.known().absent.is_some_and(|why| why.contains("blocks of 4096")));
-        assert!(rings(&bell));
+        assert!(rings(&event));
         exported.learn("drive", there(1500));
-        assert!(rings(&bell));
+        assert!(rings(&event));
         let known = exported.known();
         assert_eq!((known.namespace.blocks, known.absent), (1500, None));
     }

@@ -7,7 +7,7 @@
 //!
 //! Here is only decided; see `leases` for what is done.
 
-use crate::worker::{LaneNumber, PairId};
+use crate::datapath::worker::{LaneNumber, PairId};
 
 /// Names a disk.
 pub(super) type DiskNumber = u64;

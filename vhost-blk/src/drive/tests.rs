@@ -6,10 +6,10 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simu
 
 use super::leases::STOP_MARGIN;
 use super::*;
-use crate::disk::Disk;
-use crate::lane::testing::{Client, DATA, LAYOUT, disk, until};
-use crate::request::{IOERR, OK};
-use crate::ring::model::{Guest, writable};
+use crate::blk::disk::Disk;
+use crate::blk::request::{IOERR, OK};
+use crate::datapath::lane::testing::{Client, DATA, LAYOUT, disk, until};
+use crate::virtio::ring::model::{Guest, writable};
 
 /// A drive on a controller of this process, and a guest's memory. Nobody looks after the drive.
 struct OneDrive {

@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 
 use tempfile::TempDir;
-use vhost_blk::config::{ExportSettings, Listen, Settings};
-use vhost_blk::target::Target;
+use vhost_blk::control::config::{ExportSettings, Listen, Settings};
+use vhost_blk::control::target::Target;
 
 use super::Front;
 

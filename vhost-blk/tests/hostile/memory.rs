@@ -7,7 +7,7 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::MemfdFlags;
-use vhost_blk::guest_memory::guard_mapping;
+use vhost_blk::virtio::memory::guard_mapping;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
 
 use crate::common::raw::*;

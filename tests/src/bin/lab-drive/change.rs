@@ -1,7 +1,7 @@
 //! Each kind of request, once, and what is read afterwards.
 
 use e2e::{Content, Exception, Layout};
-use nvme_driver::command::io;
+use nvme_driver::spec::command::io;
 use nvme_driver::{Command, LbaRange, Namespace, Segment, Status, SubmitError, Work};
 use serde_json::{Value, json};
 use vfio::DmaBuffer;

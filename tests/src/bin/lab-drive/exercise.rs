@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use e2e::Layout;
-use nvme_driver::registers::offset;
+use nvme_driver::spec::registers::offset;
 use nvme_driver::{Completions, Controller, Namespace, Options, QueuePairOptions, Segment, Work};
 use serde_json::{Value, json};
 use vfio::{Address, Device, DmaBuffer, EventFd, SharedMemory};

@@ -1,0 +1,113 @@
+//! What to serve: from the command line or from a TOML file, checked before anything is opened.
+
+mod drives;
+mod file;
+#[cfg(test)]
+mod tests;
+mod values;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+pub use crate::blk::Serial;
+pub use crate::vhost_user::export::ExportSettings;
+pub use crate::vhost_user::listener::Listen;
+use crate::virtio::memory::Limits;
+
+pub use drives::DriveSettings;
+pub use file::load;
+pub use values::{
+    CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, hold, io_timeout, namespace, queue_pairs,
+    queue_size, queues,
+};
+
+/// What a run of the program is told to do: what makes sense of it, and what does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Configuration {
+    /// What can be served.
+    pub settings: Settings,
+    /// Exports that are written wrongly.
+    pub refused: Vec<RefusedExport>,
+}
+
+impl Configuration {
+    /// What is wrong with the exports that are refused, in one line each.
+    pub fn mistakes(&self) -> impl Iterator<Item = &str> {
+        self.refused.iter().flat_map(|refused| &refused.mistakes).map(String::as_str)
+    }
+}
+
+/// An export that makes no sense. It is not served; others are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedExport {
+    /// Its socket, if it says one.
+    pub socket: Option<PathBuf>,
+    /// What is wrong with it; at least one thing, each in one line.
+    pub mistakes: Vec<String>,
+}
+
+/// Everything one run of the program serves.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Settings {
+    /// CPUs with one polled worker each; empty: one worker that is not pinned.
+    pub cpus: Vec<usize>,
+    /// How drives that do not answer are dealt with.
+    pub patience: Patience,
+    /// What one front-end may have mapped.
+    pub memory: Limits,
+    /// At least one; no two with the same socket.
+    pub exports: Vec<ExportSettings>,
+    /// Drives with settings of their own; no two of the same drive.
+    pub drives: Vec<DriveSettings>,
+}
+
+/// How long a drive may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patience {
+    /// For one command; then the controller is reset and its unfinished commands are issued again.
+    pub io_timeout: Duration,
+    /// For a drive that fails or disappears to be back. Requests wait so long, then they fail.
+    pub hold: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Patience {
+        Patience { io_timeout: Duration::from_secs(30), hold: Duration::from_secs(30) }
+    }
+}
+
+impl Patience {
+    /// The default, but for what is given.
+    pub fn with(io_timeout: Option<Duration>, hold: Option<Duration>) -> Patience {
+        let default = Patience::default();
+        Patience { io_timeout: io_timeout.unwrap_or(default.io_timeout), hold: hold.unwrap_or(default.hold) }
+    }
+}
+
+impl Settings {
+    /// What makes sense and is hardly meant: exports of one namespace, of which at least one can write to it.
+    pub fn warnings(&self) -> Vec<String> {
+        let earlier = |index: usize, export: &ExportSettings| {
+            self.exports[..index].iter().find(|earlier| earlier.may_spoil(export))
+        };
+        let pairs =
+            self.exports.iter().enumerate().filter_map(|(index, export)| Some((earlier(index, export)?, export)));
+        let unused = self.drives.iter().filter(|drive| self.exports.iter().all(|export| export.device != drive.device));
+        let unused = unused.map(|drive| {
+            format!(
+                "the settings of the drive {} are for nothing: no disk is on it; look whether its address is right",
+                drive.device
+            )
+        });
+        pairs
+            .map(|(one, two)| {
+                format!(
+                    "{} and {} serve the same namespace of {}: two guests that do not know of each other destroy what is on it; \
+                     make both read-only, or give each a namespace of its own",
+                    one.listen, two.listen, one.device
+                )
+            })
+            .chain(unused)
+            .collect()
+    }
+}

@@ -1,0 +1,316 @@
+//! Drives that exports wait for: each is looked for until it is there and all its exports are served. Those of other drives are
+//! not concerned.
+//!
+//! A front-end that connects to a socket which nobody serves stands still (QEMU with its monitor), one that is refused tries
+//! again. So a socket is open from the start, lest front-ends be refused while a drive comes up as it should; it is closed when
+//! that fails or takes long, and bound again when the drive is there. One that somebody else has opened could not be had again:
+//! front-ends are accepted there and left at once, and try again, too.
+
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, TryRecvError};
+use std::time::{Duration, Instant};
+
+use nvme_driver::Options;
+
+use super::Running;
+use super::unserved::leave;
+use crate::control::config::ExportSettings;
+use crate::datapath::worker::WorkerPool;
+use crate::drive::DeviceAddress;
+use crate::drive::{Drive, NotBack, longer};
+use crate::vhost_user::export::Export;
+use crate::vhost_user::listener::Listener;
+use crate::virtio::memory::Budget;
+
+/// How long the sockets of a drive are open while it comes up for the first time, and how long the program's start waits for it.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// How drives are opened.
+pub struct Means {
+    /// The controllers' options, each with its own.
+    pub options: Vec<(DeviceAddress, Options)>,
+    /// How long requests wait for a drive that goes.
+    pub hold: Duration,
+    /// The workers.
+    pub pool: Arc<WorkerPool>,
+    /// What front-ends may have mapped.
+    pub budget: Arc<Budget>,
+}
+
+/// A drive, and what is not served of it yet.
+pub struct Waiting {
+    address: DeviceAddress,
+    means: Arc<Means>,
+    drive: Option<Arc<Drive>>,
+    disks: Vec<WaitingDisk>,
+    turn: Turn,
+    /// After a failure.
+    pause: Duration,
+    /// Why it is waited for.
+    why: Option<String>,
+    /// That is no drive which is away, or fails: the configuration or this machine has to be changed.
+    is_setup: bool,
+    /// The log is told why.
+    tells: bool,
+}
+
+/// What is next for a drive.
+enum Turn {
+    /// An attempt, then.
+    At(Instant),
+    /// The end of an attempt.
+    Attempt { began: Instant, result: Receiver<Result<Found, NotBack>> },
+}
+
+/// An export that is not served yet.
+struct WaitingDisk {
+    number: usize,
+    settings: ExportSettings,
+    export: Option<Arc<Export>>,
+    listener: Option<Listener>,
+    /// Why it has none.
+    unbound: Option<String>,
+}
+
+/// What an attempt has found.
+struct Found {
+    drive: Arc<Drive>,
+    disks: Vec<FoundDisk>,
+}
+
+/// What an attempt has found of a disk.
+struct FoundDisk {
+    export: Option<Arc<Export>>,
+    /// If it was asked for.
+    listener: Option<Listener>,
+    /// Why there is no such namespace.
+    why: Option<String>,
+    /// Why there is no such socket.
+    unbound: Option<String>,
+}
+
+impl Waiting {
+    /// The drives of these exports, each with all that are of it; `listeners` are in the order of the exports.
+    pub fn all(
+        exports: &[ExportSettings],
+        listeners: Vec<Result<Listener, String>>,
+        means: &Arc<Means>,
+    ) -> Vec<Waiting> {
+        let mut all: Vec<Waiting> = Vec::new();
+        for (number, (settings, listener)) in exports.iter().zip(listeners).enumerate() {
+            let (listener, unbound) = listener.map_or_else(|why| (None, Some(why)), |listener| (Some(listener), None));
+            let disk = WaitingDisk { number, settings: settings.clone(), export: None, listener, unbound };
+            match all.iter_mut().find(|waiting| waiting.address == settings.device) {
+                Some(waiting) => waiting.disks.push(disk),
+                None => all.push(Waiting {
+                    address: settings.device.clone(),
+                    means: means.clone(),
+                    drive: None,
+                    disks: vec![disk],
+                    turn: Turn::At(Instant::now()),
+                    pause: Duration::ZERO,
+                    why: None,
+                    is_setup: false,
+                    tells: false,
+                }),
+            }
+        }
+        all
+    }
+
+    /// Whether all is served.
+    pub fn done(&self) -> bool {
+        self.disks.is_empty()
+    }
+
+    /// Why it is waited for; `None`: all is served, or the first attempt is still under way.
+    pub fn why(&self) -> Option<&str> {
+        self.why.as_deref().filter(|_| !self.done())
+    }
+
+    /// Whether it is waited for in vain until the configuration or this machine is changed, as far as can be told.
+    pub fn is_setup(&self) -> bool {
+        self.is_setup && !self.done()
+    }
+
+    /// Tells the log why it is waited for, now and when that changes.
+    pub fn tell(&mut self) {
+        self.tells = true;
+        if let Some(why) = self.why() {
+            let sockets = self.disks.iter().map(|disk| disk.settings.listen.to_string()).collect::<Vec<_>>().join(", ");
+            log::error!("{why}; until that is mended there is no disk on {sockets}; it is tried again and again");
+        }
+    }
+
+    /// Takes a step if there is one to take; waits for nothing. The error, in one line, is one for which the program has to end.
+    /// The thread that calls this is woken when an attempt that it has begun ends.
+    pub fn step(&mut self, running: &Running) -> Result<(), String> {
+        if self.done() {
+            return Ok(());
+        }
+        match &self.turn {
+            Turn::At(time) if *time <= Instant::now() => {
+                if let Err(why) = self.begin() {
+                    self.end(Err(NotBack::Unfit(why)), running)?;
+                }
+            }
+            Turn::At(_) => {}
+            Turn::Attempt { began, result } => match result.try_recv() {
+                Ok(result) => self.end(result, running)?,
+                Err(TryRecvError::Disconnected) => {
+                    return Err(format!("the search for {} died of a defect (see the panic above)", self.address));
+                }
+                Err(TryRecvError::Empty) if self.why.is_none() && began.elapsed() >= PATIENCE && !self.is_vital() => {
+                    self.fails(format!("{} has not come up within {PATIENCE:?}", self.address))?;
+                }
+                Err(TryRecvError::Empty) => {}
+            },
+        }
+        if self.why.is_some() {
+            self.turn_away();
+        }
+        Ok(())
+    }
+
+    /// Whether the program ends without it: a front-end that was handed over connected cannot come again.
+    fn is_vital(&self) -> bool {
+        self.disks.iter().any(|disk| matches!(disk.listener, Some(Listener::Connected(_))))
+    }
+
+    /// Begins an attempt. It has a thread of its own, as a controller may take minutes.
+    fn begin(&mut self) -> Result<(), String> {
+        let (address, means, drive) = (self.address.clone(), self.means.clone(), self.drive.clone());
+        let wanted = self.disks.iter().map(|disk| {
+            let WaitingDisk { number, settings, export, listener, .. } = disk;
+            Wanted { number: *number, settings: settings.clone(), export: export.clone(), bind: listener.is_none() }
+        });
+        let wanted: Vec<Wanted> = wanted.collect();
+        let (result, receiver) = mpsc::channel();
+        let waiter = std::thread::current();
+        let run = move || {
+            // Nobody hears it any more when the program ends: what was found is closed then.
+            let _ = result.send(attempt(&address, &means, drive, wanted));
+            waiter.unpark();
+        };
+        std::thread::Builder::new()
+            .name("search".into())
+            .spawn(run)
+            .map_err(|error| format!("cannot start to look for {}: {error}", self.address))?;
+        self.turn = Turn::Attempt { began: Instant::now(), result: receiver };
+        Ok(())
+    }
+
+    fn end(&mut self, result: Result<Found, NotBack>, running: &Running) -> Result<(), String> {
+        self.is_setup = matches!(&result, Ok(_) | Err(NotBack::Withheld(_)));
+        let failed = match result {
+            Ok(found) => self.serve(found, running)?.map(|why| (why, longer(&mut self.pause))),
+            Err(error) => {
+                let (why, pause) = error.pause(&mut self.pause);
+                let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_deref());
+                let reasons: Vec<&str> = std::iter::once(why.as_str()).chain(unbound).collect();
+                Some((reasons.join("; "), pause))
+            }
+        };
+        match failed {
+            Some((why, pause)) => {
+                self.turn = Turn::At(Instant::now() + pause);
+                self.fails(why)?;
+            }
+            // What is left lacks its socket, which was closed meanwhile.
+            None => self.turn = Turn::At(Instant::now()),
+        }
+        if self.done() && self.tells {
+            log::warn!("{}: it is there; its exports are served now", self.address);
+        }
+        Ok(())
+    }
+
+    /// Serves what can be served. Says why that is not all.
+    fn serve(&mut self, found: Found, running: &Running) -> Result<Option<String>, String> {
+        if self.drive.is_none() {
+            running.keep(found.drive.clone())?;
+            self.drive = Some(found.drive);
+        }
+        let mut reasons = Vec::new();
+        for (mut disk, found) in std::mem::take(&mut self.disks).into_iter().zip(found.disks) {
+            let unbound = found.unbound.or(disk.unbound.take().filter(|_| found.listener.is_none()));
+            reasons.extend(unbound.clone().filter(|why| !reasons.contains(why)));
+            match (found.export, disk.listener.take().or(found.listener)) {
+                (Some(export), Some(listener)) => running.serve(export, listener)?,
+                (export, listener) => self.disks.push(WaitingDisk { export, listener, unbound, ..disk }),
+            }
+            reasons.extend(found.why.filter(|why| !reasons.contains(why)));
+        }
+        Ok((!reasons.is_empty()).then(|| reasons.join("; ")))
+    }
+
+    /// Some of it cannot be served: it has to be waited for, without front-ends.
+    fn fails(&mut self, why: String) -> Result<(), String> {
+        if self.is_vital() {
+            return Err(why);
+        }
+        for disk in &mut self.disks {
+            disk.listener.take_if(|listener| matches!(listener, Listener::Listening(Some(_), _)));
+        }
+        if self.why.as_ref() != Some(&why) {
+            self.why = Some(why);
+            if self.tells {
+                self.tell();
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves the front-ends that have come to a socket that cannot be closed.
+    fn turn_away(&self) {
+        for disk in &self.disks {
+            let Some(Listener::Listening(None, socket)) = &disk.listener else { continue };
+            let left = leave(socket);
+            if left > 0 {
+                log::debug!("{}: {left} front-ends have to come again: the drive is not there", disk.settings.listen);
+            }
+        }
+    }
+}
+
+/// What an attempt is made for.
+struct Wanted {
+    number: usize,
+    settings: ExportSettings,
+    /// Known already.
+    export: Option<Arc<Export>>,
+    /// It needs a socket.
+    bind: bool,
+}
+
+fn attempt(
+    address: &DeviceAddress,
+    means: &Means,
+    drive: Option<Arc<Drive>>,
+    wanted: Vec<Wanted>,
+) -> Result<Found, NotBack> {
+    let Means { options, hold, pool, budget } = means;
+    let drive = match drive {
+        Some(drive) => drive,
+        None => {
+            let options = options.iter().find(|(of, _)| of == address).map(|(_, options)| options.clone());
+            Arc::new(Drive::open(address, &options.unwrap_or_default(), *hold, pool.clone())?)
+        }
+    };
+    let look = |wanted: Wanted| {
+        let Wanted { number, settings, export, bind } = wanted;
+        let new = || Export::new(&settings, drive.clone(), budget, number, pool.len()).map(Arc::new);
+        let export = export.map_or_else(new, Ok);
+        let (export, why) = match export {
+            Ok(export) => (Some(export), None),
+            Err(why) => (None, Some(why)),
+        };
+        match (bind && export.is_some()).then(|| Listener::open_now(&settings.listen)) {
+            None => FoundDisk { export, listener: None, why, unbound: None },
+            Some(Ok(listener)) => FoundDisk { export, listener: Some(listener), why, unbound: None },
+            Some(Err(unbound)) => FoundDisk { export, listener: None, why, unbound: Some(unbound) },
+        }
+    };
+    let disks = wanted.into_iter().map(look).collect();
+    Ok(Found { drive, disks })
+}

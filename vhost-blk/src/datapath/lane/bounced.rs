@@ -1,0 +1,516 @@
+//! Requests whose data is copied, because no data pointer of the drive can say where it lies: the last resort.
+//!
+//! The data goes through a buffer of the pool in pieces, one at a time, so that any pool serves any request. Lanes that share a
+//! pool take turns, and so do the requests of a lane, short ones and long ones in their own order: after each piece a request
+//! goes to the end of its queue. Nothing is done for a request that waits, however many there are.
+
+use std::collections::VecDeque;
+use std::time::Instant;
+
+use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
+
+use super::again::{Paused, Wait};
+use super::kept::{ALONE, Kept, Long};
+use super::{Lane, Mode, count, flush};
+use crate::blk::request::{self, Operation, Request};
+use crate::virtio::memory::OutsideMemory;
+use crate::virtio::ring::Head;
+
+/// Most bytes that are copied at once, and about as many as a lane copies in one turn, each way: bounds what it can take from the
+/// other lanes. A multiple of any block size.
+const PIECE: u64 = 64 << 10;
+
+/// A request that is being copied through the pool. It has a slot, whose `written` is 0 and which says where it is among all.
+struct Bounced {
+    slot: u16,
+    head: Head,
+    long: Box<Long>,
+    /// Bytes done.
+    done: u64,
+    /// Where the next piece begins: a buffer, and an offset in it.
+    at: (usize, u64),
+    /// What comes after them, if it has a buffer.
+    piece: Option<Piece>,
+    /// The drive was given it before, and is to be given it once more.
+    again: bool,
+}
+
+/// A part of the data, in a buffer.
+struct Piece {
+    bounce: Bounce,
+    bytes: u64,
+    /// Where the next one begins.
+    end: (usize, u64),
+    /// The drive's answer.
+    status: Option<Status>,
+    /// The drive has had it.
+    out: bool,
+}
+
+/// The requests of a lane whose data is copied; nearly always none. Each one whose piece is not with the drive is in one of the
+/// queues, by its slot.
+#[derive(Default)]
+pub(super) struct BouncedRequests {
+    all: Vec<Bounced>,
+    /// How many of them change the disk.
+    changes: usize,
+    /// The drive has answered.
+    back: VecDeque<u16>,
+    /// They have a buffer that is ready for the drive.
+    filled: VecDeque<u16>,
+    /// They wait for a buffer: such that need it once, and such that need it often.
+    short: VecDeque<u16>,
+    long: VecDeque<u16>,
+    /// Who is next of both.
+    long_first: bool,
+    /// The drive wants them to wait.
+    paused: Paused,
+    /// The lane waits for a buffer.
+    in_line: bool,
+    /// Those that wait were ended as far as [`Lane::ends_copied`] said so, when it said it of so many.
+    swept: u8,
+}
+
+/// How a request ended.
+enum End {
+    Done,
+    /// The drive has failed it.
+    Refused(Status),
+    /// For another reason.
+    Failed(String),
+    /// Without an answer.
+    LetGo,
+}
+
+impl BouncedRequests {
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.all.is_empty()
+    }
+
+    /// The slots of all.
+    pub fn slots(&self) -> impl Iterator<Item = u16> {
+        self.all.iter().map(|bounced| bounced.slot)
+    }
+
+    /// Does any of them change the disk?
+    pub fn any_changes(&self) -> bool {
+        self.changes != 0
+    }
+
+    fn get_mut(&mut self, place: u16, slot: u16) -> Option<&mut Bounced> {
+        self.all.get_mut(usize::from(place)).filter(|bounced| bounced.slot == slot)
+    }
+
+    /// Waits for a buffer from now on.
+    fn wait(&mut self, slot: u16, is_long: bool) {
+        if is_long { &mut self.long } else { &mut self.short }.push_back(slot);
+    }
+
+    /// Has a buffer, or ends. Cheap for the first.
+    fn waits_no_longer(&mut self, slot: u16, is_long: bool) {
+        let queue = if is_long { &mut self.long } else { &mut self.short };
+        if let Some(at) = queue.iter().position(|waiting| *waiting == slot) {
+            queue.remove(at);
+        }
+    }
+
+    /// The queue whose turn it is, if any waits.
+    fn next_queue(&mut self) -> Option<&mut VecDeque<u16>> {
+        match (self.short.is_empty(), self.long.is_empty()) {
+            (true, true) => None,
+            (false, false) if self.long_first => Some(&mut self.long),
+            (false, _) => Some(&mut self.short),
+            (true, false) => Some(&mut self.long),
+        }
+    }
+
+    /// Empties all queues.
+    fn clear_queues(&mut self) {
+        *self = BouncedRequests { all: std::mem::take(&mut self.all), changes: self.changes, ..Self::default() };
+    }
+}
+
+impl Lane {
+    /// Takes on a request that the queue pair refused with NeedsBounce.
+    pub(super) fn bounce(&mut self, head: Head) {
+        let request = self.parser.request;
+        // It was for this slot that the queue pair was asked.
+        let Some(mut slot) = self.slots.reserve() else { return };
+        let number = slot.number();
+        slot.fill(request.status, 0, Kept::default());
+        slot.take(head);
+        let long = self.longs.keep(request, request::data_buffers(&self.chain, request.operation), &[]);
+        self.bounce_in(number, head, long, false);
+    }
+
+    /// The same for one that has a slot, whose `written` is 0. What its slot has counted goes on. `again`: the drive was given
+    /// it before.
+    pub(super) fn bounce_in(&mut self, slot: u16, head: Head, long: Box<Long>, again: bool) {
+        self.tally.copies += 1;
+        // There are fewer than slots.
+        self.slots.set_elsewhere(slot, self.bounced.all.len() as u16);
+        self.bounced.changes += usize::from(flush::changes(long.request.operation));
+        self.bounced.wait(slot, u64::from(long.request.bytes) > PIECE);
+        self.bounced.all.push(Bounced { slot, head, long, done: 0, at: (0, 0), piece: None, again });
+    }
+
+    /// The drive is away: the pieces it had are done again when it is back.
+    pub(super) fn hold_bounced(&mut self, pool: &mut BouncePool) {
+        self.bounced.clear_queues();
+        for index in 0..self.bounced.all.len() {
+            let bounced = &mut self.bounced.all[index];
+            let (slot, is_long) = (bounced.slot, bounced.is_long());
+            if let Some(Piece { bounce, out, .. }) = bounced.piece.take() {
+                pool.give_back(bounce);
+                bounced.again |= out;
+            }
+            self.bounced.wait(slot, is_long);
+        }
+        if self.mode == Mode::Broken {
+            self.end_bounced(false);
+        }
+    }
+
+    /// Ends every bounced request, with an error or without an answer; the drive has no piece of any.
+    pub(super) fn end_bounced(&mut self, answer: bool) {
+        for Bounced { slot, head, long, .. } in std::mem::take(&mut self.bounced).all {
+            self.slots.free(slot);
+            if answer {
+                self.give_back(head, request::IOERR, long.request.status, long.request.written);
+            }
+            self.longs.release(long);
+        }
+    }
+
+    /// The drive has answered the piece of the bounced request with this slot, which is at this place.
+    pub(super) fn bounced_piece_done(&mut self, place: u16, slot: u16, status: Status) {
+        if let Some(Bounced { piece: Some(piece), .. }) = self.bounced.get_mut(place, slot) {
+            piece.status = Some(status);
+            self.bounced.back.push_back(slot);
+        }
+    }
+
+    /// Moves the bounced requests on for which there is something to do.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn advance_bounced(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
+        let mut copied = 0;
+        while copied < PIECE
+            && let Some(slot) = self.bounced.back.pop_front()
+        {
+            copied += self.take_back(slot, pair, pool);
+        }
+        let sweep = self.sweep();
+        if sweep > self.bounced.swept {
+            self.bounced.swept = sweep;
+            self.end_waiting_bounced(pool);
+        }
+        for _ in 0..self.bounced.filled.len() {
+            if pair.is_full() {
+                break;
+            }
+            let Some(slot) = self.bounced.filled.pop_front() else { break };
+            self.submit_piece(slot, pair, pool, tag);
+        }
+        let BouncedRequests { paused, all, short, long, .. } = &mut self.bounced;
+        let slots = &self.slots;
+        paused.look(|slot| {
+            let place = slots.elsewhere(slot).map_or(usize::MAX, usize::from);
+            let is_long = all.get(place).is_some_and(Bounced::is_long);
+            if is_long {
+                long.push_back(slot)
+            } else {
+                short.push_back(slot)
+            };
+        });
+        let mut copied = 0;
+        while copied < PIECE && self.bounced.next_queue().is_some() {
+            if !std::mem::replace(&mut self.bounced.in_line, true) {
+                pool.wait(tag);
+            }
+            if pool.first() != Some(tag) {
+                return;
+            }
+            let Some(bytes) = self.fill_next(pair, pool, tag) else { return };
+            copied += bytes;
+            // Others first.
+            pool.leave(tag);
+            self.bounced.in_line = false;
+        }
+        self.leave_line(pool, tag);
+    }
+
+    /// The lane does not wait for a buffer if none of its requests does.
+    fn leave_line(&mut self, pool: &mut BouncePool, tag: u64) {
+        let waits = self.bounced.next_queue().is_some();
+        if !waits && std::mem::replace(&mut self.bounced.in_line, false) {
+            pool.leave(tag);
+        }
+    }
+
+    /// Of how many requests [`Lane::ends_copied`] says that they end: none, the long ones, all.
+    fn sweep(&self) -> u8 {
+        match (self.ends_copied(0), self.ends_copied(u32::MAX)) {
+            (None, None) => 0,
+            (None, Some(_)) => 1,
+            (Some(_), _) => 2,
+        }
+    }
+
+    /// How the request with this slot ends now, if it does: nothing of it is with the drive.
+    fn end_of_copied(&mut self, slot: u16) -> Option<End> {
+        let bytes = self.bounced_mut(slot)?.long.request.bytes;
+        self.ends_copied(bytes).map(|answer| match answer {
+            true => End::Failed("nobody waits for it".to_owned()),
+            false => End::LetGo,
+        })
+    }
+
+    /// Ends what is not with the drive, as far as it has to; what is ends when the drive has answered.
+    fn end_waiting_bounced(&mut self, pool: &mut BouncePool) {
+        let BouncedRequests { filled, short, long, paused, .. } = &mut self.bounced;
+        let paused = std::mem::take(paused).into_slots();
+        let all: Vec<u16> = filled.drain(..).chain(short.drain(..)).chain(long.drain(..)).chain(paused).collect();
+        for slot in all {
+            if let Some(end) = self.end_of_copied(slot) {
+                self.end_one(slot, pool, end);
+            } else if let Some(bounced) = self.bounced_mut(slot) {
+                // Its pause, if it had one, is cut short.
+                let (is_long, has_piece) = (bounced.is_long(), bounced.piece.is_some());
+                match has_piece {
+                    true => self.bounced.filled.push_back(slot),
+                    false => self.bounced.wait(slot, is_long),
+                }
+            }
+        }
+    }
+
+    /// The bounced request with this slot.
+    fn bounced_mut(&mut self, slot: u16) -> Option<&mut Bounced> {
+        let place = self.slots.elsewhere(slot)?;
+        self.bounced.get_mut(place, slot)
+    }
+
+    /// Gives the request whose turn it is a buffer, and that to the drive; returns how many bytes were copied. `None`: there is no
+    /// buffer just now.
+    fn fill_next(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
+        let &slot = self.bounced.next_queue()?.front()?;
+        self.fill(slot, pair, pool, tag)
+    }
+
+    /// The same for a request that waits.
+    fn fill(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
+        let place = self.slots.elsewhere(slot)?;
+        let Lane { bounced: requests, view, disk, .. } = self;
+        let bounced = requests.get_mut(place, slot)?;
+        let request = &bounced.long.request;
+        let whole_blocks = pool.capacity() & !u64::from(disk.namespace.block_bytes() - 1);
+        let bytes = (u64::from(request.bytes) - bounced.done).min(PIECE).min(whole_blocks);
+        // Not enough is left: pieces in flight will give some back.
+        let bounce = pool.take(bytes)?;
+        let copy = match request.operation {
+            Operation::Write => Some(|address, at, piece: &mut [u8]| {
+                view.read(address, piece)?;
+                bounce.write(at, piece).ok_or(OutsideMemory { address, bytes })
+            }),
+            _ => None,
+        };
+        let copied = if copy.is_some() { bytes } else { 0 };
+        let walked = bounced.stretches(bytes, copy);
+        let is_long = bounced.is_long();
+        bounced.piece = Some(Piece { bounce, bytes, end: bounced.at, status: None, out: false });
+        requests.waits_no_longer(slot, is_long);
+        requests.long_first = !is_long;
+        match walked {
+            Ok(end) => {
+                if let Some(Bounced { piece: Some(piece), .. }) = self.bounced_mut(slot) {
+                    piece.end = end;
+                }
+                self.submit_piece(slot, pair, pool, tag);
+            }
+            Err(outside) => self.end_one(slot, pool, End::Failed(outside.to_string())),
+        }
+        Some(copied)
+    }
+
+    /// Gives a piece that is ready to the drive.
+    fn submit_piece(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
+        let Some(place) = self.slots.elsewhere(slot) else { return };
+        let Lane { bounced: requests, disk, tally, .. } = self;
+        let Some(bounced) = requests.get_mut(place, slot) else { return };
+        let Some(piece) = &mut bounced.piece else { return };
+        let request = &bounced.long.request;
+        let lba = request.lba + (bounced.done >> disk.namespace.block_shift);
+        let segments = piece.bounce.segments();
+        let work = match request.operation {
+            Operation::Write => Work::Write { lba, segments, fua: disk.force_unit_access() },
+            Operation::Read => Work::Read { lba, segments },
+            _ => return self.end_one(slot, pool, End::Failed("only reads and writes have data".to_owned())),
+        };
+        match pair.submit(&disk.namespace, work, tag | u64::from(slot)) {
+            Ok(()) => {
+                piece.out = true;
+                tally.again += u64::from(std::mem::take(&mut bounced.again));
+            }
+            // In the next turn, as it is.
+            Err(SubmitError::Full | SubmitError::Crowded) => requests.filled.push_back(slot),
+            Err(error) => self.end_one(slot, pool, End::Failed(error.to_string())),
+        }
+    }
+
+    /// The drive is done with a piece, which may be the end of the request; returns how many bytes were copied.
+    fn take_back(&mut self, slot: u16, pair: &QueuePair, pool: &mut BouncePool) -> u64 {
+        let Some(piece) = self.bounced_mut(slot).and_then(|bounced| bounced.piece.take()) else { return 0 };
+        let Piece { bounce, bytes, end, status, .. } = piece;
+        let status = status.unwrap_or(Status::SUCCESS);
+        if !status.is_success() {
+            pool.give_back(bounce);
+            let Some(wait) = self.another_try(slot, status) else {
+                self.end_one(slot, pool, End::Refused(status));
+                return 0;
+            };
+            let Some(bounced) = self.bounced_mut(slot) else { return 0 };
+            bounced.again = true;
+            let is_long = bounced.is_long();
+            if let Some(end) = self.end_of_copied(slot) {
+                self.end_one(slot, pool, end);
+                return 0;
+            }
+            match wait {
+                Wait::Drives(0) => self.bounced.wait(slot, is_long),
+                Wait::Drives(delay) => self.bounced.paused.push(Instant::now() + pair.retry_delay(delay), slot),
+                Wait::Until(due) => self.bounced.paused.push(due, slot),
+            }
+            return 0;
+        }
+        let Some(place) = self.slots.elsewhere(slot) else { return 0 };
+        let Lane { bounced: requests, view, .. } = self;
+        let Some(bounced) = requests.get_mut(place, slot) else { return 0 };
+        let is_read = bounced.long.request.operation == Operation::Read;
+        let copied = match is_read {
+            true => bounced.stretches(
+                bytes,
+                Some(|address, at, piece: &mut [u8]| {
+                    bounce.read(at, piece).ok_or(OutsideMemory { address, bytes })?;
+                    view.write(address, piece)
+                }),
+            ),
+            false => Ok(end),
+        };
+        pool.give_back(bounce);
+        self.slots.kept_mut(slot).into_iter().for_each(|kept| kept.acquit());
+        bounced.done += bytes;
+        bounced.at = end;
+        let (done, is_long) = (bounced.done == u64::from(bounced.long.request.bytes), bounced.is_long());
+        match copied {
+            Err(outside) => self.end_one(slot, pool, End::Failed(outside.to_string())),
+            Ok(_) if done => self.end_one(slot, pool, End::Done),
+            // Behind those that wait.
+            Ok(_) => match self.end_of_copied(slot) {
+                None => self.bounced.wait(slot, is_long),
+                Some(end) => self.end_one(slot, pool, end),
+            },
+        }
+        if is_read { bytes } else { 0 }
+    }
+
+    /// What the bounced request in this slot asks for, if there is one.
+    pub(super) fn bounced_request(&mut self, slot: u16) -> Option<Request> {
+        self.bounced_mut(slot).map(|bounced| bounced.long.request)
+    }
+
+    /// Answers the bounced request in this slot with an error, while the drive is away; false if there is none.
+    pub(super) fn end_bounced_one(&mut self, slot: u16) -> bool {
+        let Some(is_long) = self.bounced_mut(slot).map(|bounced| bounced.is_long()) else { return false };
+        self.bounced.waits_no_longer(slot, is_long);
+        if let Some(Bounced { head, long, .. }) = self.remove_bounced(slot) {
+            let request = long.request;
+            self.longs.release(long);
+            self.give_back(head, request::IOERR, request.status, request.written);
+        }
+        true
+    }
+
+    /// Gives the drive one piece that has to be alone there; false: there is none. Nothing of the lane is there now.
+    pub(super) fn copy_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
+        while let Some(slot) = self.bounced.back.pop_front() {
+            self.take_back(slot, pair, pool);
+        }
+        let slots = &mut self.slots;
+        let mut waiting = self.bounced.short.iter().chain(&self.bounced.long).copied();
+        let alone = waiting.find(|slot| slots.kept_mut(*slot).is_some_and(|kept| kept.has(ALONE)));
+        alone.is_some_and(|slot| self.fill(slot, pair, pool, tag).is_some())
+    }
+
+    /// Takes a request out that is in no queue; its slot is free then.
+    fn remove_bounced(&mut self, slot: u16) -> Option<Bounced> {
+        let place = self.slots.elsewhere(slot)?;
+        self.bounced.get_mut(place, slot)?;
+        let removed = self.bounced.all.swap_remove(usize::from(place));
+        if let Some(moved) = self.bounced.all.get(usize::from(place)) {
+            self.slots.set_elsewhere(moved.slot, place);
+        }
+        self.slots.free(slot);
+        self.bounced.changes -= usize::from(flush::changes(removed.long.request.operation));
+        Some(removed)
+    }
+
+    /// A request ends that is in no queue and has no piece with the drive.
+    fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: End) {
+        if let End::Done = end {
+            self.succeeds_without_sgl(slot);
+        }
+        let Some(Bounced { head, long, piece, .. }) = self.remove_bounced(slot) else { return };
+        piece.into_iter().for_each(|piece| pool.give_back(piece.bounce));
+        let request = long.request;
+        self.longs.release(long);
+        if self.mode == Mode::Broken || matches!(end, End::LetGo) {
+            return;
+        }
+        count(&mut self.tally, &request);
+        if flush::changes(request.operation) {
+            self.note_change();
+        }
+        match &end {
+            End::Refused(status) => self.warn_of(*status),
+            End::Failed(why) => self.warn(&format_args!("a request whose data is copied failed: {why}")),
+            End::Done | End::LetGo => {}
+        }
+        let code = if let End::Done = end { request::OK } else { request::IOERR };
+        self.give_back(head, code, request.status, request.written);
+    }
+}
+
+impl Bounced {
+    /// Does it need a buffer more than once?
+    fn is_long(&self) -> bool {
+        u64::from(self.long.request.bytes) > PIECE
+    }
+
+    /// Calls `copy` with each stretch of the piece that comes next: its guest address, its place in the piece, and a space of its
+    /// length. Returns where the piece after it begins.
+    fn stretches(
+        &self,
+        bytes: u64,
+        mut copy: Option<impl FnMut(u64, u64, &mut [u8]) -> Result<(), OutsideMemory>>,
+    ) -> Result<(usize, u64), OutsideMemory> {
+        let mut space = [0; 4096];
+        let ((mut index, mut offset), mut at) = (self.at, 0);
+        while at < bytes
+            && let Some(buffer) = self.long.buffers.get(index)
+        {
+            let left = (u64::from(buffer.bytes) - offset).min(bytes - at);
+            let piece = if copy.is_some() { left.min(space.len() as u64) } else { left };
+            if let Some(copy) = &mut copy {
+                copy(buffer.address + offset, at, &mut space[..piece as usize])?;
+            }
+            offset += piece;
+            at += piece;
+            if offset == u64::from(buffer.bytes) {
+                (index, offset) = (index + 1, 0);
+            }
+        }
+        Ok((index, offset))
+    }
+}

@@ -1,0 +1,174 @@
+//! What a worker does with a lane besides polling it: starting, sleeping, changing, ending.
+
+use std::sync::Arc;
+
+use nvme_driver::{BouncePool, Namespace};
+
+use super::{Drive, Lane, Mode};
+use crate::blk::disk::Disk;
+use crate::virtio::memory::GuestMemory;
+
+impl Lane {
+    /// The first act on a worker. Whoever had the ring before may have died between showing an answer and telling of it, with a
+    /// log or without: the driver's side is woken. One time too many does no harm.
+    pub(crate) fn begin(&mut self) {
+        self.notify();
+        self.awake();
+    }
+
+    /// Takes no more requests; those with the drive are still answered.
+    pub(crate) fn begin_stop(&mut self) {
+        if !self.resuming
+            && let Some(head) = self.pending.take()
+        {
+            // Nothing was popped after it: the ring's next user finds it where it was.
+            self.ring.unpop(head);
+        }
+        if self.mode != Mode::Broken {
+            self.mode = Mode::Stopping;
+        }
+    }
+
+    /// Takes no more requests until [`Lane::end_move`]; false: it will stop anyway.
+    pub(crate) fn begin_move(&mut self) -> bool {
+        if self.mode == Mode::Running {
+            self.mode = Mode::Moving;
+        }
+        self.mode != Mode::Stopping
+    }
+
+    /// Is it on its way to another queue pair? What its guest has broken is, too.
+    pub(crate) fn is_moving(&self) -> bool {
+        matches!(self.mode, Mode::Moving | Mode::Broken)
+    }
+
+    /// Has the drive nothing of it, nor any buffer of its queue pair?
+    pub(crate) fn may_move(&self) -> bool {
+        self.in_flight() == 0
+    }
+
+    /// It has moved, and goes on.
+    pub(crate) fn end_move(&mut self) {
+        if self.mode == Mode::Moving {
+            self.mode = Mode::Running;
+        }
+    }
+
+    /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
+    pub(crate) fn drained(&self) -> bool {
+        self.in_flight() == 0 && self.pending.is_none() && !self.resuming
+    }
+
+    /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
+    pub(crate) fn end(&mut self) {
+        if self.mode != Mode::Broken {
+            self.publish();
+            // Whether there is work already is for the ring's next user to find out.
+            let _ = self.ring.enable_notifications();
+        }
+        self.counters.write(&self.tally);
+    }
+
+    /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back.
+    pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) {
+        self.drive = Drive::Held;
+        if let Some(pool) = pool {
+            self.hold_bounced(pool);
+        }
+        self.end_if_abandoned();
+    }
+
+    /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
+    pub(crate) fn abandon(&mut self, answer: bool) {
+        self.abandoned = Some(answer);
+        self.turns.over = true;
+        match self.drive {
+            Drive::Present => self.end_waiting(),
+            Drive::Held => self.end_if_abandoned(),
+            Drive::Lost => {}
+        }
+        self.publish();
+    }
+
+    fn end_if_abandoned(&mut self) {
+        match self.abandoned {
+            Some(true) => self.give_up(),
+            Some(false) => self.let_go(),
+            None => {}
+        }
+    }
+
+    /// The drive is back, and sees the guest's memory at addresses of its own choice.
+    pub(crate) fn regain_drive(&mut self) {
+        if self.is_out_of_reach() {
+            return self.stay_away();
+        }
+        self.drive = Drive::Present;
+        self.again.write_protected = false;
+        self.view.forget_device();
+        self.find_pending();
+    }
+
+    /// Is there memory of its guest that the drive cannot reach? Its session ends.
+    pub(crate) fn is_out_of_reach(&self) -> bool {
+        self.view.memory().unreachable().is_some()
+    }
+
+    /// The drive gets nothing of it any more, whatever its addresses would mean there: what waits is answered with an error, and
+    /// nothing more is taken.
+    pub(crate) fn stay_away(&mut self) {
+        self.drive = Drive::Held;
+        self.give_up();
+        self.begin_stop();
+        (self.resuming, self.pending) = (false, None);
+    }
+
+    /// Does it take what the driver makes available?
+    fn runs(&self) -> bool {
+        self.mode == Mode::Running && self.drive != Drive::Held
+    }
+
+    /// Uses a table with more regions from now on; false if it lacks one of the present ones.
+    #[must_use]
+    pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> bool {
+        self.view.extend(memory)
+    }
+
+    /// The disk as it is now. A request that waits for the queue pair was checked against the former one: the queue pair checks it
+    /// against this one again.
+    pub(crate) fn set_disk(&mut self, disk: Arc<Disk>) {
+        self.geometry = disk.geometry();
+        self.disk = disk;
+        self.again.write_protected = false;
+    }
+
+    /// The same disk, whose namespace has become another meanwhile. Its front-end hears of it later.
+    pub(crate) fn learn(&mut self, namespaces: &[Namespace]) {
+        let same = |known: &&Namespace| known.id == self.disk.namespace.id && **known != self.disk.namespace;
+        if let Some(known) = namespaces.iter().find(same) {
+            self.set_disk(Arc::new(self.disk.on(known.clone())));
+        }
+    }
+
+    /// Has to be polled even when nothing is in flight: nobody would wake it.
+    pub(crate) fn needs_polling(&self) -> bool {
+        self.kick().is_none() && self.runs()
+    }
+
+    /// Asks the driver for notifications. True: there is work already, do not sleep.
+    #[must_use]
+    pub(crate) fn prepare_sleep(&mut self) -> bool {
+        let work = self.drive != Drive::Held && self.resuming || self.runs() && self.ring.enable_notifications();
+        if !work && self.runs() {
+            self.note_empty();
+        }
+        work
+    }
+
+    /// Tells the driver that its ring is polled (again).
+    pub(crate) fn awake(&mut self) {
+        if self.mode == Mode::Running {
+            self.ring.disable_notifications();
+        }
+    }
+}

@@ -1,0 +1,278 @@
+//! What a lane keeps of each request while the drive has it: enough to ask again, should the drive not answer.
+//!
+//! A read or write of data in one place needs two words, which stand in its slot. Any other has lists, and these have a bound:
+//! they are the guest's to make long, and what is beyond the bound waits in the ring. Lists that are not needed any more are used
+//! again, so that usual requests allocate nothing; but only a few are kept for that.
+
+use nvme_driver::LbaRange;
+
+use super::flush;
+use crate::blk::request::{self, Operation, Request};
+use crate::virtio::ring::{Buffer, Chain};
+
+/// Most bytes that the lists of a lane's requests take together: [`LONGEST_CHAIN`](crate::blk::config::LONGEST_CHAIN) buffers in
+/// each of some thirty requests, or sixteen in each of more than a thousand. One request is always taken, however long.
+pub(super) const MOST_BYTES: usize = 512 << 10;
+
+/// Most bytes that a lane keeps for lists to come.
+pub(super) const MOST_SPARE: usize = 64 << 10;
+
+/// Lists grow by so many entries, so that those of different requests fit each other.
+const STEP: usize = 16;
+
+/// What a slot keeps of a request, besides what its answer takes.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Kept {
+    /// First logical block; of a flush: its number.
+    pub lba: u64,
+    /// Guest address of the data.
+    pub data: u64,
+    /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
+    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
+    /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
+    word: u64,
+}
+
+const CHANGES: u64 = 1 << 32;
+/// It was with the controller when that was stopped just now.
+pub(super) const LOST: u64 = 1 << 33;
+/// The controller has not answered in time.
+pub(super) const EXPIRED: u64 = 1 << 34;
+/// Nothing else may be with the drive when it is given this once more.
+pub(super) const ALONE: u64 = 1 << 35;
+/// It is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It is a [`Long`] one.
+pub(super) const NO_SGL: u64 = 1 << 36;
+pub(super) const RETRY: u64 = 1 << 40;
+pub(super) const FAILURE: u64 = 1 << 48;
+
+impl Kept {
+    /// A read or write.
+    #[inline(always)]
+    pub fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
+        Kept { lba, data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
+    }
+
+    /// Another request; `number`: of a flush.
+    pub fn long(operation: Operation, number: u64) -> Kept {
+        Kept { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
+    }
+
+    /// What the request is has been kept as a [`Long`] one.
+    pub fn stands_elsewhere(&mut self) {
+        self.data = 0;
+        self.word &= !u64::from(u32::MAX);
+    }
+
+    /// Of the data in one place; 0: see [`Long`].
+    pub fn bytes(&self) -> u32 {
+        self.word as u32
+    }
+
+    /// Does the request change the disk, or did it if it has been answered since?
+    pub fn changes(&self) -> bool {
+        self.word & CHANGES != 0
+    }
+
+    pub fn has(&self, flag: u64) -> bool {
+        self.word & flag != 0
+    }
+
+    pub fn set(&mut self, flag: u64) {
+        self.word |= flag;
+    }
+
+    pub fn clear(&mut self, flags: u64) {
+        self.word &= !flags;
+    }
+
+    /// How often it was tried again.
+    pub fn retries(&self) -> u8 {
+        (self.word / RETRY) as u8
+    }
+
+    /// In how many failures it has had a part.
+    pub fn failures(&self) -> u8 {
+        (self.word / FAILURE) as u8
+    }
+
+    /// The drive has answered: it does not make that fail.
+    pub fn acquit(&mut self) {
+        self.word &= !(LOST | EXPIRED | ALONE | (u64::from(u8::MAX) * FAILURE));
+    }
+
+    /// Counts one more ([`RETRY`], [`FAILURE`]), unless there were so many already: false.
+    pub fn count(&mut self, what: u64, most: u8) -> bool {
+        let counted = (self.word / what) as u8;
+        if counted < most {
+            self.word += what;
+        }
+        counted < most
+    }
+}
+
+/// A request that is not a read or write of data in one place.
+pub(super) struct Long {
+    pub request: Request,
+    /// Where the data of a read or write lies in guest memory, in order.
+    pub buffers: Vec<Buffer>,
+    /// Of any other request.
+    pub ranges: Vec<LbaRange>,
+}
+
+impl Long {
+    fn bytes(&self) -> usize {
+        bytes(self.buffers.capacity(), self.ranges.capacity())
+    }
+}
+
+/// What a request with lists of this many entries takes.
+fn bytes(buffers: usize, ranges: usize) -> usize {
+    size_of::<Long>() + buffers * size_of::<Buffer>() + ranges * size_of::<LbaRange>()
+}
+
+/// The long requests of a lane.
+#[derive(Default)]
+pub(super) struct Longs {
+    /// Of those that the drive has, or is to be given: by slot, as far as there were any.
+    by_slot: Vec<Option<Box<Long>>>,
+    /// What all of them take that were not released yet.
+    used: usize,
+    /// Of requests that are done, for others; the boxes, too.
+    #[allow(clippy::vec_box)]
+    spare: Vec<Box<Long>>,
+    /// What these take.
+    spared: usize,
+}
+
+impl Longs {
+    /// May a request with so many buffers and ranges be kept now?
+    pub fn has_room(&self, buffers: usize, ranges: usize) -> bool {
+        self.used == 0 || self.used + bytes(grown(buffers), grown(ranges)) <= MOST_BYTES
+    }
+
+    /// Keeps lists, for [`Longs::put`] or whoever gives them to [`Longs::release`] in the end.
+    pub fn keep(&mut self, request: Request, buffers: impl Iterator<Item = Buffer>, ranges: &[LbaRange]) -> Box<Long> {
+        let mut long = match self.spare.pop() {
+            Some(mut long) => {
+                self.spared -= long.bytes();
+                long.request = request;
+                long
+            }
+            None => Box::new(Long { request, buffers: Vec::new(), ranges: Vec::new() }),
+        };
+        long.buffers.reserve_exact(grown(buffers.size_hint().1.unwrap_or(0)));
+        long.buffers.extend(buffers);
+        long.ranges.reserve_exact(grown(ranges.len()));
+        long.ranges.extend_from_slice(ranges);
+        self.used += long.bytes();
+        long
+    }
+
+    /// Keeps a request from a parser for its slot.
+    pub fn keep_parsed(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
+        let long = match request.operation {
+            Operation::Read | Operation::Write => {
+                self.keep(*request, request::data_buffers(chain, request.operation), &[])
+            }
+            Operation::Flush => self.keep(*request, std::iter::empty(), &[]),
+            Operation::Discard | Operation::WriteZeroes | Operation::WriteZeroesUnmap => {
+                self.keep(*request, std::iter::empty(), ranges)
+            }
+        };
+        self.put(slot, long);
+    }
+
+    /// Has it stand for the request in a slot, for which nothing is kept yet.
+    pub fn put(&mut self, slot: u16, long: Box<Long>) {
+        let index = usize::from(slot);
+        if self.by_slot.len() <= index {
+            self.by_slot.resize_with(index + 1, || None);
+        }
+        self.by_slot[index] = Some(long);
+    }
+
+    /// What is kept for this slot.
+    pub fn get(&self, slot: u16) -> Option<&Long> {
+        self.by_slot.get(usize::from(slot))?.as_deref()
+    }
+
+    /// How many buffers or ranges are kept for this slot; 1 if it is not a long request's.
+    pub fn entries(&self, slot: u16) -> usize {
+        self.get(slot).map_or(1, |long| long.buffers.len().max(long.ranges.len()))
+    }
+
+    /// Takes what is kept for this slot.
+    pub fn take(&mut self, slot: u16) -> Option<Box<Long>> {
+        self.by_slot.get_mut(usize::from(slot))?.take()
+    }
+
+    /// The request in this slot is done.
+    pub fn drop_slot(&mut self, slot: u16) {
+        if let Some(long) = self.take(slot) {
+            self.release(long);
+        }
+    }
+
+    /// None of the requests that have slots is asked again.
+    pub fn drop_all(&mut self) {
+        for slot in std::mem::take(&mut self.by_slot) {
+            slot.into_iter().for_each(|long| self.release(long));
+        }
+    }
+
+    /// Takes lists back.
+    pub fn release(&mut self, mut long: Box<Long>) {
+        let bytes = long.bytes();
+        self.used -= bytes;
+        if self.spared + bytes <= MOST_SPARE {
+            long.buffers.clear();
+            long.ranges.clear();
+            self.spared += bytes;
+            self.spare.push(long);
+        }
+    }
+
+    /// What is allocated now, in bytes, but for a word per slot.
+    #[cfg(test)]
+    pub fn allocated(&self) -> usize {
+        self.used + self.spared
+    }
+}
+
+/// The capacity for so many entries.
+fn grown(entries: usize) -> usize {
+    entries.next_multiple_of(STEP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn keep(longs: &mut Longs, buffers: usize) -> Box<Long> {
+        let request = Request { operation: Operation::Read, lba: 0, bytes: 1, status: 0, written: 1 };
+        longs.keep(request, (0..buffers as u64).map(|address| Buffer { address, bytes: 1 }), &[])
+    }
+
+    #[test]
+    fn lists_are_bounded_and_most_of_them_are_given_back() {
+        let mut longs = Longs::default();
+        let mut kept = Vec::new();
+        while longs.has_room(1022, 0) {
+            kept.push(keep(&mut longs, 1022));
+            assert!(kept.last().unwrap().buffers.iter().zip(0..).all(|(buffer, address)| buffer.address == address));
+        }
+        assert!(longs.allocated() <= MOST_BYTES && kept.len() >= 16, "{} requests", kept.len());
+        kept.into_iter().for_each(|long| longs.release(long));
+        assert!(longs.allocated() <= MOST_SPARE);
+        assert_eq!(longs.used, 0);
+        // However long a request is, it is taken when it is alone.
+        assert!(longs.has_room(1 << 20, 0));
+        // What is kept serves requests that are as usual, without another allocation.
+        let kept: Vec<_> = (0..4).map(|_| keep(&mut longs, 16)).collect();
+        let allocated = longs.allocated();
+        kept.into_iter().for_each(|long| longs.release(long));
+        let kept: Vec<_> = (0..4).map(|_| keep(&mut longs, 16)).collect();
+        assert_eq!(longs.allocated(), allocated);
+        drop(kept);
+    }
+}

@@ -1,0 +1,103 @@
+//! Requests that may be the reason why the controller fails: see [`Trial`](crate::datapath::trial::Trial).
+
+use nvme_driver::{BouncePool, QueuePair, Status};
+
+use super::Lane;
+use super::kept::{ALONE, EXPIRED, FAILURE, LOST};
+use super::slots::Slot;
+use crate::blk::request::Operation;
+use crate::datapath::trial::Suspicion;
+
+/// How many failures of its controller a request may be a part of: it may well be their reason.
+const MOST_FAILURES: u8 = 5;
+
+impl Lane {
+    /// The drive has not answered the request with this token in time.
+    pub(crate) fn expired(&mut self, token: u64) {
+        if let Some(kept) = self.slots.kept_mut(token as u16) {
+            kept.set(EXPIRED);
+        }
+    }
+
+    /// The controller was stopped before it answered the request with this token. True: it had not done so in time.
+    pub(crate) fn unanswered(&mut self, token: u64) -> bool {
+        let number = token as u16;
+        if self.slots.get_mut(number).is_some() {
+            self.again.push(number, 0);
+        } else if self.slots.elsewhere(number).is_none_or(|place| place == Slot::ORPHAN) {
+            let expired = self.slots.kept_mut(number).is_some_and(|kept| kept.has(EXPIRED));
+            self.complete_specially(number, Status::ABORTED_BY_HOST);
+            return expired;
+        }
+        self.slots.kept_mut(number).is_some_and(|kept| {
+            kept.set(LOST);
+            kept.has(EXPIRED)
+        })
+    }
+
+    /// What the failure says in which these requests were lost: those that were a part of too many fail. True: some are to be given
+    /// to the drive alone, the next time.
+    pub(crate) fn judge(&mut self, suspicion: Suspicion) -> bool {
+        let waiting: Vec<u16> = self.again.ready().chain(self.bounced.slots()).collect();
+        let (mut guilty, mut alone) = (Vec::new(), false);
+        for slot in waiting {
+            let Some(kept) = self.slots.kept_mut(slot) else { continue };
+            let (lost, expired) = (kept.has(LOST), kept.has(EXPIRED));
+            kept.clear(LOST | EXPIRED);
+            let (suspected, certain) = match suspicion {
+                Suspicion::Nobody => (false, false),
+                Suspicion::Expired => (expired, true),
+                Suspicion::Only => (true, true),
+                Suspicion::Any => (true, false),
+            };
+            if lost && suspected {
+                let last = !kept.count(FAILURE, MOST_FAILURES - 1);
+                kept.clear(ALONE);
+                match (last, certain) {
+                    (true, true) => guilty.push(slot),
+                    (_, false) if kept.failures() == MOST_FAILURES - 1 => kept.set(ALONE),
+                    _ => {}
+                }
+            }
+            alone |= self.slots.kept_mut(slot).is_some_and(|kept| kept.has(ALONE));
+        }
+        guilty.into_iter().for_each(|slot| self.convict(slot));
+        alone
+    }
+
+    /// Answers a request that makes the controller fail.
+    fn convict(&mut self, slot: u16) {
+        let request = self.kept_request(slot).map(|(request, _)| request).or_else(|| self.bounced_request(slot));
+        let Some(request) = request else { return };
+        let what = match request.operation {
+            Operation::Read => "a read",
+            Operation::Write => "a write",
+            Operation::Flush => "a flush",
+            Operation::Discard => "a discard",
+            Operation::WriteZeroes | Operation::WriteZeroesUnmap => "a write of zeroes",
+        };
+        self.warn(&format_args!(
+            "{what} (block {}, {} bytes) was with the drive in {MOST_FAILURES} of its failures: it is answered with an error",
+            request.lba, request.bytes
+        ));
+        if !self.end_bounced_one(slot) {
+            self.again.forget(slot);
+            self.fail_slot(slot);
+        }
+    }
+
+    /// Gives the drive one request that has to be alone there; false: there is none. Nothing of the lane is there now.
+    pub(crate) fn submit_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
+        let slots = &mut self.slots;
+        let is_alone = |slot: u16| slots.kept_mut(slot).is_some_and(|kept| kept.has(ALONE));
+        match self.again.take_one(is_alone) {
+            Some(slot) => {
+                if !self.try_again(pair, tag, slot) {
+                    self.again.push(slot, 0);
+                }
+                true
+            }
+            None => self.copy_alone(pair, pool, tag),
+        }
+    }
+}

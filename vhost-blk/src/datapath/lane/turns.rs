@@ -1,0 +1,88 @@
+//! What a lane has to do with requests of many commands: the queue pair takes only so many of each lane, so that one more has to
+//! wait for its turn; and they can be given up in the middle, so that nobody has to wait for them to end.
+
+use nvme_driver::{OWNER_SHIFT, QueuePair, Status};
+
+use super::{Lane, Mode, flush};
+use crate::blk::request::Operation;
+use crate::virtio::ring::Head;
+
+/// A request that moves more bytes than this takes too long to be waited for.
+const LONG_BYTES: u32 = 2 << 20;
+
+/// See the module.
+#[derive(Default)]
+pub(super) struct Turns {
+    /// The pending request is one more of many commands than the queue pair takes of the lane.
+    pub crowded: bool,
+    /// No request of many commands goes on: when what the drive has of it is answered, it ends.
+    pub over: bool,
+}
+
+impl Lane {
+    /// Nobody waits for requests of many commands any longer: they end with an error as soon as the drive has answered what it
+    /// has of them. The lane is stopping.
+    pub(crate) fn end_long(&mut self) {
+        self.turns.over = true;
+    }
+
+    /// As [`Lane::submit_parsed`], for a request that had to wait. As long as it has to, it costs next to nothing, however long
+    /// it is.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn submit_pending(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
+        let entries = match self.parser.request.operation {
+            Operation::Read | Operation::Write | Operation::Flush => self.parser.segments.len(),
+            Operation::Discard | Operation::WriteZeroes | Operation::WriteZeroesUnmap => self.parser.ranges.len(),
+        };
+        if self.turns.crowded && !pair.admits(tag, entries) {
+            self.pending = Some(head);
+            return false;
+        }
+        self.turns.crowded = false;
+        self.submit_parsed(pair, tag, head)
+    }
+
+    /// In a lane that stops: has the queue pair issue nothing more of its requests of many commands, if they are over.
+    pub(super) fn stop_long(&mut self, pair: &mut QueuePair, tag: u64) {
+        if !self.turns.over {
+            return;
+        }
+        let owner = tag >> OWNER_SHIFT;
+        let mut ended = Vec::new();
+        let Lane { slots, mode, .. } = self;
+        // Pieces of copied requests are small, and soon done.
+        let mut long = |token: u64| *mode == Mode::Broken || slots.get_mut(token as u16).is_some();
+        pair.give_up(|token| token >> OWNER_SHIFT == owner && long(token), |done| ended.push(done));
+        ended.iter().for_each(|done| self.complete(done.token, done.status));
+    }
+
+    /// Was this request given up by [`Lane::stop_long`]? Then it ends here.
+    pub(super) fn ends_given_up(&mut self, number: u16, status: Status) -> bool {
+        if !self.turns.over || status.kind() != Status::ABORTED_BY_HOST {
+            return false;
+        }
+        if self.abandoned == Some(false) {
+            // In the ring, and in its log, it is as before.
+            self.longs.drop_slot(number);
+            self.slots.answer_any(number);
+            return true;
+        }
+        if self.kept_request(number).is_some_and(|(request, _)| flush::changes(request.operation)) {
+            // A part of it may have been done.
+            self.note_change();
+        }
+        self.warn(&"a request of many commands was given up: its ring had to stop");
+        self.fail_slot(number);
+        true
+    }
+
+    /// Does a request of so many bytes whose data is copied end early? True: with an error; false: without an answer.
+    pub(super) fn ends_copied(&self, bytes: u32) -> Option<bool> {
+        match self.mode {
+            // Nothing more from a guest that broke its ring.
+            Mode::Broken => Some(false),
+            _ => self.abandoned.or((self.turns.over && bytes > LONG_BYTES).then_some(true)),
+        }
+    }
+}

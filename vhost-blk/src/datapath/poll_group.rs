@@ -1,0 +1,309 @@
+//! A queue pair and the lanes that share it.
+
+use std::time::Instant;
+
+use nvme_driver::{BouncePool, OWNER_SHIFT, QueuePair};
+
+use super::trial::{Seat, Suspicion};
+use crate::datapath::lane::Lane;
+
+/// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot. So the
+/// lanes are the owners between whom long requests share the queue pair.
+const LANE_SHIFT: u32 = OWNER_SHIFT;
+
+/// The way to the drive.
+pub struct Way {
+    /// The queue pair.
+    pub pair: QueuePair,
+    /// For data the drive cannot reach where it lies.
+    pub pool: BouncePool,
+}
+
+/// A queue pair and the lanes that submit to it: usually one, more when the controller has fewer queue pairs than there are
+/// virtqueues.
+///
+/// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
+pub struct PollGroup {
+    way: Option<Way>,
+    /// The same, while it is for requests that are tried alone.
+    on_trial: Option<Box<OnTrial>>,
+    answered: Answered,
+    /// Nobody waits for the drive.
+    given_up: bool,
+    /// By index; an index stays free after its lane has gone until another takes it.
+    lanes: Vec<Option<Lane>>,
+    /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
+    /// each time, and those after it never.
+    first: usize,
+}
+
+impl PollGroup {
+    /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
+    pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
+        PollGroup { way: Some(Way { pair, pool }), ..PollGroup::without_drive(false) }
+    }
+
+    /// A place for a queue pair that is not there yet.
+    pub fn without_drive(given_up: bool) -> Self {
+        let answered = Answered::default();
+        PollGroup { way: None, on_trial: None, answered, given_up, lanes: Vec::new(), first: 0 }
+    }
+
+    /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
+    pub fn add(&mut self, mut lane: Lane) -> usize {
+        if self.pair().is_none() {
+            lane.lose_drive(None);
+        }
+        if self.given_up {
+            lane.give_up();
+        }
+        if lane.is_out_of_reach() {
+            lane.stay_away();
+        }
+        lane.begin();
+        let index = self.lanes.iter().position(Option::is_none).unwrap_or(self.lanes.len());
+        match self.lanes.get_mut(index) {
+            Some(free) => *free = Some(lane),
+            None => self.lanes.push(Some(lane)),
+        }
+        index
+    }
+
+    /// One turn: every lane hands what its driver made available to the queue pair; one doorbell; every answer there is goes
+    /// back to its lane; each lane publishes once. Returns how many requests moved.
+    ///
+    /// This is the whole of the data path. It makes no system call but the guest's notification, takes no lock and does not
+    /// allocate. It can be called without a worker, which is how its cost is measured.
+    #[inline(never)]
+    pub fn poll(&mut self) -> usize {
+        let Some(Way { pair, pool }) = &mut self.way else { return self.poll_specially() };
+        let PollGroup { lanes, first, .. } = self;
+        let mut moved = 0;
+        let mut index = *first;
+        for _ in 0..lanes.len() {
+            if let Some(Some(lane)) = lanes.get_mut(index) {
+                moved += lane.submit(pair, pool, (index as u64) << LANE_SHIFT);
+            }
+            index = if index + 1 < lanes.len() { index + 1 } else { 0 };
+        }
+        *first = if index + 1 < lanes.len() { index + 1 } else { 0 };
+        pair.ring();
+        moved += pair.reap(|done| {
+            if let Some(Some(lane)) = lanes.get_mut((done.token >> LANE_SHIFT) as usize) {
+                lane.complete(done.token, done.status);
+            }
+        });
+        for lane in lanes.iter_mut().flatten() {
+            lane.publish();
+        }
+        moved
+    }
+
+    /// The queue pair, unless the drive is away.
+    pub fn pair(&self) -> Option<&QueuePair> {
+        let way = self.way.as_ref().or_else(|| self.on_trial.as_ref().map(|on_trial| &on_trial.way));
+        way.map(|way| &way.pair)
+    }
+
+    fn way_mut(&mut self) -> Option<&mut Way> {
+        self.way.as_mut().or(self.on_trial.as_mut().map(|on_trial| &mut on_trial.way))
+    }
+
+    /// The lane with this index.
+    pub fn lane_mut(&mut self, index: usize) -> Option<&mut Lane> {
+        self.lanes.get_mut(index)?.as_mut()
+    }
+
+    /// All lanes.
+    pub fn lanes_mut(&mut self) -> impl Iterator<Item = &mut Lane> {
+        self.lanes.iter_mut().flatten()
+    }
+
+    /// Takes a lane out if it has nothing in flight.
+    pub(crate) fn remove_drained(&mut self, index: usize) -> Option<Lane> {
+        self.lanes.get(index)?.as_ref().filter(|lane| lane.drained())?;
+        let mut lane = self.remove(index)?;
+        lane.end();
+        Some(lane)
+    }
+
+    /// Takes a lane out of which the drive has nothing.
+    pub(crate) fn remove(&mut self, index: usize) -> Option<Lane> {
+        let lane = self.lanes.get_mut(index)?.take()?;
+        if let Some(Way { pool, .. }) = self.way_mut() {
+            pool.leave((index as u64) << LANE_SHIFT);
+        }
+        Some(lane)
+    }
+
+    /// Has any lane a request that is on its way to be answered?
+    pub(crate) fn busy(&self) -> bool {
+        // Without a drive there is nothing to look for; and nobody tells of a trial's end.
+        self.on_trial.is_some()
+            || self
+                .pair()
+                .is_some_and(|pair| pair.outstanding() != 0 || self.lanes.iter().flatten().any(|lane| !lane.drained()))
+    }
+
+    /// Does any lane use the queue pair?
+    pub(crate) fn has_lanes(&self) -> bool {
+        self.lanes.iter().any(Option::is_some)
+    }
+
+    /// The queue pair alone.
+    pub(crate) fn into_pair(self) -> Option<QueuePair> {
+        self.way.or(self.on_trial.map(|on_trial| on_trial.way)).map(|way| way.pair)
+    }
+
+    /// Lets commands age; returns how many requests have just been out for too long.
+    pub(crate) fn tick(&mut self, now: Instant) -> usize {
+        let mut expired = 0;
+        let PollGroup { way, on_trial, lanes, answered, .. } = self;
+        let way = way.as_mut().or(on_trial.as_mut().map(|on_trial| &mut on_trial.way));
+        let Some(way) = way else { return 0 };
+        answered.look(&way.pair, now);
+        way.pair.tick(now, |token| {
+            expired += 1;
+            if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
+                lane.expired(token);
+            }
+        });
+        expired
+    }
+
+    /// The drive is about to go: it is given nothing more before the seat's trial is over, and what it has is still answered. Returns
+    /// how many commands that is.
+    pub(crate) fn pause(&mut self, seat: Seat) -> usize {
+        let Some(mut way) = self.way.take().or_else(|| self.on_trial.take().map(|on_trial| on_trial.way)) else {
+            return 0;
+        };
+        way.pair.hold();
+        let out = way.pair.outstanding();
+        self.on_trial = Some(Box::new(OnTrial { way, seat }));
+        out
+    }
+
+    /// The controller is stopped and touches no memory any more: what is in flight waits for [`PollGroup::regain_drive`], as does
+    /// everything that comes. Returns what leads to the controller, and what it had.
+    pub(crate) fn lose_drive(&mut self) -> Option<Lost> {
+        let PollGroup { way, on_trial, lanes, answered, .. } = self;
+        let mut way = way.take().or_else(|| on_trial.take().map(|on_trial| on_trial.way))?;
+        answered.look(&way.pair, Instant::now());
+        let (mut in_flight, mut expired) = (0, 0);
+        way.pair.drain_after_reset(|token| {
+            in_flight += 1;
+            if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
+                expired += usize::from(lane.unanswered(token));
+            }
+        });
+        for lane in lanes.iter_mut().flatten() {
+            lane.lose_drive(Some(&mut way.pool));
+            lane.publish();
+        }
+        Some(Lost { way, in_flight, expired, answered: std::mem::take(answered).at })
+    }
+
+    /// Says what the failure means for what was in flight then, see [`Lane::judge`].
+    pub(crate) fn judge(&mut self, suspicion: Suspicion) -> bool {
+        let mut alone = false;
+        for lane in self.lanes_mut() {
+            alone |= lane.judge(suspicion);
+            lane.publish();
+        }
+        alone
+    }
+
+    /// Nobody waits for the drive any longer: what waits is answered with an error, as is everything that comes until
+    /// [`PollGroup::regain_drive`].
+    pub(crate) fn give_up(&mut self) {
+        if self.pair().is_some() {
+            return;
+        }
+        self.given_up = true;
+        for lane in self.lanes_mut() {
+            lane.give_up();
+            lane.publish();
+        }
+    }
+
+    /// The drive is back: the lanes go on with it; with a seat, when the trial is over.
+    pub(crate) fn regain_drive(&mut self, way: Way, seat: Option<Seat>) {
+        match seat {
+            Some(seat) => self.on_trial = Some(Box::new(OnTrial { way, seat })),
+            None => self.way = Some(way),
+        }
+        self.answered = Answered::default();
+        self.given_up = false;
+        self.lanes_mut().for_each(Lane::regain_drive);
+    }
+
+    /// A turn while the drive is away, or requests are tried alone.
+    #[cold]
+    #[inline(never)]
+    fn poll_specially(&mut self) -> usize {
+        let PollGroup { on_trial, lanes, .. } = self;
+        let mut moved = 0;
+        let Some(OnTrial { way: Way { pair, pool }, seat }) = on_trial.as_deref_mut() else {
+            for lane in lanes.iter_mut().flatten() {
+                moved += lane.refuse();
+                lane.publish();
+            }
+            return moved;
+        };
+        moved += pair.reap(|done| {
+            if let Some(Some(lane)) = lanes.get_mut((done.token >> LANE_SHIFT) as usize) {
+                lane.complete(done.token, done.status);
+            }
+        });
+        if pair.outstanding() == 0 && seat.has_drive() {
+            let mut all = (0u64..).zip(lanes.iter_mut());
+            let tried = all.any(|(index, lane)| {
+                lane.as_mut().is_some_and(|lane| lane.submit_alone(pair, pool, index << LANE_SHIFT))
+            });
+            pair.ring();
+            if !tried {
+                seat.finish();
+            }
+        }
+        lanes.iter_mut().flatten().for_each(Lane::publish);
+        if seat.is_over() && pair.outstanding() == 0 {
+            self.way = on_trial.take().map(|on_trial| on_trial.way);
+        }
+        moved
+    }
+}
+
+/// A queue pair on which requests are tried alone, for now.
+struct OnTrial {
+    way: Way,
+    seat: Seat,
+}
+
+/// When the controller was last seen to answer, roughly.
+#[derive(Default)]
+struct Answered {
+    /// Completions until then.
+    count: u64,
+    at: Option<Instant>,
+}
+
+impl Answered {
+    fn look(&mut self, pair: &QueuePair, now: Instant) {
+        let count = pair.counters().completions;
+        if count != self.count {
+            *self = Answered { count, at: Some(now) };
+        }
+    }
+}
+
+/// What a place had, when the controller was stopped.
+pub struct Lost {
+    /// The queue pair.
+    pub way: Way,
+    /// Requests that the controller had.
+    pub in_flight: usize,
+    /// How many of them it had not answered in time.
+    pub expired: usize,
+    /// When it was last seen to answer one, roughly; `None`: it never was.
+    pub answered: Option<Instant>,
+}

@@ -1,0 +1,181 @@
+//! How control threads talk to a worker: rarely, and without cost for it while they do not.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use nvme_driver::{Namespace, QueuePair};
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::PairId;
+use crate::blk::disk::Disk;
+use crate::datapath::lane::Lane;
+use crate::datapath::poll_group::{Lost, PollGroup, Way};
+use crate::datapath::trial::{Seat, Suspicion};
+use crate::virtio::memory::GuestMemory;
+
+/// Names a lane on its worker; never used twice.
+pub(super) type LaneId = u64;
+
+/// A place that lanes use cannot be taken away.
+pub(super) struct InUse;
+
+pub(super) enum Mail {
+    AddPair {
+        id: PairId,
+        group: PollGroup,
+    },
+    TakePair {
+        index: usize,
+        /// The queue pair, if there is one.
+        reply: Sender<Result<Option<QueuePair>, InUse>>,
+    },
+    Start {
+        id: LaneId,
+        pair: usize,
+        lane: Box<Lane>,
+    },
+    Stop {
+        id: LaneId,
+        reply: Sender<Lane>,
+    },
+    Move {
+        id: LaneId,
+        to: usize,
+    },
+    SetMemory {
+        id: LaneId,
+        memory: Arc<GuestMemory>,
+        reply: Sender<bool>,
+    },
+    SetDisk {
+        id: LaneId,
+        disk: Arc<Disk>,
+        reply: Sender<()>,
+    },
+    SetCall {
+        id: LaneId,
+        call: Option<File>,
+    },
+    SetKick {
+        id: LaneId,
+        kick: Option<File>,
+    },
+    SetError {
+        id: LaneId,
+        error: Option<File>,
+    },
+    Oldest {
+        index: usize,
+        reply: Sender<Option<Duration>>,
+    },
+    Pause {
+        index: usize,
+        seat: Seat,
+        reply: Sender<usize>,
+    },
+    FailPair {
+        index: usize,
+        reply: Sender<Option<Lost>>,
+    },
+    Judge {
+        index: usize,
+        suspicion: Suspicion,
+        reply: Sender<bool>,
+    },
+    GiveUp {
+        index: usize,
+    },
+    Abandon {
+        id: LaneId,
+        answer: bool,
+    },
+    EndLong {
+        id: LaneId,
+    },
+    Learn {
+        index: usize,
+        namespaces: Arc<[Namespace]>,
+    },
+    RestorePair {
+        index: usize,
+        way: Way,
+        seat: Option<Seat>,
+    },
+    End {
+        deadline: Instant,
+    },
+}
+
+#[derive(Default)]
+struct Letters {
+    mail: Vec<Mail>,
+    /// The worker is gone: what comes now is dropped, which whoever waits for a reply learns at once.
+    closed: bool,
+}
+
+pub(super) struct Mailbox {
+    /// There may be mail. The letters themselves are ordered by the lock.
+    flag: AtomicBool,
+    letters: Mutex<Letters>,
+    /// Ends the worker's sleep.
+    event: OwnedFd,
+}
+
+impl Mailbox {
+    pub(super) fn new() -> io::Result<Mailbox> {
+        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        Ok(Mailbox { flag: AtomicBool::new(false), letters: Mutex::default(), event })
+    }
+
+    fn letters(&self) -> MutexGuard<'_, Letters> {
+        // A panic while the lock is held is impossible but for one in Vec::push; the letters are whole in any case.
+        self.letters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Drops the mail if the worker is gone.
+    pub(super) fn send(&self, mail: Mail) {
+        let mut letters = self.letters();
+        if letters.closed {
+            return;
+        }
+        letters.mail.push(mail);
+        drop(letters);
+        // Relaxed: the worker takes the lock before it looks.
+        self.flag.store(true, Ordering::Relaxed);
+        // Only a full counter can refuse, and then the worker is being woken already.
+        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+    }
+
+    #[inline]
+    pub(super) fn has_mail(&self) -> bool {
+        self.flag.load(Ordering::Relaxed)
+    }
+
+    /// Everything that was sent so far.
+    pub(super) fn take(&self) -> Vec<Mail> {
+        // Cleared before the letters are taken: a letter that comes between sets it again.
+        self.flag.store(false, Ordering::Relaxed);
+        std::mem::take(&mut self.letters().mail)
+    }
+
+    pub(super) fn close(&self) {
+        let mut letters = self.letters();
+        letters.closed = true;
+        // Queue pairs and lanes among them never ran: nothing of theirs is in flight.
+        letters.mail.clear();
+    }
+
+    pub(super) fn event(&self) -> &OwnedFd {
+        &self.event
+    }
+
+    pub(super) fn clear_event(&self) {
+        // Non-blocking: an error says that it is clear.
+        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
+    }
+}

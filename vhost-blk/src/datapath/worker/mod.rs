@@ -1,0 +1,613 @@
+//! Workers: threads that poll lanes, one per CPU they are given.
+//!
+//! A worker owns queue pairs and the lanes that submit to them. Control threads hand both over by value and get them back
+//! the same way, by mail. While there is work a worker makes no system call; with nothing in flight for a while it asks the
+//! drivers for notifications and sleeps.
+
+mod mailbox;
+mod thread;
+
+use super::poll_group::{Lost, PollGroup, Way};
+use super::trial::{Seat, Suspicion};
+
+use std::fs::File;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvme_driver::{Namespace, QueuePair};
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::blk::disk::Disk;
+use crate::datapath::lane::{Lane, LaneState};
+use crate::event;
+use crate::virtio::memory::GuestMemory;
+use mailbox::{InUse, Mail, Mailbox};
+use thread::Worker;
+
+/// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
+const MAIL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// A queue pair's place on a worker; it may be empty for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PairId {
+    worker: usize,
+    /// Among the worker's places. Used again when the place was taken away, so that the worker has no more of them to look at
+    /// than are in use.
+    index: usize,
+    /// Never used twice.
+    number: u64,
+}
+
+impl PairId {
+    #[cfg(test)]
+    pub(crate) fn made_up(worker: usize, number: usize) -> PairId {
+        PairId { worker, index: number, number: number as u64 }
+    }
+
+    /// The worker it is on.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+}
+
+/// A lane on its worker; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LaneNumber(u64);
+
+/// What a worker has to tell unasked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WorkerEvent {
+    /// The controller has not answered requests within the command timeout. They stay unanswered, for it may still write to
+    /// their memory: stop the controller, then call [`WorkerPool::fail_queue_pair`].
+    Expired {
+        /// The queue pair they were given to.
+        pair: PairId,
+        /// How many have just expired.
+        count: usize,
+        /// When that was noticed.
+        at: Instant,
+    },
+    /// A worker has panicked; its lanes are not served any more. A defect of this program.
+    WorkerDied {
+        /// The worker.
+        worker: usize,
+        /// What the panic said.
+        message: String,
+    },
+}
+
+/// What goes wrong between control threads and workers.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A worker cannot run on the CPU it was given.
+    #[error(
+        "cannot pin a worker to CPU {cpu}: {source}; see /proc/self/status, Cpus_allowed_list, for the CPUs this process may use"
+    )]
+    Pin {
+        /// Number of the CPU.
+        cpu: usize,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A thread or its means to wake others and be woken could not be made.
+    #[error("cannot start worker {worker}: {source}")]
+    Start {
+        /// Number of the worker.
+        worker: usize,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The worker does not answer: it has panicked, or the pool was shut down.
+    #[error("worker {worker} is gone")]
+    Gone {
+        /// Number of the worker.
+        worker: usize,
+    },
+    /// Lanes use the place of a queue pair.
+    #[error("a queue pair's place is still in use")]
+    InUse,
+    /// The new memory table lacks a region of the present one, into which requests may point.
+    #[error("the new memory table lacks a region that the running ring may use; stop the ring first")]
+    NotSuperset,
+    /// Workers ended with requests the drive had not answered.
+    #[error("{requests} requests were still with the drive when the workers had to end")]
+    Undrained {
+        /// How many.
+        requests: usize,
+    },
+}
+
+/// The drive has not answered what is in flight within the deadline. The lane is still on its worker, takes nothing more and
+/// can be asked for again.
+#[derive(Debug, thiserror::Error)]
+#[error("{name}: the drive has not answered all requests within the deadline")]
+pub struct StillBusy {
+    /// The lane's name.
+    pub name: String,
+    /// To ask again.
+    pub lane: StoppingLane,
+}
+
+/// Why a lane did not come back.
+#[derive(Debug, thiserror::Error)]
+pub enum StopError {
+    /// See [`StillBusy`].
+    #[error(transparent)]
+    StillBusy(StillBusy),
+    /// The worker has died with the lane.
+    #[error("{name}: the worker that served it is gone")]
+    Gone {
+        /// The lane's name.
+        name: String,
+    },
+}
+
+/// The indexes of a worker's places.
+#[derive(Default)]
+struct Indexes {
+    /// All below were used.
+    next: usize,
+    free: Vec<usize>,
+}
+
+struct Thread {
+    mailbox: Arc<Mailbox>,
+    places: Mutex<Indexes>,
+    join: Mutex<Option<JoinHandle<usize>>>,
+}
+
+impl Thread {
+    fn places(&self) -> MutexGuard<'_, Indexes> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The workers of a program.
+pub struct WorkerPool {
+    threads: Vec<Thread>,
+    next_lane: AtomicU64,
+    next_pair: AtomicU64,
+    events: Mutex<Receiver<WorkerEvent>>,
+    unpinned: Vec<Error>,
+}
+
+impl WorkerPool {
+    /// Starts a worker on each of these CPUs; none given: one worker, wherever the scheduler puts it. A CPU that does not exist or
+    /// is not allowed to this process is left out.
+    ///
+    /// # Errors
+    /// There is no such CPU at all, or no resources for a thread.
+    pub fn start(cpus: &[usize]) -> Result<WorkerPool, Error> {
+        let (events, receiver) = mpsc::channel();
+        let places: Vec<Option<usize>> =
+            if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
+        // Whoever drives the workers and the drive needs a core, too.
+        let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
+        let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
+        let mut pool =
+            WorkerPool { threads: Vec::new(), next_lane, next_pair, events: Mutex::new(receiver), unpinned: vec![] };
+        for cpu in places {
+            match Self::start_thread(pool.threads.len(), cpu, crowded, events.clone()) {
+                Ok(thread) => pool.threads.push(thread),
+                Err(error @ Error::Pin { .. }) => pool.unpinned.push(error),
+                Err(error) => return Err(error),
+            }
+        }
+        match pool.unpinned.pop_if(|_| pool.threads.is_empty()) {
+            Some(error) => Err(error),
+            None => Ok(pool),
+        }
+    }
+
+    /// Why there is no worker on some of the CPUs.
+    pub fn unpinned(&self) -> &[Error] {
+        &self.unpinned
+    }
+
+    fn start_thread(
+        number: usize,
+        cpu: Option<usize>,
+        crowded: bool,
+        events: Sender<WorkerEvent>,
+    ) -> Result<Thread, Error> {
+        let failed = move |source| Error::Start { worker: number, source };
+        let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
+        let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
+        let (started, start) = mpsc::sync_channel(1);
+        let mine = mailbox.clone();
+        let body = move || {
+            let pinned = cpu.map_or(Ok(()), |cpu| pin(cpu).map_err(|source| Error::Pin { cpu, source }));
+            let ready = pinned.and_then(|()| event::prepare().map_err(failed));
+            let go = ready.is_ok();
+            // The starter waits for this.
+            let _ = started.send(ready);
+            if !go {
+                return 0;
+            }
+            let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
+            mine.close();
+            result.unwrap_or_else(|panic| {
+                worker.abandon();
+                let message = panic_message(panic.as_ref());
+                log::error!("worker {number} panicked, and the program ends for it: {message}");
+                let _ = events.send(WorkerEvent::WorkerDied { worker: number, message });
+                0
+            })
+        };
+        let join = std::thread::Builder::new().name(format!("worker {number}")).spawn(body).map_err(failed)?;
+        if let Ok(Err(error)) = start.recv() {
+            return Err(error);
+        }
+        Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) })
+    }
+
+    /// Number of workers; they are numbered from 0.
+    pub fn len(&self) -> usize {
+        self.threads.len()
+    }
+
+    /// Whether there are no workers; there always are some.
+    pub fn is_empty(&self) -> bool {
+        self.threads.is_empty()
+    }
+
+    /// What workers have told unasked since the last call.
+    pub fn events(&self) -> Vec<WorkerEvent> {
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect()
+    }
+
+    /// Moves a queue pair to a worker, and with it the bounce buffers for data its drive cannot reach where it lies
+    /// (64 KiB serve any request; more lets several be copied at a time).
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_queue_pair(&self, worker: usize, way: Way) -> PairId {
+        self.add(worker, PollGroup::new(way.pair, way.pool))
+    }
+
+    /// Makes a place for a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with an
+    /// error until [`WorkerPool::restore_queue_pair`].
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_place(&self, worker: usize, given_up: bool) -> PairId {
+        self.add(worker, PollGroup::without_drive(given_up))
+    }
+
+    /// A place whose lanes go on when the trial is over.
+    ///
+    /// # Panics
+    /// There is no worker of this number.
+    pub fn add_on_trial(&self, worker: usize, way: Way, seat: Seat) -> PairId {
+        let mut group = PollGroup::without_drive(false);
+        group.regain_drive(way, Some(seat));
+        self.add(worker, group)
+    }
+
+    fn add(&self, worker: usize, group: PollGroup) -> PairId {
+        let thread = &self.threads[worker];
+        let index = {
+            let mut places = thread.places();
+            places.free.pop().unwrap_or_else(|| {
+                places.next += 1;
+                places.next - 1
+            })
+        };
+        // Relaxed: a number, ordered with nothing.
+        let id = PairId { worker, index, number: self.next_pair.fetch_add(1, Ordering::Relaxed) };
+        thread.mailbox.send(Mail::AddPair { id, group });
+        id
+    }
+
+    /// Moves a lane to the worker that has this queue pair; it is polled from now on.
+    pub fn start_lane(&self, pair: PairId, lane: Lane) -> LaneHandle {
+        // Relaxed: a number, ordered with nothing.
+        let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
+        let mailbox = self.threads[pair.worker].mailbox.clone();
+        let handle = LaneHandle {
+            id,
+            worker: pair.worker,
+            name: lane.name().to_owned(),
+            state: lane.state().clone(),
+            mailbox: mailbox.clone(),
+        };
+        mailbox.send(Mail::Start { id, pair: pair.index, lane: Box::new(lane) });
+        handle
+    }
+
+    /// Has a lane go on at another place of its worker. Its driver notices nothing: it takes no more requests, and moves when those
+    /// that it has are answered. Where it is not any more, or has to stop before, nothing happens.
+    pub fn move_lane(&self, lane: LaneNumber, to: PairId) {
+        self.threads[to.worker].mailbox.send(Mail::Move { id: lane.0, to: to.index });
+    }
+
+    /// Removes a place that no lane uses, and returns the queue pair that is there.
+    ///
+    /// # Errors
+    /// A lane uses it, or the worker is gone.
+    pub fn take_queue_pair(&self, pair: PairId) -> Result<Option<QueuePair>, Error> {
+        let (reply, answer) = mpsc::channel();
+        let thread = &self.threads[pair.worker];
+        thread.mailbox.send(Mail::TakePair { index: pair.index, reply });
+        match answer.recv_timeout(MAIL_DEADLINE) {
+            Ok(Ok(taken)) => {
+                thread.places().free.push(pair.index);
+                Ok(taken)
+            }
+            Ok(Err(InUse)) => Err(Error::InUse),
+            Err(_) => Err(Error::Gone { worker: pair.worker }),
+        }
+    }
+
+    /// How long the oldest command is with the drive on the queue pair of a place, roughly; `None`: there is none, or no queue pair.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn oldest(&self, pair: PairId) -> Result<Option<Duration>, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Oldest { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Gives nothing more to the queue pair of a place until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
+    /// Returns how many commands the controller still has; what it answers is passed on.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn pause(&self, pair: PairId, seat: Seat) -> Result<usize, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Pause { index: pair.index, seat, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
+    /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::give_up`], and they take nothing more. Gives back what
+    /// leads to the controller.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn fail_queue_pair(&self, pair: PairId) -> Result<Option<Lost>, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Says what the failure means in which an empty place has lost its queue pair: requests that had a part in too many fail. True:
+    /// some are to be tried alone when the drive is back ([`WorkerPool::restore_on_trial`]).
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn judge(&self, pair: PairId, suspicion: Suspicion) -> Result<bool, Error> {
+        let (reply, answer) = mpsc::channel();
+        self.threads[pair.worker].mailbox.send(Mail::Judge { index: pair.index, suspicion, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+    }
+
+    /// Has everything that waits in an empty place answered with an error, and from then on everything its lanes are asked.
+    pub fn give_up(&self, pair: PairId) {
+        self.threads[pair.worker].mailbox.send(Mail::GiveUp { index: pair.index });
+    }
+
+    /// Tells the lanes of a place how their namespaces are now, before they go on with another queue pair.
+    pub fn learn(&self, pair: PairId, namespaces: Arc<[Namespace]>) {
+        self.threads[pair.worker].mailbox.send(Mail::Learn { index: pair.index, namespaces });
+    }
+
+    /// Puts a queue pair into an empty place; its lanes go on with it.
+    pub fn restore_queue_pair(&self, pair: PairId, way: Way) {
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: None });
+    }
+
+    /// The same; its lanes go on when the trial is over.
+    pub fn restore_on_trial(&self, pair: PairId, way: Way, seat: Seat) {
+        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: Some(seat) });
+    }
+
+    /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.
+    ///
+    /// # Errors
+    /// Requests were not answered in time; their guest memory stays mapped until the process ends.
+    pub fn shutdown(&self, deadline: Duration) -> Result<(), Error> {
+        let deadline = Instant::now() + deadline;
+        for thread in &self.threads {
+            thread.mailbox.send(Mail::End { deadline });
+        }
+        let mut requests = 0;
+        for thread in &self.threads {
+            let join = thread.join.lock().unwrap_or_else(PoisonError::into_inner).take();
+            // A panic of the thread has been reported when it happened.
+            requests += join.map_or(0, |join| join.join().unwrap_or(0));
+        }
+        if requests != 0 { Err(Error::Undrained { requests }) } else { Ok(()) }
+    }
+}
+
+impl Drop for WorkerPool {
+    fn drop(&mut self) {
+        if let Err(error) = self.shutdown(Duration::from_secs(1)) {
+            log::error!("{error}");
+        }
+    }
+}
+
+fn pin(cpu: usize) -> io::Result<()> {
+    if cpu >= CpuSet::MAX_CPU {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let mut set = CpuSet::new();
+    set.set(cpu);
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Whether a worker could run on a CPU.
+///
+/// # Errors
+/// It does not exist, or is not allowed to this process.
+pub fn try_cpu(cpu: usize) -> Result<(), Error> {
+    let tried = std::thread::Builder::new().name("try CPU".into()).spawn(move || pin(cpu));
+    let pinned = tried.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread died"))));
+    pinned.map_err(|source| Error::Pin { cpu, source })
+}
+
+/// What a thread has panicked with.
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().copied();
+    text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
+}
+
+/// A lane that runs on a worker.
+pub struct LaneHandle {
+    id: u64,
+    worker: usize,
+    name: String,
+    state: Arc<LaneState>,
+    mailbox: Arc<Mailbox>,
+}
+
+impl LaneHandle {
+    /// Names the lane.
+    pub fn number(&self) -> LaneNumber {
+        LaneNumber(self.id)
+    }
+
+    /// Takes the lane back: it takes no more requests, and comes when those in flight are answered.
+    ///
+    /// # Errors
+    /// [`StopError::StillBusy`]: not within `deadline`.
+    pub fn stop(self, deadline: Duration) -> Result<StoppedLane, StopError> {
+        self.begin_stop().wait(deadline)
+    }
+
+    /// Asks for the lane back: it takes no more requests, and comes when those in flight are answered.
+    pub fn begin_stop(self) -> StoppingLane {
+        let (reply, lane) = mpsc::channel();
+        self.mailbox.send(Mail::Stop { id: self.id, reply });
+        let since = Instant::now();
+        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox, let_go: false, since }
+    }
+
+    /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
+    ///
+    /// # Errors
+    /// The table lacks a present region, or the worker is gone.
+    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), Error> {
+        let (reply, answer) = mpsc::channel();
+        self.mailbox.send(Mail::SetMemory { id: self.id, memory, reply });
+        match answer.recv_timeout(MAIL_DEADLINE) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Error::NotSuperset),
+            Err(_) => Err(Error::Gone { worker: self.worker }),
+        }
+    }
+
+    /// Has the lane serve the disk as it is now: another size, say. In force on return, for requests that the drive has not got
+    /// yet.
+    ///
+    /// # Errors
+    /// The worker is gone.
+    pub fn set_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
+        let (reply, answer) = mpsc::channel();
+        self.mailbox.send(Mail::SetDisk { id: self.id, disk, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: self.worker })
+    }
+
+    /// Replaces the eventfd that notifies the driver. The new one is signalled once, lest a notification be lost between the two.
+    pub fn set_call(&self, call: Option<File>) {
+        self.mailbox.send(Mail::SetCall { id: self.id, call });
+    }
+
+    /// Replaces the eventfd that wakes the lane.
+    pub fn set_kick(&self, kick: Option<File>) {
+        self.mailbox.send(Mail::SetKick { id: self.id, kick });
+    }
+
+    /// Replaces the eventfd that says that the lane has stopped for good.
+    pub fn set_error(&self, error: Option<File>) {
+        self.mailbox.send(Mail::SetError { id: self.id, error });
+    }
+
+    /// Did the guest break its ring (or a worker die)? Nothing is served any more, the device needs a reset.
+    pub fn broken(&self) -> bool {
+        self.state.broken()
+    }
+
+    /// The worker the lane is on.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+}
+
+/// A lane that takes no more requests and has to come back from its worker.
+pub struct StoppingLane {
+    id: u64,
+    name: String,
+    lane: Receiver<Lane>,
+    mailbox: Arc<Mailbox>,
+    /// Nobody is there for answers.
+    let_go: bool,
+    /// When it was asked for.
+    since: Instant,
+}
+
+impl std::fmt::Debug for StoppingLane {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("StoppingLane").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl StoppingLane {
+    /// When it was asked for.
+    pub fn since(&self) -> Instant {
+        self.since
+    }
+
+    /// Has its requests of many commands end in the middle, with an error, when the drive has answered the commands that it has.
+    pub fn end_long(&self) {
+        self.mailbox.send(Mail::EndLong { id: self.id });
+    }
+
+    /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
+    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight. What was once
+    /// let go in this way is not answered later.
+    pub fn abandon(&mut self, answer: bool) {
+        self.let_go |= !answer;
+        self.mailbox.send(Mail::Abandon { id: self.id, answer: !self.let_go });
+    }
+
+    /// Waits for the requests in flight.
+    ///
+    /// # Errors
+    /// As for [`LaneHandle::stop`].
+    pub fn wait(self, deadline: Duration) -> Result<StoppedLane, StopError> {
+        match self.lane.recv_timeout(deadline) {
+            Ok(lane) => {
+                Ok(StoppedLane { base: lane.base(), broken: lane.state().broken(), events: lane.into_events() })
+            }
+            Err(RecvTimeoutError::Timeout) => {
+                Err(StopError::StillBusy(StillBusy { name: self.name.clone(), lane: self }))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(StopError::Gone { name: self.name }),
+        }
+    }
+}
+
+/// What is left of a lane that has stopped: nothing in flight, everything answered shown to the driver.
+#[derive(Debug)]
+pub struct StoppedLane {
+    /// Where the ring's next user begins: for GET_VRING_BASE, and [`RingSetup::base`](crate::virtio::ring::RingSetup::base).
+    pub base: u32,
+    /// The guest had broken the ring.
+    pub broken: bool,
+    /// The kick, call and error eventfds.
+    pub events: [Option<File>; 3],
+}
+
+#[cfg(test)]
+mod tests;

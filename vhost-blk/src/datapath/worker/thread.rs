@@ -1,0 +1,437 @@
+//! The loop of one worker.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
+
+use nvme_driver::QueuePair;
+use rustix::event::epoll;
+
+use super::mailbox::{InUse, LaneId, Mail, Mailbox};
+use super::{PairId, WorkerEvent};
+use crate::datapath::lane::Lane;
+use crate::datapath::poll_group::PollGroup;
+use crate::fault_point::fault_point;
+use crate::log_limit::Kind;
+
+/// With nothing in flight for this long a worker goes to sleep.
+const IDLE_BEFORE_SLEEP: Duration = Duration::from_millis(2);
+/// Turns without work before a worker on a crowded machine lets others run.
+const SPINS_CROWDED: u32 = 16;
+/// The same where there is a core for every thread.
+const SPINS: u32 = 8192;
+/// Turns between two looks at the clock while there is work.
+const TURNS_PER_LOOK: u32 = 1024;
+/// How often the queue pairs' commands age.
+const TICK: Duration = Duration::from_millis(5);
+
+/// The mailbox among the things that end a sleep; lanes are numbered from 1.
+const MAILBOX: LaneId = 0;
+
+/// Where a lane is.
+#[derive(Clone, Copy)]
+struct Place {
+    pair: usize,
+    index: usize,
+    /// Its kick eventfd is being watched while asleep.
+    watched: bool,
+}
+
+/// What a lane leaves its place for.
+enum Departure {
+    /// It stops; who waits for it.
+    Stops(Sender<Lane>),
+    /// It goes on at another place.
+    Moves(usize),
+}
+
+pub(super) struct Worker {
+    number: usize,
+    mailbox: Arc<Mailbox>,
+    events: Sender<WorkerEvent>,
+    epoll: OwnedFd,
+    groups: Vec<Option<PollGroup>>,
+    /// Of the groups, by the same index.
+    ids: Vec<PairId>,
+    lanes: HashMap<LaneId, Place>,
+    /// Lanes on their way out of their place.
+    departing: Vec<(LaneId, Departure)>,
+    /// Set by the last mail: the worker ends when everything in flight is answered, at this time at the latest.
+    ending: Option<Instant>,
+    crowded: bool,
+    turns: u32,
+    idle: u32,
+    idle_since: Option<Instant>,
+    last_tick: Instant,
+}
+
+impl Worker {
+    pub(super) fn new(
+        number: usize,
+        mailbox: Arc<Mailbox>,
+        events: Sender<WorkerEvent>,
+        crowded: bool,
+    ) -> std::io::Result<Worker> {
+        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        epoll::add(&epoll, mailbox.event(), epoll::EventData::new_u64(MAILBOX), epoll::EventFlags::IN)?;
+        Ok(Worker {
+            number,
+            mailbox,
+            events,
+            epoll,
+            groups: Vec::new(),
+            ids: Vec::new(),
+            lanes: HashMap::new(),
+            departing: Vec::new(),
+            ending: None,
+            crowded,
+            turns: 0,
+            idle: 0,
+            idle_since: None,
+            last_tick: Instant::now(),
+        })
+    }
+
+    /// Runs until the mailbox says that it is enough and everything in flight is answered. Returns the number of requests
+    /// that were not answered in time.
+    pub(super) fn run(&mut self) -> usize {
+        loop {
+            if self.mailbox.has_mail() {
+                self.read_mail();
+            }
+            let mut moved = 0;
+            for group in self.groups.iter_mut().flatten() {
+                moved += group.poll();
+            }
+            if !self.departing.is_empty() {
+                self.let_depart();
+            }
+            if let Some(deadline) = self.ending {
+                let busy = self.groups.iter().flatten().any(PollGroup::busy);
+                if !busy || Instant::now() >= deadline {
+                    return self.end();
+                }
+            }
+            if moved == 0 {
+                self.idle();
+                continue;
+            }
+            self.idle = 0;
+            self.idle_since = None;
+            self.turns = self.turns.wrapping_add(1);
+            if self.turns.is_multiple_of(TURNS_PER_LOOK) {
+                self.tick(Instant::now());
+            }
+        }
+    }
+
+    /// What has to be done every few milliseconds.
+    fn tick(&mut self, now: Instant) {
+        if now.duration_since(self.last_tick) < TICK {
+            return;
+        }
+        self.last_tick = now;
+        for (group, &pair) in self.groups.iter_mut().zip(&self.ids) {
+            let Some(group) = group else { continue };
+            let expired = group.tick(now);
+            if expired != 0 {
+                // Nobody listens any more when the program ends.
+                let _ = self.events.send(WorkerEvent::Expired { pair, count: expired, at: now });
+            }
+        }
+    }
+
+    /// A turn in which nothing moved.
+    fn idle(&mut self) {
+        self.idle = self.idle.saturating_add(1);
+        let spins = if self.crowded { SPINS_CROWDED } else { SPINS };
+        if self.idle < spins && !self.idle.is_multiple_of(SPINS_CROWDED) {
+            std::hint::spin_loop();
+            return;
+        }
+        let now = Instant::now();
+        self.tick(now);
+        if self.groups.iter().flatten().any(PollGroup::busy) || !self.departing.is_empty() {
+            self.idle_since = None;
+        } else if now.duration_since(*self.idle_since.get_or_insert(now)) >= IDLE_BEFORE_SLEEP {
+            self.sleep();
+            return;
+        }
+        if self.idle >= spins {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
+    fn sleep(&mut self) {
+        let unwatched = self.lanes.values().any(|place| {
+            let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
+            lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
+        });
+        if unwatched {
+            std::thread::yield_now();
+            return;
+        }
+        let mut work = false;
+        for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
+            work |= lane.prepare_sleep();
+        }
+        if !work && !self.mailbox.has_mail() {
+            self.wait();
+        }
+        for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
+            lane.awake();
+        }
+        self.idle = 0;
+        self.idle_since = None;
+    }
+
+    fn wait(&mut self) {
+        let mut space = [const { MaybeUninit::<epoll::Event>::uninit() }; 64];
+        // An error (a signal) is a wake-up like any other: everything is looked at again.
+        let Ok((woken, _)) = epoll::wait(&self.epoll, &mut space, None) else { return };
+        for event in woken {
+            let id = event.data.u64();
+            if id == MAILBOX {
+                self.mailbox.clear_event();
+                continue;
+            }
+            let Some(place) = self.lanes.get(&id) else { continue };
+            let Some(lane) = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index)) else {
+                continue;
+            };
+            // The kick is not read: the front-end may have made that block, or have given it to another ring, too.
+            lane.count_kick();
+        }
+    }
+
+    fn watch(epoll: &OwnedFd, id: LaneId, lane: &Lane) -> bool {
+        let Some(kick) = lane.kick() else { return false };
+        // Edge-triggered: each kick is told once, whatever the counter says, and one from before counts as the first. So
+        // nobody has to read it, which could block, and what stays readable for ever does not keep the worker awake.
+        let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+        match epoll::add(epoll, kick, epoll::EventData::new_u64(id), flags) {
+            Ok(()) => true,
+            Err(error) => {
+                if let Some(more) = lane.log().admit(Kind::Ring) {
+                    log::warn!(
+                        "{}: cannot wait for the kick eventfd, polling without sleep: {error}{more}",
+                        lane.name()
+                    );
+                }
+                false
+            }
+        }
+    }
+
+    fn unwatch(epoll: &OwnedFd, lane: &Lane) {
+        if let Some(kick) = lane.kick() {
+            // It may never have been watched.
+            let _ = epoll::delete(epoll, kick);
+        }
+    }
+
+    fn lane_mut(&mut self, id: LaneId) -> Option<&mut Lane> {
+        let place = self.lanes.get(&id)?;
+        self.groups.get_mut(place.pair)?.as_mut()?.lane_mut(place.index)
+    }
+
+    fn read_mail(&mut self) {
+        for mail in self.mailbox.take() {
+            // A reply that nobody waits for any more is dropped.
+            match mail {
+                Mail::AddPair { id, group } => {
+                    // Indexes come from 0 on.
+                    if self.groups.len() <= id.index {
+                        self.groups.resize_with(id.index + 1, || None);
+                        self.ids.resize(id.index + 1, id);
+                    }
+                    self.groups[id.index] = Some(group);
+                    self.ids[id.index] = id;
+                }
+                Mail::TakePair { index, reply } => {
+                    let _ = reply.send(self.take_pair(index));
+                }
+                Mail::Start { id, pair, lane } => self.start(id, pair, *lane),
+                Mail::Stop { id, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.begin_stop();
+                        self.departing.push((id, Departure::Stops(reply)));
+                    }
+                }
+                Mail::Move { id, to } => {
+                    if self.lane_mut(id).is_some_and(Lane::begin_move) {
+                        // It goes where it was told last.
+                        self.departing.retain(|(other, why)| *other != id || matches!(why, Departure::Stops(_)));
+                        self.departing.push((id, Departure::Moves(to)));
+                    }
+                }
+                Mail::SetMemory { id, memory, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        let _ = reply.send(lane.set_memory(memory));
+                    }
+                }
+                Mail::SetDisk { id, disk, reply } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.set_disk(disk);
+                        let _ = reply.send(());
+                    }
+                }
+                Mail::SetCall { id, call } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        fault_point!("worker panics", lane.name());
+                        lane.set_call(call);
+                    }
+                }
+                Mail::SetError { id, error } => {
+                    if let Some(lane) = self.lane_mut(id) {
+                        lane.set_error(error);
+                    }
+                }
+                Mail::SetKick { id, kick } => self.set_kick(id, kick),
+                Mail::Oldest { index, reply } => {
+                    let pair = self.group_mut(index).and_then(|group| group.pair());
+                    let _ = reply.send(pair.and_then(QueuePair::oldest));
+                }
+                Mail::Pause { index, seat, reply } => {
+                    let _ = reply.send(self.group_mut(index).map_or(0, |group| group.pause(seat)));
+                }
+                Mail::FailPair { index, reply } => {
+                    let _ = reply.send(self.group_mut(index).and_then(PollGroup::lose_drive));
+                }
+                Mail::Judge { index, suspicion, reply } => {
+                    let _ = reply.send(self.group_mut(index).is_some_and(|group| group.judge(suspicion)));
+                }
+                Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(PollGroup::give_up),
+                Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
+                Mail::EndLong { id } => self.lane_mut(id).into_iter().for_each(Lane::end_long),
+                Mail::Learn { index, namespaces } => {
+                    let lanes = self.group_mut(index).into_iter().flat_map(PollGroup::lanes_mut);
+                    lanes.for_each(|lane| lane.learn(&namespaces));
+                }
+                Mail::RestorePair { index, way, seat } => {
+                    if let Some(group) = self.group_mut(index) {
+                        group.regain_drive(way, seat);
+                    }
+                }
+                Mail::End { deadline } => {
+                    self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut).for_each(Lane::begin_stop);
+                    self.ending = Some(deadline);
+                }
+            }
+        }
+    }
+
+    fn group_mut(&mut self, index: usize) -> Option<&mut PollGroup> {
+        self.groups.get_mut(index)?.as_mut()
+    }
+
+    fn take_pair(&mut self, index: usize) -> Result<Option<QueuePair>, InUse> {
+        let Some(place) = self.groups.get_mut(index) else { return Ok(None) };
+        if place.as_ref().is_some_and(PollGroup::has_lanes) {
+            return Err(InUse);
+        }
+        Ok(place.take().and_then(PollGroup::into_pair))
+    }
+
+    fn start(&mut self, id: LaneId, pair: usize, lane: Lane) {
+        let Some(Some(group)) = self.groups.get_mut(pair) else {
+            // The caller has a PairId whose queue pair was taken back meanwhile.
+            log::error!("{}: there is no such queue pair on worker {}", lane.name(), self.number);
+            lane.state().set_broken();
+            return;
+        };
+        let watched = Self::watch(&self.epoll, id, &lane);
+        let index = group.add(lane);
+        self.lanes.insert(id, Place { pair, index, watched });
+    }
+
+    fn set_kick(&mut self, id: LaneId, kick: Option<File>) {
+        let Some(place) = self.lanes.get_mut(&id) else { return };
+        let group = self.groups.get_mut(place.pair).and_then(Option::as_mut);
+        let Some(lane) = group.and_then(|group| group.lane_mut(place.index)) else { return };
+        Self::unwatch(&self.epoll, lane);
+        lane.set_kick(kick);
+        place.watched = Self::watch(&self.epoll, id, lane);
+    }
+
+    /// Lanes whose requests have been answered leave their places.
+    fn let_depart(&mut self) {
+        let Worker { departing, lanes, groups, epoll, .. } = self;
+        departing.retain(|(id, departure)| {
+            let Some(place) = lanes.get_mut(id) else { return false };
+            let has_drive = |index: usize| Some(groups.get(index)?.as_ref()?.pair().is_some());
+            let there = match departure {
+                Departure::Moves(to) if *to != place.pair => has_drive(*to),
+                _ => None,
+            };
+            let here = has_drive(place.pair);
+            let from = groups.get_mut(place.pair).and_then(Option::as_mut);
+            match departure {
+                Departure::Stops(reply) => {
+                    let Some(lane) = from.and_then(|group| group.remove_drained(place.index)) else { return true };
+                    Self::unwatch(epoll, &lane);
+                    lanes.remove(id);
+                    // Whoever has given up waiting does not want the lane: it is dropped, drained.
+                    let _ = reply.send(lane);
+                    false
+                }
+                Departure::Moves(to) => {
+                    let Some(lane) = from.and_then(|group| group.lane_mut(place.index)) else { return false };
+                    if !lane.is_moving() {
+                        // It has been told to stop.
+                        return false;
+                    }
+                    if there.is_none() {
+                        lane.end_move();
+                        return false;
+                    }
+                    // The drive may be going, or coming back: soon both places have it, or neither.
+                    if !lane.may_move() || there != here {
+                        return true;
+                    }
+                    let lane = groups[place.pair].as_mut().and_then(|group| group.remove(place.index));
+                    if let (Some(mut lane), Some(target)) = (lane, groups[*to].as_mut()) {
+                        lane.end_move();
+                        (place.pair, place.index) = (*to, target.add(lane));
+                    }
+                    false
+                }
+            }
+        });
+    }
+
+    /// The last lines: what is drained is put down properly.
+    fn end(&mut self) -> usize {
+        let mut left = 0;
+        for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
+            left += lane.in_flight();
+            lane.end();
+        }
+        if left != 0 {
+            self.leak();
+        }
+        left
+    }
+
+    /// Keeps queue pairs and guest memory as they are until the process ends: the drive may still write to both.
+    fn leak(&mut self) {
+        std::mem::forget(std::mem::take(&mut self.groups));
+    }
+
+    /// After a panic: nobody serves these lanes any more.
+    pub(super) fn abandon(&mut self) {
+        for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
+            lane.state().set_broken();
+        }
+        self.leak();
+    }
+}
+
+#[cfg(test)]
+#[path = "thread_tests.rs"]
+mod tests;

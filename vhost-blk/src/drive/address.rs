@@ -1,0 +1,187 @@
+//! The address of a controller: a PCI function, a vfio-user socket, or a controller embedded in this program.
+
+use std::fmt;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::Deserialize;
+
+/// Where the NVMe controller of an export is. Two exports with equal addresses share one controller.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum DeviceAddress {
+    /// A controller behind VFIO or vfio-user.
+    Vfio(vfio::Address),
+    /// A controller in software inside this process, as `nvme_sim::SimAddress` describes it: `SIZE[,KEY=VALUE]…`.
+    Sim(String),
+}
+
+/// unix(7): a socket address has 108 bytes, and the last one of a path is zero.
+const MAX_SOCKET_PATH: usize = 107;
+
+/// Checks the path of a socket.
+pub fn socket_path(path: &Path) -> Result<(), String> {
+    let bytes = path.as_os_str().as_bytes();
+    match bytes.len() {
+        0 => Err("the socket path is empty: give one, such as /run/vhost-blk/disk0.sock".into()),
+        1..=MAX_SOCKET_PATH if !bytes.contains(&0) => Ok(()),
+        1..=MAX_SOCKET_PATH => Err("a socket path with a zero byte in it: no file can be called so".into()),
+        length => Err(format!("the socket path {} has {length} bytes: use at most {MAX_SOCKET_PATH}", path.display())),
+    }
+}
+
+/// The form of every address, for error messages.
+const FORMS: &str = "use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]";
+
+impl FromStr for DeviceAddress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.is_empty() {
+            return Err(format!("the device address is empty: {FORMS}"));
+        }
+        match text.strip_prefix("sim:") {
+            Some(rest) => match check_sim(rest) {
+                Ok(()) => Ok(DeviceAddress::Sim(rest.to_owned())),
+                Err(why) => Err(format!("device address \"{text}\": {why}")),
+            },
+            None => {
+                let address = vfio::Address::from_str(text)
+                    .map_err(|_| format!("device address \"{text}\" is not one: {FORMS}"))?;
+                if let vfio::Address::VfioUser(path) = &address {
+                    socket_path(path).map_err(|why| format!("device address \"{text}\": {why}"))?;
+                }
+                Ok(DeviceAddress::Vfio(address))
+            }
+        }
+    }
+}
+
+impl DeviceAddress {
+    /// How many namespaces an embedded controller has. Of other controllers their address does not say.
+    pub fn namespaces(&self) -> Option<u64> {
+        self.simulated(|namespaces| namespaces.len() as u64)
+    }
+}
+
+#[cfg(feature = "sim")]
+impl DeviceAddress {
+    /// The files in which an embedded controller keeps its blocks.
+    pub fn files(&self) -> Vec<std::path::PathBuf> {
+        self.simulated(|namespaces| namespaces.into_iter().filter_map(|namespace| namespace.file).collect())
+            .unwrap_or_default()
+    }
+
+    /// What is wrong with these files, in one line each.
+    pub fn check_files(&self) -> Vec<String> {
+        let checked = |namespaces: Vec<nvme_sim::NamespaceConfig>| {
+            namespaces
+                .iter()
+                .filter_map(|namespace| namespace.check_file().err())
+                .map(|error| error.to_string())
+                .collect()
+        };
+        self.simulated(checked).unwrap_or_default()
+    }
+
+    fn simulated<T>(&self, of: impl FnOnce(Vec<nvme_sim::NamespaceConfig>) -> T) -> Option<T> {
+        match self {
+            DeviceAddress::Vfio(_) => None,
+            // It was read once before, when the address was made.
+            DeviceAddress::Sim(text) => text.parse::<nvme_sim::SimAddress>().ok().map(|sim| of(sim.config.namespaces)),
+        }
+    }
+}
+
+#[cfg(not(feature = "sim"))]
+impl DeviceAddress {
+    /// The files in which an embedded controller keeps its blocks: there is none.
+    pub fn files(&self) -> Vec<std::path::PathBuf> {
+        Vec::new()
+    }
+
+    /// What is wrong with these files: nothing.
+    pub fn check_files(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn simulated<T>(&self, _of: impl FnOnce(Vec<()>) -> T) -> Option<T> {
+        None
+    }
+}
+
+impl TryFrom<String> for DeviceAddress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for DeviceAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceAddress::Vfio(address) => address.fmt(f),
+            DeviceAddress::Sim(text) => write!(f, "sim:{text}"),
+        }
+    }
+}
+
+/// Checks what comes after `sim:`.
+#[cfg(feature = "sim")]
+fn check_sim(text: &str) -> Result<(), String> {
+    text.parse::<nvme_sim::SimAddress>().map(|_| ()).map_err(|error| error.to_string())
+}
+
+#[cfg(not(feature = "sim"))]
+fn check_sim(_text: &str) -> Result<(), String> {
+    Err("this program was built without its embedded controller (feature \"sim\"); use another device".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<DeviceAddress, String> {
+        text.parse()
+    }
+
+    #[test]
+    fn sim_addresses() {
+        for text in ["sim:1G", "sim:8192", "sim:2t,lba=4096", "sim:16K,file=disk.img", "sim:1G,write-cache=on,queues=2"]
+        {
+            assert_eq!(parse(text), Ok(DeviceAddress::Sim(text["sim:".len()..].into())));
+        }
+    }
+
+    #[test]
+    fn addresses_round_trip() {
+        for text in ["sim:1G,lba=4096", "vfio-user:/run/x.sock", "0000:01:00.0"] {
+            assert_eq!(parse(text).unwrap().to_string(), text);
+        }
+        assert_eq!(parse("01:00.0"), parse("0000:01:00.0"), "two spellings are one device");
+    }
+
+    #[test]
+    fn wrong_addresses_say_what_to_do() {
+        for (text, message) in [
+            (
+                "",
+                "the device address is empty: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
+            ),
+            (
+                "nvme0",
+                "device address \"nvme0\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
+            ),
+        ] {
+            assert_eq!(parse(text).unwrap_err(), message);
+        }
+        // What is wrong with a description is said by whoever reads it.
+        for text in ["sim:", "sim:1X", "sim:é", "sim:99999999T", "sim:1G,lba=1024", "sim:1G,file=", "sim:1G,colour=red"]
+        {
+            let error = parse(text).unwrap_err();
+            assert!(error.starts_with(&format!("device address \"{text}\": ")) && !error.contains('\n'), "{error}");
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Places where a test may have something go wrong. In a build that is not for unit tests they are nothing.
+
+/// `fault_point!(STEP)`: what this thread's test has asked for at such a step ([`set`]) happens here.
+///
+/// `fault_point!("WHAT panics", NAME)`: a panic, if a test has given something a name that contains these words.
+macro_rules! fault_point {
+    ($step:ident) => {
+        #[cfg(test)]
+        $crate::fault_point::reach($crate::fault_point::Step::$step);
+    };
+    ($panics:literal, $name:expr) => {
+        #[cfg(test)]
+        assert!(!$name.to_string().contains($panics), "asked to by a test");
+    };
+}
+pub(crate) use fault_point;
+
+#[cfg(test)]
+pub(crate) use steps::{Step, reach, set};
+
+#[cfg(test)]
+mod steps {
+    use std::cell::Cell;
+
+    /// What is just about to happen.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub(crate) enum Step {
+        /// A field of the log of requests in flight is read.
+        Load,
+        /// A field of the log of requests in flight is written.
+        Store,
+        /// The guest is shown a batch of used chains, which the log knows of.
+        Show,
+    }
+
+    thread_local! {
+        static HOOK: Cell<Option<fn(Step)>> = const { Cell::new(None) };
+    }
+
+    /// Has `hook` called at every step on this thread.
+    pub(crate) fn set(hook: fn(Step)) {
+        HOOK.set(Some(hook));
+    }
+
+    pub(crate) fn reach(step: Step) {
+        if let Some(hook) = HOOK.get() {
+            hook(step);
+        }
+    }
+}

@@ -1,0 +1,291 @@
+//! The socket of an export: bound by us, or inherited.
+
+mod handed;
+mod listen;
+mod served;
+
+use std::fs::{File, TryLockError};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+pub use handed::Handed;
+pub use listen::Listen;
+pub use served::ServedSocket;
+
+/// Where an export's front-ends come from. A socket file that we made is removed on drop.
+#[derive(Debug)]
+pub enum Listener {
+    /// Front-ends connect one after the other. Non-blocking. The file goes first: it is ours as long as we listen.
+    Listening(Option<BoundPath>, UnixListener),
+    /// The one front-end was connected by our parent; there will be no other.
+    Connected(UnixStream),
+}
+
+impl Listener {
+    /// Opens the socket. One on which another process listens is waited for, as that may be going: killed, it is there for as
+    /// long as the kernel needs to take its memory back. The error is one line.
+    pub fn open(listen: &Listen) -> Result<Listener, String> {
+        Listener::open_by(listen, Instant::now() + PATIENCE)
+    }
+
+    /// The same, without waiting for anybody.
+    pub fn open_now(listen: &Listen) -> Result<Listener, String> {
+        Listener::open_by(listen, Instant::now())
+    }
+
+    fn open_by(listen: &Listen, deadline: Instant) -> Result<Listener, String> {
+        match listen {
+            Listen::Path(path) => bind_by(path, deadline),
+            Listen::Fd(number) => inherited(*number),
+        }
+    }
+}
+
+/// How long a process that listens where we want to is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is looked for.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// The sockets of exports.
+pub struct Sockets {
+    /// In the order asked for; or why there is none, in one line.
+    pub listeners: Vec<Result<Listener, String>>,
+    /// What the service manager hands over and no export wants.
+    pub unwanted: Vec<Handed>,
+}
+
+/// Opens the sockets of exports: those that the service manager hands over, and ours. A process that is going is waited for
+/// if there is nothing to serve without it.
+pub fn open_all(places: &[&Listen], mut handed: Vec<Handed>) -> Sockets {
+    let mut open = |listen: &&Listen| {
+        let is_wanted = |handed: &Handed| match listen {
+            Listen::Path(path) => handed.is_at(path),
+            Listen::Fd(number) => handed.number == *number,
+        };
+        let Some(at) = handed.iter().position(is_wanted) else { return Listener::open_now(listen) };
+        let Handed { path, listener, .. } = handed.swap_remove(at);
+        let cannot = |error| format!("cannot use the service manager's socket {}: {error}", path.display());
+        listener.set_nonblocking(true).map_err(cannot)?;
+        log::info!("{listen}: the service manager hands its socket over");
+        // Its file is not ours to remove.
+        Ok(Listener::Listening(None, listener))
+    };
+    let mut listeners: Vec<_> = places.iter().map(&mut open).collect();
+    if listeners.iter().all(Result::is_err) {
+        let deadline = Instant::now() + PATIENCE;
+        for (listener, listen) in listeners.iter_mut().zip(places) {
+            *listener = Listener::open_by(listen, deadline);
+        }
+    }
+    Sockets { listeners, unwanted: handed }
+}
+
+/// A socket file, removed on drop if it is still the one we made.
+#[derive(Debug)]
+pub struct BoundPath {
+    path: PathBuf,
+    device: u64,
+    inode: u64,
+}
+
+impl BoundPath {
+    /// The file that is at `path` now.
+    fn at(path: &Path) -> io::Result<BoundPath> {
+        let found = std::fs::symlink_metadata(path)?;
+        Ok(BoundPath { path: path.into(), device: found.dev(), inode: found.ino() })
+    }
+
+    /// Leaves the file alone.
+    fn forget(self) {
+        // A drop would free the path, too, which is not worth a state of its own.
+        std::mem::forget(self);
+    }
+
+    /// Whether the file is still there. As long as its socket is open, no other file can have its number.
+    fn is_there(&self) -> bool {
+        std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == (self.device, self.inode))
+    }
+}
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        // Another process may have put its own socket there since.
+        if self.is_there() {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}
+
+/// Why a socket cannot be made.
+enum NotBound {
+    /// Another process listens there.
+    InUse(String),
+    /// Something else, in one line.
+    Error(String),
+}
+
+impl NotBound {
+    fn why(self) -> String {
+        match self {
+            NotBound::InUse(why) | NotBound::Error(why) => why,
+        }
+    }
+}
+
+fn bind_by(path: &Path, deadline: Instant) -> Result<Listener, String> {
+    let mut told = false;
+    loop {
+        match bind(path, LOCK_DEADLINE) {
+            Ok((bound, listener)) => return Ok(Listener::Listening(Some(bound), listener)),
+            // The directory is not locked meanwhile.
+            Err(NotBound::InUse(why)) if Instant::now() < deadline => {
+                if !std::mem::replace(&mut told, true) {
+                    log::info!("{why}; it may be going: waiting for that, {PATIENCE:?} at most");
+                }
+                std::thread::sleep(LOOK);
+            }
+            Err(error) => return Err(error.why()),
+        }
+    }
+}
+
+/// Makes the socket, in place of a stale one if need be.
+fn bind(path: &Path, lock_deadline: Duration) -> Result<(BoundPath, UnixListener), NotBound> {
+    let name = path.display();
+    let why = |error: io::Error| match error.kind() {
+        io::ErrorKind::NotFound => format!("cannot listen on {name}: its directory does not exist; create it first"),
+        io::ErrorKind::PermissionDenied => {
+            format!("cannot listen on {name}: no permission to read and write its directory")
+        }
+        io::ErrorKind::ReadOnlyFilesystem => {
+            format!("cannot listen on {name}: {error}; a systemd unit has to name its directory in ReadWritePaths=")
+        }
+        // The name in a socket address has at most 107 bytes.
+        io::ErrorKind::InvalidInput => format!("cannot listen on {name}: {error}; use a shorter path"),
+        _ => format!("cannot listen on {name}: {error}"),
+    };
+    let cannot = |error| NotBound::Error(why(error));
+    // Until this is dropped no other target looks at, removes or makes a socket here: of two that start at the same moment
+    // on one path, the second one finds the first one listening.
+    let _lock = lock_directory(path, lock_deadline).map_err(cannot)?;
+    let listener = match UnixListener::bind(path) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            remove_stale(path)?;
+            UnixListener::bind(path).map_err(cannot)?
+        }
+        bound => bound.map_err(cannot)?,
+    };
+    let bound = BoundPath::at(path).map_err(cannot)?;
+    listener.set_nonblocking(true).map_err(cannot)?;
+    Ok((bound, listener))
+}
+
+/// How long another target may take to make its socket in the same directory.
+const LOCK_DEADLINE: Duration = Duration::from_secs(5);
+
+/// Locks the directory of `path`. The directory itself takes the lock, so that no file is left behind; the kernel releases it
+/// with the process, however that ends.
+fn lock_directory(path: &Path, deadline: Duration) -> io::Result<File> {
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let directory = File::open(directory)?;
+    let end = Instant::now() + deadline;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Ok(directory),
+            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(Duration::from_millis(2)),
+            Err(TryLockError::WouldBlock) => {
+                return Err(io::Error::other(
+                    "another process keeps its directory locked; try again, or use another one",
+                ));
+            }
+        }
+    }
+}
+
+/// Removes a socket file that nobody listens on any more, and nothing else.
+fn remove_stale(path: &Path) -> Result<(), NotBound> {
+    let name = path.display();
+    let cannot = |why: String| NotBound::Error(why);
+    let kind = match std::fs::symlink_metadata(path) {
+        // Its owner has just removed it.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        kind => kind.map_err(|error| cannot(format!("cannot look at {name}: {error}")))?,
+    };
+    if !kind.file_type().is_socket() {
+        return Err(cannot(format!("cannot listen on {name}: a file that is no socket is there; choose another path")));
+    }
+    match is_listened_on(path) {
+        Ok(true) => Err(NotBound::InUse(format!(
+            "cannot listen on {name}: another process does already; stop it or choose another path"
+        ))),
+        Ok(false) => {
+            log::info!("removing the stale socket {name}: nobody listens on it");
+            match std::fs::remove_file(path) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(cannot(format!("cannot remove the stale socket {name}: {error}")))
+                }
+                _ => Ok(()),
+            }
+        }
+        Err(error) => Err(cannot(format!(
+            "cannot listen on {name}: whether another process listens there cannot be told: {error}; choose another path"
+        ))),
+    }
+}
+
+/// Whether somebody listens on a socket, however busy.
+fn is_listened_on(path: &Path) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&socket, &SocketAddrUnix::new(path)?) {
+        // Its queue of front-ends is full.
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn inherited(number: i32) -> Result<Listener, String> {
+    let wrong = |error: io::Error| {
+        format!("--fd {number} cannot be used: {error}; pass the number of an open UNIX stream socket")
+    };
+    let socket = own(number).map_err(wrong)?;
+    let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|error| wrong(error.into()))?;
+    let kind = rustix::net::sockopt::socket_type(&socket).map_err(|error| wrong(error.into()))?;
+    if domain != AddressFamily::UNIX || kind != SocketType::STREAM {
+        return Err(wrong(io::Error::other("it is another kind of socket")));
+    }
+    if rustix::net::sockopt::socket_acceptconn(&socket).map_err(|error| wrong(error.into()))? {
+        let listener = UnixListener::from(socket);
+        listener.set_nonblocking(true).map_err(wrong)?;
+        Ok(Listener::Listening(None, listener))
+    } else {
+        Ok(Listener::Connected(UnixStream::from(socket)))
+    }
+}
+
+/// A duplicate of a descriptor known by its number only. It goes through a socket pair: the kernel checks the number, and
+/// what comes out is ours beyond doubt, which no conversion of a bare number could promise.
+fn own(number: i32) -> io::Result<OwnedFd> {
+    let (near, far) = UnixStream::pair()?;
+    near.send_with_fd(&[0u8][..], number)?;
+    match far.recv_with_fd(&mut [0u8])? {
+        (1, Some(file)) => Ok(file.into()),
+        _ => Err(io::Error::other("the descriptor did not arrive")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,535 @@
+//! The messages of the vhost-user protocol, each as a change to the session.
+
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering;
+
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight, VhostUserLog,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+
+use super::connection::Device;
+use super::vring::{Addresses, Notifier, RingState};
+use super::{RING_FEATURES, Session};
+use crate::blk::config;
+use crate::event::is_eventfd;
+use crate::vhost_user::export::Export;
+use crate::virtio::memory::RegionDescription;
+use crate::virtio::ring::InflightMemory;
+
+/// What we offer. Dirty logging is not there yet, so it is not offered.
+pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtocolFeatures::MQ
+    .union(VhostUserProtocolFeatures::CONFIG)
+    .union(VhostUserProtocolFeatures::REPLY_ACK)
+    .union(VhostUserProtocolFeatures::BACKEND_REQ)
+    .union(VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(VhostUserProtocolFeatures::RESET_DEVICE)
+    .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
+
+impl Device for Session {
+    fn take_refusal(&mut self) -> Option<String> {
+        self.refusal.take()
+    }
+
+    fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>) {
+        self.back_channel.offer(descriptor);
+    }
+
+    fn look_at_namespace(&mut self) {
+        self.take_news();
+    }
+
+    fn take_turn(&mut self) -> std::result::Result<(), String> {
+        Session::take_turn(self)
+    }
+
+    fn lost_memory(&self) -> Option<String> {
+        if let Some(why) = self.memory.unreachable() {
+            return Some(format!("the drive is back and cannot be given all of the guest's memory: {why}"));
+        }
+        let lost = match self.memory.lost() {
+            Some(region) => format!("the {region}"),
+            None if self.inflight.as_ref().is_some_and(InflightMemory::is_lost) => {
+                "the log of requests in flight".into()
+            }
+            None => return None,
+        };
+        Some(format!(
+            "the file of its memory was shortened while it was in use, or its file system is full: {lost} has lost pages. Memory \
+             of a guest has to be all there (prealloc=on), on a file system with room for it"
+        ))
+    }
+
+    fn reply_ack(&self) -> bool {
+        self.protocol_features & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+}
+
+impl Session {
+    /// Keeps the reason for the log and gives the crate an error that makes it send the error reply.
+    fn answer<T>(&mut self, result: std::result::Result<T, String>) -> Result<T> {
+        result.map_err(|why| {
+            self.refusal = Some(why);
+            Error::InvalidParam
+        })
+    }
+
+    fn ring_index(&self, index: u32) -> std::result::Result<usize, String> {
+        let count = self.rings.len();
+        usize::try_from(index)
+            .ok()
+            .filter(|index| *index < count)
+            .ok_or_else(|| format!("there is no ring {index}; {count} are offered"))
+    }
+
+    /// The ring at `index`, for settings that cannot change under a running ring.
+    fn resting(&self, index: u32) -> std::result::Result<usize, String> {
+        let index = self.ring_index(index)?;
+        if self.running.contains_key(&index) {
+            return Err(format!("ring {index} runs; stop it with GET_VRING_BASE first"));
+        }
+        Ok(index)
+    }
+
+    fn try_set_features(&mut self, features: u64) -> std::result::Result<(), String> {
+        let unknown = features & !self.export.features;
+        if unknown != 0 {
+            return Err(format!("feature bits {unknown:#x} are not offered"));
+        }
+        let before = self.enabled_from_start();
+        if !self.running.is_empty() && (features ^ self.features) & RING_FEATURES != 0 {
+            return Err("rings run; stop them before their format changes".into());
+        }
+        if features != self.features {
+            let paused = self.pause_all();
+            self.negotiate(features);
+            let after = self.enabled_from_start();
+            if before != after {
+                self.rings.iter_mut().for_each(|ring| ring.enabled = after);
+            }
+            self.rings.iter_mut().for_each(RingState::changed);
+            self.resume(paused)?;
+        }
+        self.settle()
+    }
+
+    fn try_set_vring_num(&mut self, index: u32, entries: u32) -> std::result::Result<(), String> {
+        let index = self.resting(index)?;
+        let most = self.export.queue_size;
+        let size = u16::try_from(entries).ok().filter(|size| (1..=most).contains(size)).ok_or_else(|| {
+            format!("ring {index} with {entries} entries: 1 to {most} are accepted (--queue-size sets the limit)")
+        })?;
+        self.rings[index].size = size;
+        self.rings[index].changed();
+        self.settle()
+    }
+
+    fn try_set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        addresses: Addresses,
+    ) -> std::result::Result<(), String> {
+        let index = self.ring_index(index)?;
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return Err("dirty logging is not offered".into());
+        }
+        // Front-ends repeat the addresses of a running ring when they switch logging; that changes nothing.
+        if self.running.get(&index).is_some_and(|running| running.addresses == addresses) {
+            return Ok(());
+        }
+        self.resting(index as u32)?;
+        self.rings[index].addresses = Some(addresses);
+        self.rings[index].changed();
+        self.settle()
+    }
+
+    fn notifier(what: &str, file: Option<File>) -> std::result::Result<Notifier, String> {
+        match file {
+            Some(file) if !is_eventfd(&file) => Err(format!("the {what} descriptor is no eventfd")),
+            file => Ok(file.into()),
+        }
+    }
+
+    fn try_set_kick(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let kick = Self::notifier("kick", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_kick(duplicate(&kick)?);
+        }
+        self.rings[index].kick = kick;
+        self.rings[index].changed();
+        self.used = true;
+        self.settle()
+    }
+
+    fn try_set_call(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let call = Self::notifier("call", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_call(duplicate(&call)?);
+        }
+        self.rings[index].call = call;
+        Ok(())
+    }
+
+    fn try_set_error(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+        let index = self.ring_index(index.into())?;
+        let error = Self::notifier("error", file)?;
+        if let Some(running) = self.running.get(&index) {
+            running.handle.set_error(duplicate(&error)?);
+        }
+        self.rings[index].error = error;
+        Ok(())
+    }
+
+    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<VhostUserVringState, String> {
+        let ring = self.ring_index(index)?;
+        self.pause(ring);
+        let base = self.rings[ring].base;
+        self.rings[ring].stop(base);
+        Ok(VhostUserVringState::new(index, base))
+    }
+
+    fn try_set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> std::result::Result<(), String> {
+        let regions = regions.iter().map(description).zip(files).collect();
+        let memory =
+            self.memory.replaced(self.export.drive.memory(), regions).map_err(|error| format!("memory: {error}"))?;
+        self.memory_before = None;
+        self.set_memory(memory)
+    }
+
+    fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<(), String> {
+        let empty = self.memory.emptied();
+        let (table, earlier) = match &self.memory_before {
+            Some(before) if !before.replaced => (&empty, &*before.memory),
+            Some(before) => (&*self.memory, &*before.memory),
+            None => (&*self.memory, &*self.memory),
+        };
+        let memory = table
+            .with_region_like(earlier, self.export.drive.memory(), description(region), file)
+            .map_err(|error| format!("memory: {error}"))?;
+        self.memory_before.iter_mut().for_each(|before| before.replaced = true);
+        self.set_memory(memory)
+    }
+
+    fn try_remove_region(&mut self, region: &VhostUserMemoryRegion) -> std::result::Result<(), String> {
+        let memory = self.memory.without_region(&description(region)).map_err(|error| format!("memory: {error}"))?;
+        self.memory_before = None;
+        self.set_memory(memory)
+    }
+
+    fn try_set_config(&mut self, offset: u32, data: &[u8]) -> std::result::Result<(), String> {
+        if self.export.features & config::F_CONFIG_WCE == 0 {
+            return Err("the write cache mode of this disk cannot be changed".into());
+        }
+        let writeback = config::written_mode(&self.config(), offset, data)?;
+        let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
+        if !self.standing.serves {
+            self.standing.mode_chosen = true;
+            self.note_choice();
+            return Ok(());
+        }
+        let done = if before && !writeback { self.write_through() } else { Ok(()) };
+        self.keep_mode();
+        done
+    }
+
+    /// Writes that were answered under writeback must not stay volatile when the driver, which now counts on writethrough,
+    /// flushes no more (virtio 1.2, 5.2.6.2).
+    pub(super) fn write_through(&mut self) -> std::result::Result<(), String> {
+        let export = self.export.clone();
+        // The queue pair of a ring will do if the controller has no other left.
+        let flush = || flush(&export);
+        let Err(first) = flush() else { return Ok(()) };
+        let paused = self.pause_all();
+        let places: Vec<usize> = paused.into_iter().map(|(index, _lease)| index).collect();
+        let flushed = flush();
+        self.rings.iter_mut().for_each(RingState::changed);
+        let started = self.settle();
+        log::debug!("{}: rings {places:?} were stopped for a flush: {first}", export.name);
+        if flushed.is_err() {
+            self.disk.writeback.store(true, Ordering::Relaxed);
+        }
+        flushed.map_err(|why| format!("the drive's cache cannot be flushed, so it stays in use: {why}")).and(started)
+    }
+
+    /// Memory for the log of as many rings as the front-end uses. The front-end gives it back to us, and after us to the next
+    /// process, with SET_INFLIGHT_FD.
+    fn try_get_inflight(
+        &mut self,
+        asked: &VhostUserInflight,
+    ) -> std::result::Result<(VhostUserInflight, File), String> {
+        let rings = self.rings.len();
+        if usize::from(asked.num_queues) > rings {
+            return Err(format!("a log for {} rings was asked for; {rings} are offered", asked.num_queues));
+        }
+        let most = self.export.queue_size;
+        if asked.queue_size > most {
+            return Err(format!("a log for rings of {} entries was asked for; {most} are accepted", asked.queue_size));
+        }
+        let memory = InflightMemory::create(asked.num_queues, asked.queue_size).map_err(|error| error.to_string())?;
+        let file = memory.file().try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
+        Ok((VhostUserInflight { mmap_size: memory.bytes(), mmap_offset: 0, ..*asked }, file))
+    }
+
+    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: File) -> std::result::Result<(), String> {
+        if !self.running.is_empty() {
+            return Err("rings run; stop them before their log changes".into());
+        }
+        let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
+            .map_err(|error| error.to_string())?;
+        self.inflight = Some(memory);
+        self.standing.log_to_clear = false;
+        match self.standing.serves {
+            true => self.adopt_log(),
+            false => self.note_choice(),
+        }
+        self.rings.iter_mut().for_each(RingState::changed);
+        self.settle()
+    }
+
+    /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only. Nobody needs answers
+    /// that the drive has not given yet.
+    fn try_reset(&mut self) -> std::result::Result<(), String> {
+        let running: Vec<usize> = self.running.keys().copied().collect();
+        self.pause_these(&running, true);
+        let enabled = self.enabled_from_start();
+        self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
+        if self.standing.serves {
+            self.inflight.iter().for_each(InflightMemory::clear);
+        } else {
+            self.standing.log_to_clear = self.inflight.is_some();
+        }
+        // The mode of the write cache stays, as it may (virtio 1.2, 5.2.5: it can be either after a reset, and the driver has to
+        // read it). Front-ends go on showing the guest what it chose before, QEMU among them, and tell us of changes only.
+        Ok(())
+    }
+}
+
+/// Makes durable what was answered so far, if it is not lost: then the guest's next flush has to say so, whatever is said here.
+fn flush(export: &Export) -> std::result::Result<(), String> {
+    let (flushes, lost) = (&export.namespace.flushes, || "the drive has lost writes that were not flushed".to_owned());
+    let number = flushes.begin_own().ok_or_else(lost)?;
+    export.drive.flush(export.namespace.id)?;
+    if flushes.succeed(number) { Ok(()) } else { Err(lost()) }
+}
+
+fn duplicate(notifier: &Notifier) -> std::result::Result<Option<File>, String> {
+    notifier.try_clone().map_err(|error| format!("cannot duplicate the descriptor: {error}"))
+}
+
+fn description(region: &VhostUserMemoryRegion) -> RegionDescription {
+    RegionDescription {
+        guest_address: region.guest_phys_addr,
+        bytes: region.memory_size,
+        user_address: region.user_addr,
+        file_offset: region.mmap_offset,
+    }
+}
+
+/// For messages whose features are not offered; the connection keeps them away, so this is never reached.
+fn not_offered<T>() -> Result<T> {
+    Err(Error::InvalidOperation("not offered"))
+}
+
+impl VhostUserBackendReqHandlerMut for Session {
+    fn set_owner(&mut self) -> Result<()> {
+        self.begin_anew();
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        // The specification deprecates it and allows two readings: ignore it, or disable all rings.
+        self.pause_all();
+        let enabled = self.enabled_from_start();
+        self.rings.iter_mut().for_each(|ring| {
+            ring.enabled = enabled;
+            let base = ring.base;
+            ring.stop(base);
+        });
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        let result = self.try_reset();
+        self.answer(result)
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(self.offered())
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        let result = self.try_set_features(features);
+        self.answer(result)
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let result = self.try_set_mem_table(regions, files).map(|()| None);
+        self.answer(result)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let result = self.try_set_vring_num(index, num);
+        self.answer(result)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let addresses = Addresses { descriptors: descriptor, driver: available, device: used };
+        let result = self.try_set_vring_addr(index, flags, addresses);
+        self.answer(result)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let result = self.resting(index).and_then(|index| {
+            self.rings[index].base = base;
+            self.rings[index].changed();
+            self.settle()
+        });
+        self.answer(result)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let result = self.try_get_vring_base(index);
+        self.answer(result)
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_kick(index, fd);
+        self.answer(result)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_call(index, fd);
+        self.answer(result)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+        let result = self.try_set_error(index, fd);
+        self.answer(result)
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(PROTOCOL_FEATURES)
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let unknown = features & !PROTOCOL_FEATURES.bits();
+        let result = if unknown == 0 {
+            self.protocol_features = features;
+            Ok(())
+        } else {
+            Err(format!("protocol feature bits {unknown:#x} are not offered"))
+        };
+        self.answer(result)
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(self.rings.len() as u64)
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let result = self.ring_index(index).and_then(|index| {
+            self.rings[index].enabled = enable;
+            self.rings[index].changed();
+            self.settle()
+        });
+        self.answer(result)
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        let result = config::read(&self.config(), offset, size)
+            .ok_or_else(|| format!("{size} bytes at {offset} lie outside the configuration space"));
+        self.answer(result)
+    }
+
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let result = self.try_set_config(offset, buf);
+        self.answer(result)
+    }
+
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        // The crate has found it in order; what can be sent on it is ours to say.
+        self.back_channel.accept();
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(self.export.account.regions() as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        let result = self.try_add_region(region, fd).map(|()| None);
+        self.answer(result)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let result = self.try_remove_region(region);
+        self.answer(result)
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered()
+    }
+
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let result = self.try_get_inflight(inflight);
+        self.answer(result)
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let result = self.try_set_inflight(inflight, file);
+        self.answer(result)
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> Result<Option<File>> {
+        not_offered()
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered()
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered()
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered()
+    }
+}

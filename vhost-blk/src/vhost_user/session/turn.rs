@@ -1,0 +1,148 @@
+//! What a front-end may have that is not alone on its disk: answers at once, and everything else in its turn.
+//!
+//! Another front-end's rings may run when this one comes. What it says is taken and kept in its session; nothing of it
+//! reaches what all front-ends of a disk share (rings on workers, the mode of the write cache, what flushes have promised, and
+//! the log of requests in flight, which may be the same memory) before the other one is gone and drained.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use super::Session;
+use super::vring::RingState;
+use crate::log_limit::Kind;
+use crate::virtio::memory::GuestMemory;
+use crate::virtio::ring::InflightMemory;
+
+/// Whether what is said takes effect.
+#[derive(Default)]
+pub struct Standing {
+    /// It is this session's turn.
+    pub serves: bool,
+    /// SET_CONFIG has come, and waits for the turn.
+    pub mode_chosen: bool,
+    /// RESET_DEVICE has come since the log did, and waits for the turn.
+    pub log_to_clear: bool,
+}
+
+/// What was said about memory before a front-end began anew.
+pub struct MemoryBefore {
+    /// What the new one says again is shared with it.
+    pub memory: Arc<GuestMemory>,
+    /// The new one has begun a table of its own.
+    pub replaced: bool,
+}
+
+impl Session {
+    /// Its turn has come: all that was said until now takes effect. The error says what cannot run.
+    pub fn take_turn(&mut self) -> Result<(), String> {
+        self.standing.serves = true;
+        let mode = self.settle_mode();
+        if std::mem::take(&mut self.standing.log_to_clear) {
+            self.inflight.iter().for_each(InflightMemory::clear);
+        }
+        if self.inflight.is_some() {
+            self.adopt_log();
+        }
+        mode.and(self.settle())
+    }
+
+    /// Whether something waits for the turn that has to outlive the session.
+    pub fn leaves_a_choice(&self) -> bool {
+        self.standing.mode_chosen
+    }
+
+    /// The turn has come when the front-end was gone: what it chose is kept for those to come.
+    pub fn keep_choice(&mut self) -> Result<(), String> {
+        self.standing.serves = true;
+        self.settle_mode()
+    }
+
+    /// A guest that has chosen write-through counts on it, even if this process dies before its turn. A log that is in use may
+    /// be another session's until then.
+    pub(super) fn note_choice(&self) {
+        let writeback = self.disk.writeback.load(Ordering::Relaxed);
+        let memory = self.inflight.as_ref().filter(|memory| !memory.in_use());
+        if let Some(note) = memory.and_then(InflightMemory::note)
+            && self.standing.mode_chosen
+            && !writeback
+        {
+            note.set_mode(false);
+        }
+    }
+
+    /// The mode of the write cache that this session has come to believe in meets the one that was left behind.
+    fn settle_mode(&mut self) -> Result<(), String> {
+        let left = self.export.mode();
+        if std::mem::take(&mut self.standing.mode_chosen) {
+            let writeback = self.disk.writeback.load(Ordering::Relaxed);
+            let done = if writeback || left == Some(false) { Ok(()) } else { self.write_through() };
+            // The choice was accepted: whatever becomes of earlier writes, those from here on are as it says.
+            self.disk.writeback.store(writeback, Ordering::Relaxed);
+            self.keep_mode();
+            return done;
+        }
+        // The stricter one: a guest that was shown write-through does not flush.
+        if let Some(left) = left {
+            self.disk.writeback.fetch_and(left, Ordering::Relaxed);
+            self.keep_mode();
+        }
+        Ok(())
+    }
+
+    /// Takes over what the log says of earlier sessions, and has it say more from now on.
+    pub(super) fn adopt_log(&mut self) {
+        let Some(memory) = &self.inflight else { return };
+        let in_use = memory.in_use();
+        let mode = memory.note().and_then(|note| note.mode());
+        let flushes = &self.export.namespace.flushes;
+        match memory.note() {
+            Some(note) if flushes.attach(note) => {
+                if let Some(more) = self.export.log.admit(Kind::Drive) {
+                    log::error!(
+                        "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to \
+                         say so{more}",
+                        self.export.name
+                    );
+                }
+            }
+            Some(_) => {}
+            None => flushes.detach(),
+        }
+        if !in_use && !self.served {
+            flushes.forget_loss();
+        }
+        match mode {
+            Some(writeback) => {
+                // The stricter one, should this session know another.
+                self.disk.writeback.fetch_and(writeback, Ordering::Relaxed);
+                self.keep_mode();
+            }
+            None if in_use && self.export.mode().is_none() => self.take_over(),
+            None => self.keep_known_mode(),
+        }
+    }
+
+    /// SET_OWNER says that a front-end begins. On a connection that has had one before, whose rings are stopped, it is another
+    /// one (QEMU keeps the connection when a device is taken away and another one put in its place). Until a ring was started
+    /// it is still the same that begins, however often it says so: nothing is lost then that it would not say again.
+    ///
+    /// What comes before SET_OWNER in a front-end's life stays: protocol features, the channel for what we have to say, and
+    /// the descriptors to signal on. So does the memory until the new one says a word about memory.
+    pub(super) fn begin_anew(&mut self) {
+        if !self.used || !self.running.is_empty() || !self.rings.iter().all(RingState::rests) {
+            return;
+        }
+        if let Some(more) = self.export.log.admit(Kind::Connection) {
+            log::info!("{}: the front-end begins anew on its connection{more}", self.export.name);
+        }
+        (self.used, self.served) = (false, false);
+        self.negotiate(0);
+        let enabled = self.enabled_from_start();
+        self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
+        self.standing = Standing { serves: self.standing.serves, ..Standing::default() };
+        if self.inflight.take().is_some() && self.standing.serves {
+            self.export.namespace.flushes.detach();
+        }
+        self.memory_before = Some(MemoryBefore { memory: self.memory.clone(), replaced: false });
+    }
+}
