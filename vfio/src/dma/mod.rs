@@ -46,6 +46,11 @@ pub struct DmaLimits {
 }
 
 impl DmaLimits {
+    /// Of a device that maps multiples of `alignment` bytes, a power of two, and has addresses for `longest` bytes in one piece.
+    pub fn new(alignment: u64, longest: u64) -> DmaLimits {
+        DmaLimits { alignment: alignment.max(1), longest }
+    }
+
     /// Could the device be given these bytes, if it had no others? As for [`DmaSpace::map_raw`].
     ///
     /// # Errors

@@ -92,3 +92,28 @@ impl Inner {
         self.regions.iter().filter_map(Weak::upgrade)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{GuestMemory, RegionDescription};
+    use super::*;
+
+    #[test]
+    fn memory_that_comes_while_the_drive_is_away_is_checked_against_what_is_known_of_it() {
+        let take = |reach: &Reach, bytes| {
+            let region = RegionDescription { guest_address: 0, bytes, user_address: 0, file_offset: 0 };
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(bytes).unwrap();
+            GuestMemory::new().with_region(reach, region, file).map(drop)
+        };
+        let away = |limits| Reach { inner: Mutex::new(Inner { limits, ..Inner::default() }) };
+        let knows = |alignment, longest| away(Some(DmaLimits::new(alignment, longest)));
+        take(&knows(4096, 0x8000), 0x8000).unwrap();
+        for (reach, bytes) in [(knows(4096, 0x8000), 0x9000), (knows(0x1000_0000, 1 << 40), 0x9000)] {
+            let error = take(&reach, bytes).unwrap_err();
+            assert!(matches!(error, Error::Dma { source: vfio::Error::BadMemory { .. }, .. }), "{error}");
+            assert!(reach.inner().regions.is_empty(), "it would be mapped when the drive is back");
+        }
+        take(&away(None), 0x9000).unwrap();
+    }
+}
