@@ -30,7 +30,7 @@ fn number<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str, of: &str) ->
 }
 
 /// All but the set-up of the log, so that it can be tested.
-pub fn run(mut arguments: impl Iterator<Item = String>, mut out: impl Write) -> Result<(), Box<dyn Error>> {
+pub(crate) fn run(mut arguments: impl Iterator<Item = String>, mut out: impl Write) -> Result<(), Box<dyn Error>> {
     let address = arguments.next().ok_or("usage: read_block ADDRESS [NAMESPACE [BLOCK]]")?;
     let id: u32 = number(arguments.next().as_deref().unwrap_or("1"), "namespace")?;
     let block: u64 = number(arguments.next().as_deref().unwrap_or("0"), "block")?;

@@ -147,7 +147,7 @@ pub(crate) struct Function {
 
 impl Function {
     /// From the first 32 bits of configuration space.
-    pub fn from_register(value: u32) -> Function {
+    pub(crate) fn from_register(value: u32) -> Function {
         Function { vendor: value as u16, device: (value >> 16) as u16 }
     }
 }

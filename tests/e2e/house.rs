@@ -44,49 +44,22 @@ fn the_top_level_is_as_agreed() {
     assert!(strangers.is_empty(), "{strangers:?}");
 }
 
-/// Rust code without its comments and the contents of its strings: good enough to look for a keyword.
-fn code_of(source: &str) -> String {
-    let mut code = String::new();
-    for line in source.lines() {
-        let mut quoted = false;
-        let mut characters = line.chars().peekable();
-        while let Some(character) = characters.next() {
-            match character {
-                '\\' if quoted => _ = characters.next(),
-                // A quote as a character is no beginning of a string.
-                '\'' if !quoted && characters.peek() == Some(&'"') => _ = characters.next(),
-                '"' => quoted = !quoted,
-                '/' if !quoted && characters.peek() == Some(&'/') => break,
-                _ if quoted => {}
-                _ => code.push(character),
-            }
-        }
-        code.push('\n');
-    }
-    code
-}
-
-fn has_unsafe(source: &str) -> bool {
-    code_of(source).split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe")
-}
-
-#[test]
-fn unsafe_code_is_found() {
-    assert!(has_unsafe("let x = unsafe { y() };"));
-    assert!(has_unsafe("pub unsafe fn f() {} // why"));
-    assert!(!has_unsafe("let x = 1; // unsafe { }\n/// unsafe\n#![forbid(unsafe_code)]\nlet y = \"unsafe\";"));
-    assert!(has_unsafe("f('\"'); unsafe { }"));
-}
-
+/// Where the workspace's lint against `unsafe` is lifted. The compiler sees to it that there is none elsewhere.
 #[test]
 fn unsafe_is_only_in_its_rooms() {
-    let rooms = ["vfio/", "tools/nvme-sim/src/dma/", "vhost-blk/src/virtio/memory/", "vhost-blk/src/virtio/ring/"];
-    for file in files().iter().filter(|file| file.ends_with(".rs")) {
+    let rooms = [
+        "tools/nvme-sim/src/lib.rs",
+        "vfio/src/lib.rs",
+        "vfio/tests/full_queue.rs",
+        "vhost-blk/src/virtio/mod.rs",
+        "vhost-blk/src/virtio/ring/mod.rs",
+    ];
+    let lifts = |file: &String| {
         let source = std::fs::read_to_string(workspace().join(file)).unwrap();
-        if !rooms.iter().any(|room| file.starts_with(room)) {
-            assert!(!has_unsafe(&source), "{file} has unsafe code, outside of {rooms:?}");
-        }
-    }
+        source.lines().map(str::trim_start).any(|line| line.starts_with('#') && line.contains("allow(unsafe_code)"))
+    };
+    let found: Vec<_> = files().into_iter().filter(|file| file.ends_with(".rs") && lifts(file)).collect();
+    assert_eq!(found, rooms);
     let driver = std::fs::read_to_string(workspace().join("nvme-driver/src/lib.rs")).unwrap();
     assert!(driver.lines().any(|line| line == "#![forbid(unsafe_code)]"), "nvme-driver forbids unsafe code");
 }
@@ -163,7 +136,8 @@ fn arrows_between_rooms_go_one_way() {
         let allowed = rule.or(EVERYWHERE.contains(&room).then_some(&[][..]));
         let allowed = allowed.unwrap_or_else(|| panic!("{file} is in no room: say in ROOMS what {room} may use"));
         let source = std::fs::read_to_string(workspace().join(file)).unwrap();
-        for path in code_of(without_tests(&source)).split("crate::").skip(1) {
+        let code = without_tests(&source).lines().filter(|line| !line.trim_start().starts_with("//"));
+        for path in code.flat_map(|line| line.split("crate::").skip(1)) {
             let used: String = path.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
             let fits = used == room || EVERYWHERE.contains(&used.as_str()) || allowed.contains(&used.as_str());
             assert!(fits, "{file} uses {used}, which {room} may not");

@@ -11,25 +11,25 @@ use virtio_driver::virtqueue::{Virtqueue, VirtqueueLayout};
 use virtio_driver::{VhostUser, VirtioBlkConfig, VirtioFeatureFlags, VirtioTransport, iovec};
 
 /// Request types (virtio 1.2, 5.2.6).
-pub const IN: u32 = 0;
-pub const OUT: u32 = 1;
-pub const FLUSH: u32 = 4;
-pub const GET_ID: u32 = 8;
-pub const DISCARD: u32 = 11;
-pub const WRITE_ZEROES: u32 = 13;
+pub(crate) const IN: u32 = 0;
+pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
+pub(crate) const GET_ID: u32 = 8;
+pub(crate) const DISCARD: u32 = 11;
+pub(crate) const WRITE_ZEROES: u32 = 13;
 
 /// Status bytes (virtio 1.2, 5.2.6).
-pub const OK: u8 = 0;
-pub const IOERR: u8 = 1;
-pub const UNSUPP: u8 = 2;
+pub(crate) const OK: u8 = 0;
+pub(crate) const IOERR: u8 = 1;
+pub(crate) const UNSUPP: u8 = 2;
 
 /// Feature bits of the block device that the tests look at (virtio 1.2, 5.2.3).
-pub const FEATURE_RO: u64 = 1 << 5;
+pub(crate) const FEATURE_RO: u64 = 1 << 5;
 
 const RING: u16 = 256;
 const ANSWER_WITHIN: Duration = Duration::from_secs(30);
 /// virtio-blk's own unit of addresses and lengths (virtio 1.2, 5.2.4).
-pub const SECTOR: u64 = 512;
+pub(crate) const SECTOR: u64 = 512;
 
 /// What every request has in ring memory besides its data.
 #[derive(Clone, Copy)]
@@ -42,14 +42,14 @@ struct Control {
 type Transport = dyn VirtioTransport<VirtioBlkConfig, Control>;
 
 /// A connected disk with one queue and some memory for data.
-pub struct RawDisk {
+pub(crate) struct RawDisk {
     queue: Virtqueue<'static, Control>,
     transport: Box<Transport>,
     data: PlainMemory,
 }
 
 /// One range of a discard or write zeroes (virtio 1.2, 5.2.6: `struct virtio_blk_discard_write_zeroes`).
-pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+pub(crate) fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[..8].copy_from_slice(&sector.to_le_bytes());
     bytes[8..12].copy_from_slice(&sectors.to_le_bytes());
@@ -59,7 +59,7 @@ pub fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
 
 impl RawDisk {
     /// Connects with one queue and `data_bytes` of memory for data.
-    pub fn connect(socket: &Path, packed: bool, data_bytes: usize) -> RawDisk {
+    pub(crate) fn connect(socket: &Path, packed: bool, data_bytes: usize) -> RawDisk {
         let mut wanted = VirtioFeatureFlags::VERSION_1.bits() | 0xff_ffff;
         if packed {
             wanted |= VirtioFeatureFlags::RING_PACKED.bits();
@@ -83,22 +83,22 @@ impl RawDisk {
     }
 
     /// Features both sides speak.
-    pub fn features(&self) -> u64 {
+    pub(crate) fn features(&self) -> u64 {
         self.transport.get_features()
     }
 
     /// The configuration space.
-    pub fn config(&self) -> VirtioBlkConfig {
+    pub(crate) fn config(&self) -> VirtioBlkConfig {
         self.transport.get_config().expect("the target answers GET_CONFIG")
     }
 
     /// The memory for data.
-    pub fn data(&mut self) -> &mut [u8] {
+    pub(crate) fn data(&mut self) -> &mut [u8] {
         self.data.as_mut_slice()
     }
 
     /// Gives the data memory back to the target's oblivion and shares new memory instead.
-    pub fn replace_data(&mut self, bytes: usize) {
+    pub(crate) fn replace_data(&mut self, bytes: usize) {
         let address = self.data.as_mut_slice().as_ptr() as usize;
         let removed = self.transport.unmap_mem_region(address, self.data.len());
         removed.expect("the target forgets a region");
@@ -107,7 +107,7 @@ impl RawDisk {
     }
 
     /// Sends one request whose data lies at `out` (to the device), then `input` (from it), and returns its status.
-    pub fn request(&mut self, kind: u32, sector: u64, out: &[Range<usize>], input: &[Range<usize>]) -> u8 {
+    pub(crate) fn request(&mut self, kind: u32, sector: u64, out: &[Range<usize>], input: &[Range<usize>]) -> u8 {
         let data = self.data.as_mut_slice();
         let segments = |ranges: &[Range<usize>]| -> Vec<iovec> {
             ranges.iter().map(|range| buffer(&mut data[range.clone()])).collect()
@@ -141,20 +141,20 @@ impl RawDisk {
     }
 
     /// Writes `bytes` from the beginning of the data memory.
-    pub fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
+    pub(crate) fn write(&mut self, sector: u64, bytes: &[u8]) -> u8 {
         self.data()[..bytes.len()].copy_from_slice(bytes);
         self.request(OUT, sector, &first(bytes.len()), &[])
     }
 
     /// Reads `length` bytes; they must not fail.
-    pub fn read(&mut self, sector: u64, length: usize) -> Vec<u8> {
+    pub(crate) fn read(&mut self, sector: u64, length: usize) -> Vec<u8> {
         self.data()[..length].fill(0xee);
         assert_eq!(self.request(IN, sector, &[], &first(length)), OK, "reading sector {sector}");
         self.data()[..length].to_vec()
     }
 
     /// Discards or zeroes `ranges`.
-    pub fn change(&mut self, kind: u32, ranges: &[[u8; 16]]) -> u8 {
+    pub(crate) fn change(&mut self, kind: u32, ranges: &[[u8; 16]]) -> u8 {
         let bytes = ranges.concat();
         self.data()[..bytes.len()].copy_from_slice(&bytes);
         self.request(kind, 0, &first(bytes.len()), &[])
@@ -162,7 +162,7 @@ impl RawDisk {
 }
 
 /// One segment: the first `length` bytes of the data memory.
-pub fn first(length: usize) -> [Range<usize>; 1] {
+pub(crate) fn first(length: usize) -> [Range<usize>; 1] {
     std::array::from_fn(|_| 0..length)
 }
 

@@ -81,6 +81,8 @@
 //! buffer are given to the next one: drop a buffer after the commands that use it. Memory
 //! whose file somebody else makes shorter does not end the process (SIGBUS): it is replaced by memory of this process, see
 //! [`Guard`]; registers of a vfio-user server then read all ones, as those of a device that has gone.
+// The room for it: what the kernel maps, and what a device writes. Each block is justified.
+#![allow(unsafe_code)]
 
 mod address;
 mod backend;

@@ -16,7 +16,6 @@
 //! | [`virtio`] | rings and guest memory |
 //!
 //! Two small modules belong to no room: [`event`] (eventfds) and [`log_limit`] (how many log lines others may cause).
-#![deny(unsafe_code)]
 
 pub mod blk;
 pub mod control;

@@ -9,9 +9,9 @@ use vhost_blk::virtio::memory::RegionDescription;
 use vhost_blk::virtio::ring::RingSetup;
 
 /// Descriptors in the ring: room for 64 requests of three.
-pub const RING: u16 = 256;
+pub(crate) const RING: u16 = 256;
 /// Bytes of data per request.
-pub const BYTES: u32 = 4096;
+pub(crate) const BYTES: u32 = 4096;
 
 const MEMORY: u64 = 8 << 20;
 const DESCRIPTORS: u64 = 0x0000;
@@ -31,7 +31,7 @@ const INDIRECT: u16 = 4;
 
 /// How the guest lays out its requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Layout {
+pub(crate) struct Layout {
     pub packed: bool,
     /// One indirect descriptor per request (what Linux does), else three descriptors in the ring.
     pub indirect: bool,
@@ -40,7 +40,7 @@ pub struct Layout {
 }
 
 /// The driver of a virtqueue that is used for reads of 4 KiB, one ring slot per outstanding request.
-pub struct Guest {
+pub(crate) struct Guest {
     memory: Arc<SharedMemory>,
     layout: Layout,
     /// Free-running index of the next request (split), or the next ring entry (packed).
@@ -53,7 +53,7 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub fn new(layout: Layout) -> Guest {
+    pub(crate) fn new(layout: Layout) -> Guest {
         let memory = Arc::new(SharedMemory::create(MEMORY as usize).expect("a memfd of a few MiB"));
         let guest =
             Guest { memory, layout, next: 0, wrap: true, random: 0x9e37_79b9_7f4a_7c15, next_used: 0, used_wrap: true };
@@ -66,12 +66,12 @@ impl Guest {
     }
 
     /// The memory in one region.
-    pub fn region(&self) -> (RegionDescription, File) {
+    pub(crate) fn region(&self) -> (RegionDescription, File) {
         self.part(0, MEMORY, 0)
     }
 
     /// The memory as a front-end would send it.
-    pub fn regions(&self) -> Vec<(RegionDescription, File)> {
+    pub(crate) fn regions(&self) -> Vec<(RegionDescription, File)> {
         match self.layout.two_regions {
             true => vec![self.part(0, DATA, 0), self.part(DATA, MEMORY - DATA, ABOVE)],
             false => vec![self.region()],
@@ -90,7 +90,7 @@ impl Guest {
         (region, file)
     }
 
-    pub fn ring(&self) -> RingSetup {
+    pub(crate) fn ring(&self) -> RingSetup {
         RingSetup {
             packed: self.layout.packed,
             size: RING,
@@ -105,7 +105,7 @@ impl Guest {
     }
 
     /// Makes `count` reads of random blocks available, on a disk of `sectors` sectors of 512 bytes.
-    pub fn submit(&mut self, count: u16, sectors: u64) {
+    pub(crate) fn submit(&mut self, count: u16, sectors: u64) {
         let data = if self.layout.two_regions { DATA + ABOVE } else { DATA };
         for at in 0..count {
             self.random ^= self.random << 13;
@@ -193,7 +193,7 @@ impl Guest {
     ///
     /// # Panics
     /// If a request did not succeed: what was measured would be something else.
-    pub fn collect(&mut self) -> u16 {
+    pub(crate) fn collect(&mut self) -> u16 {
         let mut count = 0;
         while let Some(place) = self.next_used() {
             let status = self.slice::<AtomicU16>(HEADERS + u64::from(place) * PLACE + 16)[0].load(Ordering::Relaxed);
@@ -204,7 +204,7 @@ impl Guest {
     }
 
     /// Writes the status of every request, in place of a device that did nothing.
-    pub fn succeed(&self) {
+    pub(crate) fn succeed(&self) {
         for place in 0..u64::from(RING) / 3 {
             self.u16(HEADERS + place * PLACE + 16, 0);
         }

@@ -48,7 +48,7 @@ impl Drive {
 }
 
 /// Runs one row: `warm_up` rounds that are not counted, then `rounds` that are.
-pub fn measure(row: &Row, socket: &Path, simulator: u32) {
+pub(crate) fn measure(row: &Row, socket: &Path, simulator: u32) {
     let drive = Drive::open(socket);
     match row.what {
         What::Lane(layout) => lane(row, &drive, simulator, layout, false),

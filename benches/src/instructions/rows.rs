@@ -4,7 +4,7 @@ use crate::guest::Layout;
 
 /// What a row exercises.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
+pub(crate) enum What {
     /// From avail ring to used ring, driver included.
     Lane(Layout),
     /// The same on a ring whose requests in flight are noted for the next process.
@@ -19,7 +19,7 @@ pub enum What {
 
 /// One row of the table.
 #[derive(Clone, Copy, Debug)]
-pub struct Row {
+pub(crate) struct Row {
     pub name: &'static str,
     pub what: What,
     /// Requests per batch.
@@ -28,17 +28,17 @@ pub struct Row {
 
 impl Row {
     /// Rounds before counting begins.
-    pub fn warm_up(&self) -> u32 {
+    pub(crate) fn warm_up(&self) -> u32 {
         4
     }
 
     /// Rounds counted. Enough for the rings to wrap.
-    pub fn rounds(&self) -> u32 {
+    pub(crate) fn rounds(&self) -> u32 {
         if self.batch == 1 { 300 } else { 60 }
     }
 
     /// Requests counted.
-    pub fn requests(&self) -> u64 {
+    pub(crate) fn requests(&self) -> u64 {
         u64::from(self.rounds()) * u64::from(self.batch)
     }
 }
@@ -50,7 +50,7 @@ const PACKED: Layout = Layout { packed: true, ..SPLIT };
 const PACKED_INDIRECT: Layout = Layout { indirect: true, ..PACKED };
 
 /// All rows, the most important first.
-pub const ROWS: &[Row] = &[
+pub(crate) const ROWS: &[Row] = &[
     Row { name: "lane, split ring, batch 32", what: What::Lane(SPLIT), batch: 32 },
     Row { name: "lane, split ring, batch 1", what: What::Lane(SPLIT), batch: 1 },
     Row { name: "lane, split ring with indirect descriptors, batch 32", what: What::Lane(SPLIT_INDIRECT), batch: 32 },

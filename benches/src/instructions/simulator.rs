@@ -9,13 +9,13 @@ use nvme_sim::{Config, NamespaceConfig};
 use rustix::process::{Pid, Signal, kill_process};
 
 /// A running simulator; ended when dropped.
-pub struct Simulator {
+pub(crate) struct Simulator {
     child: Child,
 }
 
 impl Simulator {
     /// Starts this program again as a simulator.
-    pub fn start(socket: &Path) -> std::io::Result<Simulator> {
+    pub(crate) fn start(socket: &Path) -> std::io::Result<Simulator> {
         let mut child = Command::new(std::env::current_exe()?)
             .arg("simulator")
             .arg(socket)
@@ -30,7 +30,7 @@ impl Simulator {
         Ok(Simulator { child })
     }
 
-    pub fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.child.id()
     }
 }
@@ -45,7 +45,7 @@ impl Drop for Simulator {
 }
 
 /// What the simulator process does: serves until its standard input ends.
-pub fn run(socket: &Path) -> Result<(), Box<dyn std::error::Error>> {
+pub(crate) fn run(socket: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let namespace = NamespaceConfig { bytes: 64 << 20, ..Default::default() };
     let config = Config { namespaces: vec![namespace], ..Default::default() };
     let simulator = nvme_sim::Simulator::start(config, socket)?;
@@ -56,10 +56,10 @@ pub fn run(socket: &Path) -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// While this lives, no thread of the simulator runs.
-pub struct Paused(u32);
+pub(crate) struct Paused(u32);
 
 impl Paused {
-    pub fn new(simulator: u32) -> Paused {
+    pub(crate) fn new(simulator: u32) -> Paused {
         kill_process(pid(simulator), Signal::STOP).expect("the simulator is our orchestrator's child");
         let start = Instant::now();
         while !all_stopped(simulator) {

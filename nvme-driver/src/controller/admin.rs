@@ -58,7 +58,7 @@ pub(crate) enum Loss {
 
 impl Patience {
     /// For a command without whose answer nothing goes on.
-    pub fn needed(timeout: Duration) -> Patience {
+    pub(super) fn needed(timeout: Duration) -> Patience {
         Patience { timeout, loss: Loss::Failure }
     }
 }
@@ -104,7 +104,7 @@ pub(crate) struct AdminShadow {
 
 impl Admin {
     /// Allocates the queues; the controller is not told yet.
-    pub fn new(hardware: &Hardware) -> Result<Admin, Error> {
+    pub(super) fn new(hardware: &Hardware) -> Result<Admin, Error> {
         let dma = hardware.device.dma();
         let (submission, completion) = hardware.doorbells(0)?;
         let settings = QueueSettings {
@@ -137,26 +137,26 @@ impl Admin {
     }
 
     /// Enables the controller with these queues, which have to be as new.
-    pub fn enable(&mut self, hardware: &Hardware) -> Result<(), Error> {
+    pub(super) fn enable(&mut self, hardware: &Hardware) -> Result<(), Error> {
         hardware.enable(self.pair.entries(), self.pair.submission_iova(), self.pair.completion_iova())?;
         hardware.standing.begin();
         Ok(())
     }
 
     /// What the controller says of aborts, and of pauses.
-    pub fn set_limits(&mut self, identity: &ControllerIdentity) {
+    pub(super) fn set_limits(&mut self, identity: &ControllerIdentity) {
         self.abort_limit = identity.abort_limit;
         self.longest_pause = identity.activation_time.unwrap_or(UNKNOWN_PAUSE);
     }
 
     /// The controller could not be stopped and may write to its memory for ever: it is not used again.
-    pub fn abandon(&self) {
+    pub(super) fn abandon(&self) {
         self.pair.memory().abandon();
         self.data.abandon();
     }
 
     /// Makes the queues as new, after the controller was disabled.
-    pub fn renew(&mut self) {
+    pub(super) fn renew(&mut self) {
         self.pair.drain_after_reset(|_| {});
         self.answers.clear();
         self.lost.clear();
@@ -168,13 +168,13 @@ impl Admin {
     }
 
     /// From now on the tail and head are written to these places too.
-    pub fn use_shadow(&mut self, shadow: AdminShadow) {
+    pub(super) fn use_shadow(&mut self, shadow: AdminShadow) {
         shadow.publish(self.tail, self.head);
         self.shadow = Some(shadow);
     }
 
     /// Sends a command without data and waits for its result (completion DW0).
-    pub fn execute(
+    pub(super) fn execute(
         &mut self,
         hardware: &Hardware,
         command: Command,
@@ -223,7 +223,7 @@ impl Admin {
     }
 
     /// Like `execute`, for a command that has the controller write `bytes` (at most [`MAX_DATA`]) to memory.
-    pub fn execute_in(
+    pub(super) fn execute_in(
         &mut self,
         hardware: &Hardware,
         command: Command,
@@ -245,7 +245,7 @@ impl Admin {
     }
 
     /// Like `execute`, for a command that has the controller read `data` (at most [`MAX_DATA`] bytes).
-    pub fn execute_out(
+    pub(super) fn execute_out(
         &mut self,
         hardware: &Hardware,
         command: Command,
@@ -281,7 +281,7 @@ impl Admin {
     }
 
     /// Keeps as many event requests outstanding as the controller takes (`limit`), and this driver wants.
-    pub fn request_events(&mut self, hardware: &Hardware, limit: u16) {
+    pub(super) fn request_events(&mut self, hardware: &Hardware, limit: u16) {
         let wanted = self.event_limit.min(limit);
         while self.event_requests < wanted && hardware.in_operation().is_ok() {
             if self.push(Command::new(admin::ASYNC_EVENT_REQUEST, 0), EVENT).is_none() {
@@ -293,7 +293,7 @@ impl Admin {
     }
 
     /// Takes what the controller has answered; events go to `events`.
-    pub fn reap(&mut self, hardware: &Hardware) {
+    pub(super) fn reap(&mut self, hardware: &Hardware) {
         let Admin { pair, answers, lost, aborts, events, event_requests, event_limit, .. } = self;
         let reaped = pair.reap(|completed| match completed.token {
             EVENT => {

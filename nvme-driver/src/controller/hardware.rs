@@ -63,17 +63,17 @@ impl Standing {
     }
 
     /// Commands may be sent from now on.
-    pub fn begin(&self) {
+    pub(super) fn begin(&self) {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Nothing may be sent from now on.
-    pub fn stop(&self, why: &'static str) {
+    pub(super) fn stop(&self, why: &'static str) {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
     }
 
     /// Has the command that is under way end at once. To be held until the admin queue is had and [`Standing::stop`] was called.
-    pub fn claim(&self) -> Claim<'_> {
+    pub(super) fn claim(&self) -> Claim<'_> {
         // Relaxed: it guards no data; the admin queue's lock does.
         self.claims.fetch_add(1, Ordering::Relaxed);
         Claim(self)
@@ -114,7 +114,7 @@ pub(crate) struct Hardware {
 
 impl Hardware {
     /// Reads the capabilities and refuses a device that is no NVMe controller, or none that this driver can drive.
-    pub fn new(device: &Device, options: &Options) -> Result<Hardware, Error> {
+    pub(super) fn new(device: &Device, options: &Options) -> Result<Hardware, Error> {
         let name = device.address().to_string();
         let register = device.config_space().read_u32(0).doing("read the vendor from configuration space")?;
         let function = Function::from_register(register);
@@ -169,13 +169,13 @@ impl Hardware {
     }
 
     /// Queue pairs, admin included, whose doorbells lie in BAR0.
-    pub fn doorbell_pairs(&self) -> u64 {
+    pub(super) fn doorbell_pairs(&self) -> u64 {
         let pair = 2 * (4u64 << self.capabilities.doorbell_stride());
         self.bar.size().saturating_sub(offset::DOORBELLS) / pair
     }
 
     /// The doorbells of queue pair `id`: submission queue tail, completion queue head.
-    pub fn doorbells(&self, id: u16) -> Result<(vfio::Doorbell, vfio::Doorbell), Error> {
+    pub(super) fn doorbells(&self, id: u16) -> Result<(vfio::Doorbell, vfio::Doorbell), Error> {
         let stride = self.capabilities.doorbell_stride();
         let doorbell = |at| self.bar.doorbell(at).doing("reach a doorbell in BAR0");
         Ok((doorbell(sq_doorbell(id, stride))?, doorbell(cq_doorbell(id, stride))?))
@@ -186,17 +186,17 @@ impl Hardware {
     }
 
     /// Does an enabled controller say that it has paused the processing of commands (CSTS.PP; NVMe Base 2.0, 3.1.3.6)?
-    pub fn paused(&self) -> bool {
+    pub(super) fn paused(&self) -> bool {
         self.csts().is_ok_and(|csts| !csts.is_gone() && csts.ready() && csts.processing_paused())
     }
 
     /// CSTS for a message; all ones when it cannot be read.
-    pub fn csts_or_ones(&self) -> u32 {
+    pub(super) fn csts_or_ones(&self) -> u32 {
         self.bar.read_u32(offset::CSTS).unwrap_or(u32::MAX)
     }
 
     /// An error when nothing may be sent.
-    pub fn in_operation(&self) -> Result<(), Error> {
+    pub(super) fn in_operation(&self) -> Result<(), Error> {
         match self.standing.why() {
             Some(why) => Err(Error::NotInOperation { controller: self.name.clone(), why }),
             None => Ok(()),
@@ -204,7 +204,7 @@ impl Hardware {
     }
 
     /// An error when an enabled controller is gone, has reported a fatal status, or is not ready.
-    pub fn check(&self) -> Result<(), Error> {
+    pub(super) fn check(&self) -> Result<(), Error> {
         let csts = self.csts()?;
         if csts.is_gone() {
             return Err(self.status_error(csts, GONE.into()));
@@ -232,7 +232,7 @@ impl Hardware {
     }
 
     /// Clears CC.EN and waits until the controller is not ready: after that it touches no memory.
-    pub fn disable(&self) -> Result<(), Error> {
+    pub(super) fn disable(&self) -> Result<(), Error> {
         let cc = self.cc()?;
         let csts = self.csts()?;
         if csts.is_gone() {
@@ -253,7 +253,7 @@ impl Hardware {
     }
 
     /// Sets the admin queues (each of `entries`) and CC.EN, and waits until the controller is ready.
-    pub fn enable(&self, entries: u16, submission: u64, completion: u64) -> Result<(), Error> {
+    pub(super) fn enable(&self, entries: u16, submission: u64, completion: u64) -> Result<(), Error> {
         // `stop` clears Bus Master Enable where nothing else helps; without it no command would ever be fetched.
         let space = self.device.config_space();
         let command = space.read_u16(vfio::COMMAND).doing("read the PCI command register")?;
@@ -274,7 +274,7 @@ impl Hardware {
     }
 
     /// Notifies the controller of a normal shutdown and waits until it has completed, `timeout` at most.
-    pub fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
+    pub(super) fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
         let csts = self.csts()?;
         if csts.is_gone() {
             return Err(self.status_error(csts, GONE.into()));

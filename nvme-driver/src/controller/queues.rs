@@ -53,7 +53,7 @@ enum State {
 }
 
 impl Queues {
-    pub fn new(granted: u16, vectors: usize) -> Queues {
+    pub(super) fn new(granted: u16, vectors: usize) -> Queues {
         Queues {
             places: std::iter::repeat_with(|| None).take(granted.into()).collect(),
             vectors: vec![false; vectors.saturating_sub(1)],
@@ -61,12 +61,12 @@ impl Queues {
         }
     }
 
-    pub fn granted(&self) -> u16 {
+    pub(super) fn granted(&self) -> u16 {
         self.places.len() as u16
     }
 
     /// After the controller was disabled: it has forgotten all queues, and touches no memory any more.
-    pub fn forget(&mut self) {
+    pub(super) fn forget(&mut self) {
         for place in self.places.iter_mut() {
             if let Some(place) = place {
                 place.state = State::Unknown;
@@ -82,12 +82,12 @@ impl Queues {
     }
 
     /// Keeps memory until the controller has been reset.
-    pub fn quarantine(&mut self, memory: DmaBuffer) {
+    pub(super) fn quarantine(&mut self, memory: DmaBuffer) {
         self.quarantine.push(memory);
     }
 
     /// The controller could not be stopped and may write to all of this for ever: it is not used again.
-    pub fn abandon(&self) {
+    pub(super) fn abandon(&self) {
         self.places.iter().flatten().map(|place| &place.memory).chain(&self.quarantine).for_each(DmaBuffer::abandon);
     }
 
@@ -122,17 +122,17 @@ pub(crate) struct Shadow {
 
 impl Shadow {
     /// Queue pairs, admin included, that one page has room for.
-    pub fn room(stride: u8) -> u16 {
+    pub(super) fn room(stride: u8) -> u16 {
         (4096 / (2 * (4u32 << stride))).min(u16::MAX.into()) as u16
     }
 
-    pub fn new(hardware: &Hardware) -> Result<Shadow, Error> {
+    pub(super) fn new(hardware: &Hardware) -> Result<Shadow, Error> {
         let page = || hardware.device.dma().allocate(4096).doing("allocate the shadow doorbells");
         Ok(Shadow { values: page()?, events: page()?, stride: hardware.capabilities.doorbell_stride() })
     }
 
     /// Tells the controller, which has been reset before, to use the pages from now on.
-    pub fn announce(&self, hardware: &Hardware, admin: &mut Admin, patience: Patience) -> Result<(), Error> {
+    pub(super) fn announce(&self, hardware: &Hardware, admin: &mut Admin, patience: Patience) -> Result<(), Error> {
         for page in [&self.values, &self.events] {
             page.write(0, &[0; 4096]).expect("it has 4096 bytes");
         }
@@ -144,7 +144,7 @@ impl Shadow {
     }
 
     /// As [`Queues::abandon`].
-    pub fn abandon(&self) {
+    pub(super) fn abandon(&self) {
         self.values.abandon();
         self.events.abandon();
     }

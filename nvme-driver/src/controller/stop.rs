@@ -26,7 +26,7 @@ impl Controller {
 
 impl Hardware {
     /// What [`Controller::disable`] does to the device.
-    pub fn stop(&self) -> Result<(), Error> {
+    pub(super) fn stop(&self) -> Result<(), Error> {
         let gone = self.csts_or_ones() == u32::MAX;
         let Err(error) = self.disable() else { return Ok(()) };
         if !gone {
@@ -48,7 +48,7 @@ impl Hardware {
     }
 
     /// The same where there is nobody to tell: false if the controller may still write to its memory.
-    pub fn stop_or_warn(&self) -> bool {
+    pub(super) fn stop_or_warn(&self) -> bool {
         let stopped = self.stop();
         if let Err(error) = &stopped {
             log::error!(

@@ -36,7 +36,7 @@ pub(crate) struct Position {
 
 impl Position {
     /// The position `bytes` further on.
-    pub fn advanced(mut self, segments: &[Segment], mut bytes: u64) -> Position {
+    pub(crate) fn advanced(mut self, segments: &[Segment], mut bytes: u64) -> Position {
         while let Some(segment) = segments.get(self.index) {
             let left = u64::from(segment.bytes - self.offset);
             if bytes < left {
@@ -60,7 +60,7 @@ pub(crate) struct Runs<'a> {
 
 impl<'a> Runs<'a> {
     /// The runs of the next `bytes` bytes.
-    pub fn new(segments: &'a [Segment], position: Position, bytes: u64) -> Runs<'a> {
+    pub(crate) fn new(segments: &'a [Segment], position: Position, bytes: u64) -> Runs<'a> {
         Runs { segments, position, left: bytes }
     }
 }

@@ -25,14 +25,14 @@ const PHASE: u64 = 1 << 48;
 
 impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
     /// An empty queue over zeroed memory.
-    pub fn new(entries: M) -> CompletionQueue<M> {
+    pub(super) fn new(entries: M) -> CompletionQueue<M> {
         CompletionQueue { entries, head: 0, phase: PHASE }
     }
 
     /// Takes every completion the controller has written, one pass over the queue at most: a controller that writes without
     /// end must not keep the thread here. Returns how many there were.
     #[inline(always)]
-    pub fn take_all(&mut self, mut each: impl FnMut(Completion)) -> usize {
+    pub(super) fn take_all(&mut self, mut each: impl FnMut(Completion)) -> usize {
         if !self.ready() {
             return 0;
         }
@@ -67,14 +67,14 @@ impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
 
     /// Is there a completion to take?
     #[inline]
-    pub fn ready(&self) -> bool {
+    pub(super) fn ready(&self) -> bool {
         // Acquire: as in `take_all`; whoever asks may go on to look at other memory.
         let word = self.entries.get(usize::from(self.head)).map(|entry| entry[1].load(Ordering::Acquire));
         word.is_some_and(|word| (word ^ self.phase) & PHASE == 0)
     }
 
     /// How many completions are there to take.
-    pub fn answered(&self) -> usize {
+    pub(super) fn answered(&self) -> usize {
         let (passed, coming) = self.entries.split_at(usize::from(self.head));
         // Acquire: as in `ready`. Beyond the end of the queue the next pass begins, with the other phase.
         let new = |entry: &CompletionEntry, phase| (entry[1].load(Ordering::Acquire) ^ phase) & PHASE == 0;
@@ -87,17 +87,17 @@ impl<M: Deref<Target = [CompletionEntry]>> CompletionQueue<M> {
 
     /// The head to announce: entries before it may be written again.
     #[inline]
-    pub fn head(&self) -> u16 {
+    pub(super) fn head(&self) -> u16 {
         self.head
     }
 
     /// Number of entries.
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.entries.len()
     }
 
     /// Empties the queue and zeroes it, as after the controller has been reset: it must not be writing any more.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         for word in self.entries.iter().flatten() {
             // Relaxed: ordered before the controller's use by the doorbell that announces the command creating the queue.
             word.store(0, Ordering::Relaxed);

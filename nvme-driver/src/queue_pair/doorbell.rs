@@ -25,7 +25,7 @@ pub(crate) struct Bell {
 }
 
 impl Bell {
-    pub fn new(register: Doorbell, shadow: Option<ShadowDoorbell>) -> Bell {
+    pub(super) fn new(register: Doorbell, shadow: Option<ShadowDoorbell>) -> Bell {
         let bell = Bell { register, shadow };
         bell.reset();
         bell
@@ -34,7 +34,7 @@ impl Bell {
     /// Announces `value`. Everything written to the queue before is visible to the controller first. True if the register
     /// was written.
     #[inline]
-    pub fn announce(&self, value: u16) -> bool {
+    pub(super) fn announce(&self, value: u16) -> bool {
         if let Some(shadow) = &self.shadow
             && let ([shadow], [event]) = (&*shadow.value, &*shadow.event)
             && !announce_in_memory(shadow, event, value)
@@ -46,7 +46,7 @@ impl Bell {
     }
 
     /// The shadow of an empty queue.
-    pub fn reset(&self) {
+    pub(super) fn reset(&self) {
         if let Some(shadow) = &self.shadow {
             for word in shadow.value.iter().chain(shadow.event.iter()) {
                 // Relaxed: before the queue is created; the admin doorbell orders it.

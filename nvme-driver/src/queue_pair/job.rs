@@ -78,19 +78,19 @@ impl Ranges {
 
 impl Job {
     /// Moves `bytes` bytes of segments; the whole of it has been found expressible.
-    pub fn transfer(namespace: &Namespace, limits: Limits, opcode: u8, flags: u32, lba: u64, bytes: u64) -> Job {
+    pub(super) fn transfer(namespace: &Namespace, limits: Limits, opcode: u8, flags: u32, lba: u64, bytes: u64) -> Job {
         let progress = Progress::Transfer { limits, position: Position::default(), lba, left: bytes };
         Job { namespace: namespace.id, opcode, flags, progress }
     }
 
-    pub fn write_zeroes(namespace: &Namespace, deallocate: bool, fua: bool) -> Job {
+    pub(super) fn write_zeroes(namespace: &Namespace, deallocate: bool, fua: bool) -> Job {
         // Only where the drive says that it takes the bit, and that the blocks read as zeroes then (DLFEAT).
         let deallocate = deallocate && namespace.write_zeroes_deallocates;
         let flags = if deallocate { CDW12_DEAC } else { 0 } | if fua { CDW12_FUA } else { 0 };
         Job::stretches(namespace, io::WRITE_ZEROES, flags, namespace.max_write_zeroes_blocks)
     }
 
-    pub fn verify(namespace: &Namespace) -> Job {
+    pub(super) fn verify(namespace: &Namespace) -> Job {
         Job::stretches(namespace, io::VERIFY, 0, namespace.max_verify_blocks)
     }
 
@@ -100,7 +100,7 @@ impl Job {
         Job { namespace: namespace.id, opcode, flags, progress }
     }
 
-    pub fn discard(namespace: &Namespace) -> Job {
+    pub(super) fn discard(namespace: &Namespace) -> Job {
         let progress = Progress::Lists {
             max_ranges: namespace.max_discard_ranges.clamp(1, MAX_RANGES),
             max_range_blocks: namespace.max_discard_range_blocks.max(1),
@@ -111,12 +111,12 @@ impl Job {
     }
 
     /// Does it discard?
-    pub fn discards(&self) -> bool {
+    pub(super) fn discards(&self) -> bool {
         matches!(self.progress, Progress::Lists { .. })
     }
 
     /// Has every command been made?
-    pub fn is_done(&self, ranges: &[LbaRange]) -> bool {
+    pub(super) fn is_done(&self, ranges: &[LbaRange]) -> bool {
         match &self.progress {
             Progress::Transfer { left, .. } => *left == 0,
             Progress::Stretches { ranges: at, .. } | Progress::Lists { ranges: at, .. } => at.index >= ranges.len(),
@@ -124,7 +124,7 @@ impl Job {
     }
 
     /// How many commands it takes, counted to `most`; only for one of ranges.
-    pub fn count(&self, ranges: &[LbaRange], most: usize) -> usize {
+    pub(super) fn count(&self, ranges: &[LbaRange], most: usize) -> usize {
         let mut rest = *self;
         let mut count = 0;
         while count < most && rest.skip(ranges) {
@@ -147,7 +147,7 @@ impl Job {
 
     /// Makes the next command, writing what its data pointer needs into the slot's page, and tells how many bytes it moves or
     /// fills (`None`: it discards). `None` when there is none left.
-    pub fn next(
+    pub(super) fn next(
         &mut self,
         segments: &[Segment],
         ranges: &[LbaRange],

@@ -33,14 +33,14 @@ pub(crate) struct Requests {
 
 impl Requests {
     /// Room for `count` requests: each has a command out while it lives, or a place among the long ones.
-    pub fn new(count: usize) -> Requests {
+    pub(super) fn new(count: usize) -> Requests {
         let count = count.min(usize::from(NO_REQUEST)) as u16;
         let empty = Request { token: 0, outstanding: 0, more: false, status: Status::SUCCESS, reported: false };
         Requests { requests: vec![empty; usize::from(count)].into_boxed_slice(), free: (0..count).rev().collect() }
     }
 
     /// A new request without commands.
-    pub fn begin(&mut self, token: u64) -> Option<u16> {
+    pub(super) fn begin(&mut self, token: u64) -> Option<u16> {
         let at = self.free.pop()?;
         let fresh = Request { token, outstanding: 0, more: true, status: Status::SUCCESS, reported: false };
         *self.requests.get_mut(usize::from(at))? = fresh;
@@ -48,7 +48,7 @@ impl Requests {
     }
 
     /// A command of the request was issued; `more`: it was not the last one.
-    pub fn issued(&mut self, at: u16, more: bool) {
+    pub(super) fn issued(&mut self, at: u16, more: bool) {
         if let Some(request) = self.requests.get_mut(usize::from(at)) {
             request.outstanding += 1;
             request.more = more;
@@ -56,7 +56,7 @@ impl Requests {
     }
 
     /// A command of the request completed. After an error no further command need be issued: see [`Requests::failed`].
-    pub fn completed(&mut self, at: u16, status: Status) -> Outcome {
+    pub(super) fn completed(&mut self, at: u16, status: Status) -> Outcome {
         let Some(request) = self.requests.get_mut(usize::from(at)) else { return Outcome::Continues };
         request.outstanding -= 1;
         if request.status.is_success() {
@@ -72,19 +72,19 @@ impl Requests {
     }
 
     /// Has a command of the request failed?
-    pub fn failed(&self, at: u16) -> bool {
+    pub(super) fn failed(&self, at: u16) -> bool {
         self.requests.get(usize::from(at)).is_some_and(|request| !request.status.is_success())
     }
 
     /// The request's token, the first time it is asked for.
-    pub fn report(&mut self, at: u16) -> Option<u64> {
+    pub(super) fn report(&mut self, at: u16) -> Option<u64> {
         let request = self.requests.get_mut(usize::from(at))?;
         (!std::mem::replace(&mut request.reported, true)).then_some(request.token)
     }
 
     /// No further command of the request is issued; `status`: what became of it, unless a command has failed before. Its token and
     /// its status if none is out, which ends it.
-    pub fn end(&mut self, at: u16, status: Status) -> Option<(u64, Status)> {
+    pub(super) fn end(&mut self, at: u16, status: Status) -> Option<(u64, Status)> {
         let request = self.requests.get_mut(usize::from(at))?;
         request.more = false;
         if request.status.is_success() {
@@ -98,7 +98,7 @@ impl Requests {
     }
 
     /// A command of a request that is being given up; the token when it was the last one.
-    pub fn abandon(&mut self, at: u16) -> Option<u64> {
+    pub(super) fn abandon(&mut self, at: u16) -> Option<u64> {
         let request = self.requests.get_mut(usize::from(at))?;
         request.more = false;
         match self.completed(at, Status::ABORTED_BY_HOST) {

@@ -70,10 +70,10 @@ pub(crate) struct Slots {
 
 impl Slots {
     /// Most slots a queue pair can have: at least four bits of sequence remain.
-    pub const MAX: u16 = 4095;
+    pub(super) const MAX: u16 = 4095;
 
     /// `count` free slots (1 to [`Slots::MAX`]) of submission queue `queue`.
-    pub fn new(count: u16, queue: u16) -> Slots {
+    pub(super) fn new(count: u16, queue: u16) -> Slots {
         let count = count.clamp(1, Slots::MAX);
         // One bit more than needed where it matters: the identifier FFFFh, "no command" in the error log, is never made.
         let bits = u16::BITS - count.leading_zeros();
@@ -94,19 +94,19 @@ impl Slots {
 
     /// Number of slots.
     #[inline]
-    pub fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         self.slots.len()
     }
 
     /// The slot that [`Slots::take`] will take; `None` if all are taken.
     #[inline]
-    pub fn next(&self) -> Option<u16> {
+    pub(super) fn next(&self) -> Option<u16> {
         Some(self.first_free).filter(|&at| usize::from(at) < self.slots.len())
     }
 
     /// Takes a slot for a command that belongs to no request; `None` if there is none.
     #[inline(always)]
-    pub fn take(&mut self, token: u64) -> Option<CommandId> {
+    pub(super) fn take(&mut self, token: u64) -> Option<CommandId> {
         let slot = self.slots.get_mut(usize::from(self.first_free))?;
         self.first_free = slot.next_free;
         slot.token = token;
@@ -115,7 +115,7 @@ impl Slots {
     }
 
     /// Makes a command that was just taken part of a request.
-    pub fn assign(&mut self, id: CommandId, request: u16) {
+    pub(super) fn assign(&mut self, id: CommandId, request: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(id.0 & self.mask)) {
             slot.request = request;
         }
@@ -124,7 +124,7 @@ impl Slots {
     /// Frees the slot of the command that a completion answers, given bits 47:16 of its second word (command identifier and
     /// submission queue identifier). `None`: no such command is out, the completion answers nothing.
     #[inline(always)]
-    pub fn release(&mut self, answered: u32) -> Option<Released> {
+    pub(super) fn release(&mut self, answered: u32) -> Option<Released> {
         let at = (answered >> 16) as u16 & self.mask;
         let slot = self.slots.get_mut(usize::from(at))?;
         if slot.key != answered {
@@ -143,7 +143,7 @@ impl Slots {
 
     /// Looks at every command: those older than `limit` are reported, once each. `now` counts in the unit of `limit`. A
     /// command's age counts from the first look at it: it is reported at most one interval late, never early.
-    pub fn look(&mut self, now: u64, limit: u64, mut old: impl FnMut(Released)) {
+    pub(super) fn look(&mut self, now: u64, limit: u64, mut old: impl FnMut(Released)) {
         for (at, (slot, age)) in self.slots.iter_mut().zip(&mut self.ages).enumerate() {
             if !slot.is_taken(at, self.mask) {
                 continue;
@@ -160,14 +160,14 @@ impl Slots {
     }
 
     /// How long the command that has been out longest has been so since the first look at it, if any was looked at.
-    pub fn oldest(&self, now: u64) -> Option<u64> {
+    pub(super) fn oldest(&self, now: u64) -> Option<u64> {
         let all = self.slots.iter().zip(&self.ages).enumerate();
         let looked_at = all.filter(|(at, (slot, _))| slot.is_taken(*at, self.mask) && slot.next_free == LOOKED_AT);
         looked_at.map(|(_, (_, age))| now.saturating_sub(age.seen)).max()
     }
 
     /// Frees every slot, telling what each command was. Their memory must be out of the controller's reach.
-    pub fn release_all(&mut self, mut each: impl FnMut(Released)) {
+    pub(super) fn release_all(&mut self, mut each: impl FnMut(Released)) {
         for at in 0..self.slots.len() {
             let slot = &self.slots[at];
             if slot.is_taken(at, self.mask)

@@ -24,13 +24,13 @@ pub(crate) struct SubmissionQueue<M> {
 
 impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
     /// An empty queue of `entries.len()` entries.
-    pub fn new(entries: M) -> SubmissionQueue<M> {
+    pub(super) fn new(entries: M) -> SubmissionQueue<M> {
         SubmissionQueue { entries, tail: 0, unannounced: 0 }
     }
 
     /// Writes one command at the tail. The controller does not know of it until the doorbell is rung.
     #[inline(always)]
-    pub fn write(&mut self, command: &Command) {
+    pub(super) fn write(&mut self, command: &Command) {
         let entries: &[SubmissionEntry] = &self.entries;
         let Some(entry) = entries.get(self.tail) else { return };
         for (word, &value) in entry.iter().zip(command.words()) {
@@ -45,18 +45,18 @@ impl<M: Deref<Target = [SubmissionEntry]>> SubmissionQueue<M> {
 
     /// How many commands were written since the last announcement.
     #[inline]
-    pub fn unannounced(&self) -> usize {
+    pub(super) fn unannounced(&self) -> usize {
         self.unannounced
     }
 
     /// How many commands were written since the last call, and the tail to announce.
     #[inline]
-    pub fn announce(&mut self) -> (usize, u16) {
+    pub(super) fn announce(&mut self) -> (usize, u16) {
         (std::mem::take(&mut self.unannounced), self.tail as u16)
     }
 
     /// Empties the queue, as after the controller has been reset.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.tail = 0;
         self.unannounced = 0;
     }

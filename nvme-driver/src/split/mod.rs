@@ -47,7 +47,7 @@ impl Limits {
     ///
     /// A stretch can be expressed if and only if each of its blocks can (see the two `reach` functions), so taking the longest
     /// command each time fails exactly when no way of cutting would do.
-    pub fn next_piece(&self, segments: &[Segment], position: Position, lba: u64, left: u64) -> Option<Piece> {
+    pub(crate) fn next_piece(&self, segments: &[Segment], position: Position, lba: u64, left: u64) -> Option<Piece> {
         let block = 1u64 << self.block_shift;
         let mut limit = left.min(u64::from(self.max_bytes.min(MAX_COMMAND_BYTES)) & !(block - 1)).max(block);
         if self.boundary_blocks != 0 {
@@ -70,7 +70,7 @@ impl Limits {
 
     /// Can a transfer be expressed, in however many commands? Takes no longer than the list of segments is, whatever the limits
     /// on a command are: they do not matter, see [`Limits::next_piece`].
-    pub fn expressible(&self, segments: &[Segment], bytes: u64) -> bool {
+    pub(crate) fn expressible(&self, segments: &[Segment], bytes: u64) -> bool {
         let block = 1u64 << self.block_shift;
         let mut position = Position::default();
         let mut left = bytes;
@@ -92,7 +92,7 @@ impl Limits {
 
     /// Is the data of any command of a transfer described by an SGL? Of the first commands, that is: looked at are
     /// [`MOST_LOOKED_AT`] at most.
-    pub fn any_sgl(&self, segments: &[Segment], lba: u64, bytes: u64) -> bool {
+    pub(crate) fn any_sgl(&self, segments: &[Segment], lba: u64, bytes: u64) -> bool {
         let mut position = Position::default();
         let mut done = 0;
         for _ in 0..MOST_LOOKED_AT {
@@ -108,7 +108,7 @@ impl Limits {
     }
 
     /// How many commands a transfer takes. `None`: some block cannot be expressed, the data has to be copied.
-    pub fn count_pieces(&self, segments: &[Segment], lba: u64, bytes: u64) -> Option<usize> {
+    pub(crate) fn count_pieces(&self, segments: &[Segment], lba: u64, bytes: u64) -> Option<usize> {
         let mut position = Position::default();
         let mut done = 0;
         let mut pieces = 0;

@@ -298,7 +298,7 @@ fn a_controller_that_ignores_cc_is_reset_as_a_function() {
 }
 
 /// A request of a new pair signals the eventfd of its vector.
-pub fn interrupts_work(rig: &Rig, controller: &Controller) {
+pub(crate) fn interrupts_work(rig: &Rig, controller: &Controller) {
     let namespace = controller.namespace(1).unwrap();
     let memory = rig.device.dma().allocate(16384).unwrap();
     let mut pair = controller.create_queue_pair(QueuePairOptions { entries: None, interrupt: true }).unwrap();

@@ -10,9 +10,9 @@ use tempfile::TempDir;
 use vfio::{Device, DmaBuffer};
 
 /// No test waits longer for anything.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
-pub struct Rig {
+pub(crate) struct Rig {
     pub namespace: Namespace,
     pub controller: Controller,
     pub device: Device,
@@ -21,12 +21,12 @@ pub struct Rig {
 }
 
 /// One namespace of 64 MiB.
-pub fn config(block_bytes: u32) -> Config {
+pub(crate) fn config(block_bytes: u32) -> Config {
     let namespace = NamespaceConfig { bytes: 64 << 20, block_bytes, ..Default::default() };
     Config { namespaces: vec![namespace], ..Default::default() }
 }
 
-pub fn rig(config: Config, options: &Options) -> Rig {
+pub(crate) fn rig(config: Config, options: &Options) -> Rig {
     let _ = env_logger::builder().is_test(true).try_init();
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("controller.sock");
@@ -38,23 +38,23 @@ pub fn rig(config: Config, options: &Options) -> Rig {
 }
 
 impl Rig {
-    pub fn pair(&self, entries: u16) -> QueuePair {
+    pub(crate) fn pair(&self, entries: u16) -> QueuePair {
         let options = QueuePairOptions { entries: Some(entries), ..Default::default() };
         self.controller.create_queue_pair(options).unwrap()
     }
 
-    pub fn buffer(&self, bytes: usize) -> DmaBuffer {
+    pub(crate) fn buffer(&self, bytes: usize) -> DmaBuffer {
         self.device.dma().allocate(bytes).unwrap()
     }
 }
 
 /// Part of a buffer.
-pub fn segment(buffer: &DmaBuffer, at: usize, bytes: usize) -> Segment {
+pub(crate) fn segment(buffer: &DmaBuffer, at: usize, bytes: usize) -> Segment {
     Segment { iova: buffer.iova() + at as u64, bytes: bytes as u32 }
 }
 
 /// Reaps until `count` requests have completed.
-pub fn wait(pair: &mut QueuePair, count: usize) -> Vec<Completed> {
+pub(crate) fn wait(pair: &mut QueuePair, count: usize) -> Vec<Completed> {
     let mut all = Vec::new();
     let start = Instant::now();
     while all.len() < count {
@@ -68,13 +68,13 @@ pub fn wait(pair: &mut QueuePair, count: usize) -> Vec<Completed> {
 }
 
 /// Reaps until nothing is out.
-pub fn wait_all(pair: &mut QueuePair) {
+pub(crate) fn wait_all(pair: &mut QueuePair) {
     let out = pair.outstanding();
     wait(pair, out);
 }
 
 /// One request from beginning to end.
-pub fn carry_out(pair: &mut QueuePair, namespace: &Namespace, work: Work<'_>) -> Completed {
+pub(crate) fn carry_out(pair: &mut QueuePair, namespace: &Namespace, work: Work<'_>) -> Completed {
     pair.submit(namespace, work, 0x5eed).unwrap();
     pair.ring();
     let completed = wait(pair, 1)[0];
@@ -84,7 +84,7 @@ pub fn carry_out(pair: &mut QueuePair, namespace: &Namespace, work: Work<'_>) ->
 }
 
 /// Ticks until `count` requests have expired; nothing may complete meanwhile.
-pub fn wait_expired(pair: &mut QueuePair, count: usize) -> Vec<u64> {
+pub(crate) fn wait_expired(pair: &mut QueuePair, count: usize) -> Vec<u64> {
     let mut tokens = Vec::new();
     let start = Instant::now();
     while tokens.len() < count {
@@ -98,17 +98,17 @@ pub fn wait_expired(pair: &mut QueuePair, count: usize) -> Vec<u64> {
 }
 
 /// A small generator, so that a printed seed repeats a run.
-pub struct Random(u64);
+pub(crate) struct Random(u64);
 
 impl Random {
-    pub fn new() -> Random {
+    pub(crate) fn new() -> Random {
         let given = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
         let seed = given.unwrap_or_else(|| RandomState::new().hash_one(1));
         println!("seed: SEED={seed}");
         Random(seed | 1)
     }
 
-    pub fn below(&mut self, limit: usize) -> usize {
+    pub(crate) fn below(&mut self, limit: usize) -> usize {
         // xorshift64*.
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
@@ -116,7 +116,7 @@ impl Random {
         ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit as u64) as usize
     }
 
-    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
         (0..count).map(|_| self.below(256) as u8).collect()
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::{LONG, SHORT, bind, folder, on_each_kernel, unbind};
 
 /// Runs `lab-drive` in the guest, where it has to succeed: its report, and all that it printed.
-pub fn lab_drive(guest: &mut Guest, arguments: &str) -> (Value, String) {
+pub(crate) fn lab_drive(guest: &mut Guest, arguments: &str) -> (Value, String) {
     let text = guest.run(&format!("{} {arguments}", env!("CARGO_BIN_EXE_lab-drive")), LONG).unwrap();
     let report = text.lines().find(|line| line.starts_with('{')).unwrap_or_else(|| panic!("no report: {text}"));
     (serde_json::from_str(report).unwrap(), text)

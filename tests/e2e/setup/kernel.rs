@@ -11,7 +11,7 @@ use std::time::Duration;
 
 /// How a kernel differs from one that does everything it is told.
 #[derive(Debug)]
-pub struct Behaviour {
+pub(crate) struct Behaviour {
     /// The larger size of hugepages.
     pub larger_page: &'static str,
     /// Drivers that do not take a drive.
@@ -51,13 +51,13 @@ struct Shared {
 }
 
 /// The thread.
-pub struct Kernel {
+pub(crate) struct Kernel {
     shared: Arc<(Mutex<Shared>, Condvar)>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Kernel {
-    pub fn start(root: PathBuf, behaviour: Behaviour) -> Kernel {
+    pub(crate) fn start(root: PathBuf, behaviour: Behaviour) -> Kernel {
         let shared = Arc::new((Mutex::new(Shared { behaviour, ..Shared::default() }), Condvar::new()));
         let also = shared.clone();
         let thread = std::thread::spawn(move || {
@@ -85,16 +85,16 @@ impl Kernel {
         Kernel { shared, thread: Some(thread) }
     }
 
-    pub fn script_is(&self, process: u32) {
+    pub(crate) fn script_is(&self, process: u32) {
         self.shared.0.lock().unwrap().script = process;
     }
 
-    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+    pub(crate) fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
         change(&mut self.shared.0.lock().unwrap().behaviour);
     }
 
     /// Waits until everything written before was seen.
-    pub fn settle(&self) {
+    pub(crate) fn settle(&self) {
         let guard = self.shared.0.lock().unwrap();
         let wanted = guard.passes + 2;
         let waited = self.shared.1.wait_timeout_while(guard, Duration::from_secs(60), |shared| shared.passes < wanted);

@@ -17,7 +17,7 @@ use crate::kernel::{Behaviour, Kernel};
 /// How long one run of the script may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
-pub struct Machine {
+pub(crate) struct Machine {
     folder: TempDir,
     kernel: Option<Kernel>,
     number: u32,
@@ -25,7 +25,7 @@ pub struct Machine {
 
 /// What the script printed, and its status.
 #[derive(Debug)]
-pub struct Output {
+pub(crate) struct Output {
     /// `None` if it was killed.
     pub status: Option<i32>,
     pub out: String,
@@ -34,14 +34,14 @@ pub struct Output {
 
 impl Output {
     #[track_caller]
-    pub fn succeeded(self) -> Output {
+    pub(crate) fn succeeded(self) -> Output {
         assert_eq!(self.status, Some(0), "{self:?}");
         self
     }
 
     /// It failed, and says all of these.
     #[track_caller]
-    pub fn refused(self, parts: &[&str]) -> Output {
+    pub(crate) fn refused(self, parts: &[&str]) -> Output {
         assert_eq!(self.status, Some(1), "{self:?}");
         for part in parts {
             assert!(self.err.contains(part) || self.out.contains(part), "{part:?} is not in {self:?}");
@@ -50,19 +50,19 @@ impl Output {
     }
 
     #[track_caller]
-    pub fn says(self, part: &str) -> Output {
+    pub(crate) fn says(self, part: &str) -> Output {
         assert!(self.out.contains(part) || self.err.contains(part), "{part:?} is not in {self:?}");
         self
     }
 
     #[track_caller]
-    pub fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.out).unwrap_or_else(|error| panic!("{error}: {self:?}"))
     }
 }
 
 /// Everything below a folder: kind, permissions, owner and contents of each file.
-pub type Snapshot = BTreeMap<PathBuf, String>;
+pub(crate) type Snapshot = BTreeMap<PathBuf, String>;
 
 const MODPROBE: &str = r#"echo "modprobe $*" >>"$SETUP_ROOT/../commands"
 drivers=$SETUP_ROOT/sys/bus/pci/drivers module=$SETUP_ROOT/sys/module
@@ -95,12 +95,12 @@ const ROOT_MOUNT: &str = "22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw\
 
 impl Machine {
     /// A machine with two NUMA nodes, an IOMMU and no drive. vfio-pci can be loaded.
-    pub fn new() -> Machine {
+    pub(crate) fn new() -> Machine {
         Machine::with(Behaviour::default())
     }
 
     /// The same, with a kernel that behaves otherwise.
-    pub fn with(behaviour: Behaviour) -> Machine {
+    pub(crate) fn with(behaviour: Behaviour) -> Machine {
         let user = Command::new("id").arg("-u").output().unwrap();
         assert_eq!(user.stdout, b"0\n", "these tests are for root, as tests/run.sh is");
         let folder = tempfile::Builder::new().prefix("a machine ").tempdir().unwrap();
@@ -141,42 +141,42 @@ impl Machine {
         self.kernel.as_ref().expect("it is started with the machine")
     }
 
-    pub fn root(&self) -> PathBuf {
+    pub(crate) fn root(&self) -> PathBuf {
         self.folder.path().join("root")
     }
 
-    pub fn path(&self, path: &str) -> PathBuf {
+    pub(crate) fn path(&self, path: &str) -> PathBuf {
         self.root().join(path)
     }
 
-    pub fn write(&self, path: &str, text: &str) {
+    pub(crate) fn write(&self, path: &str, text: &str) {
         let path = self.path(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
     }
 
-    pub fn append(&self, path: &str, text: &str) {
+    pub(crate) fn append(&self, path: &str, text: &str) {
         let old = self.read(path);
         self.write(path, &(old + text));
     }
 
-    pub fn read(&self, path: &str) -> String {
+    pub(crate) fn read(&self, path: &str) -> String {
         fs::read_to_string(self.path(path)).unwrap_or_default()
     }
 
-    pub fn link(&self, path: &str, target: &str) {
+    pub(crate) fn link(&self, path: &str, target: &str) {
         let path = self.path(path);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         symlink(target, path).unwrap();
     }
 
     /// A file beside the tree, for the stand-ins.
-    pub fn beside(&self, name: &str) -> PathBuf {
+    pub(crate) fn beside(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// A stand-in for a command.
-    pub fn command(&self, name: &str, script: &str) {
+    pub(crate) fn command(&self, name: &str, script: &str) {
         let path = self.beside("bin").join(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(&path, format!("#!/bin/bash\n{script}\n")).unwrap();
@@ -185,19 +185,19 @@ impl Machine {
 
     /// The real kernel does what is written to it before a write ends; this one takes a while. The script reads with `cat`
     /// what has become of its writes.
-    pub fn cat_waits_for_the_kernel(&self) {
+    pub(crate) fn cat_waits_for_the_kernel(&self) {
         let wait =
             r#": >"$SETUP_ROOT/../wait"; while [ -e "$SETUP_ROOT/../wait" ]; do sleep 0.002; done; exec /bin/cat "$@""#;
         self.command("cat", wait);
     }
 
     /// The commands that would have changed the real machine, so far.
-    pub fn commands(&self) -> String {
+    pub(crate) fn commands(&self) -> String {
         fs::read_to_string(self.beside("commands")).unwrap_or_default()
     }
 
     /// From now on, of the real commands in /bin only these are found.
-    pub fn only_commands(&self, names: &[&str]) {
+    pub(crate) fn only_commands(&self, names: &[&str]) {
         for name in names {
             let output = Command::new("which").arg(name).output().unwrap();
             let real = String::from_utf8(output.stdout).unwrap();
@@ -210,7 +210,7 @@ impl Machine {
     }
 
     /// A PCI function.
-    pub fn function(&self, address: &str, class: &str, driver: Option<&str>, group: u32) {
+    pub(crate) fn function(&self, address: &str, class: &str, driver: Option<&str>, group: u32) {
         let device = format!("sys/devices/pci0000:00/{address}");
         self.write(&format!("{device}/class"), &format!("{class}\n"));
         self.write(&format!("{device}/vendor"), "0x1b36\n");
@@ -234,7 +234,7 @@ impl Machine {
 
     /// An NVMe drive with the kernel's driver: a controller (`nvme0`) and a namespace (`nvme0n1`) full of zeroes.
     /// Returns the controller's folder.
-    pub fn drive(&mut self, address: &str, controller: &str, group: u32) -> String {
+    pub(crate) fn drive(&mut self, address: &str, controller: &str, group: u32) -> String {
         self.function(address, "0x010802", Some("nvme"), group);
         let folder = format!("sys/devices/pci0000:00/{address}/nvme/{controller}");
         self.write(&format!("{folder}/state"), "live\n");
@@ -248,7 +248,7 @@ impl Machine {
     }
 
     /// A disk, or a partition, in this folder of sysfs.
-    pub fn disk(&mut self, folder: &str) {
+    pub(crate) fn disk(&mut self, folder: &str) {
         self.number += 1;
         let name = folder.rsplit('/').next().unwrap();
         self.write(&format!("{folder}/dev"), &format!("259:{}\n", self.number));
@@ -257,7 +257,7 @@ impl Machine {
         fs::write(self.path(&format!("dev/{name}")), vec![0; 2 << 20]).unwrap();
     }
 
-    pub fn partition(&mut self, disk: &str, number: u32) -> String {
+    pub(crate) fn partition(&mut self, disk: &str, number: u32) -> String {
         let folder = format!("{disk}/{}p{number}", disk.rsplit('/').next().unwrap());
         self.disk(&folder);
         self.write(&format!("{folder}/partition"), &format!("{number}\n"));
@@ -265,25 +265,25 @@ impl Machine {
     }
 
     /// The number (259:1) of a disk.
-    pub fn number_of(&self, folder: &str) -> String {
+    pub(crate) fn number_of(&self, folder: &str) -> String {
         self.read(&format!("{folder}/dev")).trim().to_owned()
     }
 
     /// A process with an open file.
-    pub fn process(&self, id: u32, name: &str, file: &str) {
+    pub(crate) fn process(&self, id: u32, name: &str, file: &str) {
         self.write(&format!("proc/{id}/comm"), &format!("{name}\n"));
         self.write(&format!("proc/{id}/mountinfo"), "");
         self.link(&format!("proc/{id}/fd/5"), file);
     }
 
-    pub fn driver_of(&self, address: &str) -> Option<String> {
+    pub(crate) fn driver_of(&self, address: &str) -> Option<String> {
         let link = fs::read_link(self.path(&format!("sys/bus/pci/devices/{address}/driver"))).ok()?;
         Some(link.file_name().unwrap().to_str().unwrap().to_owned())
     }
 
     /// Runs the script with these words.
     #[track_caller]
-    pub fn run(&self, words: &str) -> Output {
+    pub(crate) fn run(&self, words: &str) -> Output {
         let words: Vec<_> = words.split_whitespace().collect();
         let mut command = Command::new(workspace().join("setup/setup.sh"));
         let bin = self.beside("bin");
@@ -314,12 +314,12 @@ impl Machine {
     }
 
     /// Changes what the kernel does from now on.
-    pub fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
+    pub(crate) fn behave(&self, change: impl FnOnce(&mut Behaviour)) {
         self.kernel().behave(change);
     }
 
     /// Everything there is, except the lock that a run leaves.
-    pub fn snapshot(&self) -> Snapshot {
+    pub(crate) fn snapshot(&self) -> Snapshot {
         let mut all = Snapshot::new();
         let root = self.root();
         collect(&root, &root, &mut all);
@@ -333,7 +333,7 @@ impl Machine {
 
     /// Runs the script, which has to be refused for these reasons and leave everything as it is, forced or not.
     #[track_caller]
-    pub fn is_refused(&self, words: &str, parts: &[&str]) {
+    pub(crate) fn is_refused(&self, words: &str, parts: &[&str]) {
         let (before, commands) = (self.snapshot(), self.changing_commands());
         self.run(words).refused(parts);
         self.run(&format!("{words} --dry-run")).refused(parts);
@@ -374,7 +374,7 @@ fn collect(root: &Path, folder: &Path, all: &mut Snapshot) {
 
 /// Fails with what differs.
 #[track_caller]
-pub fn same(before: &Snapshot, after: &Snapshot) {
+pub(crate) fn same(before: &Snapshot, after: &Snapshot) {
     let paths: BTreeSet<_> = before.keys().chain(after.keys()).collect();
     let differ: Vec<_> = paths
         .into_iter()

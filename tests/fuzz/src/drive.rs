@@ -30,14 +30,14 @@ const ACQ: u64 = 0x30;
 
 /// A structure that commands ask for: Identify by CNS, log pages by their identifier.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Page {
+pub(crate) enum Page {
     Identify(u8),
     Log(u8),
 }
 
 /// A queue as the host has described it.
 #[derive(Clone, Copy, Default)]
-pub struct Queue {
+pub(crate) struct Queue {
     pub address: u64,
     pub entries: u16,
     /// Where this side goes on.
@@ -48,14 +48,14 @@ pub struct Queue {
 
 /// A command on an I/O queue, or an event request.
 #[derive(Clone, Copy)]
-pub struct Fetched {
+pub(crate) struct Fetched {
     pub queue: u16,
     pub id: u16,
 }
 
 /// Everything about it.
 #[derive(Default)]
-pub struct State {
+pub(crate) struct State {
     pub registers: Vec<u8>,
     config: Vec<u8>,
     dma: Vec<(u64, u64, u64, File)>,
@@ -114,7 +114,7 @@ impl State {
         state
     }
 
-    pub fn set(&mut self, at: u64, bytes: &[u8]) {
+    pub(crate) fn set(&mut self, at: u64, bytes: &[u8]) {
         let room = self.registers.len().saturating_sub(at as usize);
         let bytes = &bytes[..bytes.len().min(room)];
         if !bytes.is_empty() {
@@ -122,7 +122,7 @@ impl State {
         }
     }
 
-    pub fn u64(&self, at: u64) -> u64 {
+    pub(crate) fn u64(&self, at: u64) -> u64 {
         u64::from_le_bytes(std::array::from_fn(|n| self.registers[at as usize + n]))
     }
 
@@ -139,7 +139,7 @@ impl State {
     }
 
     /// What is mapped can be written; a drive's writes elsewhere go nowhere.
-    pub fn write(&self, address: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, address: u64, bytes: &[u8]) {
         if let Some((file, at)) = self.reach(address, bytes.len() as u64) {
             file.write_all_at(bytes, at).expect("the host's memory is long enough");
         }
@@ -154,7 +154,7 @@ impl State {
     }
 
     /// Writes the next completion of a queue.
-    pub fn complete(&mut self, queue: u16, result: u32, submission: u16, id: u16, status: u16) {
+    pub(crate) fn complete(&mut self, queue: u16, result: u32, submission: u16, id: u16, status: u16) {
         let Some(mut answers) = self.completion.get(&queue).copied() else { return };
         let phase = u32::from(status) << 1 | u32::from(answers.phase);
         let words = [result, 0, u32::from(submission) << 16, u32::from(id) | phase << 16];
@@ -262,14 +262,14 @@ fn create(cdw10: u32, address: u64) -> Queue {
 }
 
 /// The drive of this process, behind a socket that lives as long.
-pub struct Drive {
+pub(crate) struct Drive {
     pub address: vfio::Address,
     state: Arc<Mutex<State>>,
     _folder: tempfile::TempDir,
 }
 
 impl Drive {
-    pub fn start() -> Drive {
+    pub(crate) fn start() -> Drive {
         let folder = tempfile::tempdir().expect("a temporary folder can be made");
         let socket: PathBuf = folder.path().join("drive");
         let listener = listen(&socket);
@@ -288,12 +288,12 @@ impl Drive {
         Drive { address: vfio::Address::VfioUser(socket), state, _folder: folder }
     }
 
-    pub fn state(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
     }
 
     /// As it was at first. Its last host may not have left yet: what that one has mapped stays.
-    pub fn renew(&self) {
+    pub(crate) fn renew(&self) {
         let mut state = self.state();
         let dma = std::mem::take(&mut state.dma);
         *state = State { dma, ..State::new() };

@@ -18,52 +18,52 @@ const _: () = assert!(size_of::<Command>() as u64 == SQE_BYTES);
 
 impl Command {
     /// Command dword `n` (0–15).
-    pub fn dword(&self, n: usize) -> u32 {
+    pub(crate) fn dword(&self, n: usize) -> u32 {
         (self.0[n / 2] >> (32 * (n % 2))) as u32
     }
 
-    pub fn opcode(&self) -> u8 {
+    pub(crate) fn opcode(&self) -> u8 {
         self.0[0] as u8
     }
 
     /// FUSE, dword 0 bits 9:8.
-    pub fn fused(&self) -> u8 {
+    pub(crate) fn fused(&self) -> u8 {
         (self.0[0] >> 8) as u8 & 3
     }
 
     /// PSDT, dword 0 bits 15:14: 0 PRP, 1 SGL, 2 SGL with metadata SGL.
-    pub fn data_pointer_kind(&self) -> u8 {
+    pub(crate) fn data_pointer_kind(&self) -> u8 {
         (self.0[0] >> 14) as u8 & 3
     }
 
-    pub fn id(&self) -> u16 {
+    pub(crate) fn id(&self) -> u16 {
         (self.0[0] >> 16) as u16
     }
 
-    pub fn namespace(&self) -> u32 {
+    pub(crate) fn namespace(&self) -> u32 {
         (self.0[0] >> 32) as u32
     }
 
-    pub fn prp1(&self) -> u64 {
+    pub(crate) fn prp1(&self) -> u64 {
         self.0[3]
     }
 
-    pub fn prp2(&self) -> u64 {
+    pub(crate) fn prp2(&self) -> u64 {
         self.0[4]
     }
 
     /// SLBA of the NVM commands, dwords 10 and 11.
-    pub fn lba(&self) -> u64 {
+    pub(crate) fn lba(&self) -> u64 {
         self.0[5]
     }
 
     /// NLB of the NVM commands, made 1's based.
-    pub fn blocks(&self) -> u32 {
+    pub(crate) fn blocks(&self) -> u32 {
         (self.dword(12) & 0xffff) + 1
     }
 
     /// FUA of the NVM commands, dword 12 bit 30.
-    pub fn force_unit_access(&self) -> bool {
+    pub(crate) fn force_unit_access(&self) -> bool {
         self.dword(12) & 1 << 30 != 0
     }
 }
@@ -80,7 +80,7 @@ pub(crate) struct Completion {
 
 impl Completion {
     /// The entry as two little-endian quadwords; the second holds the phase tag.
-    pub fn encode(&self, sq_head: u16, phase: bool) -> [u64; 2] {
+    pub(crate) fn encode(&self, sq_head: u16, phase: bool) -> [u64; 2] {
         let dword2 = u32::from(sq_head) | u32::from(self.sq) << 16;
         let dword3 = u32::from(self.id) | u32::from(phase) << 16 | u32::from(self.status.bits()) << 17;
         [u64::from(self.result), u64::from(dword2) | u64::from(dword3) << 32]
@@ -89,29 +89,29 @@ impl Completion {
 
 /// Admin opcodes (NVMe Base 2.0, figure 138).
 pub(crate) mod admin {
-    pub const DELETE_SQ: u8 = 0x00;
-    pub const CREATE_SQ: u8 = 0x01;
-    pub const GET_LOG_PAGE: u8 = 0x02;
-    pub const DELETE_CQ: u8 = 0x04;
-    pub const CREATE_CQ: u8 = 0x05;
-    pub const IDENTIFY: u8 = 0x06;
-    pub const ABORT: u8 = 0x08;
-    pub const SET_FEATURES: u8 = 0x09;
-    pub const GET_FEATURES: u8 = 0x0a;
-    pub const ASYNC_EVENT: u8 = 0x0c;
-    pub const DOORBELL_BUFFER: u8 = 0x7c;
-    pub const FORMAT: u8 = 0x80;
+    pub(crate) const DELETE_SQ: u8 = 0x00;
+    pub(crate) const CREATE_SQ: u8 = 0x01;
+    pub(crate) const GET_LOG_PAGE: u8 = 0x02;
+    pub(crate) const DELETE_CQ: u8 = 0x04;
+    pub(crate) const CREATE_CQ: u8 = 0x05;
+    pub(crate) const IDENTIFY: u8 = 0x06;
+    pub(crate) const ABORT: u8 = 0x08;
+    pub(crate) const SET_FEATURES: u8 = 0x09;
+    pub(crate) const GET_FEATURES: u8 = 0x0a;
+    pub(crate) const ASYNC_EVENT: u8 = 0x0c;
+    pub(crate) const DOORBELL_BUFFER: u8 = 0x7c;
+    pub(crate) const FORMAT: u8 = 0x80;
 }
 
 /// NVM command set opcodes (NVM Command Set 1.0, figure 16).
 pub(crate) mod nvm {
-    pub const FLUSH: u8 = 0x00;
-    pub const WRITE: u8 = 0x01;
-    pub const READ: u8 = 0x02;
-    pub const COMPARE: u8 = 0x05;
-    pub const WRITE_ZEROES: u8 = 0x08;
-    pub const DATASET_MANAGEMENT: u8 = 0x09;
-    pub const VERIFY: u8 = 0x0c;
+    pub(crate) const FLUSH: u8 = 0x00;
+    pub(crate) const WRITE: u8 = 0x01;
+    pub(crate) const READ: u8 = 0x02;
+    pub(crate) const COMPARE: u8 = 0x05;
+    pub(crate) const WRITE_ZEROES: u8 = 0x08;
+    pub(crate) const DATASET_MANAGEMENT: u8 = 0x09;
+    pub(crate) const VERIFY: u8 = 0x0c;
 }
 
 #[cfg(test)]

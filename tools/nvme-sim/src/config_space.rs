@@ -24,7 +24,7 @@ pub(crate) struct BarLayout {
 
 impl BarLayout {
     /// Room for `queue_pairs` I/O queue pairs and the admin queue, one vector each.
-    pub fn new(queue_pairs: u16, doorbell_stride: u8) -> BarLayout {
+    pub(crate) fn new(queue_pairs: u16, doorbell_stride: u8) -> BarLayout {
         let queues = u64::from(queue_pairs) + 1;
         let vectors = queue_pairs + 1;
         let doorbell_bytes = (queues * 2 * (4 << doorbell_stride)).next_multiple_of(4096);
@@ -43,7 +43,7 @@ pub(crate) struct ConfigSpace {
 }
 
 impl ConfigSpace {
-    pub fn new(layout: &BarLayout) -> ConfigSpace {
+    pub(crate) fn new(layout: &BarLayout) -> ConfigSpace {
         let zeroes = || vec![0; CONFIG_BYTES];
         let mut space = ConfigSpace { bytes: zeroes(), writable: zeroes(), write_one_to_clear: zeroes() };
         let [table, pending] = [layout.msix_table as u32, layout.msix_pending as u32];
@@ -83,14 +83,14 @@ impl ConfigSpace {
     }
 
     /// Reads at `offset`; what lies outside reads as all ones.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = usize::try_from(at).ok().and_then(|at| self.bytes.get(at)).copied().unwrap_or(0xff);
         }
     }
 
     /// Writes at `offset`; only the bits the host may change do. True: a function level reset was asked for.
-    pub fn write(&mut self, offset: u64, data: &[u8]) -> bool {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) -> bool {
         let mut reset = false;
         for (at, value) in (offset..).zip(data) {
             let Ok(at) = usize::try_from(at) else { break };
@@ -107,7 +107,7 @@ impl ConfigSpace {
     }
 
     /// Whether the host lets the controller access memory (command register bit 2).
-    pub fn bus_master(&self) -> bool {
+    pub(crate) fn bus_master(&self) -> bool {
         self.bytes[4] & 4 != 0
     }
 }

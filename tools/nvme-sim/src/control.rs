@@ -6,10 +6,14 @@ use std::sync::{Mutex, PoisonError};
 use nvme_sim::{Error, FaultRule, PowerLoss, Simulator};
 
 /// The commands, for the help.
-pub const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, identify [CHANGE ...], registers [CHANGE ...], stop, go, remove, reinsert, power-cut [some]";
+pub(crate) const COMMANDS: &str = "fault RULE, faults [RULE ...], fired, identify [CHANGE ...], registers [CHANGE ...], stop, go, remove, reinsert, power-cut [some]";
 
 /// Answers commands until the input ends; every answer begins with "ok" or "error:".
-pub fn serve(simulator: &Mutex<Option<Simulator>>, input: impl BufRead, mut output: impl Write) -> io::Result<()> {
+pub(crate) fn serve(
+    simulator: &Mutex<Option<Simulator>>,
+    input: impl BufRead,
+    mut output: impl Write,
+) -> io::Result<()> {
     for line in input.lines() {
         let line = line?;
         let simulator = simulator.lock().unwrap_or_else(PoisonError::into_inner);

@@ -29,13 +29,19 @@ pub(crate) enum Direction {
 }
 
 impl Pointers {
-    pub fn new() -> Pointers {
+    pub(crate) fn new() -> Pointers {
         Pointers { pieces: Vec::new(), page: 4096, sgl: SglOffer::default() }
     }
 
     /// Fills `pieces` with what `command` names for a transfer of `bytes`.
     #[inline]
-    pub fn walk(&mut self, view: &DmaView, command: &Command, bytes: u64, direction: Direction) -> Result<(), Status> {
+    pub(crate) fn walk(
+        &mut self,
+        view: &DmaView,
+        command: &Command,
+        bytes: u64,
+        direction: Direction,
+    ) -> Result<(), Status> {
         self.pieces.clear();
         match command.data_pointer_kind() {
             0 => prp::walk(view, self.page, command.prp1(), command.prp2(), bytes, &mut self.pieces),

@@ -56,7 +56,7 @@ pub(crate) struct Events {
 }
 
 impl Events {
-    pub fn new() -> Events {
+    pub(crate) fn new() -> Events {
         Events {
             waiting: VecDeque::new(),
             pending: VecDeque::new(),
@@ -68,7 +68,7 @@ impl Events {
     }
 
     /// A controller reset: requests and unreported events are gone, the error log stays.
-    pub fn reset(&mut self) {
+    pub(crate) fn reset(&mut self) {
         self.waiting.clear();
         self.pending.clear();
         self.masked = [false; 8];
@@ -76,7 +76,7 @@ impl Events {
     }
 
     /// An Asynchronous Event Request; `most` may wait.
-    pub fn wait(&mut self, id: u16, most: usize) -> Result<(), Status> {
+    pub(crate) fn wait(&mut self, id: u16, most: usize) -> Result<(), Status> {
         if self.waiting.len() >= most {
             return Err(Status::EVENT_LIMIT);
         }
@@ -84,12 +84,12 @@ impl Events {
         Ok(())
     }
 
-    pub fn is_waiting(&self, id: u16) -> bool {
+    pub(crate) fn is_waiting(&self, id: u16) -> bool {
         self.waiting.contains(&id)
     }
 
     /// Takes a waiting request away (Abort).
-    pub fn abort(&mut self, id: u16) -> bool {
+    pub(crate) fn abort(&mut self, id: u16) -> bool {
         let before = self.waiting.len();
         self.waiting.retain(|waiting| *waiting != id);
         self.waiting.len() < before
@@ -103,7 +103,7 @@ impl Events {
     }
 
     /// The next request to complete, and dword 0 of its completion.
-    pub fn next_delivery(&mut self, features: &Features) -> Option<(u16, u32)> {
+    pub(crate) fn next_delivery(&mut self, features: &Features) -> Option<(u16, u32)> {
         // Events the host does not want are dropped as they come.
         let wanted = |event: &Event| match (event.kind, event.info) {
             (TYPE_HEALTH, 1) => features.events() & TEMPERATURE_WARNING != 0,
@@ -121,7 +121,7 @@ impl Events {
     }
 
     /// The host has read a log page without keeping its event (RAE 0): events of its type are reported again.
-    pub fn page_read(&mut self, page: u8) {
+    pub(crate) fn page_read(&mut self, page: u8) {
         let kind = match page {
             LOG_ERROR => TYPE_ERROR,
             LOG_HEALTH => TYPE_HEALTH,
@@ -135,7 +135,7 @@ impl Events {
         self.pending.retain(|event| event.page != page);
     }
 
-    pub fn namespace_changed(&mut self, id: u32) {
+    pub(crate) fn namespace_changed(&mut self, id: u32) {
         if let Some(changed) = &mut self.changed {
             if let Err(at) = changed.binary_search(&id) {
                 changed.insert(at, id);
@@ -148,19 +148,19 @@ impl Events {
     }
 
     /// The changed namespace list (5.16.1.5).
-    pub fn changed_namespaces(&self) -> Vec<u8> {
+    pub(crate) fn changed_namespaces(&self) -> Vec<u8> {
         let ids = self.changed.as_deref().unwrap_or(&[0xffff_ffff]);
         let mut page: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         page.resize(4096, 0);
         page
     }
 
-    pub fn temperature(&mut self) {
+    pub(crate) fn temperature(&mut self) {
         self.add(TYPE_HEALTH, 1, LOG_HEALTH);
     }
 
     /// Bits of Critical Warning that have appeared.
-    pub fn critical_warnings(&mut self, bits: u8) {
+    pub(crate) fn critical_warnings(&mut self, bits: u8) {
         let bits = u32::from(bits);
         for (info, about) in [(0, RELIABILITY_WARNINGS), (1, TEMPERATURE_WARNING), (2, SPARE_WARNING)] {
             if bits & about != 0 {
@@ -170,18 +170,18 @@ impl Events {
     }
 
     /// A doorbell of a queue that does not exist was rung.
-    pub fn unknown_doorbell(&mut self, queue: u16) {
+    pub(crate) fn unknown_doorbell(&mut self, queue: u16) {
         self.record_error(queue, 0xffff, Status::INVALID_QUEUE_ID, 0, 0);
         self.add(TYPE_ERROR, 0, LOG_ERROR);
     }
 
     /// A doorbell was rung with a value it cannot have.
-    pub fn invalid_doorbell_value(&mut self, queue: u16) {
+    pub(crate) fn invalid_doorbell_value(&mut self, queue: u16) {
         self.record_error(queue, 0xffff, Status::INVALID_FIELD, 0, 0);
         self.add(TYPE_ERROR, 1, LOG_ERROR);
     }
 
-    pub fn record_error(&mut self, sq: u16, command: u16, status: Status, lba: u64, namespace: u32) {
+    pub(crate) fn record_error(&mut self, sq: u16, command: u16, status: Status, lba: u64, namespace: u32) {
         self.error_count += 1;
         self.errors.truncate(ERROR_ENTRIES - 1);
         self.errors.push_front(ErrorEntry { count: self.error_count, sq, command, status, lba, namespace });

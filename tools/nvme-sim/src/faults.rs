@@ -288,7 +288,7 @@ pub(crate) struct FaultState {
 }
 
 impl FaultState {
-    pub fn new() -> FaultState {
+    pub(crate) fn new() -> FaultState {
         FaultState {
             plan: FaultPlan::default(),
             numbers: Vec::new(),
@@ -300,14 +300,14 @@ impl FaultState {
 
     /// Whether there is a plan that was not taken over yet.
     #[inline]
-    pub fn is_stale(&self, control: &FaultControl) -> bool {
+    pub(crate) fn is_stale(&self, control: &FaultControl) -> bool {
         // Acquire: pairs with the Release in `FaultControl::update`.
         control.version.load(Ordering::Acquire) != self.version
     }
 
     /// Takes a changed plan over; true if there was one.
     #[inline]
-    pub fn refresh(&mut self, control: &FaultControl) -> bool {
+    pub(crate) fn refresh(&mut self, control: &FaultControl) -> bool {
         if !self.is_stale(control) {
             return false;
         }
@@ -327,12 +327,12 @@ impl FaultState {
 
     /// Whether any command may be hit.
     #[inline]
-    pub fn any(&self) -> bool {
+    pub(crate) fn any(&self) -> bool {
         !self.numbers.is_empty()
     }
 
     /// What befalls a command.
-    pub fn decide(&mut self, control: &FaultControl, command: &Command, admin: bool) -> Decision {
+    pub(crate) fn decide(&mut self, control: &FaultControl, command: &Command, admin: bool) -> Decision {
         let mut decision = Decision::default();
         for (rule, number) in self.plan.rules.iter().zip(&self.numbers) {
             let when = &rule.when;
@@ -368,11 +368,11 @@ impl FaultState {
         decision
     }
 
-    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+    pub(crate) fn shuffle<T>(&mut self, items: &mut [T]) {
         self.random.shuffle(items);
     }
 
-    pub fn random(&mut self) -> u64 {
+    pub(crate) fn random(&mut self) -> u64 {
         self.random.next()
     }
 }

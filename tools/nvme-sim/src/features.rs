@@ -59,7 +59,7 @@ pub(crate) struct Features {
 }
 
 impl Features {
-    pub fn new(config: &Config) -> Features {
+    pub(crate) fn new(config: &Config) -> Features {
         let mut values = [0; 12];
         values[usize::from(ARBITRATION)] = 7; // no limit on the burst
         values[usize::from(VOLATILE_WRITE_CACHE)] = config.volatile_write_cache.into();
@@ -73,27 +73,27 @@ impl Features {
         }
     }
 
-    pub fn write_cache(&self) -> bool {
+    pub(crate) fn write_cache(&self) -> bool {
         self.values[usize::from(VOLATILE_WRITE_CACHE)] & 1 != 0
     }
 
     /// Does the host want retry delays in statuses?
-    pub fn retry_delays(&self) -> bool {
+    pub(crate) fn retry_delays(&self) -> bool {
         self.retry_delays
     }
 
     /// The highest I/O queue identifiers the host may use.
-    pub fn queues(&self) -> Granted {
+    pub(crate) fn queues(&self) -> Granted {
         self.queues
     }
 
     /// Asynchronous Event Configuration.
-    pub fn events(&self) -> u32 {
+    pub(crate) fn events(&self) -> u32 {
         self.values[usize::from(ASYNC_EVENTS)]
     }
 
     /// Whether the temperature is outside the thresholds.
-    pub fn temperature_warning(&self) -> bool {
+    pub(crate) fn temperature_warning(&self) -> bool {
         TEMPERATURE >= self.over_temperature || TEMPERATURE <= self.under_temperature
     }
 

@@ -17,16 +17,16 @@ pub(crate) const FIRMWARE: &str = env!("CARGO_PKG_VERSION");
 pub(crate) struct Page(pub Vec<u8>);
 
 impl Page {
-    pub fn new(bytes: usize) -> Page {
+    pub(crate) fn new(bytes: usize) -> Page {
         Page(vec![0; bytes])
     }
 
-    pub fn put(&mut self, at: usize, bytes: &[u8]) {
+    pub(crate) fn put(&mut self, at: usize, bytes: &[u8]) {
         self.0[at..at + bytes.len()].copy_from_slice(bytes);
     }
 
     /// ASCII, padded with spaces.
-    pub fn text(&mut self, at: usize, width: usize, text: &str) {
+    pub(crate) fn text(&mut self, at: usize, width: usize, text: &str) {
         self.0[at..at + width].fill(b' ');
         let len = text.len().min(width);
         self.put(at, &text.as_bytes()[..len]);

@@ -16,7 +16,7 @@ pub(crate) struct Interrupts {
 }
 
 impl Interrupts {
-    pub fn new(count: u16) -> Interrupts {
+    pub(crate) fn new(count: u16) -> Interrupts {
         Interrupts { vectors: Mutex::new(vec![None; count.into()]), generation: AtomicU64::new(0) }
     }
 
@@ -29,12 +29,12 @@ impl Interrupts {
     }
 
     /// Takes all eventfds away.
-    pub fn disable_all(&self) {
+    pub(crate) fn disable_all(&self) {
         self.change(|vectors| vectors.fill(None));
     }
 
     /// Gives `count` vectors from `start` the eventfds `files`, or takes theirs away if there are none.
-    pub fn assign(&self, start: u32, count: u32, files: Vec<File>) -> io::Result<()> {
+    pub(crate) fn assign(&self, start: u32, count: u32, files: Vec<File>) -> io::Result<()> {
         let given = files.len();
         let refuse = |why: &str| {
             let text = format!("SET_IRQS of {count} MSI-X vectors from {start} with {given} eventfds: {why}");
@@ -55,7 +55,7 @@ impl Interrupts {
     }
 
     /// Signals vectors on the front-end's own request (a loopback test).
-    pub fn trigger(&self, start: u32, count: u32) {
+    pub(crate) fn trigger(&self, start: u32, count: u32) {
         let vectors = self.vectors.lock().unwrap_or_else(PoisonError::into_inner);
         for file in vectors.iter().skip(start as usize).take(count as usize).flatten() {
             signal(file);
@@ -77,12 +77,12 @@ pub(crate) struct Signals {
 }
 
 impl Signals {
-    pub fn new(shared: Arc<Interrupts>) -> Signals {
+    pub(crate) fn new(shared: Arc<Interrupts>) -> Signals {
         Signals { shared, generation: u64::MAX, vectors: Vec::new() }
     }
 
     /// Signals one vector; false if it has no eventfd.
-    pub fn send(&mut self, vector: u16) -> bool {
+    pub(crate) fn send(&mut self, vector: u16) -> bool {
         // Acquire: pairs with the Release in `Interrupts::change`.
         let generation = self.shared.generation.load(Ordering::Acquire);
         if generation != self.generation {

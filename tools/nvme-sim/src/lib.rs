@@ -48,6 +48,7 @@ mod config;
 mod config_space;
 mod controller;
 mod data_pointer;
+#[allow(unsafe_code)] // it maps the memory of others
 mod dma;
 mod error;
 mod events;

@@ -42,7 +42,7 @@ pub(crate) struct Namespace {
 }
 
 impl Namespace {
-    pub fn new(id: u32, config: &NamespaceConfig, controller: &Config) -> Result<Namespace, Error> {
+    pub(crate) fn new(id: u32, config: &NamespaceConfig, controller: &Config) -> Result<Namespace, Error> {
         config.check(controller)?;
         let shift = config.block_bytes.ilog2() as u8;
         let bytes = config.bytes >> shift << shift;
@@ -63,7 +63,7 @@ impl Namespace {
 
     /// Byte offset and length of a block range, if it lies inside.
     #[inline]
-    pub fn range(&self, lba: u64, blocks: u64) -> Option<(usize, usize)> {
+    pub(crate) fn range(&self, lba: u64, blocks: u64) -> Option<(usize, usize)> {
         let end = lba.checked_add(blocks)?;
         let shift = self.format.block_shift;
         (end <= self.blocks).then_some(((lba << shift) as usize, (blocks << shift) as usize))
@@ -71,7 +71,7 @@ impl Namespace {
 
     /// Must be called before blocks are written; `durable`: the change survives a power cut (FUA).
     #[inline]
-    pub fn before_write(&mut self, lba: u64, blocks: u64, durable: bool) {
+    pub(crate) fn before_write(&mut self, lba: u64, blocks: u64, durable: bool) {
         if self.cache.is_some() && !durable {
             // The cache reads what is there first. Reading a page that was never written maps the system's page of
             // zeroes, and replacing that one afterwards interrupts every other processor: it must be writable at once.
@@ -83,7 +83,7 @@ impl Namespace {
 
     /// Must be called before blocks are deallocated; `durable` as for writes.
     #[inline]
-    pub fn before_deallocate(&mut self, lba: u64, blocks: u64, durable: bool) {
+    pub(crate) fn before_deallocate(&mut self, lba: u64, blocks: u64, durable: bool) {
         self.before_change(lba, blocks, durable);
     }
 
@@ -95,14 +95,14 @@ impl Namespace {
     }
 
     /// Makes everything written so far survive a power cut.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         if let Some(cache) = &mut self.cache {
             cache.flush();
         }
     }
 
     /// Switches the volatile write cache on or off; off writes it back first.
-    pub fn set_write_cache(&mut self, on: bool) -> Result<(), Error> {
+    pub(crate) fn set_write_cache(&mut self, on: bool) -> Result<(), Error> {
         if !on {
             self.cache = None;
         } else if self.cache.is_none() {
@@ -112,12 +112,12 @@ impl Namespace {
     }
 
     /// Takes unflushed blocks back to what they were when last durable: all of them, or a random subset.
-    pub fn power_cut(&mut self, random: Option<&mut Random>) -> usize {
+    pub(crate) fn power_cut(&mut self, random: Option<&mut Random>) -> usize {
         self.cache.as_mut().map_or(0, |cache| cache.power_cut(&self.backing, random))
     }
 
     /// Formats: all blocks read zero after it.
-    pub fn reformat(&mut self, format: Format) -> Result<(), Error> {
+    pub(crate) fn reformat(&mut self, format: Format) -> Result<(), Error> {
         let failed = |status| crate::error::invalid(format!("the blocks cannot be formatted: {status:?}"));
         self.backing.deallocate(0, self.bytes as usize).map_err(failed)?;
         self.format = format;
@@ -127,7 +127,7 @@ impl Namespace {
     }
 
     /// Changes the size, in bytes (rounded down to whole blocks).
-    pub fn resize(&mut self, bytes: u64) -> Result<(), Error> {
+    pub(crate) fn resize(&mut self, bytes: u64) -> Result<(), Error> {
         let shift = self.format.block_shift;
         let bytes = bytes >> shift << shift;
         if bytes == 0 || bytes > 1 << 46 {
@@ -142,7 +142,7 @@ impl Namespace {
         Ok(())
     }
 
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.bytes
     }
 }

@@ -74,7 +74,7 @@ fn power_of_pages(exponent: u8) -> Option<u64> {
 
 impl Offers {
     /// Reads what `controller` says of itself, and of its namespaces.
-    pub fn of(controller: &Controller) -> Offers {
+    pub(crate) fn of(controller: &Controller) -> Offers {
         let page = identify::controller_data(controller);
         let limits = identify::limits_data(controller);
         let sgls = field::<4>(&page, 536);
@@ -104,7 +104,7 @@ impl Offers {
     }
 
     /// An admin command that is optional: is it there?
-    pub fn check_admin(&self, opcode: u8) -> Result<(), Status> {
+    pub(crate) fn check_admin(&self, opcode: u8) -> Result<(), Status> {
         let needed = match opcode {
             admin::DOORBELL_BUFFER => OACS_DOORBELL_BUFFER,
             admin::FORMAT => OACS_FORMAT,
@@ -115,7 +115,7 @@ impl Offers {
 
     /// An I/O command that is optional: is it there?
     #[inline]
-    pub fn check_io(&self, opcode: u8) -> Result<(), Status> {
+    pub(crate) fn check_io(&self, opcode: u8) -> Result<(), Status> {
         let needed = match opcode {
             nvm::COMPARE => ONCS_COMPARE,
             nvm::DATASET_MANAGEMENT => ONCS_DATASET_MANAGEMENT,
@@ -128,42 +128,42 @@ impl Offers {
 
     /// A directive type other than 0 in Write needs directives (NVM Command Set 1.0, 3.2.6).
     #[inline]
-    pub fn directives(&self) -> bool {
+    pub(crate) fn directives(&self) -> bool {
         self.admin & OACS_DIRECTIVES != 0
     }
 
     /// The SEL field of Get Features and the SV bit of Set Features.
-    pub fn selects_features(&self) -> bool {
+    pub(crate) fn selects_features(&self) -> bool {
         self.commands & ONCS_SELECT != 0
     }
 
     /// VWC bit 0.
-    pub fn has_write_cache(&self) -> bool {
+    pub(crate) fn has_write_cache(&self) -> bool {
         self.write_cache & 1 != 0
     }
 
     /// Flush of all namespaces (VWC bits 2:1 are 3).
-    pub fn flushes_all(&self) -> bool {
+    pub(crate) fn flushes_all(&self) -> bool {
         self.write_cache >> 1 & 3 == 3
     }
 
     /// SMART / health information of one namespace.
-    pub fn namespace_health(&self) -> bool {
+    pub(crate) fn namespace_health(&self) -> bool {
         self.log_pages & LPA_NAMESPACE_HEALTH != 0
     }
 
     /// The log page of commands supported and effects.
-    pub fn effects_log(&self) -> bool {
+    pub(crate) fn effects_log(&self) -> bool {
         self.log_pages & LPA_EFFECTS != 0
     }
 
     /// Offsets in log pages, and more than 65536 dwords of one.
-    pub fn extended_log(&self) -> bool {
+    pub(crate) fn extended_log(&self) -> bool {
         self.log_pages & LPA_EXTENDED != 0
     }
 
     /// Verify and Write Zeroes of `bytes`.
-    pub fn check_size(&self, opcode: u8, bytes: u64) -> Result<(), Status> {
+    pub(crate) fn check_size(&self, opcode: u8, bytes: u64) -> Result<(), Status> {
         let limit = if opcode == nvm::VERIFY { self.verify_limit } else { self.write_zeroes_limit };
         if limit.is_some_and(|limit| bytes > limit) { Err(Status::INVALID_FIELD) } else { Ok(()) }
     }

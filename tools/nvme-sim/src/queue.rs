@@ -18,19 +18,19 @@ pub(crate) struct SubmissionQueue {
 }
 
 impl SubmissionQueue {
-    pub fn new(base: u64, size: u32, cq: u16) -> SubmissionQueue {
+    pub(crate) fn new(base: u64, size: u32, cq: u16) -> SubmissionQueue {
         SubmissionQueue { base, size, head: 0, tail: 0, cq, refused_tail: None }
     }
 
     /// Entries the host has submitted and the controller has not fetched.
     #[inline]
-    pub fn pending(&self) -> u32 {
+    pub(crate) fn pending(&self) -> u32 {
         if self.tail >= self.head { self.tail - self.head } else { self.tail + self.size - self.head }
     }
 
     /// The address of the next entry; the head moves past it.
     #[inline]
-    pub fn take(&mut self) -> u64 {
+    pub(crate) fn take(&mut self) -> u64 {
         let at = self.base + u64::from(self.head) * SQE_BYTES;
         self.head += 1;
         if self.head == self.size {
@@ -61,7 +61,7 @@ pub(crate) struct CompletionQueue {
 }
 
 impl CompletionQueue {
-    pub fn new(base: u64, size: u32, vector: Option<u16>) -> CompletionQueue {
+    pub(crate) fn new(base: u64, size: u32, vector: Option<u16>) -> CompletionQueue {
         CompletionQueue {
             base,
             size,
@@ -77,18 +77,18 @@ impl CompletionQueue {
 
     /// Entries the host has not taken yet.
     #[inline]
-    pub fn unread(&self) -> u32 {
+    pub(crate) fn unread(&self) -> u32 {
         if self.tail >= self.head { self.tail - self.head } else { self.tail + self.size - self.head }
     }
 
     /// Entries that may be posted. One entry stays empty, or full and empty would look the same (3.3.1.2).
     #[inline]
-    pub fn room(&self) -> u32 {
+    pub(crate) fn room(&self) -> u32 {
         self.size - 1 - self.unread()
     }
 
     /// Takes the host's new head; false if it is no entry between the old head and the tail.
-    pub fn advance(&mut self, head: u32) -> bool {
+    pub(crate) fn advance(&mut self, head: u32) -> bool {
         let distance = if head >= self.head { head - self.head } else { head + self.size - self.head };
         let valid = head < self.size && distance <= self.unread();
         if valid {
@@ -98,13 +98,13 @@ impl CompletionQueue {
     }
 
     /// The address of the entry that is posted next.
-    pub fn next_entry(&self) -> u64 {
+    pub(crate) fn next_entry(&self) -> u64 {
         self.base + u64::from(self.tail) * CQE_BYTES
     }
 
     /// Posts a completion. The caller has made sure that there is room.
     #[inline]
-    pub fn post(&mut self, view: &DmaView, completion: &Completion, sq_head: u32) -> Result<(), DmaFault> {
+    pub(crate) fn post(&mut self, view: &DmaView, completion: &Completion, sq_head: u32) -> Result<(), DmaFault> {
         view.post(self.next_entry(), completion.encode(sq_head as u16, self.phase))?;
         self.tail += 1;
         if self.tail == self.size {

@@ -72,7 +72,7 @@ pub(crate) fn memory_page_size(cc: u32) -> u32 {
 }
 
 impl Registers {
-    pub fn new(config: &Config) -> Registers {
+    pub(crate) fn new(config: &Config) -> Registers {
         let timeout = u64::from(config.ready_timeout_units());
         let capabilities = u64::from(config.queue_entries - 1) // MQES, 0's based
             | 1 << 16 // CQR: queues are contiguous
@@ -97,13 +97,13 @@ impl Registers {
     }
 
     /// Registers after a controller level reset: CC and CSTS; the admin queue attributes stay (3.7.2).
-    pub fn controller_reset(&mut self) {
+    pub(crate) fn controller_reset(&mut self) {
         self.interrupt_mask = 0;
         self.status &= CSTS_SUBSYSTEM_RESET;
     }
 
     /// Registers as after power-on.
-    pub fn power_on(&mut self) {
+    pub(crate) fn power_on(&mut self) {
         self.configuration = 0;
         self.status = 0;
         self.admin_attributes = 0;
@@ -114,7 +114,7 @@ impl Registers {
     }
 
     /// The aligned dword at `offset`; reserved ones read zero.
-    pub fn read_dword(&self, offset: u64) -> u32 {
+    pub(crate) fn read_dword(&self, offset: u64) -> u32 {
         let dword = self.dword(offset);
         self.patches.iter().fold(dword, |dword, patch| patch.apply(offset, dword))
     }
@@ -138,14 +138,14 @@ impl Registers {
     }
 
     /// Reads `data.len()` bytes at `offset`, of whatever width and alignment.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
+    pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         for (at, byte) in (offset..).zip(data) {
             *byte = self.read_dword(at & !3).to_le_bytes()[(at & 3) as usize];
         }
     }
 
     /// Writes `data` at `offset`. Writes of parts of a dword change those bytes only.
-    pub fn write(&mut self, offset: u64, data: &[u8]) {
+    pub(crate) fn write(&mut self, offset: u64, data: &[u8]) {
         if !offset.is_multiple_of(4) || !data.len().is_multiple_of(4) {
             log::warn!("register write of {} bytes at {offset:#x}: not dwords (NVMe Base 2.0, 3.1)", data.len());
         }

@@ -121,7 +121,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub fn new(config: Config, layout: BarLayout, doorbells: SharedBytes) -> Shared {
+    pub(crate) fn new(config: Config, layout: BarLayout, doorbells: SharedBytes) -> Shared {
         Shared {
             layout,
             registers: Mutex::new(Registers::new(&config)),
@@ -140,23 +140,23 @@ impl Shared {
         }
     }
 
-    pub fn registers(&self) -> MutexGuard<'_, Registers> {
+    pub(crate) fn registers(&self) -> MutexGuard<'_, Registers> {
         lock(&self.registers)
     }
 
-    pub fn config_space(&self) -> MutexGuard<'_, ConfigSpace> {
+    pub(crate) fn config_space(&self) -> MutexGuard<'_, ConfigSpace> {
         lock(&self.config_space)
     }
 
     /// Wakes the data thread.
-    pub fn wake(&self) {
+    pub(crate) fn wake(&self) {
         if let Some(thread) = self.data_thread.get() {
             thread.unpark();
         }
     }
 
     /// Makes the data thread look at registers and requests.
-    pub fn call_attention(&self) {
+    pub(crate) fn call_attention(&self) {
         // Release: pairs with the Acquire in `take_attention`.
         self.attention.store(true, Ordering::Release);
         self.wake();
@@ -164,13 +164,13 @@ impl Shared {
 
     /// Whether there is something besides queues to look at.
     #[inline]
-    pub fn take_attention(&self) -> bool {
+    pub(crate) fn take_attention(&self) -> bool {
         // The plain load keeps the line shared while there is nothing.
         self.attention.load(Ordering::Relaxed) && self.attention.swap(false, Ordering::Acquire)
     }
 
     /// Has the data thread carry a request out, and waits for it.
-    pub fn ask(&self, request: Request) -> Answer {
+    pub(crate) fn ask(&self, request: Request) -> Answer {
         let (sender, receiver) = sync_channel(1);
         let stopped = Error::NoAnswer("it was stopped");
         lock(&self.requests).as_mut().ok_or(stopped)?.push_back((request, sender));
@@ -178,35 +178,35 @@ impl Shared {
         receiver.recv_timeout(ANSWER_DEADLINE).unwrap_or(Err(Error::NoAnswer("it is gone, or busy for too long")))
     }
 
-    pub fn next_request(&self) -> Option<(Request, SyncSender<Answer>)> {
+    pub(crate) fn next_request(&self) -> Option<(Request, SyncSender<Answer>)> {
         lock(&self.requests).as_mut()?.pop_front()
     }
 
     /// Whether the data thread has ended, which touches no memory of the host's any more.
-    pub fn is_over(&self) -> bool {
+    pub(crate) fn is_over(&self) -> bool {
         lock(&self.requests).is_none()
     }
 
     /// Nobody answers requests any more; whoever waits sees that at once.
-    pub fn refuse_requests(&self) {
+    pub(crate) fn refuse_requests(&self) {
         *lock(&self.requests) = None;
     }
 
     /// Byte offset of a doorbell: submission queue tail, or completion queue head.
     #[inline]
-    pub fn doorbell_offset(&self, queue: u16, completion: bool) -> usize {
+    pub(crate) fn doorbell_offset(&self, queue: u16, completion: bool) -> usize {
         (usize::from(queue) * 2 + usize::from(completion)) << (2 + self.config.doorbell_stride)
     }
 
     /// A doorbell's value.
     #[inline]
-    pub fn doorbell(&self, queue: u16, completion: bool) -> u32 {
+    pub(crate) fn doorbell(&self, queue: u16, completion: bool) -> u32 {
         // Acquire: pairs with the store by which the host rings; the entries it wrote before are visible after it.
         self.doorbells.load_u32(self.doorbell_offset(queue, completion), Ordering::Acquire).unwrap_or(0)
     }
 
     /// Puts a doorbell back to its value after reset.
-    pub fn clear_doorbell(&self, queue: u16, completion: bool) {
+    pub(crate) fn clear_doorbell(&self, queue: u16, completion: bool) {
         // Relaxed: the completion (or CSTS) that lets the host ring again is published after it.
         let _ = self.doorbells.store_u32(self.doorbell_offset(queue, completion), 0, Ordering::Relaxed);
     }

@@ -53,7 +53,7 @@ pub(crate) struct WriteCache {
 
 impl WriteCache {
     /// A cache for `bytes` of unflushed blocks of `1 << shift` bytes each.
-    pub fn new(shift: u8, bytes: u64) -> Result<WriteCache, Error> {
+    pub(crate) fn new(shift: u8, bytes: u64) -> Result<WriteCache, Error> {
         let slots = (bytes >> shift).clamp(1, 1 << 24) as usize;
         let size = slots << shift;
         let memory = |source| Error::Memory { what: "the write cache", bytes: size as u64, source };
@@ -70,7 +70,7 @@ impl WriteCache {
 
     /// Blocks are about to change in `media`; with `durable` they survive a power cut from then on.
     #[inline]
-    pub fn before_write(&mut self, media: &Backing, lba: u64, blocks: u64, durable: bool) {
+    pub(crate) fn before_write(&mut self, media: &Backing, lba: u64, blocks: u64, durable: bool) {
         // A range larger than the cache goes straight through it.
         if durable || blocks > self.slots as u64 {
             self.commit(lba, blocks);
@@ -124,13 +124,13 @@ impl WriteCache {
     }
 
     /// Everything written so far survives a power cut.
-    pub fn flush(&mut self) {
+    pub(crate) fn flush(&mut self) {
         self.free.extend(self.old.drain().map(|(_, old)| old.slot));
         self.order.clear();
     }
 
     /// Puts the old contents back: of all unflushed blocks, or of a random half. Returns how many blocks were lost.
-    pub fn power_cut(&mut self, media: &Backing, mut random: Option<&mut Random>) -> usize {
+    pub(crate) fn power_cut(&mut self, media: &Backing, mut random: Option<&mut Random>) -> usize {
         let mut lost = 0;
         // In the order of writing, so that the same seed loses the same blocks.
         for (block, sequence) in std::mem::take(&mut self.order) {

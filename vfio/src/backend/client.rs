@@ -71,7 +71,7 @@ pub(crate) struct Reply {
 
 impl Reply {
     /// What the payload begins with; `None` if it is shorter.
-    pub fn read<T: FromBytes + KnownLayout + Immutable>(&self) -> Option<T> {
+    pub(super) fn read<T: FromBytes + KnownLayout + Immutable>(&self) -> Option<T> {
         Some(T::read_from_prefix(&self.payload).ok()?.0)
     }
 }
@@ -91,7 +91,7 @@ impl From<Errno> for Trouble {
 
 impl Client {
     /// Connects and negotiates. Each request may take `patience` from when it is sent, this one included.
-    pub fn open(socket: &Path, patience: Duration) -> Result<Client, Error> {
+    pub(super) fn open(socket: &Path, patience: Duration) -> Result<Client, Error> {
         let refused = |reason| Error::Connect { socket: socket.to_owned(), reason };
         let late = |what| format!("it {what} within {} ms, perhaps as it serves another client", patience.as_millis());
         let deadline = Instant::now() + patience;
@@ -124,7 +124,7 @@ impl Client {
     }
 
     /// Sends a command and waits for its reply, whose payload has to have so many bytes. `request` names it in errors.
-    pub fn call(
+    pub(super) fn call(
         &self,
         request: &'static str,
         command: Command,
@@ -167,22 +167,22 @@ impl Client {
     }
 
     /// What cannot be made of an answer that is well-formed: an error that names the request.
-    pub fn nonsense(&self, request: &'static str, what: impl Display) -> Error {
+    pub(super) fn nonsense(&self, request: &'static str, what: impl Display) -> Error {
         Error::Server { socket: self.socket.clone(), request, reason: format!("its reply made no sense ({what})") }
     }
 
     /// The connection, to see its end by.
-    pub fn stream(&self) -> &UnixStream {
+    pub(super) fn stream(&self) -> &UnixStream {
         &self.stream
     }
 
     /// Signalled when the connection is given up here.
-    pub fn given_up(&self) -> &EventFd {
+    pub(super) fn given_up(&self) -> &EventFd {
         &self.given_up
     }
 
     /// Whether nothing can be sent any more.
-    pub fn is_over(&self) -> bool {
+    pub(super) fn is_over(&self) -> bool {
         self.end().is_some()
     }
 

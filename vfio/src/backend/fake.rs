@@ -52,33 +52,33 @@ impl Default for FakeBackend {
 
 impl FakeBackend {
     /// One whose IOMMU has pages of `bytes`.
-    pub fn with_pages(bytes: u64) -> FakeBackend {
+    pub(crate) fn with_pages(bytes: u64) -> FakeBackend {
         FakeBackend { alignment: bytes, ..FakeBackend::default() }
     }
 
     /// What is mapped for DMA: address and bytes.
-    pub fn mapped(&self) -> Vec<(u64, u64)> {
+    pub(crate) fn mapped(&self) -> Vec<(u64, u64)> {
         self.mapped.lock().unwrap().iter().map(|(&start, &bytes)| (start, bytes)).collect()
     }
 
-    pub fn refuse_map(&self, refuse: bool) {
+    pub(crate) fn refuse_map(&self, refuse: bool) {
         self.refuse_map.store(refuse, Ordering::Relaxed);
     }
 
-    pub fn refuse_more_than(&self, bytes: u64) {
+    pub(crate) fn refuse_more_than(&self, bytes: u64) {
         self.longest.store(bytes, Ordering::Relaxed);
     }
 
-    pub fn set_numa_node(&self, node: Option<u32>) {
+    pub(crate) fn set_numa_node(&self, node: Option<u32>) {
         *self.numa_node.lock().unwrap() = node;
     }
 
-    pub fn refuse_unmap(&self, refuse: bool) {
+    pub(crate) fn refuse_unmap(&self, refuse: bool) {
         self.refuse_unmap.store(refuse, Ordering::Relaxed);
     }
 
     /// How many register accesses were requests.
-    pub fn requests(&self) -> usize {
+    pub(crate) fn requests(&self) -> usize {
         self.requests.load(Ordering::Relaxed)
     }
 

@@ -46,19 +46,19 @@ struct Source {
 }
 
 impl Notices {
-    pub fn new() -> io::Result<Notices> {
+    pub(crate) fn new() -> io::Result<Notices> {
         Ok(Notices { epoll: Epoll::new()?, sources: Vec::new() })
     }
 
     /// From now on `event`, when it is signalled, means `notice`.
-    pub fn add_event(&mut self, notice: Notice, event: EventFd) -> io::Result<()> {
+    pub(crate) fn add_event(&mut self, notice: Notice, event: EventFd) -> io::Result<()> {
         self.watch(event.as_raw_fd(), EventSet::IN)?;
         self.sources.push(Source { notice, _event: Some(event) });
         Ok(())
     }
 
     /// The end of this connection is [`Notice::Disconnected`].
-    pub fn add_connection(&mut self, stream: &UnixStream) -> io::Result<()> {
+    pub(crate) fn add_connection(&mut self, stream: &UnixStream) -> io::Result<()> {
         self.watch(stream.as_raw_fd(), EventSet::READ_HANG_UP)?;
         self.sources.push(Source { notice: Notice::Disconnected, _event: None });
         Ok(())
@@ -69,7 +69,7 @@ impl Notices {
     }
 
     /// What has come, without waiting.
-    pub fn look(&self) -> Option<Notice> {
+    pub(crate) fn look(&self) -> Option<Notice> {
         let mut events = [EpollEvent::default(); 4];
         // It fails only if a signal interrupts it: the next look finds what is there.
         let ready = self.epoll.wait(0, &mut events).unwrap_or(0);
@@ -78,7 +78,7 @@ impl Notices {
     }
 
     /// Readable as soon as [`Notices::look`] has something.
-    pub fn descriptor(&self) -> BorrowedFd<'_> {
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
         // SAFETY: `epoll` has the descriptor open for as long as it is borrowed.
         unsafe { BorrowedFd::borrow_raw(self.epoll.as_raw_fd()) }
     }

@@ -65,7 +65,7 @@ struct Described {
 
 impl UserBackend {
     /// Opens the device; the server may take `patience` to answer a request.
-    pub fn open(socket: &Path, patience: Duration) -> Result<UserBackend, Error> {
+    pub(crate) fn open(socket: &Path, patience: Duration) -> Result<UserBackend, Error> {
         let client = Client::open(socket, patience)?;
         let notices = watch(&client).map_err(|error| Error::Connect {
             socket: socket.to_owned(),

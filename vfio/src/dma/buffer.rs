@@ -54,7 +54,7 @@ struct Chunk {
 }
 
 impl Pool {
-    pub fn allocate(&self, space: &DmaSpace, bytes: usize) -> Result<DmaBuffer, Error> {
+    pub(super) fn allocate(&self, space: &DmaSpace, bytes: usize) -> Result<DmaBuffer, Error> {
         let bytes = round_up(bytes, PAGE)?;
         let mut chunks = self.chunks.lock().unwrap_or_else(PoisonError::into_inner);
         chunks.retain(|chunk| chunk.strong_count() > 0);
@@ -102,7 +102,7 @@ impl Pool {
     }
 
     #[cfg(test)]
-    pub fn is_told(&self) -> bool {
+    pub(super) fn is_told(&self) -> bool {
         self.told.load(Ordering::Relaxed)
     }
 }

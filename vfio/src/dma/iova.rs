@@ -22,7 +22,7 @@ pub(crate) struct RangeAllocator {
 
 impl RangeAllocator {
     /// Everything in `ranges` is free. Ranges may overlap or touch.
-    pub fn new(ranges: &[IovaRange]) -> RangeAllocator {
+    pub(crate) fn new(ranges: &[IovaRange]) -> RangeAllocator {
         let mut sorted: Vec<_> = ranges.iter().filter(|range| range.start <= range.last).collect();
         sorted.sort_by_key(|range| range.start);
         let mut free: BTreeMap<u64, u64> = BTreeMap::new();
@@ -39,12 +39,12 @@ impl RangeAllocator {
     }
 
     /// Takes `length` addresses that begin at `residue` modulo `modulus` (a power of two); `None` if none are free.
-    pub fn allocate(&mut self, length: u64, modulus: u64, residue: u64) -> Option<u64> {
+    pub(crate) fn allocate(&mut self, length: u64, modulus: u64, residue: u64) -> Option<u64> {
         self.allocate_below(u64::MAX, length, modulus, residue)
     }
 
     /// The same, none of them above `most`.
-    pub fn allocate_below(&mut self, most: u64, length: u64, modulus: u64, residue: u64) -> Option<u64> {
+    pub(crate) fn allocate_below(&mut self, most: u64, length: u64, modulus: u64, residue: u64) -> Option<u64> {
         debug_assert!(modulus.is_power_of_two() && length > 0);
         let residue = residue & (modulus - 1);
         let above = |floor: u64| {
@@ -69,17 +69,17 @@ impl RangeAllocator {
     }
 
     /// The highest address that was ever taken.
-    pub fn highest(&self) -> u64 {
+    pub(crate) fn highest(&self) -> u64 {
         self.highest
     }
 
     /// From now on addresses below `floor` are taken only when there are no others.
-    pub fn set_floor(&mut self, floor: u64) {
+    pub(crate) fn set_floor(&mut self, floor: u64) {
         self.floor = floor;
     }
 
     /// Gives back what [`RangeAllocator::allocate`] returned.
-    pub fn free(&mut self, start: u64, length: u64) {
+    pub(crate) fn free(&mut self, start: u64, length: u64) {
         let mut merged = (start, start + (length - 1));
         if let Some((&before, &before_last)) = self.free.range(..start).next_back() {
             debug_assert!(before_last < start, "freed twice");

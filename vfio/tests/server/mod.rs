@@ -2,7 +2,7 @@
 //! memory.
 #![allow(dead_code, reason = "each test program uses a part")]
 
-pub mod raw;
+pub(crate) mod raw;
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,14 +21,14 @@ use vfio_bindings::bindings::vfio::{
 };
 use vfio_user::{DmaMapFlags, DmaUnmapFlags, IrqInfo, Server, ServerBackend, ServerRegion, SparseArea};
 
-pub const BAR_BYTES: u64 = 0x3000;
-pub const VECTORS: u32 = 4;
+pub(crate) const BAR_BYTES: u64 = 0x3000;
+pub(crate) const VECTORS: u32 = 4;
 /// Offset of the MSI-X capability; another one comes before it.
-pub const MSIX: u16 = 0x60;
+pub(crate) const MSIX: u16 = 0x60;
 
 /// What the server does apart from serving.
 #[derive(Clone)]
-pub struct Behaviour {
+pub(crate) struct Behaviour {
     /// The mappable areas of BAR 0 (offset, bytes).
     pub areas: Vec<(u64, u64)>,
     /// Reads of this register of BAR 0 are answered with an error.
@@ -47,7 +47,7 @@ pub struct Behaviour {
 
 /// What a server answers with an error.
 #[derive(Clone, Copy, Default)]
-pub struct Refuse {
+pub(crate) struct Refuse {
     /// Writes of this register of BAR 0.
     pub write_of: Option<u64>,
     pub unmap: bool,
@@ -174,7 +174,7 @@ impl ServerBackend for Backend {
     }
 }
 
-pub struct TestServer {
+pub(crate) struct TestServer {
     _directory: tempfile::TempDir,
     socket: PathBuf,
     memory: Arc<SharedMemory>,
@@ -182,7 +182,7 @@ pub struct TestServer {
 }
 
 impl TestServer {
-    pub fn start(behaviour: Behaviour) -> TestServer {
+    pub(crate) fn start(behaviour: Behaviour) -> TestServer {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("device.sock");
         // The file holds the whole BAR: the offset in the file is the offset in the region.
@@ -231,44 +231,44 @@ impl TestServer {
     }
 
     /// Opens the device; requests may take `timeout`.
-    pub fn open_within(&self, timeout: Duration) -> Result<Device, Error> {
+    pub(crate) fn open_within(&self, timeout: Duration) -> Result<Device, Error> {
         let options = OpenOptions { request_timeout: timeout };
         Device::open_with(&Address::VfioUser(self.socket.clone()), &options)
     }
 
     /// Opens the device; requests may take so long that only a server that is stuck takes longer.
-    pub fn open(&self) -> Device {
+    pub(crate) fn open(&self) -> Device {
         self.open_within(Duration::from_secs(20)).unwrap()
     }
 
     /// What the server sees of the register at `offset`, if that is mapped.
-    pub fn mapped_register(&self, offset: usize) -> u32 {
+    pub(crate) fn mapped_register(&self, offset: usize) -> u32 {
         self.memory.slice::<AtomicU32>(offset, 1).unwrap()[0].load(Ordering::Acquire)
     }
 
     /// Ends the connection at the next message, without an answer.
-    pub fn hang_up(&self) {
+    pub(crate) fn hang_up(&self) {
         self.state.lock().unwrap().hang_up = true;
     }
 
-    pub fn resets(&self) -> usize {
+    pub(crate) fn resets(&self) -> usize {
         self.state.lock().unwrap().resets
     }
 
-    pub fn refused_unmaps(&self) -> usize {
+    pub(crate) fn refused_unmaps(&self) -> usize {
         self.state.lock().unwrap().refused_unmaps
     }
 
-    pub fn messages(&self) -> usize {
+    pub(crate) fn messages(&self) -> usize {
         self.state.lock().unwrap().messages
     }
 
-    pub fn register(&self, offset: usize) -> u32 {
+    pub(crate) fn register(&self, offset: usize) -> u32 {
         u32::from_le_bytes(self.state.lock().unwrap().registers[offset..][..4].try_into().unwrap())
     }
 
     /// Reads 8 bytes as the device would.
-    pub fn read_dma(&self, iova: u64) -> u64 {
+    pub(crate) fn read_dma(&self, iova: u64) -> u64 {
         let state = self.state.lock().unwrap();
         let (start, (bytes, offset, file)) = state.dma.range(..=iova).next_back().expect("nothing is mapped there");
         assert!(iova + 8 <= start + bytes, "{iova:#x} is not mapped");
@@ -277,16 +277,16 @@ impl TestServer {
         u64::from_ne_bytes(data)
     }
 
-    pub fn has_dma(&self, iova: u64) -> bool {
+    pub(crate) fn has_dma(&self, iova: u64) -> bool {
         self.state.lock().unwrap().dma.contains_key(&iova)
     }
 
     /// The vectors that have an eventfd.
-    pub fn vectors(&self) -> Vec<u32> {
+    pub(crate) fn vectors(&self) -> Vec<u32> {
         self.state.lock().unwrap().interrupts.keys().copied().collect()
     }
 
-    pub fn interrupt(&self, vector: u32) {
+    pub(crate) fn interrupt(&self, vector: u32) {
         use std::io::Write;
         let state = self.state.lock().unwrap();
         let mut event = state.interrupts.get(&vector).expect("the vector is enabled");

@@ -8,13 +8,13 @@ use std::time::Duration;
 
 use vfio::{Address, Device, Error, OpenOptions};
 
-pub const VERSION: u16 = 1;
-pub const DEVICE_GET_INFO: u16 = 4;
-pub const DEVICE_GET_REGION_INFO: u16 = 5;
-pub const DEVICE_RESET: u16 = 13;
+pub(crate) const VERSION: u16 = 1;
+pub(crate) const DEVICE_GET_INFO: u16 = 4;
+pub(crate) const DEVICE_GET_REGION_INFO: u16 = 5;
+pub(crate) const DEVICE_RESET: u16 = 13;
 
 /// A message as the protocol frames it: 16 bytes of header, then the payload.
-pub struct Message {
+pub(crate) struct Message {
     pub header: [u8; 16],
     pub command: u16,
     pub payload: Vec<u8>,
@@ -22,19 +22,19 @@ pub struct Message {
 
 impl Message {
     /// A good reply to it.
-    pub fn reply(&self, payload: Vec<u8>) -> Vec<u8> {
+    pub(crate) fn reply(&self, payload: Vec<u8>) -> Vec<u8> {
         let mut reply = self.header;
         reply[4..8].copy_from_slice(&(16 + payload.len() as u32).to_ne_bytes());
         reply[8..12].copy_from_slice(&1u32.to_ne_bytes());
         [&reply[..], &payload].concat()
     }
 
-    pub fn is_reply(&self) -> bool {
+    pub(crate) fn is_reply(&self) -> bool {
         self.header[8] & 0xf == 1
     }
 }
 
-pub struct RawServer {
+pub(crate) struct RawServer {
     _directory: tempfile::TempDir,
     pub socket: PathBuf,
     thread: JoinHandle<()>,
@@ -42,12 +42,12 @@ pub struct RawServer {
 
 impl RawServer {
     /// Serves one client: `answer` gives the payload of the reply, or `None` for silence from there on.
-    pub fn start(mut answer: impl FnMut(&Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
+    pub(crate) fn start(mut answer: impl FnMut(&Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
         RawServer::start_raw(move |message| answer(&message).map(|payload| message.reply(payload)))
     }
 
     /// The same; `answer` gives all that is sent.
-    pub fn start_raw(mut answer: impl FnMut(Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
+    pub(crate) fn start_raw(mut answer: impl FnMut(Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("raw.sock");
         let listener = UnixListener::bind(&socket).unwrap();
@@ -64,17 +64,17 @@ impl RawServer {
         RawServer { _directory: directory, socket, thread }
     }
 
-    pub fn open(&self, timeout: Duration) -> Result<Device, Error> {
+    pub(crate) fn open(&self, timeout: Duration) -> Result<Device, Error> {
         Device::open_with(&Address::VfioUser(self.socket.clone()), &OpenOptions { request_timeout: timeout })
     }
 
     /// Whether the client has gone.
-    pub fn is_left(&self) -> bool {
+    pub(crate) fn is_left(&self) -> bool {
         self.thread.is_finished()
     }
 
     /// Waits until the client has gone; fails if it stays.
-    pub fn join(self) {
+    pub(crate) fn join(self) {
         self.thread.join().expect("the client left within 20 s");
     }
 }
@@ -94,11 +94,11 @@ fn receive(stream: &mut UnixStream) -> Option<Message> {
 }
 
 /// The payload of a good answer to VERSION.
-pub fn version() -> Vec<u8> {
+pub(crate) fn version() -> Vec<u8> {
     [&0u16.to_ne_bytes()[..], &1u16.to_ne_bytes(), b"{\"capabilities\":{}}\0"].concat()
 }
 
 /// The payload of an answer to DEVICE_GET_INFO: a PCI device.
-pub fn device_info(regions: u32) -> Vec<u8> {
+pub(crate) fn device_info(regions: u32) -> Vec<u8> {
     [16u32, 1 << 1, regions, 5].iter().flat_map(|number| number.to_ne_bytes()).collect()
 }

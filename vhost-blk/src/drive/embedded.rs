@@ -1,7 +1,7 @@
 //! The controller in software inside this program, behind the address `sim:`.
 
 #[cfg(feature = "sim")]
-pub use present::Embedded;
+pub(super) use present::Embedded;
 
 #[cfg(feature = "sim")]
 mod present {
@@ -15,14 +15,14 @@ mod present {
     use tempfile::TempDir;
 
     /// A controller in software inside this process, behind a socket of its own that nobody else can reach.
-    pub struct Embedded {
+    pub(crate) struct Embedded {
         simulator: Simulator,
         _folder: Folder,
     }
 
     impl Embedded {
         /// Starts it. The error is one line.
-        pub fn start(description: &str) -> Result<Embedded, String> {
+        pub(crate) fn start(description: &str) -> Result<Embedded, String> {
             let cannot = |error: nvme_sim::Error| format!("cannot start the embedded controller: {error}");
             let address: SimAddress = description.parse().map_err(cannot)?;
             // It maps guest memory in this process, too.
@@ -36,7 +36,7 @@ mod present {
         }
 
         /// Where to open it.
-        pub fn address(&self) -> vfio::Address {
+        pub(crate) fn address(&self) -> vfio::Address {
             vfio::Address::VfioUser(self.simulator.socket().to_owned())
         }
     }
@@ -150,19 +150,19 @@ mod present {
 }
 
 #[cfg(not(feature = "sim"))]
-pub use absent::Embedded;
+pub(crate) use absent::Embedded;
 
 #[cfg(not(feature = "sim"))]
 mod absent {
     /// There is none in this build.
-    pub enum Embedded {}
+    pub(crate) enum Embedded {}
 
     impl Embedded {
-        pub fn start(_description: &str) -> Result<Embedded, String> {
+        pub(crate) fn start(_description: &str) -> Result<Embedded, String> {
             Err("this program was built without its embedded controller (feature \"sim\"): use another device".into())
         }
 
-        pub fn address(&self) -> vfio::Address {
+        pub(crate) fn address(&self) -> vfio::Address {
             match *self {}
         }
     }

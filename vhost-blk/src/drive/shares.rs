@@ -84,24 +84,24 @@ impl Shares {
     }
 
     /// A disk is there. `wanted`: its share, if it is configured.
-    pub fn add_disk(&mut self, name: String, wanted: Option<u16>) -> DiskNumber {
+    pub(super) fn add_disk(&mut self, name: String, wanted: Option<u16>) -> DiskNumber {
         let number = self.number();
         self.disks.push(Disk { number, name, wanted, told: Told::default() });
         number
     }
 
     /// It is not there any more, nor has it leases.
-    pub fn remove_disk(&mut self, number: DiskNumber) {
+    pub(super) fn remove_disk(&mut self, number: DiskNumber) {
         self.disks.retain(|disk| disk.number != number);
     }
 
     /// All places.
-    pub fn places(&self) -> &[Place] {
+    pub(super) fn places(&self) -> &[Place] {
         &self.places
     }
 
     /// A lease of a place of its own.
-    pub fn add(&mut self, disk: DiskNumber, entries: u16, id: PairId) -> LeaseNumber {
+    pub(super) fn add(&mut self, disk: DiskNumber, entries: u16, id: PairId) -> LeaseNumber {
         self.places.push(Place { id, entries, owner: disk, leaving: false, surrendered: false });
         let number = self.number();
         self.leases.push(Leased { number, disk, place: id, entries, lane: None });
@@ -109,7 +109,7 @@ impl Shares {
     }
 
     /// A lease of a place that the disk has just left, and that has not gone yet: a guest that starts its device anew is back at once.
-    pub fn reclaim(&mut self, disk: DiskNumber, worker: usize, entries: u16) -> Option<LeaseNumber> {
+    pub(super) fn reclaim(&mut self, disk: DiskNumber, worker: usize, entries: u16) -> Option<LeaseNumber> {
         let fits = |place: &&mut Place| {
             place.leaving
                 && !place.surrendered
@@ -125,7 +125,7 @@ impl Shares {
     }
 
     /// A lease of a place that others have, too; and a line for the log. `None`: there is no place at all.
-    pub fn join(
+    pub(super) fn join(
         &mut self,
         disk: DiskNumber,
         worker: usize,
@@ -153,17 +153,17 @@ impl Shares {
     }
 
     /// Where a lease's lane is started.
-    pub fn place_of(&self, lease: LeaseNumber) -> Option<PairId> {
+    pub(super) fn place_of(&self, lease: LeaseNumber) -> Option<PairId> {
         self.leases.iter().find(|leased| leased.number == lease).map(|leased| leased.place)
     }
 
     /// What runs there.
-    pub fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneNumber>) {
+    pub(super) fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneNumber>) {
         self.leases.iter_mut().filter(|leased| leased.number == lease).for_each(|leased| leased.lane = lane);
     }
 
     /// The lease ends. Returns its place if nobody has that any more: it is to go.
-    pub fn remove(&mut self, lease: LeaseNumber) -> Option<PairId> {
+    pub(super) fn remove(&mut self, lease: LeaseNumber) -> Option<PairId> {
         let at = self.leases.iter().position(|leased| leased.number == lease)?;
         let id = self.leases.swap_remove(at).place;
         let heirs: Vec<DiskNumber> = self.leases_at(id).map(|leased| leased.disk).collect();
@@ -179,17 +179,17 @@ impl Shares {
     }
 
     /// A place is not there any more.
-    pub fn forget(&mut self, id: PairId) {
+    pub(super) fn forget(&mut self, id: PairId) {
         self.places.retain(|place| place.id != id);
     }
 
     /// Is this place still to go?
-    pub fn is_leaving(&self, id: PairId) -> bool {
+    pub(super) fn is_leaving(&self, id: PairId) -> bool {
         self.places.iter().any(|place| place.id == id && place.leaving)
     }
 
     /// Places that are to go when their lanes have gone.
-    pub fn leaving(&self) -> Vec<PairId> {
+    pub(super) fn leaving(&self) -> Vec<PairId> {
         self.places.iter().filter(|place| place.leaving).map(|place| place.id).collect()
     }
 
@@ -227,7 +227,7 @@ impl Shares {
     }
 
     /// Who is to have the next queue pair that is free.
-    pub fn next_gift(&self, granted: u16) -> Option<Gift> {
+    pub(super) fn next_gift(&self, granted: u16) -> Option<Gift> {
         let disks = self.disks.iter().map(|disk| disk.number);
         let wanting = disks.filter_map(|disk| Some((disk, self.sharing(disk).min_by_key(|leased| leased.number)?)));
         let (_, leased) = wanting.min_by_key(|(disk, _)| {
@@ -238,7 +238,7 @@ impl Shares {
     }
 
     /// The gift is made: this place. Returns what has to move there, and a line for the log.
-    pub fn give(&mut self, gift: Gift, id: PairId) -> (Option<LaneNumber>, Option<String>) {
+    pub(super) fn give(&mut self, gift: Gift, id: PairId) -> (Option<LaneNumber>, Option<String>) {
         let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == gift.lease) else {
             return (None, None);
         };
@@ -255,7 +255,7 @@ impl Shares {
 
     /// A ring that uses another disk's queue pair while its own has one on the same worker: what has to move where, as far as it
     /// runs. `None`: there are none any more.
-    pub fn next_return(&mut self) -> Option<Merger> {
+    pub(super) fn next_return(&mut self) -> Option<Merger> {
         let own = |leased: &Leased| {
             let mine = |place: &&Place| place.owner == leased.disk && !place.leaving;
             let at = leased.place.worker();
@@ -274,7 +274,7 @@ impl Shares {
     }
 
     /// A place that a disk has beyond its share, while another has less and wants it: its lanes are to move. And a line for the log.
-    pub fn next_merger(&mut self, granted: u16) -> Option<(Merger, Option<String>)> {
+    pub(super) fn next_merger(&mut self, granted: u16) -> Option<(Merger, Option<String>)> {
         let missing = |disk: &Disk| {
             let short = self.share(disk.number, granted).saturating_sub(self.pairs(disk.number));
             usize::from(short).min(self.sharing(disk.number).count())

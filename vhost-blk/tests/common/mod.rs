@@ -1,8 +1,8 @@
 //! A front-end written by hand: it sends any message in any order, also wrong ones, and drives a split ring.
 #![allow(dead_code)] // each test program uses a part of it
 
-pub mod raw;
-pub mod served;
+pub(crate) mod raw;
+pub(crate) mod served;
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -16,61 +16,61 @@ use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-pub const GET_FEATURES: u32 = 1;
-pub const SET_FEATURES: u32 = 2;
-pub const SET_OWNER: u32 = 3;
-pub const RESET_OWNER: u32 = 4;
-pub const SET_MEM_TABLE: u32 = 5;
-pub const SET_VRING_NUM: u32 = 8;
-pub const SET_VRING_ADDR: u32 = 9;
-pub const SET_VRING_BASE: u32 = 10;
-pub const GET_VRING_BASE: u32 = 11;
-pub const SET_VRING_KICK: u32 = 12;
-pub const SET_VRING_CALL: u32 = 13;
-pub const SET_VRING_ERR: u32 = 14;
-pub const GET_PROTOCOL_FEATURES: u32 = 15;
-pub const SET_PROTOCOL_FEATURES: u32 = 16;
-pub const GET_QUEUE_NUM: u32 = 17;
-pub const SET_VRING_ENABLE: u32 = 18;
-pub const SEND_RARP: u32 = 19;
-pub const SET_BACKEND_REQ_FD: u32 = 21;
-pub const GET_CONFIG: u32 = 24;
-pub const SET_CONFIG: u32 = 25;
-pub const GET_INFLIGHT_FD: u32 = 31;
-pub const SET_INFLIGHT_FD: u32 = 32;
-pub const RESET_DEVICE: u32 = 34;
-pub const GET_MAX_MEM_SLOTS: u32 = 36;
-pub const ADD_MEM_REG: u32 = 37;
-pub const REM_MEM_REG: u32 = 38;
+pub(crate) const GET_FEATURES: u32 = 1;
+pub(crate) const SET_FEATURES: u32 = 2;
+pub(crate) const SET_OWNER: u32 = 3;
+pub(crate) const RESET_OWNER: u32 = 4;
+pub(crate) const SET_MEM_TABLE: u32 = 5;
+pub(crate) const SET_VRING_NUM: u32 = 8;
+pub(crate) const SET_VRING_ADDR: u32 = 9;
+pub(crate) const SET_VRING_BASE: u32 = 10;
+pub(crate) const GET_VRING_BASE: u32 = 11;
+pub(crate) const SET_VRING_KICK: u32 = 12;
+pub(crate) const SET_VRING_CALL: u32 = 13;
+pub(crate) const SET_VRING_ERR: u32 = 14;
+pub(crate) const GET_PROTOCOL_FEATURES: u32 = 15;
+pub(crate) const SET_PROTOCOL_FEATURES: u32 = 16;
+pub(crate) const GET_QUEUE_NUM: u32 = 17;
+pub(crate) const SET_VRING_ENABLE: u32 = 18;
+pub(crate) const SEND_RARP: u32 = 19;
+pub(crate) const SET_BACKEND_REQ_FD: u32 = 21;
+pub(crate) const GET_CONFIG: u32 = 24;
+pub(crate) const SET_CONFIG: u32 = 25;
+pub(crate) const GET_INFLIGHT_FD: u32 = 31;
+pub(crate) const SET_INFLIGHT_FD: u32 = 32;
+pub(crate) const RESET_DEVICE: u32 = 34;
+pub(crate) const GET_MAX_MEM_SLOTS: u32 = 36;
+pub(crate) const ADD_MEM_REG: u32 = 37;
+pub(crate) const REM_MEM_REG: u32 = 38;
 
-pub const VERSION: u32 = 1;
-pub const NEED_REPLY: u32 = 8;
+pub(crate) const VERSION: u32 = 1;
+pub(crate) const NEED_REPLY: u32 = 8;
 
-pub const F_PROTOCOL_FEATURES: u64 = 1 << 30;
-pub const F_EVENT_IDX: u64 = 1 << 29;
-pub const F_RING_PACKED: u64 = 1 << 34;
-pub const F_FLUSH: u64 = 1 << 9;
-pub const F_CONFIG_WCE: u64 = 1 << 11;
+pub(crate) const F_PROTOCOL_FEATURES: u64 = 1 << 30;
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+pub(crate) const F_RING_PACKED: u64 = 1 << 34;
+pub(crate) const F_FLUSH: u64 = 1 << 9;
+pub(crate) const F_CONFIG_WCE: u64 = 1 << 11;
 
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// One connection.
-pub struct Front {
+pub(crate) struct Front {
     pub stream: UnixStream,
 }
 
 impl Front {
-    pub fn connect(path: &Path) -> Front {
+    pub(crate) fn connect(path: &Path) -> Front {
         Front::on(UnixStream::connect(path).unwrap_or_else(|error| panic!("{}: {error}", path.display())))
     }
 
-    pub fn on(stream: UnixStream) -> Front {
+    pub(crate) fn on(stream: UnixStream) -> Front {
         stream.set_read_timeout(Some(DEADLINE)).unwrap();
         Front { stream }
     }
 
     /// Sends a message and waits for nothing.
-    pub fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[RawFd]) {
+    pub(crate) fn send(&self, request: u32, flags: u32, body: &[u8], fds: &[RawFd]) {
         let mut message = Vec::new();
         for word in [request, VERSION | flags, body.len() as u32] {
             message.extend(word.to_ne_bytes());
@@ -81,7 +81,7 @@ impl Front {
     }
 
     /// The body of the reply to `request`; `None` when the connection has ended.
-    pub fn reply(&self, request: u32) -> Option<Vec<u8>> {
+    pub(crate) fn reply(&self, request: u32) -> Option<Vec<u8>> {
         let mut header = [0; 12];
         match (&self.stream).read_exact(&mut header) {
             Ok(()) => {}
@@ -97,13 +97,13 @@ impl Front {
     }
 
     /// A request with a reply of its own.
-    pub fn ask(&self, request: u32, body: &[u8]) -> Option<Vec<u8>> {
+    pub(crate) fn ask(&self, request: u32, body: &[u8]) -> Option<Vec<u8>> {
         self.send(request, 0, body, &[]);
         self.reply(request)
     }
 
     /// A request whose reply brings a file.
-    pub fn ask_file(&self, request: u32, body: &[u8]) -> (Vec<u8>, File) {
+    pub(crate) fn ask_file(&self, request: u32, body: &[u8]) -> (Vec<u8>, File) {
         self.send(request, 0, body, &[]);
         let mut message = vec![0; 12 + body.len()];
         let (bytes, file) = self.stream.recv_with_fd(&mut message).unwrap();
@@ -112,35 +112,35 @@ impl Front {
         (message.split_off(12), file.expect("a descriptor comes with the reply"))
     }
 
-    pub fn ask_u64(&self, request: u32) -> u64 {
+    pub(crate) fn ask_u64(&self, request: u32) -> u64 {
         number(&self.ask(request, &[]).expect("connection ended"))
     }
 
     /// A request that wants to be acknowledged: 0 is success.
-    pub fn acknowledged(&self, request: u32, body: &[u8], fds: &[RawFd]) -> u64 {
+    pub(crate) fn acknowledged(&self, request: u32, body: &[u8], fds: &[RawFd]) -> u64 {
         self.send(request, NEED_REPLY, body, fds);
         number(&self.reply(request).unwrap_or_else(|| panic!("request {request} ended the connection")))
     }
 
     #[track_caller]
-    pub fn accept(&self, request: u32, body: &[u8], fds: &[RawFd]) {
+    pub(crate) fn accept(&self, request: u32, body: &[u8], fds: &[RawFd]) {
         assert_eq!(self.acknowledged(request, body, fds), 0, "request {request} is refused");
     }
 
     #[track_caller]
-    pub fn refuse(&self, request: u32, body: &[u8], fds: &[RawFd]) {
+    pub(crate) fn refuse(&self, request: u32, body: &[u8], fds: &[RawFd]) {
         assert_ne!(self.acknowledged(request, body, fds), 0, "request {request} is accepted");
         // The connection is still in step.
         assert_ne!(self.ask_u64(GET_FEATURES), 0);
     }
 
     /// Owner, features and protocol features, as QEMU sends them. All that is offered is accepted but what [`Ring`] is not.
-    pub fn negotiate(&self) -> u64 {
+    pub(crate) fn negotiate(&self) -> u64 {
         self.negotiate_without(F_EVENT_IDX | F_RING_PACKED)
     }
 
     /// The same, with all features but these.
-    pub fn negotiate_without(&self, unwanted: u64) -> u64 {
+    pub(crate) fn negotiate_without(&self, unwanted: u64) -> u64 {
         let features = self.ask_u64(GET_FEATURES) & !unwanted;
         let protocol = self.ask_u64(GET_PROTOCOL_FEATURES);
         self.send(SET_PROTOCOL_FEATURES, 0, &protocol.to_ne_bytes(), &[]);
@@ -149,22 +149,22 @@ impl Front {
         features
     }
 
-    pub fn set_ring(&self, request: u32, index: u32, value: u32) {
+    pub(crate) fn set_ring(&self, request: u32, index: u32, value: u32) {
         self.accept(request, &state(index, value), &[]);
     }
 
-    pub fn vring_base(&self, index: u32) -> u32 {
+    pub(crate) fn vring_base(&self, index: u32) -> u32 {
         let reply = self.ask(GET_VRING_BASE, &state(index, 0)).expect("GET_VRING_BASE ended the connection");
         assert_eq!(u32::from_ne_bytes(reply[..4].try_into().unwrap()), index);
         u32::from_ne_bytes(reply[4..8].try_into().unwrap())
     }
 
-    pub fn config(&self, offset: u32, bytes: u32) -> Vec<u8> {
+    pub(crate) fn config(&self, offset: u32, bytes: u32) -> Vec<u8> {
         self.ask(GET_CONFIG, &config(offset, &vec![0; bytes as usize])).expect("connection ended").split_off(12)
     }
 
     /// Waits until the other side has closed the connection.
-    pub fn wait_for_end(&self) {
+    pub(crate) fn wait_for_end(&self) {
         let mut rest = Vec::new();
         let result = (&self.stream).read_to_end(&mut rest);
         let reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
@@ -172,16 +172,16 @@ impl Front {
     }
 
     /// Sends bytes as they are.
-    pub fn raw(&self, bytes: &[u8]) {
+    pub(crate) fn raw(&self, bytes: &[u8]) {
         (&self.stream).write_all(bytes).unwrap();
     }
 }
 
-pub fn number(body: &[u8]) -> u64 {
+pub(crate) fn number(body: &[u8]) -> u64 {
     u64::from_ne_bytes(body.try_into().expect("8 bytes"))
 }
 
-pub fn state(index: u32, value: u32) -> [u8; 8] {
+pub(crate) fn state(index: u32, value: u32) -> [u8; 8] {
     let mut body = [0; 8];
     body[..4].copy_from_slice(&index.to_ne_bytes());
     body[4..].copy_from_slice(&value.to_ne_bytes());
@@ -189,20 +189,20 @@ pub fn state(index: u32, value: u32) -> [u8; 8] {
 }
 
 /// `VhostUserInflight`.
-pub fn inflight(bytes: u64, queues: u16, size: u16) -> Vec<u8> {
+pub(crate) fn inflight(bytes: u64, queues: u16, size: u16) -> Vec<u8> {
     [&bytes.to_ne_bytes()[..], &[0; 8], &queues.to_ne_bytes(), &size.to_ne_bytes(), &[0; 4]].concat()
 }
 
-pub fn config(offset: u32, data: &[u8]) -> Vec<u8> {
+pub(crate) fn config(offset: u32, data: &[u8]) -> Vec<u8> {
     let words = [offset, data.len() as u32, 0];
     words.iter().flat_map(|word| word.to_ne_bytes()).chain(data.iter().copied()).collect()
 }
 
 /// Front-end addresses are guest addresses plus this.
-pub const USER: u64 = 0x7000_0000_0000;
+pub(crate) const USER: u64 = 0x7000_0000_0000;
 
 /// A region of guest memory.
-pub struct Region {
+pub(crate) struct Region {
     pub guest: u64,
     pub bytes: u64,
     pub file: File,
@@ -210,7 +210,7 @@ pub struct Region {
 }
 
 impl Region {
-    pub fn new(guest: u64, bytes: u64) -> Region {
+    pub(crate) fn new(guest: u64, bytes: u64) -> Region {
         let file = tempfile::tempfile().unwrap();
         file.set_len(bytes).unwrap();
         let range = (GuestAddress(guest), bytes as usize, Some(FileOffset::new(file.try_clone().unwrap(), 0)));
@@ -219,17 +219,17 @@ impl Region {
     }
 
     /// The body of ADD_MEM_REG and REM_MEM_REG.
-    pub fn single(&self) -> Vec<u8> {
+    pub(crate) fn single(&self) -> Vec<u8> {
         [0, self.guest, self.bytes, self.guest + USER, 0].iter().flat_map(|word: &u64| word.to_ne_bytes()).collect()
     }
 
-    pub fn add(&self, front: &Front) {
+    pub(crate) fn add(&self, front: &Front) {
         front.accept(ADD_MEM_REG, &self.single(), &[self.file.as_raw_fd()]);
     }
 }
 
 /// The body of SET_MEM_TABLE and its descriptors.
-pub fn table(regions: &[&Region]) -> (Vec<u8>, Vec<RawFd>) {
+pub(crate) fn table(regions: &[&Region]) -> (Vec<u8>, Vec<RawFd>) {
     let mut body = Vec::new();
     body.extend((regions.len() as u32).to_ne_bytes());
     body.extend(0u32.to_ne_bytes());
@@ -238,7 +238,7 @@ pub fn table(regions: &[&Region]) -> (Vec<u8>, Vec<RawFd>) {
 }
 
 /// A split ring in a region, from the guest's side (virtio 1.2, 2.7). Requests have three descriptors.
-pub struct Ring<'a> {
+pub(crate) struct Ring<'a> {
     pub index: u32,
     pub size: u16,
     pub kick: EventFd,
@@ -251,11 +251,11 @@ pub struct Ring<'a> {
 
 const T_IN: u32 = 0;
 const T_OUT: u32 = 1;
-pub const T_FLUSH: u32 = 4;
+pub(crate) const T_FLUSH: u32 = 4;
 
 impl<'a> Ring<'a> {
     /// A ring that takes 64 KiB at `guest`, its buffers included.
-    pub fn new(region: &'a Region, index: u32, guest: u64) -> Ring<'a> {
+    pub(crate) fn new(region: &'a Region, index: u32, guest: u64) -> Ring<'a> {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let ring =
             Ring { index, size: 64, kick: event(), call: event(), memory: &region.memory, guest, next: 0, seen: 0 };
@@ -264,7 +264,7 @@ impl<'a> Ring<'a> {
     }
 
     /// The first ring of a front-end that has no other memory: started.
-    pub fn first(front: &Front, region: &'a Region) -> Ring<'a> {
+    pub(crate) fn first(front: &Front, region: &'a Region) -> Ring<'a> {
         region.add(front);
         let ring = Ring::new(region, 0, 0x10000);
         ring.start(front);
@@ -292,11 +292,11 @@ impl<'a> Ring<'a> {
     }
 
     /// Where a request's data lies unless it is told otherwise.
-    pub fn data(&self) -> u64 {
+    pub(crate) fn data(&self) -> u64 {
         self.guest + 0x4000
     }
 
-    pub fn addresses(&self) -> Vec<u8> {
+    pub(crate) fn addresses(&self) -> Vec<u8> {
         let mut body = Vec::new();
         body.extend(self.index.to_ne_bytes());
         body.extend(0u32.to_ne_bytes());
@@ -307,7 +307,7 @@ impl<'a> Ring<'a> {
     }
 
     /// The messages that start it, in QEMU's order.
-    pub fn start(&self, front: &Front) {
+    pub(crate) fn start(&self, front: &Front) {
         self.enable(front, true);
         front.set_ring(SET_VRING_NUM, self.index, self.size.into());
         front.set_ring(SET_VRING_BASE, self.index, self.next.into());
@@ -316,11 +316,11 @@ impl<'a> Ring<'a> {
         self.set_event(front, SET_VRING_CALL, Some(&self.call));
     }
 
-    pub fn enable(&self, front: &Front, enable: bool) {
+    pub(crate) fn enable(&self, front: &Front, enable: bool) {
         front.set_ring(SET_VRING_ENABLE, self.index, enable.into());
     }
 
-    pub fn set_event(&self, front: &Front, request: u32, event: Option<&EventFd>) {
+    pub(crate) fn set_event(&self, front: &Front, request: u32, event: Option<&EventFd>) {
         match event {
             Some(event) => front.accept(request, &u64::from(self.index).to_ne_bytes(), &[event.as_raw_fd()]),
             None => front.accept(request, &(u64::from(self.index) | 0x100).to_ne_bytes(), &[]),
@@ -328,7 +328,7 @@ impl<'a> Ring<'a> {
     }
 
     /// Puts one request on the ring; `data` is an address and a length.
-    pub fn submit(&mut self, kind: u32, sector: u64, data: (u64, u32)) {
+    pub(crate) fn submit(&mut self, kind: u32, sector: u64, data: (u64, u32)) {
         let memory = self.memory;
         let write = |value: u64, at: u64| memory.write_slice(&value.to_le_bytes(), GuestAddress(at)).unwrap();
         memory.write_slice(&kind.to_le_bytes(), GuestAddress(self.header())).unwrap();
@@ -356,14 +356,14 @@ impl<'a> Ring<'a> {
     }
 
     /// Claims more requests than the ring has places for, which breaks it (virtio 1.2, 2.7.13.3).
-    pub fn break_it(&self) {
+    pub(crate) fn break_it(&self) {
         let claim = self.next.wrapping_add(self.size + 1);
         self.memory.store(claim.to_le(), GuestAddress(self.available() + 2), Ordering::Release).unwrap();
         self.kick.write(1).unwrap();
     }
 
     /// The status of the request under way, or `None` while there is none.
-    pub fn poll(&mut self) -> Option<u8> {
+    pub(crate) fn poll(&mut self) -> Option<u8> {
         let used: u16 = self.memory.load(GuestAddress(self.used() + 2), Ordering::Acquire).unwrap();
         if u16::from_le(used) == self.seen {
             return None;
@@ -375,7 +375,7 @@ impl<'a> Ring<'a> {
     }
 
     #[track_caller]
-    pub fn wait(&mut self) -> u8 {
+    pub(crate) fn wait(&mut self) -> u8 {
         let deadline = Instant::now() + DEADLINE;
         loop {
             if let Some(status) = self.poll() {
@@ -387,20 +387,20 @@ impl<'a> Ring<'a> {
     }
 
     #[track_caller]
-    pub fn request(&mut self, kind: u32, sector: u64, data: (u64, u32)) -> u8 {
+    pub(crate) fn request(&mut self, kind: u32, sector: u64, data: (u64, u32)) -> u8 {
         self.submit(kind, sector, data);
         self.wait()
     }
 
     /// Writes a block and reads it back elsewhere.
     #[track_caller]
-    pub fn check_io(&mut self, sector: u64) {
+    pub(crate) fn check_io(&mut self, sector: u64) {
         let (from, to) = (self.data(), self.data() + 0x1000);
         self.check_io_at(sector, from, to);
     }
 
     #[track_caller]
-    pub fn check_io_at(&mut self, sector: u64, from: u64, to: u64) {
+    pub(crate) fn check_io_at(&mut self, sector: u64, from: u64, to: u64) {
         // Differs from sector to sector and from call to call.
         let pattern: Vec<u8> = (0..4096u64).map(|at| (at / 8 + sector * 31 + u64::from(self.next) * 7) as u8).collect();
         self.memory.write_slice(&pattern, GuestAddress(from)).unwrap();
@@ -412,30 +412,30 @@ impl<'a> Ring<'a> {
     }
 
     #[track_caller]
-    pub fn flush(&mut self) -> u8 {
+    pub(crate) fn flush(&mut self) -> u8 {
         self.request(T_FLUSH, 0, (0, 0))
     }
 
-    pub fn write_one(&mut self, sector: u64) -> u8 {
+    pub(crate) fn write_one(&mut self, sector: u64) -> u8 {
         let data = self.data();
         self.request(T_OUT, sector, (data, 4096))
     }
 
-    pub fn read_one(&mut self, sector: u64) -> u8 {
+    pub(crate) fn read_one(&mut self, sector: u64) -> u8 {
         let data = self.data();
         self.request(T_IN, sector, (data, 4096))
     }
 
     /// Writes a block made of one byte.
     #[track_caller]
-    pub fn store(&mut self, sector: u64, byte: u8) {
+    pub(crate) fn store(&mut self, sector: u64, byte: u8) {
         self.memory.write_slice(&[byte; 4096], GuestAddress(self.data())).unwrap();
         assert_eq!(self.write_one(sector), 0, "write");
     }
 
     /// Is this block made of this byte?
     #[track_caller]
-    pub fn holds(&mut self, sector: u64, byte: u8) -> bool {
+    pub(crate) fn holds(&mut self, sector: u64, byte: u8) -> bool {
         self.memory.write_slice(&[!byte; 4096], GuestAddress(self.data())).unwrap();
         assert_eq!(self.read_one(sector), 0, "read");
         let mut read = [0; 4096];
@@ -444,20 +444,20 @@ impl<'a> Ring<'a> {
     }
 
     /// How far the guest has got, which is where the ring has to stop.
-    pub fn position(&self) -> u32 {
+    pub(crate) fn position(&self) -> u32 {
         self.next.into()
     }
 
     /// Stops it and checks where it stopped.
     #[track_caller]
-    pub fn stop(&self, front: &Front) {
+    pub(crate) fn stop(&self, front: &Front) {
         assert_eq!(front.vring_base(self.index), self.position(), "ring {}", self.index);
     }
 }
 
 /// Waits for a condition.
 #[track_caller]
-pub fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !condition() {
         assert!(Instant::now() < deadline, "{what}: not within {DEADLINE:?}");

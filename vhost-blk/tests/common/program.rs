@@ -14,16 +14,16 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::common::{DEADLINE, eventually};
 
 /// One child is started at a time: a descriptor that one is to inherit must not reach another.
-pub static SPAWN: Mutex<()> = Mutex::new(());
+pub(crate) static SPAWN: Mutex<()> = Mutex::new(());
 
-pub fn command(args: &[&str]) -> Command {
+pub(crate) fn command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vhost-blk"));
     command.args(args).env_remove("RUST_LOG").env("RUST_BACKTRACE", "1").stdin(Stdio::null());
     command
 }
 
 /// A program that serves. Killed when dropped.
-pub struct Program {
+pub(crate) struct Program {
     pub child: Child,
     log: Arc<Mutex<Vec<String>>>,
     /// Reads what it logs until it has ended.
@@ -31,11 +31,11 @@ pub struct Program {
 }
 
 impl Program {
-    pub fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
+    pub(crate) fn start(args: &[&str], inherit: Option<&dyn AsFd>) -> Program {
         Program::spawn(command(args), inherit.as_slice())
     }
 
-    pub fn spawn(mut command: Command, inherit: &[&dyn AsFd]) -> Program {
+    pub(crate) fn spawn(mut command: Command, inherit: &[&dyn AsFd]) -> Program {
         let _one = SPAWN.lock().unwrap_or_else(PoisonError::into_inner);
         for fd in inherit {
             rustix::io::fcntl_setfd(fd.as_fd(), rustix::io::FdFlags::empty()).unwrap();
@@ -56,12 +56,12 @@ impl Program {
     }
 
     /// One that serves a small disk on `socket`, and is ready.
-    pub fn serve(socket: &Path, more: &[&str]) -> Program {
+    pub(crate) fn serve(socket: &Path, more: &[&str]) -> Program {
         Program::serve_device("sim:64M", socket, more)
     }
 
     /// One that serves a drive on `socket`, and is ready.
-    pub fn serve_device(device: &str, socket: &Path, more: &[&str]) -> Program {
+    pub(crate) fn serve_device(device: &str, socket: &Path, more: &[&str]) -> Program {
         let args = [&["--device", device, "--socket-path", socket.to_str().unwrap()], more].concat();
         let mut command = command(&args);
         // The folder of its embedded controller goes with the test's, however it ends.
@@ -71,33 +71,33 @@ impl Program {
         program
     }
 
-    pub fn lines_with(&self, text: &str) -> usize {
+    pub(crate) fn lines_with(&self, text: &str) -> usize {
         self.lines_with_all(&[text])
     }
 
     /// How many lines have all of these in them.
-    pub fn lines_with_all(&self, texts: &[&str]) -> usize {
+    pub(crate) fn lines_with_all(&self, texts: &[&str]) -> usize {
         self.log.lock().unwrap().iter().filter(|line| texts.iter().all(|text| line.contains(text))).count()
     }
 
     /// Which line of the log says something first.
     #[track_caller]
-    pub fn position(&self, text: &str) -> usize {
+    pub(crate) fn position(&self, text: &str) -> usize {
         self.log.lock().unwrap().iter().position(|line| line.contains(text)).expect(text)
     }
 
     #[track_caller]
-    pub fn wait_for(&self, text: &str) {
+    pub(crate) fn wait_for(&self, text: &str) {
         eventually(text, || self.lines_with(text) > 0);
     }
 
-    pub fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
     /// Waits until it has ended, and everything that it logged can be looked at.
     #[track_caller]
-    pub fn wait(&mut self) -> ExitStatus {
+    pub(crate) fn wait(&mut self) -> ExitStatus {
         let deadline = Instant::now() + DEADLINE;
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {

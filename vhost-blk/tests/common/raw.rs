@@ -9,45 +9,45 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::*;
 
 /// Descriptor flags (virtio 1.2, 2.7.5 and 2.8.1).
-pub const NEXT: u16 = 1;
-pub const WRITE: u16 = 2;
-pub const INDIRECT: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
 
 /// What SET_VRING_BASE says of a packed ring that begins: both wrap counters are 1.
-pub const PACKED_BASE: u32 = 0x8000_8000;
+pub(crate) const PACKED_BASE: u32 = 0x8000_8000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
+pub(crate) enum Format {
     Split,
     Packed,
 }
 
 /// A buffer of a chain.
 #[derive(Clone, Copy, Debug)]
-pub struct Piece {
+pub(crate) struct Piece {
     pub address: u64,
     pub bytes: u32,
     pub writable: bool,
 }
 
 /// A buffer that the device reads.
-pub fn readable(address: u64, bytes: u32) -> Piece {
+pub(crate) fn readable(address: u64, bytes: u32) -> Piece {
     Piece { address, bytes, writable: false }
 }
 
 /// A buffer that the device writes.
-pub fn writable(address: u64, bytes: u32) -> Piece {
+pub(crate) fn writable(address: u64, bytes: u32) -> Piece {
     Piece { address, bytes, writable: true }
 }
 
 /// Bytes of guest memory that [`RawRing::request`] takes: the header, and at [`STATUS`] the status.
-pub const REQUEST_BYTES: u64 = 32;
-pub const STATUS: u64 = 16;
+pub(crate) const REQUEST_BYTES: u64 = 32;
+pub(crate) const STATUS: u64 = 16;
 
 /// A virtqueue in a region, from the guest's side. Nothing is checked: what makes no sense is written as it is asked for.
-pub struct RawRing<'a> {
+pub(crate) struct RawRing<'a> {
     pub index: u32,
     pub size: u16,
     pub format: Format,
@@ -71,13 +71,13 @@ pub struct RawRing<'a> {
 
 impl<'a> RawRing<'a> {
     /// Bytes of guest memory that a ring takes.
-    pub const fn bytes(size: u16) -> u64 {
+    pub(crate) const fn bytes(size: u16) -> u64 {
         let descriptors = (16 * size as u64).next_multiple_of(4096);
         descriptors + 2 * (8 * size as u64 + 4096).next_multiple_of(4096)
     }
 
     /// A ring at `guest`, zeroed; it is not started. Requests and data are the caller's to place.
-    pub fn new(region: &'a Region, index: u32, guest: u64, format: Format, size: u16) -> RawRing<'a> {
+    pub(crate) fn new(region: &'a Region, index: u32, guest: u64, format: Format, size: u16) -> RawRing<'a> {
         let event = || EventFd::new(EFD_NONBLOCK).unwrap();
         let descriptors = (16 * u64::from(size)).next_multiple_of(4096);
         let part = (Self::bytes(size) - descriptors) / 2;
@@ -102,14 +102,14 @@ impl<'a> RawRing<'a> {
     }
 
     /// The body of SET_VRING_ADDR.
-    pub fn addresses(&self) -> Vec<u8> {
+    pub(crate) fn addresses(&self) -> Vec<u8> {
         let words = [self.descriptors + USER, self.device + USER, self.driver + USER, 0];
         let head = [self.index.to_ne_bytes(), [0; 4]].concat();
         words.iter().fold(head, |body, word| [body, word.to_ne_bytes().to_vec()].concat())
     }
 
     /// What SET_VRING_BASE has to say now, if nothing is out.
-    pub fn base(&self) -> u32 {
+    pub(crate) fn base(&self) -> u32 {
         match self.format {
             Format::Split => self.next.into(),
             Format::Packed => {
@@ -120,12 +120,12 @@ impl<'a> RawRing<'a> {
     }
 
     /// The messages that start it, in QEMU's order.
-    pub fn start(&self, front: &Front) {
+    pub(crate) fn start(&self, front: &Front) {
         self.start_at(front, self.base());
     }
 
     /// The same, at what the back-end has said when it stopped it.
-    pub fn start_at(&self, front: &Front, base: u32) {
+    pub(crate) fn start_at(&self, front: &Front, base: u32) {
         front.set_ring(SET_VRING_ENABLE, self.index, 1);
         front.set_ring(SET_VRING_NUM, self.index, self.size.into());
         front.set_ring(SET_VRING_BASE, self.index, base);
@@ -135,32 +135,32 @@ impl<'a> RawRing<'a> {
         front.accept(SET_VRING_CALL, &index, &[self.call.as_raw_fd()]);
     }
 
-    pub fn kick(&self) {
+    pub(crate) fn kick(&self) {
         // A counter that is full tells as much; the hostile fill it.
         let _ = self.kick.write(1);
     }
 
     /// Stores a value anywhere in its memory.
-    pub fn write<T: ByteValued>(&self, at: u64, value: T) {
+    pub(crate) fn write<T: ByteValued>(&self, at: u64, value: T) {
         self.memory.write_obj(value, GuestAddress(at)).unwrap();
     }
 
-    pub fn read<T: ByteValued>(&self, at: u64) -> T {
+    pub(crate) fn read<T: ByteValued>(&self, at: u64) -> T {
         self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 
-    pub fn fill(&self, at: u64, data: &[u8]) {
+    pub(crate) fn fill(&self, at: u64, data: &[u8]) {
         self.memory.write_slice(data, GuestAddress(at)).unwrap();
     }
 
-    pub fn fetch(&self, at: u64, bytes: usize) -> Vec<u8> {
+    pub(crate) fn fetch(&self, at: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
         self.memory.read_slice(&mut data, GuestAddress(at)).unwrap();
         data
     }
 
     /// Writes one descriptor, of the ring or of a table; `last` is `next` of a split ring, the buffer ID of a packed one.
-    pub fn descriptor(&self, at: u64, piece: Piece, flags: u16, last: u16) {
+    pub(crate) fn descriptor(&self, at: u64, piece: Piece, flags: u16, last: u16) {
         let flags = flags | if piece.writable { WRITE } else { 0 };
         self.write(at, piece.address);
         self.write(at + 8, piece.bytes);
@@ -170,12 +170,12 @@ impl<'a> RawRing<'a> {
     }
 
     /// Makes a chain available: its ID, or `None` if there is no room. The other side is not kicked.
-    pub fn offer(&mut self, chain: &[Piece]) -> Option<u16> {
+    pub(crate) fn offer(&mut self, chain: &[Piece]) -> Option<u16> {
         self.place(chain, 0)
     }
 
     /// The same by a table of indirect descriptors at `table`.
-    pub fn offer_indirect(&mut self, table: u64, chain: &[Piece]) -> Option<u16> {
+    pub(crate) fn offer_indirect(&mut self, table: u64, chain: &[Piece]) -> Option<u16> {
         for (at, piece) in (0u16..).zip(chain) {
             let more = self.format == Format::Split && usize::from(at) + 1 < chain.len();
             let (flags, last) = if more { (NEXT, at + 1) } else { (0, 0) };
@@ -207,7 +207,7 @@ impl<'a> RawRing<'a> {
     }
 
     /// Claims that the driver has got so far (split: avail.idx), true or not.
-    pub fn publish(&mut self, next: u16) {
+    pub(crate) fn publish(&mut self, next: u16) {
         self.next = next;
         // Release: the entries are there before; pairs with the device's Acquire of avail.idx.
         self.memory.store(next.to_le(), GuestAddress(self.driver + 2), Ordering::Release).unwrap();
@@ -251,7 +251,7 @@ impl<'a> RawRing<'a> {
     }
 
     /// The next chain that was given back: its ID and the bytes written.
-    pub fn used(&mut self) -> Option<(u16, u32)> {
+    pub(crate) fn used(&mut self) -> Option<(u16, u32)> {
         match self.format {
             Format::Split => {
                 // Acquire: pairs with the device's Release of used.idx.
@@ -287,7 +287,7 @@ impl<'a> RawRing<'a> {
     }
 
     #[track_caller]
-    pub fn wait_used(&mut self) -> (u16, u32) {
+    pub(crate) fn wait_used(&mut self) -> (u16, u32) {
         let deadline = Instant::now() + DEADLINE;
         loop {
             if let Some(used) = self.used() {
@@ -299,7 +299,7 @@ impl<'a> RawRing<'a> {
     }
 
     /// A block request: writes its header at `at` (see [`REQUEST_BYTES`]), and gives the chain with `data` in the middle.
-    pub fn request(&self, at: u64, kind: u32, sector: u64, data: &[Piece]) -> Vec<Piece> {
+    pub(crate) fn request(&self, at: u64, kind: u32, sector: u64, data: &[Piece]) -> Vec<Piece> {
         self.write(at, u64::from(kind));
         self.write(at + 8, sector);
         self.write(at + STATUS, 0xffu8);
@@ -307,13 +307,13 @@ impl<'a> RawRing<'a> {
     }
 
     /// What the device said of the request at `at`; 0xff: nothing.
-    pub fn status(&self, at: u64) -> u8 {
+    pub(crate) fn status(&self, at: u64) -> u8 {
         self.read(at + STATUS)
     }
 
     /// One request, with its status.
     #[track_caller]
-    pub fn run(&mut self, at: u64, kind: u32, sector: u64, data: &[Piece]) -> u8 {
+    pub(crate) fn run(&mut self, at: u64, kind: u32, sector: u64, data: &[Piece]) -> u8 {
         let chain = self.request(at, kind, sector, data);
         self.offer(&chain).expect("there is room");
         self.kick();
@@ -323,7 +323,7 @@ impl<'a> RawRing<'a> {
 }
 
 /// A log of requests in flight that the back-end has made for a front-end, and that this side has mapped, too.
-pub struct Log {
+pub(crate) struct Log {
     /// `VhostUserInflight`, as the back-end has filled it in.
     pub told: Vec<u8>,
     pub file: File,
@@ -331,7 +331,7 @@ pub struct Log {
 }
 
 impl Log {
-    pub fn new(front: &Front, queues: u16, size: u16) -> Log {
+    pub(crate) fn new(front: &Front, queues: u16, size: u16) -> Log {
         let (told, file) = front.ask_file(GET_INFLIGHT_FD, &inflight(0, queues, size));
         let bytes = number(&told[..8]) as usize;
         let range = (GuestAddress(0), bytes, Some(FileOffset::new(file.try_clone().unwrap(), 0)));
@@ -340,24 +340,24 @@ impl Log {
     }
 
     /// Hands it to the back-end.
-    pub fn set(&self, front: &Front) {
+    pub(crate) fn set(&self, front: &Front) {
         front.accept(SET_INFLIGHT_FD, &self.told, &[self.file.as_raw_fd()]);
     }
 
-    pub fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         number(&self.told[..8])
     }
 
     /// Bytes of one queue's part.
-    pub fn stride(&self) -> u64 {
+    pub(crate) fn stride(&self) -> u64 {
         self.bytes() / u64::from(u16::from_ne_bytes(self.told[16..18].try_into().unwrap()))
     }
 
-    pub fn write<T: ByteValued>(&self, at: u64, value: T) {
+    pub(crate) fn write<T: ByteValued>(&self, at: u64, value: T) {
         self.memory.write_obj(value, GuestAddress(at)).unwrap();
     }
 
-    pub fn read<T: ByteValued>(&self, at: u64) -> T {
+    pub(crate) fn read<T: ByteValued>(&self, at: u64) -> T {
         self.memory.read_obj(GuestAddress(at)).unwrap()
     }
 }

@@ -8,26 +8,26 @@ use vhost_blk::control::target::Target;
 
 use super::Front;
 
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// A target in this process, its sockets in a folder.
-pub struct Served {
+pub(crate) struct Served {
     pub target: Target,
     pub folder: TempDir,
 }
 
 impl Served {
-    pub fn socket(&self, number: usize) -> PathBuf {
+    pub(crate) fn socket(&self, number: usize) -> PathBuf {
         self.folder.path().join(number.to_string())
     }
 
-    pub fn connect(&self) -> Front {
+    pub(crate) fn connect(&self) -> Front {
         Front::connect(&self.socket(0))
     }
 }
 
 /// Serves disks; `change` adapts the settings of each.
-pub fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Served {
+pub(crate) fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Served {
     let _ =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("info")).is_test(true).try_init();
     let folder = tempfile::tempdir().unwrap();
@@ -51,10 +51,10 @@ pub fn serve(count: usize, change: impl Fn(usize, &mut ExportSettings)) -> Serve
     Served { target, folder }
 }
 
-pub fn one() -> Served {
+pub(crate) fn one() -> Served {
     serve(1, |_, _| {})
 }
 
-pub fn with_cache() -> Served {
+pub(crate) fn with_cache() -> Served {
     serve(1, |_, export| export.device = "sim:64M,write-cache=on".parse().unwrap())
 }

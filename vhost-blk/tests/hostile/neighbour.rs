@@ -42,7 +42,7 @@ struct Seen {
 }
 
 /// A front-end of its own, with its load, in a thread.
-pub struct Neighbour {
+pub(crate) struct Neighbour {
     seen: Arc<Mutex<Seen>>,
     stop: Arc<Mutex<bool>>,
     alone: Duration,
@@ -50,7 +50,7 @@ pub struct Neighbour {
 }
 
 impl Neighbour {
-    pub fn start(socket: &Path, program: &Program) -> Neighbour {
+    pub(crate) fn start(socket: &Path, program: &Program) -> Neighbour {
         let seed = std::env::var("HOSTILE_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or_else(|| {
             let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
             now.map_or(1, |now| now.as_nanos() as u64)
@@ -89,13 +89,13 @@ impl Neighbour {
     }
 
     /// How many requests were answered since the attack began.
-    pub fn progress(&self) -> u64 {
+    pub(crate) fn progress(&self) -> u64 {
         self.seen().answered
     }
 
     /// Waits until so many more requests are answered, or something was wrong.
     #[track_caller]
-    pub fn answered(&self, more: u64) {
+    pub(crate) fn answered(&self, more: u64) {
         let before = self.seen().answered;
         eventually("the neighbour's requests are answered", || {
             let seen = self.seen();
@@ -105,7 +105,7 @@ impl Neighbour {
 
     /// Watches it alone, so that what an attack does can be told from that. Counts begin anew.
     #[track_caller]
-    pub fn measure_alone(&mut self) {
+    pub(crate) fn measure_alone(&mut self) {
         *self.seen.lock().unwrap() = Seen::default();
         std::thread::sleep(ALONE);
         self.answered(ENOUGH);
@@ -115,20 +115,20 @@ impl Neighbour {
     }
 
     /// What no request of it may exceed.
-    pub fn limit(&self) -> Duration {
+    pub(crate) fn limit(&self) -> Duration {
         LIMIT.max(2 * self.alone)
     }
 
     /// Ends the load. None of its requests failed, none read a wrong byte, it went on, and none waited too long.
     #[track_caller]
-    pub fn verdict(self) {
+    pub(crate) fn verdict(self) {
         let limit = self.limit();
         self.verdict_within(limit);
     }
 
     /// The same, where the drive itself makes it wait.
     #[track_caller]
-    pub fn verdict_within(mut self, limit: Duration) {
+    pub(crate) fn verdict_within(mut self, limit: Duration) {
         // It goes on after the attack, too.
         self.answered(ENOUGH);
         self.end();

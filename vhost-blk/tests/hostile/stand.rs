@@ -11,13 +11,13 @@ use crate::common::{Front, eventually};
 use crate::neighbour::Neighbour;
 use crate::program::{Program, command};
 
-pub const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 
 /// One stand at a time: tests measure how long requests take.
 static ONE: Mutex<()> = Mutex::new(());
 
 /// What a test may want otherwise. Lines are of the configuration file.
-pub struct Setup {
+pub(crate) struct Setup {
     /// The drive. Namespace 1 is the hostile's, namespace 2 the neighbour's; others are for `more`.
     pub drive: Config,
     /// Lines before the exports, such as `io-timeout = 2`.
@@ -36,23 +36,23 @@ pub struct Setup {
 
 impl Setup {
     /// The drive has one I/O queue pair, so that all rings share it.
-    pub fn one_pair(&mut self) {
+    pub(crate) fn one_pair(&mut self) {
         self.drive.max_queue_pairs = 1;
     }
 
     /// The drive takes no SGLs: data at odd addresses is copied.
-    pub fn no_sgl(&mut self) {
+    pub(crate) fn no_sgl(&mut self) {
         self.drive.sgl = false;
     }
 
     /// Size of the hostile's namespace.
-    pub fn hostile_bytes(&mut self, bytes: u64) {
+    pub(crate) fn hostile_bytes(&mut self, bytes: u64) {
         self.drive.namespaces[0].bytes = bytes;
     }
 }
 
 /// The program, serving. All of it goes when this is dropped.
-pub struct Stand {
+pub(crate) struct Stand {
     // Dropped in this order.
     pub program: Program,
     /// The drive, in this process, so that faults can be set.
@@ -62,12 +62,12 @@ pub struct Stand {
 }
 
 impl Stand {
-    pub fn new() -> Stand {
+    pub(crate) fn new() -> Stand {
         Stand::with(|_| {})
     }
 
     /// The program is ready when this returns.
-    pub fn with(change: impl FnOnce(&mut Setup)) -> Stand {
+    pub(crate) fn with(change: impl FnOnce(&mut Setup)) -> Stand {
         let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let namespace = |bytes| NamespaceConfig { bytes, ..NamespaceConfig::default() };
         let drive = Config { namespaces: vec![namespace(256 * MIB), namespace(64 * MIB)], ..Config::default() };
@@ -107,27 +107,27 @@ impl Stand {
     }
 
     /// A socket in the test's folder.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// Where the hostile connects.
-    pub fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.path("hostile")
     }
 
     /// A connection to the hostile's socket that has said nothing.
-    pub fn hostile(&self) -> Front {
+    pub(crate) fn hostile(&self) -> Front {
         Front::connect(&self.socket())
     }
 
     /// A neighbour with its load.
-    pub fn neighbour(&self) -> Neighbour {
+    pub(crate) fn neighbour(&self) -> Neighbour {
         Neighbour::start(&self.path("neighbour"), &self.program)
     }
 
     /// A neighbour on another socket than its own.
-    pub fn neighbour_on(&self, socket: &Path) -> Neighbour {
+    pub(crate) fn neighbour_on(&self, socket: &Path) -> Neighbour {
         Neighbour::start(socket, &self.program)
     }
 }

@@ -97,7 +97,7 @@ pub(super) struct Staged {
 
 impl Staged {
     /// None, on a queue pair with this many slots.
-    pub fn new(slots: usize) -> Staged {
+    pub(super) fn new(slots: usize) -> Staged {
         Staged {
             places: Vec::with_capacity(MOST_PLACES),
             owners: Vec::with_capacity(MOST_PLACES),
@@ -112,12 +112,12 @@ impl Staged {
 
     /// Are there none?
     #[inline]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.places.is_empty()
     }
 
     /// May there be one more, with this many segments and ranges?
-    pub fn admits(&self, token: u64, entries: usize) -> bool {
+    pub(super) fn admits(&self, token: u64, entries: usize) -> bool {
         let Some(owner) = self.owners.iter().find(|other| other.id == owner(token)) else {
             return self.places.len() < MOST_PLACES;
         };
@@ -128,7 +128,7 @@ impl Staged {
     }
 
     /// Takes one, which was admitted. The lists are copied, since the caller's are gone when `submit` returns.
-    pub fn put(&mut self, request: u16, token: u64, job: Job, segments: &[Segment], ranges: &[LbaRange]) {
+    pub(super) fn put(&mut self, request: u16, token: u64, job: Job, segments: &[Segment], ranges: &[LbaRange]) {
         let mut lists = self.spare.pop().unwrap_or_default();
         lists.segments.extend_from_slice(segments);
         lists.ranges.extend_from_slice(ranges);
@@ -150,18 +150,18 @@ impl Staged {
     }
 
     /// May a command of a long request be issued?
-    pub fn has_room(&self) -> bool {
+    pub(super) fn has_room(&self) -> bool {
         self.commands < self.most_commands && self.weight < MOST_BYTES
     }
 
     /// Is it somebody else's turn? Every other time, if they were refused.
-    pub fn yields(&mut self) -> bool {
+    pub(super) fn yields(&mut self) -> bool {
         self.yielded = std::mem::take(&mut self.refused) && !self.yielded;
         self.yielded
     }
 
     /// The request whose turn it is.
-    pub fn next(&mut self) -> Option<(usize, Next<'_>)> {
+    pub(super) fn next(&mut self) -> Option<(usize, Next<'_>)> {
         let owner = self.owners.iter().min_by_key(|owner| owner.served)?.id;
         let its = self.places.iter_mut().enumerate().filter(|(_, place)| place.owner() == owner);
         let (at, place) = its.min_by_key(|(_, place)| place.served)?;
@@ -171,7 +171,7 @@ impl Staged {
 
     /// A command of the request at this place was issued. `bytes`: it moves or fills so many; `None`: it discards. Returns what
     /// the command weighs, for [`Staged::answered`], and whether it is the first of several.
-    pub fn issued(&mut self, at: usize, bytes: Option<u64>) -> (u64, bool) {
+    pub(super) fn issued(&mut self, at: usize, bytes: Option<u64>) -> (u64, bool) {
         let weight = bytes.map_or(DISCARD, |bytes| bytes.max(LIGHTEST));
         self.commands += 1;
         self.weight += weight;
@@ -190,7 +190,7 @@ impl Staged {
     }
 
     /// The controller has answered a command of this weight.
-    pub fn answered(&mut self, weight: u64) {
+    pub(super) fn answered(&mut self, weight: u64) {
         if weight != 0 {
             self.commands -= 1;
             self.weight -= weight;
@@ -198,14 +198,14 @@ impl Staged {
     }
 
     /// Nothing more of this request is to be issued, if it is here.
-    pub fn forget(&mut self, request: u16) {
+    pub(super) fn forget(&mut self, request: u16) {
         if let Some(at) = self.places.iter().position(|place| place.request == request) {
             self.remove(at);
         }
     }
 
     /// The same for all with such a token; `each` gets the requests.
-    pub fn forget_all(&mut self, mut which: impl FnMut(u64) -> bool, mut each: impl FnMut(u16)) {
+    pub(super) fn forget_all(&mut self, mut which: impl FnMut(u64) -> bool, mut each: impl FnMut(u16)) {
         let mut at = 0;
         while let Some(Place { request, token, .. }) = self.places.get(at) {
             if !which(*token) {
@@ -219,7 +219,7 @@ impl Staged {
     }
 
     /// No command is out any more.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         (self.commands, self.weight, self.refused) = (0, 0, false);
     }
 

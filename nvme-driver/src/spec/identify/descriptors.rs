@@ -13,7 +13,7 @@ pub(crate) struct Descriptors {
 }
 
 impl Descriptors {
-    pub fn parse(bytes: &[u8], namespace: u32) -> Result<Descriptors, Error> {
+    pub(crate) fn parse(bytes: &[u8], namespace: u32) -> Result<Descriptors, Error> {
         let mut found = Descriptors::default();
         let mut rest = bytes;
         // Type (NIDT), length (NIDL), two reserved bytes, the identifier; a length of 0 ends the list.

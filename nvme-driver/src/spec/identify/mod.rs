@@ -210,7 +210,7 @@ pub(crate) struct CommandLimits {
 
 impl CommandLimits {
     /// What holds when the controller reports no limits.
-    pub const NONE: CommandLimits = CommandLimits {
+    pub(crate) const NONE: CommandLimits = CommandLimits {
         verify_bytes: None,
         write_zeroes_bytes: None,
         discard_ranges: 256,
@@ -219,7 +219,7 @@ impl CommandLimits {
     };
 
     /// Is any of these limits tighter than it was?
-    pub fn less_than(&self, before: &CommandLimits) -> bool {
+    pub(crate) fn less_than(&self, before: &CommandLimits) -> bool {
         let bytes = |limit: Option<u64>| limit.unwrap_or(u64::MAX);
         bytes(self.verify_bytes) < bytes(before.verify_bytes)
             || bytes(self.write_zeroes_bytes) < bytes(before.write_zeroes_bytes)
@@ -229,7 +229,7 @@ impl CommandLimits {
     }
 
     /// From CNS 06h; 0 means no limit in each field. `page_size_min` is CAP.MPSMIN.
-    pub fn parse(raw: &RawNvmController, page_size_min: u8) -> CommandLimits {
+    pub(crate) fn parse(raw: &RawNvmController, page_size_min: u8) -> CommandLimits {
         let or = |value: u64, none: u64| if value == 0 { none } else { value };
         CommandLimits {
             verify_bytes: pages(raw.vsl, page_size_min),

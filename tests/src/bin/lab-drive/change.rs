@@ -10,7 +10,7 @@ use crate::engine::{self, Doing, Lane, Wait};
 use crate::{Disk, Result};
 
 /// Changes parts of a disk that was filled under `seed`, and lists them.
-pub fn change(disk: &Disk, seed: u64) -> Result<Option<Value>> {
+pub(crate) fn change(disk: &Disk, seed: u64) -> Result<Option<Value>> {
     let (controller, namespace, mut lane) = disk.open()?;
     let device = controller.device();
     let block_bytes = namespace.block_bytes() as usize;

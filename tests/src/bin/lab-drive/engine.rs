@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::Result;
 
 /// Longer than anything takes on an emulated CPU that has to share its core.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Requests that are out at once.
 const DEPTH: usize = 8;
@@ -20,7 +20,7 @@ const PAGE: u64 = 4096;
 
 /// How completions are learned of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Wait {
+pub(crate) enum Wait {
     Polling,
     Interrupts,
     /// Now the one, now the other, while requests are out.
@@ -28,7 +28,7 @@ pub enum Wait {
 }
 
 /// A queue pair, with what is needed to wait for its interrupt.
-pub struct Lane {
+pub(crate) struct Lane {
     pub pair: QueuePair,
     epoll: Option<Epoll>,
     /// There may be completions whose interrupt was cleared.
@@ -38,7 +38,7 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(pair: QueuePair) -> Result<Lane> {
+    pub(crate) fn new(pair: QueuePair) -> Result<Lane> {
         let epoll = match pair.interrupt() {
             Some(event) => {
                 let epoll = Epoll::new()?;
@@ -52,13 +52,13 @@ impl Lane {
     }
 
     /// Whether the interrupt's eventfd is signalled now, or becomes so within `limit`.
-    pub fn interrupted(&self, limit: Duration) -> Result<bool> {
+    pub(crate) fn interrupted(&self, limit: Duration) -> Result<bool> {
         let epoll = self.epoll.as_ref().ok_or("the pair was made without an interrupt")?;
         Ok(epoll.wait(limit.as_millis() as i32, &mut [EpollEvent::default()])? == 1)
     }
 
     /// Changes how completions are learned of.
-    pub fn learn_by(&mut self, completions: Completions) {
+    pub(crate) fn learn_by(&mut self, completions: Completions) {
         if self.pair.completions() != completions {
             self.cleared = self.pair.set_completions(completions);
         }
@@ -66,7 +66,7 @@ impl Lane {
 
     /// Waits until there is something to reap, and reaps it. An error if nothing comes. With interrupts nothing is looked
     /// for before one has come.
-    pub fn reap(&mut self, mut done: impl FnMut(nvme_driver::Completed)) -> Result<usize> {
+    pub(crate) fn reap(&mut self, mut done: impl FnMut(nvme_driver::Completed)) -> Result<usize> {
         let start = Instant::now();
         loop {
             if self.pair.completions() == Completions::Interrupt && !std::mem::take(&mut self.cleared) {
@@ -88,13 +88,13 @@ impl Lane {
     }
 
     /// One request, waited for: an error unless it succeeds.
-    pub fn execute(&mut self, namespace: &Namespace, work: Work<'_>) -> Result<()> {
+    pub(crate) fn execute(&mut self, namespace: &Namespace, work: Work<'_>) -> Result<()> {
         let status = self.status_of(namespace, work)?;
         if status.is_success() { Ok(()) } else { Err(format!("{work:?}: {status}").into()) }
     }
 
     /// One request, waited for: its status.
-    pub fn status_of(&mut self, namespace: &Namespace, work: Work<'_>) -> Result<nvme_driver::Status> {
+    pub(crate) fn status_of(&mut self, namespace: &Namespace, work: Work<'_>) -> Result<nvme_driver::Status> {
         self.pair.submit(namespace, work, 0)?;
         self.pair.ring();
         let mut status = None;
@@ -107,7 +107,7 @@ impl Lane {
 
 /// What is done with a range of blocks.
 #[derive(Clone, Copy)]
-pub enum Doing<'a> {
+pub(crate) enum Doing<'a> {
     /// Written, as the layout has it.
     Write(&'a Layout),
     /// Read, and compared with the layout.
@@ -164,7 +164,7 @@ impl Shape {
 const LENGTHS: [u64; 7] = [4096, 512, 131_072, 12_288, LONGEST, 69_632, 8192];
 
 /// Writes or reads the blocks `blocks` of a namespace: many requests at a time, of many lengths and shapes.
-pub fn run(
+pub(crate) fn run(
     lane: &mut Lane,
     dma: &DmaSpace,
     namespace: &Namespace,

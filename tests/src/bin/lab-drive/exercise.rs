@@ -17,7 +17,7 @@ use crate::{Result, lane};
 /// How long silence is listened to where no interrupt may come.
 const SILENCE: Duration = Duration::from_millis(100);
 
-pub fn exercise(addresses: &[Address]) -> Result<Option<Value>> {
+pub(crate) fn exercise(addresses: &[Address]) -> Result<Option<Value>> {
     let mut drives = Vec::new();
     for address in addresses {
         drives.push(alone(address).map_err(|error| format!("{address}: {error}"))?);

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::engine::{self, Doing, Lane};
 use crate::{Disk, Drive, Result};
 
-pub fn identify(drive: &Drive) -> Result<Option<Value>> {
+pub(crate) fn identify(drive: &Drive) -> Result<Option<Value>> {
     let controller = drive.open()?;
     let identity = controller.identity();
     let mut namespaces = Vec::new();
@@ -52,11 +52,11 @@ fn counters(counters: &Counters) -> Value {
     })
 }
 
-pub fn fill(disk: &Disk, seed: u64) -> Result<Option<Value>> {
+pub(crate) fn fill(disk: &Disk, seed: u64) -> Result<Option<Value>> {
     whole(disk, seed, None)
 }
 
-pub fn verify(disk: &Disk, seed: u64, except: &[Exception]) -> Result<Option<Value>> {
+pub(crate) fn verify(disk: &Disk, seed: u64, except: &[Exception]) -> Result<Option<Value>> {
     whole(disk, seed, Some(except))
 }
 
@@ -81,7 +81,7 @@ fn whole(disk: &Disk, seed: u64, except: Option<&[Exception]>) -> Result<Option<
 }
 
 /// Every pair reads while all others do, and each by an interrupt of its own, as far as there are vectors.
-pub fn queues(drive: &Drive) -> Result<Option<Value>> {
+pub(crate) fn queues(drive: &Drive) -> Result<Option<Value>> {
     let controller = drive.open()?;
     let namespace = controller.namespace(1)?;
     let granted = controller.max_queue_pairs();
@@ -143,7 +143,7 @@ pub fn queues(drive: &Drive) -> Result<Option<Value>> {
     Ok(Some(report))
 }
 
-pub fn read_error(disk: &Disk, lba: u64) -> Result<Option<Value>> {
+pub(crate) fn read_error(disk: &Disk, lba: u64) -> Result<Option<Value>> {
     let (controller, namespace, mut lane) = disk.open()?;
     let buffer = controller.device().dma().allocate(4096)?;
     let segment = Segment { iova: buffer.iova(), bytes: namespace.block_bytes() };
@@ -160,7 +160,7 @@ pub fn read_error(disk: &Disk, lba: u64) -> Result<Option<Value>> {
     Ok(Some(json!({ "status": status.to_string(), "error": error })))
 }
 
-pub fn format(disk: &Disk, block_bytes: u32) -> Result<Option<Value>> {
+pub(crate) fn format(disk: &Disk, block_bytes: u32) -> Result<Option<Value>> {
     let controller = disk.drive.open()?;
     let before = controller.namespace(disk.namespace)?;
     let odd = FormatOptions { block_bytes: 1024, erase: Default::default(), timeout: Duration::from_secs(60) };

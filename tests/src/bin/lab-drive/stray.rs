@@ -25,7 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Maps memory, has the drive use it, takes it away, and has the drive reach for it again: it must not get there, neither
 /// to write nor when the address means other memory by then.
-pub fn stray(disk: &Disk) -> Result<Option<Value>> {
+pub(crate) fn stray(disk: &Disk) -> Result<Option<Value>> {
     let (controller, namespace, mut lane) = disk.open()?;
     let dma = controller.device().dma();
     let memory = Arc::new(SharedMemory::create(BYTES)?);

@@ -15,7 +15,7 @@ use crate::request::{MAX_BYTES, Outcome, Request, SLOT_DATA, SLOT_LOW, Slot};
 use crate::ring::{Driver, Parts, Used};
 
 /// Requests in flight on one ring at most.
-pub const DEPTH: u16 = 48;
+pub(crate) const DEPTH: u16 = 48;
 /// A notification that has not come so long after the answer was there will not come.
 const NOTIFIED: Duration = Duration::from_secs(3);
 /// How long the client sleeps when there is nothing to do.
@@ -25,7 +25,7 @@ const REPORTED: u64 = 10;
 
 /// What went wrong.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Wrong {
+pub(crate) struct Wrong {
     pub errors: u64,
     pub lost: u64,
     pub duplicates: u64,
@@ -34,11 +34,11 @@ pub struct Wrong {
 }
 
 impl Wrong {
-    pub fn total(&self) -> u64 {
+    pub(crate) fn total(&self) -> u64 {
         self.errors + self.lost + self.duplicates
     }
 
-    pub fn error(&mut self, text: &str) {
+    pub(crate) fn error(&mut self, text: &str) {
         self.errors += 1;
         self.say("error", text);
     }
@@ -97,7 +97,7 @@ enum Work {
     ReadBack(u64),
 }
 
-pub struct Client {
+pub(crate) struct Client {
     memory: Memory,
     packed: bool,
     rings: Vec<Ring>,
@@ -125,7 +125,7 @@ pub struct Client {
 }
 
 impl Client {
-    pub fn new(seed: u64, packed: bool, rings: u16) -> Result<Client, Failure> {
+    pub(crate) fn new(seed: u64, packed: bool, rings: u16) -> Result<Client, Failure> {
         let mut random = Random::new(seed);
         let sizes: Vec<u16> = (0..rings).map(|_| Self::size(&mut random, packed)).collect();
         let slots = u64::from(rings) * u64::from(DEPTH);
@@ -191,7 +191,7 @@ impl Client {
     }
 
     /// Tries to reach a back-end and to have it run the rings. False: nobody listens.
-    pub fn connect(&mut self, socket: &std::path::Path) -> std::io::Result<bool> {
+    pub(crate) fn connect(&mut self, socket: &std::path::Path) -> std::io::Result<bool> {
         let Some(mut front_end) = FrontEnd::connect(socket)? else { return Ok(false) };
         let rings: Vec<_> = self.rings.iter().map(Ring::setup).collect();
         let info = front_end.start(&self.memory, self.packed, &rings, &mut self.inflight)?;
@@ -208,7 +208,7 @@ impl Client {
 
     /// The drive has lost its power, and what was not flushed, while no back-end runs the rings: what the last one has
     /// answered has to be taken before.
-    pub fn power_cut(&mut self) {
+    pub(crate) fn power_cut(&mut self) {
         if let Some(disk) = &mut self.disk {
             disk.power_cut();
             self.untold = true;
@@ -216,60 +216,60 @@ impl Client {
     }
 
     /// How often a block was found to have lost what was answered and not flushed.
-    pub fn went_back(&self) -> u64 {
+    pub(crate) fn went_back(&self) -> u64 {
         self.disk.as_ref().map_or(0, Blocks::went_back)
     }
 
     /// Takes all answers that are there, whether there was a notification or not.
-    pub fn collect_all(&mut self) {
+    pub(crate) fn collect_all(&mut self) {
         (0..self.rings.len()).for_each(|index| self.collect(index));
     }
 
     /// The back-end is dead.
-    pub fn disconnect(&mut self) {
+    pub(crate) fn disconnect(&mut self) {
         self.front_end = None;
     }
 
-    pub fn is_connected(&self) -> bool {
+    pub(crate) fn is_connected(&self) -> bool {
         self.front_end.is_some()
     }
 
     /// Whether the back-end has left.
-    pub fn is_abandoned(&self) -> bool {
+    pub(crate) fn is_abandoned(&self) -> bool {
         self.front_end.as_ref().is_some_and(FrontEnd::has_ended)
     }
 
-    pub fn tracks_inflight(&self) -> bool {
+    pub(crate) fn tracks_inflight(&self) -> bool {
         self.inflight.is_some()
     }
 
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.rings.iter().map(Ring::in_flight).sum()
     }
 
     /// The oldest request that has no answer.
-    pub fn oldest(&self) -> Option<&Request> {
+    pub(crate) fn oldest(&self) -> Option<&Request> {
         self.rings.iter().flat_map(|ring| ring.requests.iter().flatten()).min_by_key(|request| request.number)
     }
 
     /// No new requests from now on.
-    pub fn drain(&mut self) {
+    pub(crate) fn drain(&mut self) {
         self.work = Work::Drain;
     }
 
     /// Reads the whole disk from now on; what is in flight has to end first.
-    pub fn read_back(&mut self) {
+    pub(crate) fn read_back(&mut self) {
         self.work = Work::ReadBack(0);
     }
 
     /// Whether there is nothing left to do.
-    pub fn is_done(&self) -> bool {
+    pub(crate) fn is_done(&self) -> bool {
         let blocks = self.disk.as_ref().map_or(0, Blocks::count);
         self.in_flight() == 0 && (self.work == Work::Drain || self.work == Work::ReadBack(blocks))
     }
 
     /// All that is in flight is given up; returns how many requests that are.
-    pub fn give_up(&mut self) {
+    pub(crate) fn give_up(&mut self) {
         for request in self.rings.iter_mut().flat_map(|ring| ring.requests.iter_mut()).filter_map(Option::take) {
             let age = request.since.elapsed();
             let text = format!(
@@ -281,7 +281,7 @@ impl Client {
     }
 
     /// Looks for what was written into memory that no request has, now or at that time.
-    pub fn check_idle(&mut self) {
+    pub(crate) fn check_idle(&mut self) {
         let idle = self.rings.iter().flat_map(|ring| ring.free.iter().map(|slot| &ring.slots[*slot]));
         for text in idle.filter_map(|slot| slot.disturbed(&self.memory)) {
             self.wrong.error(&text);
@@ -289,7 +289,7 @@ impl Client {
     }
 
     /// Looks at every ring once: takes answers, makes new requests. Returns how many answers there were.
-    pub fn turn(&mut self) -> u64 {
+    pub(crate) fn turn(&mut self) -> u64 {
         let before = self.answered;
         for index in 0..self.rings.len() {
             if self.may_look(index) {
@@ -302,7 +302,7 @@ impl Client {
     }
 
     /// Sleeps until a ring notifies, or for a moment.
-    pub fn nap(&self) {
+    pub(crate) fn nap(&self) {
         if self.rings.iter().all(|ring| ring.waiting.is_some()) {
             // Interrupted or not: the rings are looked at again anyway.
             let _ = self.epoll.wait(1, &mut [EpollEvent::default()]);

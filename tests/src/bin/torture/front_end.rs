@@ -55,14 +55,14 @@ const ANSWER: Duration = Duration::from_secs(20);
 const CONFIG: u32 = 60;
 
 /// What a front-end keeps for the next back-end: the memory in which the last one has noted what is in flight.
-pub struct Inflight {
+pub(crate) struct Inflight {
     told: [u8; 24],
     file: File,
 }
 
 /// What a disk says of itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DiskInfo {
+pub(crate) struct DiskInfo {
     pub sectors: u64,
     pub block_bytes: u32,
     pub max_write_zeroes_sectors: u32,
@@ -72,14 +72,14 @@ pub struct DiskInfo {
 }
 
 /// A ring as it is set up.
-pub struct RingSetup<'a> {
+pub(crate) struct RingSetup<'a> {
     pub driver: &'a Driver,
     pub kick: &'a EventFd,
     pub call: &'a EventFd,
 }
 
 /// A connection to a back-end.
-pub struct FrontEnd {
+pub(crate) struct FrontEnd {
     stream: UnixStream,
     /// REPLY_ACK was negotiated.
     acknowledged: bool,
@@ -87,7 +87,7 @@ pub struct FrontEnd {
 
 impl FrontEnd {
     /// `None`: nobody listens yet.
-    pub fn connect(socket: &Path) -> io::Result<Option<FrontEnd>> {
+    pub(crate) fn connect(socket: &Path) -> io::Result<Option<FrontEnd>> {
         let stream = match UnixStream::connect(socket) {
             Ok(stream) => stream,
             Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused) => {
@@ -100,7 +100,7 @@ impl FrontEnd {
     }
 
     /// Whether the back-end has closed the connection.
-    pub fn has_ended(&self) -> bool {
+    pub(crate) fn has_ended(&self) -> bool {
         // No message is expected: whatever is there to be read is the end.
         let quiet = self.stream.set_nonblocking(true).and_then(|()| {
             let found = (&self.stream).read(&mut [0; 1]);
@@ -111,7 +111,7 @@ impl FrontEnd {
     }
 
     /// Negotiates, gives memory and rings, and starts them, in QEMU's order.
-    pub fn start(
+    pub(crate) fn start(
         &mut self,
         memory: &Memory,
         packed: bool,

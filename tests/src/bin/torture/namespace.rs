@@ -11,12 +11,12 @@ use crate::client::Client;
 use crate::random::Random;
 
 /// The namespace that fails; the client's is 1.
-pub const FAILING: u32 = 2;
+pub(crate) const FAILING: u32 = 2;
 /// How long the last answers may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What befalls the failing namespace for a while: rules for the drive, all of them with its identifier.
-pub fn fault(random: &mut Random) -> String {
+pub(crate) fn fault(random: &mut Random) -> String {
     // Media errors, a namespace that is not ready, is formatted, is gone, is write protected, a drive that gives no reason or does not
     // know the command, and one that is slow.
     const STATUSES: [&str; 10] = [
@@ -43,7 +43,7 @@ pub fn fault(random: &mut Random) -> String {
 
 /// What the client of the failing namespace has met.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Suffering {
+pub(crate) struct Suffering {
     pub requests: u64,
     /// Answers with an error, and what follows from those.
     pub failures: u64,
@@ -52,13 +52,13 @@ pub struct Suffering {
 }
 
 /// The client of the failing namespace, in a thread of its own.
-pub struct Sufferer {
+pub(crate) struct Sufferer {
     over: Arc<AtomicBool>,
     thread: JoinHandle<Result<Suffering, Failure>>,
 }
 
 impl Sufferer {
-    pub fn start(seed: u64, packed: bool, rings: u16, socket: &Path) -> Result<Sufferer, Failure> {
+    pub(crate) fn start(seed: u64, packed: bool, rings: u16, socket: &Path) -> Result<Sufferer, Failure> {
         let over = Arc::new(AtomicBool::new(false));
         let (told, socket) = (over.clone(), socket.to_owned());
         let body = move || {
@@ -83,7 +83,7 @@ impl Sufferer {
     }
 
     /// Has it end, after its last answer.
-    pub fn end(self) -> Result<Suffering, Failure> {
+    pub(crate) fn end(self) -> Result<Suffering, Failure> {
         self.over.store(true, Ordering::Relaxed);
         let ended = self.thread.join();
         ended.unwrap_or_else(|_| Err(Failure::Stand("the failing namespace's client has panicked".into())))

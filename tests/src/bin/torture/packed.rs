@@ -11,7 +11,7 @@ const USED: u16 = 1 << 15;
 const DISABLE: u16 = 1;
 const AT_DESCRIPTOR: u16 = 2;
 
-pub struct PackedDriver {
+pub(crate) struct PackedDriver {
     pub parts: Parts,
     /// Buffer ids.
     free: Names,
@@ -27,7 +27,7 @@ pub struct PackedDriver {
 }
 
 impl PackedDriver {
-    pub fn new(parts: Parts, rest: bool) -> PackedDriver {
+    pub(crate) fn new(parts: Parts, rest: bool) -> PackedDriver {
         PackedDriver {
             parts,
             free: Names::new(parts.size, rest),
@@ -50,7 +50,7 @@ impl PackedDriver {
         memory.write(at, &raw);
     }
 
-    pub fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
+    pub(crate) fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
         let whole = table.map(|address| {
             for (index, piece) in (0..).zip(chain) {
                 let at = address + 16 * index;
@@ -91,7 +91,7 @@ impl PackedDriver {
         Some(id)
     }
 
-    pub fn has_used(&self, memory: &Memory) -> bool {
+    pub(crate) fn has_used(&self, memory: &Memory) -> bool {
         let at = self.parts.descriptors + 16 * u64::from(self.next_used);
         // Acquire: pairs with the device's Release of the used flags.
         let flags = memory.load_u16(at + 14, Ordering::Acquire);
@@ -99,7 +99,7 @@ impl PackedDriver {
         avail == used && used == self.used_wrap
     }
 
-    pub fn used(&mut self, memory: &Memory) -> Option<Used> {
+    pub(crate) fn used(&mut self, memory: &Memory) -> Option<Used> {
         if !self.has_used(memory) {
             return None;
         }
@@ -119,7 +119,7 @@ impl PackedDriver {
         Some(Used::Chain { id, bytes })
     }
 
-    pub fn kick_wanted(&mut self, memory: &Memory) -> bool {
+    pub(crate) fn kick_wanted(&mut self, memory: &Memory) -> bool {
         // SeqCst fence: the descriptors' flags are visible before the device's event area is read; pairs with the device's
         // between writing that and looking at the ring once more (2.8.21.3).
         fence(Ordering::SeqCst);
@@ -138,7 +138,7 @@ impl PackedDriver {
         }
     }
 
-    pub fn ask_for_calls(&self, memory: &Memory, on: bool) {
+    pub(crate) fn ask_for_calls(&self, memory: &Memory, on: bool) {
         if on {
             let event = self.next_used | u16::from(self.used_wrap) << 15;
             memory.store_u16(self.parts.driver, event, Ordering::Relaxed);
@@ -150,7 +150,7 @@ impl PackedDriver {
         fence(Ordering::SeqCst);
     }
 
-    pub fn base(&self, _memory: &Memory) -> u32 {
+    pub(crate) fn base(&self, _memory: &Memory) -> u32 {
         0x8000_8000
     }
 }

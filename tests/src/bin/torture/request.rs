@@ -11,11 +11,11 @@ use crate::random::Random;
 use crate::ring::Piece;
 
 /// The most data of one request.
-pub const MAX_BYTES: u64 = 64 << 10;
+pub(crate) const MAX_BYTES: u64 = 64 << 10;
 /// A slot's data: room to begin anywhere in a page.
-pub const SLOT_DATA: u64 = MAX_BYTES + 4096;
+pub(crate) const SLOT_DATA: u64 = MAX_BYTES + 4096;
 /// A slot's header, status and table.
-pub const SLOT_LOW: u64 = 2048;
+pub(crate) const SLOT_LOW: u64 = 2048;
 const STATUS: u64 = 64;
 const TABLE: u64 = 128;
 const MAX_SEGMENTS: u64 = 32;
@@ -33,7 +33,7 @@ static IDLE: [u8; SLOT_DATA as usize] = [POISON; SLOT_DATA as usize];
 const _: () = assert!(TABLE + 16 * (MAX_SEGMENTS + 2) <= SLOT_LOW);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Read,
     Write,
     Flush,
@@ -44,25 +44,25 @@ pub enum Kind {
 
 /// Where a request lies.
 #[derive(Clone, Copy)]
-pub struct Slot {
+pub(crate) struct Slot {
     low: u64,
     data: u64,
 }
 
 impl Slot {
     /// The slot `number` after `low`.
-    pub fn new(low: u64, number: u64) -> Slot {
+    pub(crate) fn new(low: u64, number: u64) -> Slot {
         Slot { low: low + number * SLOT_LOW, data: DATA + number * SLOT_DATA }
     }
 
     /// Has nothing in it.
-    pub fn wipe(&self, memory: &Memory) {
+    pub(crate) fn wipe(&self, memory: &Memory) {
         wipe(memory, self.low, SLOT_LOW);
         wipe(memory, self.data, SLOT_DATA);
     }
 
     /// Where somebody has written to it, while it was not in use or beside the buffers of the requests that used it.
-    pub fn disturbed(&self, memory: &Memory) -> Option<String> {
+    pub(crate) fn disturbed(&self, memory: &Memory) -> Option<String> {
         disturbed(memory, self.low, SLOT_LOW).or_else(|| disturbed(memory, self.data, SLOT_DATA))
     }
 }
@@ -88,7 +88,7 @@ fn disturbed(memory: &Memory, address: u64, bytes: u64) -> Option<String> {
 }
 
 /// A request in flight.
-pub struct Request {
+pub(crate) struct Request {
     pub kind: Kind,
     pub blocks: Vec<Range<u64>>,
     /// A count of all requests.
@@ -104,7 +104,7 @@ pub struct Request {
 
 /// What came of a request.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     Right,
     /// A flush that failed: what was answered before is not safe.
     NotFlushed,
@@ -116,7 +116,13 @@ pub enum Outcome {
 
 impl Request {
     /// Draws a request on blocks that no other has; `None`: none was found this time.
-    pub fn draw(random: &mut Random, disk: &mut Blocks, info: &DiskInfo, slot: Slot, number: u64) -> Option<Request> {
+    pub(crate) fn draw(
+        random: &mut Random,
+        disk: &mut Blocks,
+        info: &DiskInfo,
+        slot: Slot,
+        number: u64,
+    ) -> Option<Request> {
         let kind = match random.below(100) {
             0..42 => Kind::Write,
             42..54 if info.flush => Kind::Flush,
@@ -146,7 +152,7 @@ impl Request {
     }
 
     /// Reads all of `blocks`.
-    pub fn read(random: &mut Random, disk: &Blocks, slot: Slot, number: u64, blocks: Range<u64>) -> Request {
+    pub(crate) fn read(random: &mut Random, disk: &Blocks, slot: Slot, number: u64, blocks: Range<u64>) -> Request {
         let since = Instant::now();
         let (kind, promise, blocks) = (Kind::Read, disk.promise(), vec![blocks]);
         let mut request = Request { kind, blocks, number, since, promise, slot, data: Vec::new(), sent: Vec::new() };
@@ -200,19 +206,19 @@ impl Request {
     }
 
     /// Whether the part of its slot that it is going to use was written to while nobody used it.
-    pub fn disturbed(&self, memory: &Memory) -> Option<String> {
+    pub(crate) fn disturbed(&self, memory: &Memory) -> Option<String> {
         let low = disturbed(memory, self.slot.low, SLOT_LOW);
         low.or_else(|| self.data.iter().find_map(|piece| disturbed(memory, piece.address, piece.bytes.into())))
     }
 
     /// Leaves nothing of it in memory.
-    pub fn wipe(&self, memory: &Memory) {
+    pub(crate) fn wipe(&self, memory: &Memory) {
         wipe(memory, self.slot.low, SLOT_LOW);
         self.data.iter().for_each(|piece| wipe(memory, piece.address, piece.bytes.into()));
     }
 
     /// Lays the request out in memory; what comes back is its chain, and where a table for it may be.
-    pub fn prepare(&mut self, memory: &Memory, disk: &mut Blocks) -> (Vec<Piece>, u64) {
+    pub(crate) fn prepare(&mut self, memory: &Memory, disk: &mut Blocks) -> (Vec<Piece>, u64) {
         let kind: u32 = match self.kind {
             Kind::Read => 0,
             Kind::Write => 1,
@@ -262,7 +268,13 @@ impl Request {
     }
 
     /// The device says that the request is done, and that it wrote so many bytes.
-    pub fn complete(&self, memory: &Memory, disk: &mut Blocks, written: u32, id: &mut Option<Vec<u8>>) -> Outcome {
+    pub(crate) fn complete(
+        &self,
+        memory: &Memory,
+        disk: &mut Blocks,
+        written: u32,
+        id: &mut Option<Vec<u8>>,
+    ) -> Outcome {
         let outcome = self.check(memory, disk, written, id);
         self.blocks.iter().for_each(|blocks| disk.release(blocks));
         outcome

@@ -6,27 +6,27 @@ use crate::memory::Memory;
 use crate::packed::PackedDriver;
 use crate::split::SplitDriver;
 
-pub const NEXT: u16 = 1;
-pub const WRITE: u16 = 2;
-pub const INDIRECT: u16 = 4;
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
 
 /// A piece of a chain.
 #[derive(Clone, Copy, Debug)]
-pub struct Piece {
+pub(crate) struct Piece {
     pub address: u64,
     pub bytes: u32,
     pub writable: bool,
 }
 
 impl Piece {
-    pub fn flags(&self) -> u16 {
+    pub(crate) fn flags(&self) -> u16 {
         if self.writable { WRITE } else { 0 }
     }
 }
 
 /// What the device has given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Used {
+pub(crate) enum Used {
     /// A chain that was in flight, and what was written to it.
     Chain { id: u16, bytes: u32 },
     /// Something that was not.
@@ -35,32 +35,32 @@ pub enum Used {
 
 /// Names of chains that are not in use. A name that is used again at once hides a stale answer, one that rests shows it;
 /// a driver may do either.
-pub struct Names {
+pub(crate) struct Names {
     free: VecDeque<u16>,
     rest: bool,
 }
 
 impl Names {
-    pub fn new(count: u16, rest: bool) -> Names {
+    pub(crate) fn new(count: u16, rest: bool) -> Names {
         Names { free: (0..count).collect(), rest }
     }
 
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.free.len()
     }
 
-    pub fn take(&mut self) -> Option<u16> {
+    pub(crate) fn take(&mut self) -> Option<u16> {
         if self.rest { self.free.pop_front() } else { self.free.pop_back() }
     }
 
-    pub fn put(&mut self, name: u16) {
+    pub(crate) fn put(&mut self, name: u16) {
         self.free.push_back(name);
     }
 }
 
 /// Where the parts of a ring lie.
 #[derive(Clone, Copy, Debug)]
-pub struct Parts {
+pub(crate) struct Parts {
     pub size: u16,
     pub descriptors: u64,
     /// Available ring, or driver event area.
@@ -71,18 +71,18 @@ pub struct Parts {
 
 impl Parts {
     /// A ring of `size` entries at `at`, a multiple of 16.
-    pub fn at(at: u64, size: u16) -> Parts {
+    pub(crate) fn at(at: u64, size: u16) -> Parts {
         let driver = at + 16 * u64::from(size);
         Parts { size, descriptors: at, driver, device: (driver + 6 + 2 * u64::from(size)).next_multiple_of(4) }
     }
 
     /// Bytes that such a ring takes, whatever its format.
-    pub fn bytes(size: u16) -> u64 {
+    pub(crate) fn bytes(size: u16) -> u64 {
         (26 * u64::from(size) + 32).next_multiple_of(4096)
     }
 }
 
-pub enum Driver {
+pub(crate) enum Driver {
     Split(SplitDriver),
     Packed(PackedDriver),
 }
@@ -97,45 +97,45 @@ macro_rules! either {
 }
 
 impl Driver {
-    pub fn new(packed: bool, parts: Parts, rest: bool) -> Driver {
+    pub(crate) fn new(packed: bool, parts: Parts, rest: bool) -> Driver {
         match packed {
             false => Driver::Split(SplitDriver::new(parts, rest)),
             true => Driver::Packed(PackedDriver::new(parts, rest)),
         }
     }
 
-    pub fn parts(&self) -> Parts {
+    pub(crate) fn parts(&self) -> Parts {
         either!(self, driver => driver.parts)
     }
 
     /// Makes a chain available, through an indirect table at this address if there is one, and returns its name; `None`: the
     /// ring has no room.
-    pub fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
+    pub(crate) fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
         either!(self, driver => driver.add(memory, chain, table))
     }
 
     /// The next thing the device has given back.
-    pub fn used(&mut self, memory: &Memory) -> Option<Used> {
+    pub(crate) fn used(&mut self, memory: &Memory) -> Option<Used> {
         either!(self, driver => driver.used(memory))
     }
 
-    pub fn has_used(&self, memory: &Memory) -> bool {
+    pub(crate) fn has_used(&self, memory: &Memory) -> bool {
         either!(self, driver => driver.has_used(memory))
     }
 
     /// Has the device asked to be told of what was added since the last call?
-    pub fn kick_wanted(&mut self, memory: &Memory) -> bool {
+    pub(crate) fn kick_wanted(&mut self, memory: &Memory) -> bool {
         either!(self, driver => driver.kick_wanted(memory))
     }
 
     /// Asks for a notification of the next used chain, or for none.
-    pub fn ask_for_calls(&self, memory: &Memory, on: bool) {
+    pub(crate) fn ask_for_calls(&self, memory: &Memory, on: bool) {
         either!(self, driver => driver.ask_for_calls(memory, on));
     }
 
     /// What a front-end says of the ring to a new back-end when the old one cannot be asked any more (as QEMU does it): split
     /// rings go on from the used index in memory; for packed rings, which have none there, it repeats what it said at first.
-    pub fn base(&self, memory: &Memory) -> u32 {
+    pub(crate) fn base(&self, memory: &Memory) -> u32 {
         either!(self, driver => driver.base(memory))
     }
 }

@@ -11,7 +11,7 @@ use crate::stand::{Drive, Signal, Target};
 use crate::{Failure, Fault, Options, Programs, RingFormat};
 
 /// What the client uses of its disk.
-pub const MIB: u64 = 32;
+pub(crate) const MIB: u64 = 32;
 /// A disk's size beside a hostile one, whose requests may be long.
 const LARGE_MIB: u64 = 512;
 /// The longest between two faults.
@@ -34,7 +34,7 @@ const LOST: &str = "loses its completion";
 const ENOUGH: u64 = 1000;
 
 /// What came of a run.
-pub struct Report {
+pub(crate) struct Report {
     pub kills: u32,
     pub wrong: Wrong,
     /// The longest that any request had to wait, for each time.
@@ -78,7 +78,7 @@ impl Drop for Folder {
     }
 }
 
-pub fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, Failure> {
+pub(crate) fn run(options: &Options, seed: u64, programs: &Programs) -> Result<Report, Failure> {
     let mut folder = Folder::new()?;
     let mut random = Random::new(seed ^ 0x746f_7274);
     let socket = folder.path.join("disk.sock");

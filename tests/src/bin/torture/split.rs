@@ -5,7 +5,7 @@ use std::sync::atomic::{Ordering, fence};
 use crate::memory::Memory;
 use crate::ring::{INDIRECT, NEXT, Names, Parts, Piece, Used};
 
-pub struct SplitDriver {
+pub(crate) struct SplitDriver {
     pub parts: Parts,
     /// Free descriptors.
     free: Names,
@@ -18,7 +18,7 @@ pub struct SplitDriver {
 }
 
 impl SplitDriver {
-    pub fn new(parts: Parts, rest: bool) -> SplitDriver {
+    pub(crate) fn new(parts: Parts, rest: bool) -> SplitDriver {
         let taken = vec![Vec::new(); parts.size.into()];
         SplitDriver { parts, free: Names::new(parts.size, rest), taken, next_avail: 0, next_used: 0, added: 0 }
     }
@@ -42,7 +42,7 @@ impl SplitDriver {
         }
     }
 
-    pub fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
+    pub(crate) fn add(&mut self, memory: &Memory, chain: &[Piece], table: Option<u64>) -> Option<u16> {
         let entries = if table.is_some() { 1 } else { chain.len() };
         if self.free.len() < entries {
             return None;
@@ -68,12 +68,12 @@ impl SplitDriver {
         Some(head)
     }
 
-    pub fn has_used(&self, memory: &Memory) -> bool {
+    pub(crate) fn has_used(&self, memory: &Memory) -> bool {
         // Acquire: pairs with the device's Release of used.idx.
         memory.load_u16(self.parts.device + 2, Ordering::Acquire) != self.next_used
     }
 
-    pub fn used(&mut self, memory: &Memory) -> Option<Used> {
+    pub(crate) fn used(&mut self, memory: &Memory) -> Option<Used> {
         if !self.has_used(memory) {
             return None;
         }
@@ -88,7 +88,7 @@ impl SplitDriver {
         Some(Used::Chain { id: id as u16, bytes })
     }
 
-    pub fn kick_wanted(&mut self, memory: &Memory) -> bool {
+    pub(crate) fn kick_wanted(&mut self, memory: &Memory) -> bool {
         // SeqCst fence: avail.idx is visible before avail_event is read; pairs with the device's between writing that and
         // reading avail.idx once more (2.7.10).
         fence(Ordering::SeqCst);
@@ -97,14 +97,14 @@ impl SplitDriver {
         self.next_avail.wrapping_sub(event).wrapping_sub(1) < added
     }
 
-    pub fn ask_for_calls(&self, memory: &Memory, on: bool) {
+    pub(crate) fn ask_for_calls(&self, memory: &Memory, on: bool) {
         let event = if on { self.next_used } else { self.next_used.wrapping_sub(1) };
         memory.store_u16(self.parts.driver + 4 + 2 * u64::from(self.parts.size), event, Ordering::Relaxed);
         // SeqCst fence: used_event is visible before used.idx is read once more; pairs with the device's between the two.
         fence(Ordering::SeqCst);
     }
 
-    pub fn base(&self, memory: &Memory) -> u32 {
+    pub(crate) fn base(&self, memory: &Memory) -> u32 {
         memory.load_u16(self.parts.device + 2, Ordering::Acquire).into()
     }
 }

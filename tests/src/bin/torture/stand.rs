@@ -33,7 +33,7 @@ fn command(program: &Path, log: &Path) -> Result<Command, Failure> {
 }
 
 /// The drive: `nvme-sim`, which takes faults while it runs.
-pub struct Drive {
+pub(crate) struct Drive {
     program: PathBuf,
     arguments: Vec<String>,
     socket: PathBuf,
@@ -48,7 +48,7 @@ struct Running {
 }
 
 impl Drive {
-    pub fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Drive, Failure> {
+    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Drive, Failure> {
         let (socket, log) = (folder.join("nvme.sock"), folder.join("drive.log"));
         let running = Self::run(program, &arguments, &socket, &log)?;
         Ok(Drive { program: program.into(), arguments, socket, log, running })
@@ -67,24 +67,24 @@ impl Drive {
         Ok(running)
     }
 
-    pub fn socket(&self) -> &Path {
+    pub(crate) fn socket(&self) -> &Path {
         &self.socket
     }
 
     /// Gives it a command of its control and returns the answer.
-    pub fn tell(&mut self, line: &str) -> Result<String, Failure> {
+    pub(crate) fn tell(&mut self, line: &str) -> Result<String, Failure> {
         self.running.tell(line)
     }
 
     /// How often its log says this so far.
-    pub fn times(&self, text: &str) -> usize {
+    pub(crate) fn times(&self, text: &str) -> usize {
         let log =
             std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
         log.lines().filter(|line| line.contains(text)).count()
     }
 
     /// The drive loses its power and its host's connection with it.
-    pub fn kill(&mut self) -> Result<(), Failure> {
+    pub(crate) fn kill(&mut self) -> Result<(), Failure> {
         self.running
             .child
             .kill()
@@ -94,7 +94,7 @@ impl Drive {
     }
 
     /// It is there again, with what was written to it.
-    pub fn restart(&mut self) -> Result<(), Failure> {
+    pub(crate) fn restart(&mut self) -> Result<(), Failure> {
         self.running = Self::run(&self.program, &self.arguments, &self.socket, &self.log)?;
         Ok(())
     }
@@ -141,7 +141,7 @@ fn terminate(child: &Child) -> bool {
 
 /// How a target is made to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signal {
+pub(crate) enum Signal {
     /// It has no chance to do anything.
     Kill,
     /// It is asked to: it finishes what it can, and ends with success.
@@ -149,7 +149,7 @@ pub enum Signal {
 }
 
 /// The target.
-pub struct Target {
+pub(crate) struct Target {
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
@@ -159,7 +159,7 @@ pub struct Target {
 }
 
 impl Target {
-    pub fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Target, Failure> {
+    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Target, Failure> {
         let log = folder.join("target.log");
         let child = Self::run(program, &arguments, &log)?;
         Ok(Target {
@@ -176,7 +176,7 @@ impl Target {
     }
 
     /// Sends it a signal in a while, whatever this program is doing then.
-    pub fn kill_after(&self, delay: Duration, signal: Signal) {
+    pub(crate) fn kill_after(&self, delay: Duration, signal: Signal) {
         let (child, killed) = (self.child.clone(), self.killed.clone());
         std::thread::spawn(move || {
             std::thread::sleep(delay);
@@ -197,7 +197,7 @@ impl Target {
     }
 
     /// When it was sent a signal, if it was.
-    pub fn killed(&self) -> Option<Instant> {
+    pub(crate) fn killed(&self) -> Option<Instant> {
         self.killed.lock().unwrap_or_else(PoisonError::into_inner).map(|(at, _)| at)
     }
 
@@ -207,7 +207,7 @@ impl Target {
 
     /// Whether it is gone, after it was sent a signal; an error: it did not end as it should have. `ready`: it was there for
     /// front-ends before.
-    pub fn has_ended(&self, ready: bool) -> Result<bool, String> {
+    pub(crate) fn has_ended(&self, ready: bool) -> Result<bool, String> {
         let killed = *self.killed.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((at, signal)) = killed else { return Ok(false) };
         match (self.status(), signal) {
@@ -222,21 +222,21 @@ impl Target {
     }
 
     /// Starts it again.
-    pub fn restart(&mut self) -> Result<(), Failure> {
+    pub(crate) fn restart(&mut self) -> Result<(), Failure> {
         self.child = Arc::new(Mutex::new(Self::run(&self.program, &self.arguments, &self.log)?));
         self.killed = Arc::default();
         Ok(())
     }
 
     /// Why it has ended, if it did so by itself.
-    pub fn ended(&self) -> Option<String> {
+    pub(crate) fn ended(&self) -> Option<String> {
         // It ended first, is looked at afterwards: the other way round a kill in between would be taken for an end.
         let status = self.status()?;
         self.killed().is_none().then(|| format!("the target has ended by itself: {status}"))
     }
 
     /// Asks it to end, and says what was wrong with that.
-    pub fn stop(&self) -> Result<(), String> {
+    pub(crate) fn stop(&self) -> Result<(), String> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         if !terminate(&child) {
             return Err("the target cannot be told to end".into());
@@ -253,7 +253,7 @@ impl Target {
         }
     }
 
-    pub fn log(&self) -> String {
+    pub(crate) fn log(&self) -> String {
         std::fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 }

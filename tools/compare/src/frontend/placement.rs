@@ -16,7 +16,7 @@ const GIVEN_UP: u32 = u32::MAX;
 
 /// Who runs where.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Placement {
+pub(super) struct Placement {
     /// The side under test.
     pub side: Vec<usize>,
     /// The load generator.
@@ -27,7 +27,7 @@ pub struct Placement {
 
 impl Placement {
     /// Splits the CPUs that this process may use; `side` is the user's wish.
-    pub fn new(side: Option<&[usize]>) -> Result<Placement, Error> {
+    pub(super) fn new(side: Option<&[usize]>) -> Result<Placement, Error> {
         Placement::of(&allowed_cpus()?, side)
     }
 
@@ -48,7 +48,7 @@ impl Placement {
     }
 
     /// For the report.
-    pub fn words(&self, with_drive: bool) -> String {
+    pub(super) fn words(&self, with_drive: bool) -> String {
         let mut text =
             format!("side under test on CPU {}, load generator on CPU {}", list(&self.side), list(&self.load));
         if with_drive {
@@ -62,7 +62,7 @@ impl Placement {
 
     /// A message from the load generator's first CPU to the side's first one and back, in nanoseconds. `None` if they are
     /// the same.
-    pub fn hop_ns(&self) -> Result<Option<f64>, Error> {
+    pub(super) fn hop_ns(&self) -> Result<Option<f64>, Error> {
         let (here, there) = (self.load[0], self.side[0]);
         if here == there {
             return Ok(None);
@@ -72,7 +72,7 @@ impl Placement {
 }
 
 /// CPUs as the options take them.
-pub fn list(cpus: &[usize]) -> String {
+pub(super) fn list(cpus: &[usize]) -> String {
     cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
 }
 

@@ -13,10 +13,10 @@ use crate::{Error, Plan};
 /// How long a program may take until it listens.
 const START_LIMIT: Duration = Duration::from_secs(60);
 /// Longest virtqueue: what both targets accept.
-pub const QUEUE_SIZE: u32 = 1024;
+pub(super) const QUEUE_SIZE: u32 = 1024;
 
 /// How to start the sides.
-pub struct Recipe<'p> {
+pub(super) struct Recipe<'p> {
     /// What is wanted.
     pub plan: &'p Plan,
     /// Where everybody runs.
@@ -37,7 +37,7 @@ pub struct Recipe<'p> {
 
 /// A side that serves its disks.
 #[derive(Debug)]
-pub struct Stand {
+pub(super) struct Stand {
     /// Which.
     pub side: Side,
     target: Process,
@@ -47,7 +47,7 @@ pub struct Stand {
 
 impl Recipe<'_> {
     /// Starts `side`.
-    pub fn start(&self, side: Side) -> Result<Stand, Error> {
+    pub(super) fn start(&self, side: Side) -> Result<Stand, Error> {
         let name = match side {
             Side::VhostBlk => "vhost-blk",
             Side::DataPlane => "data-plane",
@@ -155,36 +155,36 @@ impl Recipe<'_> {
 
 impl Stand {
     /// The sockets of the first `count` disks.
-    pub fn sockets(&self, count: u32) -> &[PathBuf] {
+    pub(super) fn sockets(&self, count: u32) -> &[PathBuf] {
         &self.sockets[..count as usize]
     }
 
     /// Stands still until [`resume`](Stand::resume). The drive after the target, so that no command of the target waits.
-    pub fn hold(&mut self) -> Result<(), Error> {
+    pub(super) fn hold(&mut self) -> Result<(), Error> {
         self.target.hold()?;
         self.drive.as_mut().map_or(Ok(()), Process::hold)
     }
 
     /// Goes on.
-    pub fn resume(&self) -> Result<(), Error> {
+    pub(super) fn resume(&self) -> Result<(), Error> {
         self.drive.as_ref().map_or(Ok(()), Process::resume)?;
         self.target.resume()
     }
 
     /// Fails if one of its programs has ended.
-    pub fn check_alive(&mut self) -> Result<(), Error> {
+    pub(super) fn check_alive(&mut self) -> Result<(), Error> {
         self.target.check_alive()?;
         self.drive.as_mut().map_or(Ok(()), Process::check_alive)
     }
 
     /// CPU time so far: the target's, and the drive's if there is one in software.
-    pub fn cpu_times(&self) -> Result<(Duration, Option<Duration>), Error> {
+    pub(super) fn cpu_times(&self) -> Result<(Duration, Option<Duration>), Error> {
         let drive = self.drive.as_ref().map(Process::cpu_time).transpose()?;
         Ok((self.target.cpu_time()?, drive))
     }
 
     /// Ends its programs in order.
-    pub fn stop(self) -> Result<(), Error> {
+    pub(super) fn stop(self) -> Result<(), Error> {
         // A drive that is held could not take part in the target's shutdown.
         self.resume()?;
         let status = self.target.stop()?;
@@ -197,7 +197,7 @@ impl Stand {
 }
 
 /// The program of data-plane.
-pub fn storage_daemon(wanted: Option<&Path>) -> Result<PathBuf, Error> {
+pub(super) fn storage_daemon(wanted: Option<&Path>) -> Result<PathBuf, Error> {
     let name = wanted.unwrap_or(Path::new("qemu-storage-daemon"));
     find_program(name).ok_or_else(|| Error::NoProgram {
         program: name.display().to_string(),

@@ -17,7 +17,7 @@ const MEMORY: &str = "/dev/shm";
 const LOOKED_AT: u64 = 1 << 20;
 
 /// A folder for files in memory with room for `bytes`, removed when dropped.
-pub fn memory_folder(bytes: u64) -> Result<tempfile::TempDir, Error> {
+pub(super) fn memory_folder(bytes: u64) -> Result<tempfile::TempDir, Error> {
     let stat = statvfs(MEMORY)
         .map_err(|error| Error::System { what: format!("looking at {MEMORY}"), source: error.into() })?;
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
@@ -34,14 +34,14 @@ pub fn memory_folder(bytes: u64) -> Result<tempfile::TempDir, Error> {
 }
 
 /// Whether files in `folder` can be opened past the page cache (O_DIRECT), which a tmpfs takes since Linux 6.6.
-pub fn takes_direct(folder: &Path) -> bool {
+pub(super) fn takes_direct(folder: &Path) -> bool {
     let path = folder.join("direct");
     let flags = i32::try_from(OFlags::DIRECT.bits()).expect("a flag of open(2) is an int");
     File::options().create(true).truncate(true).write(true).custom_flags(flags).open(path).is_ok()
 }
 
 /// Fails unless the user's own disks may be used as the plan wants to use them.
-pub fn check_devices(plan: &Plan) -> Result<(), Error> {
+pub(super) fn check_devices(plan: &Plan) -> Result<(), Error> {
     let writes = plan.jobs.iter().any(|job| job.pattern.writes());
     if let Some(device) = &plan.device
         && writes
@@ -66,13 +66,13 @@ pub fn check_devices(plan: &Plan) -> Result<(), Error> {
 }
 
 /// What the storage of data-plane is, in words.
-pub fn disk_words(path: &Path) -> String {
+pub(super) fn disk_words(path: &Path) -> String {
     let size = check_disk(path).map_or_else(|_| "size unknown".to_owned(), |size| format!("{} MiB", size >> 20));
     format!("{} ({size})", path.display())
 }
 
 /// What a disk in memory is, in words.
-pub fn memory_words(disks: u32, bytes: u64) -> String {
+pub(super) fn memory_words(disks: u32, bytes: u64) -> String {
     match disks {
         1 => format!("1 disk of {}", size_words(bytes)),
         _ => format!("{disks} disks of {}", size_words(bytes)),
@@ -80,7 +80,7 @@ pub fn memory_words(disks: u32, bytes: u64) -> String {
 }
 
 /// True if it is a block device, otherwise it is a file.
-pub fn is_block_device(path: &Path) -> bool {
+pub(super) fn is_block_device(path: &Path) -> bool {
     path.metadata().is_ok_and(|metadata| metadata.file_type().is_block_device())
 }
 

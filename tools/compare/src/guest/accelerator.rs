@@ -25,7 +25,7 @@ pub enum Wanted {
 
 /// What was chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Choice {
+pub(super) struct Choice {
     /// It.
     pub accelerator: Accelerator,
     /// Why, as a sentence for the report.
@@ -34,7 +34,7 @@ pub struct Choice {
 
 impl Choice {
     /// For the harness.
-    pub fn for_machine(&self) -> e2e::Accelerator {
+    pub(super) fn for_machine(&self) -> e2e::Accelerator {
         match self.accelerator {
             Accelerator::Kvm => e2e::Accelerator::Kvm,
             _ => e2e::Accelerator::Emulation,
@@ -46,7 +46,7 @@ impl Choice {
 ///
 /// # Errors
 /// If KVM is wanted and does not work.
-pub fn choose(wanted: Wanted, kernel: &Kernel, folder: &Path) -> Result<Choice, Error> {
+pub(super) fn choose(wanted: Wanted, kernel: &Kernel, folder: &Path) -> Result<Choice, Error> {
     if wanted == Wanted::Emulation {
         return Ok(emulation("as asked for"));
     }

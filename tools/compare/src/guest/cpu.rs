@@ -17,7 +17,7 @@ const DRIVE_THREADS: &str = "nvme-sim";
 
 /// CPU seconds up to a moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Charges {
+pub(super) struct Charges {
     /// Everything that is charged.
     pub side: f64,
     /// The drive in software.
@@ -26,14 +26,14 @@ pub struct Charges {
 
 /// Whose time is counted.
 #[derive(Clone, Debug)]
-pub struct Clocks {
+pub(super) struct Clocks {
     processes: Vec<u32>,
     drive_threads: Vec<(u32, u32)>,
 }
 
 impl Clocks {
     /// Of these processes, with all their threads.
-    pub fn of(processes: &[u32]) -> Clocks {
+    pub(super) fn of(processes: &[u32]) -> Clocks {
         let threads = |&process: &u32| {
             let folder = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();
             let numbers = folder.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -47,12 +47,12 @@ impl Clocks {
     }
 
     /// Whether one of the processes has a drive in software.
-    pub fn have_drive(&self) -> bool {
+    pub(super) fn have_drive(&self) -> bool {
         !self.drive_threads.is_empty()
     }
 
     /// Reads them.
-    pub fn read(&self) -> Result<Charges, Error> {
+    pub(super) fn read(&self) -> Result<Charges, Error> {
         let whole = self.processes.iter().map(|process| cpu_seconds(&format!("/proc/{process}/stat")));
         let drive = self.drive_threads.iter().map(|(p, t)| cpu_seconds(&format!("/proc/{p}/task/{t}/stat")));
         let (whole, drive) = (whole.sum::<Result<f64, _>>()?, drive.sum::<Result<f64, _>>()?);
@@ -70,14 +70,14 @@ fn cpu_seconds(path: &str) -> Result<f64, Error> {
 }
 
 /// Reads clocks all the time, on a thread of its own.
-pub struct Recorder {
+pub(super) struct Recorder {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<Vec<(Instant, Charges)>, Error>>,
 }
 
 impl Recorder {
     /// Starts.
-    pub fn start(clocks: &Clocks) -> Recorder {
+    pub(super) fn start(clocks: &Clocks) -> Recorder {
         let stop = Arc::new(AtomicBool::new(false));
         let (stopped, clocks) = (Arc::clone(&stop), clocks.clone());
         let thread = std::thread::spawn(move || {
@@ -96,7 +96,7 @@ impl Recorder {
     ///
     /// Starting and ending the generator are not part of the load: the time is taken over the inner part of the load and
     /// counted up to its whole length.
-    pub fn finish(self, seconds: f64, ramp: f64) -> Result<Charges, Error> {
+    pub(super) fn finish(self, seconds: f64, ramp: f64) -> Result<Charges, Error> {
         self.stop.store(true, Ordering::Relaxed);
         let lost = || Error::System { what: "recording CPU times".into(), source: std::io::ErrorKind::Other.into() };
         let history = self.thread.join().map_err(|_| lost())??;

@@ -6,17 +6,17 @@ use crate::comparison::Sample;
 use crate::job::Job;
 
 /// Loads before a measurement begins: caches and queues are then as they will be.
-pub const RAMP_SECONDS: f64 = 1.0;
+pub(super) const RAMP_SECONDS: f64 = 1.0;
 
 /// The guest's name of disk number `disk`.
-pub fn disk_path(disk: usize) -> String {
+pub(super) fn disk_path(disk: usize) -> String {
     let letter = char::from(b'a' + u8::try_from(disk).expect("fewer disks than letters"));
     format!("/dev/vd{letter}")
 }
 
 /// A job in a guest.
 #[derive(Clone, Copy, Debug)]
-pub struct Load<'a> {
+pub(super) struct Load<'a> {
     /// What to do.
     pub job: &'a Job,
     /// Virtqueues of each disk.
@@ -36,7 +36,7 @@ impl Load<'_> {
     ///
     /// Each queue has a process of its own: the depth and the rate are shared out among them, and sequential ones begin at
     /// different places.
-    pub fn arguments(&self) -> Vec<String> {
+    pub(super) fn arguments(&self) -> Vec<String> {
         let Load { job, queues, seconds, ramp, .. } = *self;
         let lanes = lanes(job, queues);
         let mut arguments = vec![
@@ -102,7 +102,7 @@ fn share(whole: u32, count: u32, index: u32) -> u32 {
 }
 
 /// The command as the guest's shell takes it; standard error is kept apart from the JSON.
-pub fn script(arguments: &[String]) -> String {
+pub(super) fn script(arguments: &[String]) -> String {
     let quoted: Vec<String> = arguments.iter().map(|word| format!("'{word}'")).collect();
     format!("fio {} 2>/tmp/fio.err || {{ status=$?; cat /tmp/fio.err; exit $status; }}", quoted.join(" "))
 }
@@ -153,7 +153,7 @@ struct Percentiles {
 ///
 /// # Errors
 /// If it is not fio's, if the job failed, or if nothing was read or written.
-pub fn parse(text: &str, job: &Job) -> Result<Sample, String> {
+pub(super) fn parse(text: &str, job: &Job) -> Result<Sample, String> {
     let tail = |text: &str| text.chars().take(300).collect::<String>();
     let start = text.find('{').ok_or_else(|| format!("fio said nothing that is JSON: {}", tail(text)))?;
     let report: Report = serde_json::from_str(&text[start..])

@@ -15,7 +15,7 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
 /// The virtqueues of every disk, alike on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Queues {
+pub(super) struct Queues {
     /// How many.
     pub count: u32,
     /// Entries of each.
@@ -24,19 +24,19 @@ pub struct Queues {
 
 impl Queues {
     /// So large that a job of `depth` fits into one of them, as far as QEMU allows.
-    pub fn new(count: u32, depth: u32) -> Queues {
+    pub(super) fn new(count: u32, depth: u32) -> Queues {
         Queues { count, size: depth.next_power_of_two().clamp(256, 1024) }
     }
 
     /// QEMU's properties of a disk on our target.
-    pub fn properties(self) -> String {
+    pub(super) fn properties(self) -> String {
         format!("num-queues={},queue-size={}", self.count, self.size)
     }
 }
 
 /// How a disk of data-plane is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Access {
+pub(super) struct Access {
     /// Asynchronous I/O.
     pub aio: Aio,
     /// Around the page cache (O_DIRECT): `cache=none` in QEMU's shorter words.
@@ -45,7 +45,7 @@ pub struct Access {
 
 impl Access {
     /// For a report.
-    pub fn words(self) -> String {
+    pub(super) fn words(self) -> String {
         let cache =
             if self.direct { "cache=none (O_DIRECT)" } else { "through the page cache (no O_DIRECT to be had)" };
         format!("aio={}, {cache}", self.aio.name())
@@ -54,7 +54,7 @@ impl Access {
 
 /// The program, and what of interest it can do.
 #[derive(Clone, Debug)]
-pub struct Qemu {
+pub(super) struct Qemu {
     /// Where it is.
     pub program: PathBuf,
     /// Its version, as a report tells it.
@@ -65,7 +65,7 @@ pub struct Qemu {
 
 impl Qemu {
     /// Finds it and asks it.
-    pub fn find() -> Result<Qemu, Error> {
+    pub(super) fn find() -> Result<Qemu, Error> {
         let program = find_program(Path::new("qemu-system-x86_64")).ok_or(Error::NoProgram {
             program: "qemu-system-x86_64".into(),
             advice: "install the package qemu-system-x86",
@@ -80,7 +80,7 @@ impl Qemu {
 
     /// The fastest way to open `file` that works there: io_uring before Linux AIO, around the page cache if at all
     /// possible. `wanted` narrows it down to one.
-    pub fn access(&self, file: &Path, wanted: Option<Aio>) -> Result<Access, Error> {
+    pub(super) fn access(&self, file: &Path, wanted: Option<Aio>) -> Result<Access, Error> {
         let mut refusals = Vec::new();
         for access in candidates(wanted) {
             match self.try_access(file, access)? {
@@ -121,13 +121,13 @@ fn candidates(wanted: Option<Aio>) -> Vec<Access> {
 }
 
 /// The arguments that make `count` IOThreads.
-pub fn iothread_arguments(count: u32) -> Vec<String> {
+pub(super) fn iothread_arguments(count: u32) -> Vec<String> {
     (0..count).flat_map(|number| ["-object".to_owned(), format!("iothread,id=io{number}")]).collect()
 }
 
 /// One disk of data-plane.
 #[derive(Clone, Copy, Debug)]
-pub struct DataPlaneDisk<'a> {
+pub(super) struct DataPlaneDisk<'a> {
     /// From 0.
     pub number: u32,
     /// A file or a block device.
@@ -139,7 +139,7 @@ pub struct DataPlaneDisk<'a> {
 impl DataPlaneDisk<'_> {
     /// QEMU's arguments for it: `queues` served by `iothreads` IOThreads. Where QEMU can share out the queues of
     /// a disk (`maps_queues`), they are, and otherwise each disk has one of the IOThreads.
-    pub fn arguments(&self, queues: Queues, iothreads: u32, maps_queues: bool) -> Vec<String> {
+    pub(super) fn arguments(&self, queues: Queues, iothreads: u32, maps_queues: bool) -> Vec<String> {
         let DataPlaneDisk { number, file, access } = *self;
         let cache = json!({ "direct": access.direct, "no-flush": false });
         let block_device = file.starts_with("/dev") && is_block_device(file);

@@ -11,7 +11,7 @@ const APPEAR_LIMIT: Duration = Duration::from_secs(30);
 
 /// Who has the drive.
 #[derive(Debug)]
-pub struct Rebind {
+pub(super) struct Rebind {
     script: PathBuf,
     device: String,
     block_device: PathBuf,
@@ -22,7 +22,7 @@ pub struct Rebind {
 
 impl Rebind {
     /// Prepares; touches nothing yet.
-    pub fn new(plan: &Plan) -> Result<Rebind, Error> {
+    pub(super) fn new(plan: &Plan) -> Result<Rebind, Error> {
         let script = e2e::workspace().join("setup/setup.sh");
         if !script.is_file() {
             let advice = "hand the drive over by hand, and measure without --rebind";
@@ -41,12 +41,12 @@ impl Rebind {
     }
 
     /// Gives the drive to a side.
-    pub fn hand_to(&self, side: Side) -> Result<(), Error> {
+    pub(super) fn hand_to(&self, side: Side) -> Result<(), Error> {
         self.hand_over(side == Side::VhostBlk)
     }
 
     /// Puts things back as they were.
-    pub fn give_back(self) -> Result<(), Error> {
+    pub(super) fn give_back(self) -> Result<(), Error> {
         self.hand_over(self.was_bound)
     }
 

@@ -5,7 +5,7 @@ use super::storage::Storage;
 use crate::{Accelerator, Environment, Error, Side, SideInfo, environment};
 
 /// Where the comparison is made; the sides are told when they are known.
-pub fn environment(setup: &Setup) -> Environment {
+pub(super) fn environment(setup: &Setup) -> Environment {
     Environment {
         accelerator: setup.accelerator.accelerator,
         sides: Vec::new(),
@@ -30,7 +30,7 @@ fn placement(setup: &Setup) -> String {
 }
 
 /// What each side was and stood on.
-pub fn sides(setup: &Setup) -> Result<Vec<SideInfo>, Error> {
+pub(super) fn sides(setup: &Setup) -> Result<Vec<SideInfo>, Error> {
     let qemu = &setup.qemu.version;
     let queues =
         format!("{} of {} entries per disk", count(setup.queues.count as usize, "virtqueue"), setup.queues.size);
@@ -61,7 +61,7 @@ pub fn sides(setup: &Setup) -> Result<Vec<SideInfo>, Error> {
 }
 
 /// What a reader has to know.
-pub fn notes(setup: &Setup, left_out: &[String]) -> Result<Vec<String>, Error> {
+pub(super) fn notes(setup: &Setup, left_out: &[String]) -> Result<Vec<String>, Error> {
     let (plan, vcpus) = (setup.plan, setup.options.vcpus(setup.plan));
     let mut notes = vec![setup.accelerator.note.clone()];
     notes.push(format!(

@@ -27,7 +27,7 @@ const SHORT: Duration = Duration::from_secs(60);
 const JOB_SLACK: Duration = Duration::from_secs(120);
 
 /// What both sides are made of.
-pub struct Setup<'a> {
+pub(super) struct Setup<'a> {
     /// The options of both ways.
     pub plan: &'a Plan,
     /// The options of this one.
@@ -56,17 +56,17 @@ pub struct Setup<'a> {
 
 impl Setup<'_> {
     /// How many IOThreads data-plane has: as many as our target has workers, unless the user says otherwise.
-    pub fn iothreads(&self) -> u32 {
+    pub(super) fn iothreads(&self) -> u32 {
         self.options.iothreads.unwrap_or_else(|| self.worker_cpus().len().max(1) as u32)
     }
 
     /// CPUs of the workers and IOThreads; none: wherever the system puts them.
-    pub fn worker_cpus(&self) -> &[usize] {
+    pub(super) fn worker_cpus(&self) -> &[usize] {
         self.options.worker_cpus.as_ref().map_or(&[], |list| &list.0)
     }
 
     /// CPUs of everything else.
-    pub fn other_cpus(&self) -> Vec<usize> {
+    pub(super) fn other_cpus(&self) -> Vec<usize> {
         let workers = self.worker_cpus();
         let others: Vec<usize> = self.cpus.iter().copied().filter(|cpu| !workers.contains(cpu)).collect();
         if others.is_empty() { self.cpus.clone() } else { others }
@@ -86,7 +86,7 @@ impl Setup<'_> {
     }
 
     /// How data-plane's disks are opened: found out once.
-    pub fn access(&mut self) -> Result<Access, Error> {
+    pub(super) fn access(&mut self) -> Result<Access, Error> {
         if let Some(access) = self.access {
             return Ok(access);
         }
@@ -98,7 +98,7 @@ impl Setup<'_> {
 }
 
 /// A side that is up.
-pub struct Running {
+pub(super) struct Running {
     // Dropped in this order: the guest first, its disks after it.
     guest: Guest,
     target: Option<Process>,
@@ -111,7 +111,7 @@ pub struct Running {
 
 impl Running {
     /// Starts the target if the side has one, boots the guest and makes its disks ready for fio.
-    pub fn start(side: Side, setup: &mut Setup) -> Result<Running, Error> {
+    pub(super) fn start(side: Side, setup: &mut Setup) -> Result<Running, Error> {
         let folder = tempfile::Builder::new().prefix("compare-").tempdir();
         let folder = folder.map_err(Error::system("making a folder for a guest's files"))?;
         match side {
@@ -178,7 +178,7 @@ impl Running {
     }
 
     /// Runs a job. An error means that this round has failed, and that the side should be started anew.
-    pub fn measure(&mut self, job: &Job, plan: &Plan) -> Result<Sample, String> {
+    pub(super) fn measure(&mut self, job: &Job, plan: &Plan) -> Result<Sample, String> {
         let seconds = plan.round.as_secs_f64();
         let ramp = fio::RAMP_SECONDS.min(seconds);
         let Running { queues, vcpus, disk_bytes, .. } = *self;
@@ -209,7 +209,7 @@ impl Running {
     }
 
     /// Powers the guest off and ends the target.
-    pub fn stop(self, side: Side) -> Result<(), Error> {
+    pub(super) fn stop(self, side: Side) -> Result<(), Error> {
         let trouble = |source| Error::Guest { what: format!("the guest on {side}"), source, hint: String::new() };
         self.guest.power_off(SHORT).map_err(trouble)?;
         let Some(target) = self.target else { return Ok(()) };

@@ -16,7 +16,7 @@ const MEMORY: &str = "/dev/shm";
 
 /// What the disks of one comparison are.
 #[derive(Debug)]
-pub enum Storage {
+pub(super) enum Storage {
     /// Files in memory, in a folder of their own: a simulated drive's and data-plane's.
     Memory {
         /// Holds the files, which go with it.
@@ -39,7 +39,7 @@ pub enum Storage {
 
 impl Storage {
     /// Chosen by the options; files in memory are made and filled.
-    pub fn new(plan: &Plan, disks: u32, rebind: bool) -> Result<Storage, Error> {
+    pub(super) fn new(plan: &Plan, disks: u32, rebind: bool) -> Result<Storage, Error> {
         match (&plan.device, &plan.kernel_device) {
             (None, None) => Storage::in_memory(disks, plan.disk_bytes),
             (Some(device), Some(block_device)) => {
@@ -76,7 +76,7 @@ impl Storage {
     }
 
     /// Our target's configuration file, with its sockets in `folder`; and these.
-    pub fn target_config(&self, folder: &Path, queues: Queues, worker_cpus: &[usize]) -> (String, Vec<PathBuf>) {
+    pub(super) fn target_config(&self, folder: &Path, queues: Queues, worker_cpus: &[usize]) -> (String, Vec<PathBuf>) {
         let mut text = String::new();
         if !worker_cpus.is_empty() {
             let list = worker_cpus.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
@@ -108,7 +108,7 @@ impl Storage {
     }
 
     /// The files or devices that data-plane's disks are.
-    pub fn data_plane_files(&self) -> Vec<PathBuf> {
+    pub(super) fn data_plane_files(&self) -> Vec<PathBuf> {
         match self {
             Storage::Memory { folder, disks, .. } => {
                 (0..*disks).map(|disk| data_plane_file(folder.path(), disk)).collect()
@@ -118,7 +118,7 @@ impl Storage {
     }
 
     /// The sides' storages in words, ours first.
-    pub fn words(&self) -> (String, String) {
+    pub(super) fn words(&self) -> (String, String) {
         match self {
             Storage::Memory { disks, bytes, .. } => {
                 let (size, files) = (size_words(*bytes), if *disks == 1 { "a file" } else { "files" });

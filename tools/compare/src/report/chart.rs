@@ -37,7 +37,7 @@ struct Group {
 }
 
 /// A chart with its heading.
-pub struct Panel {
+pub(super) struct Panel {
     /// What is shown.
     pub title: &'static str,
     /// How to read it.
@@ -46,7 +46,7 @@ pub struct Panel {
 }
 
 /// The charts of a comparison; those without a single bar are left out.
-pub fn panels(comparison: &Comparison) -> Vec<Panel> {
+pub(super) fn panels(comparison: &Comparison) -> Vec<Panel> {
     let free = |row: &&Row| row.job.rate.is_none();
     let groups = |measure: fn(&Row) -> Measure| {
         comparison.rows.iter().filter(free).map(|row| Group::new(row, measure(row), row.job.title())).collect()
@@ -124,7 +124,7 @@ impl Bar {
 
 impl Panel {
     /// The drawing.
-    pub fn svg(&self) -> String {
+    pub(super) fn svg(&self) -> String {
         let bars = self.groups.iter().flat_map(|group| &group.bars).filter(|bar| bar.sets_scale());
         let reach = bars.map(Bar::reach).fold(1.0, f64::max) * 1.02;
         let scale = BARS / reach;

@@ -4,7 +4,7 @@ use crate::comparison::{Comparison, Results, Row, Sample, Side, Spread, Way};
 use crate::job::{Figure, Job};
 
 /// The side that everything is normalised to.
-pub const BASE: Side = Side::DataPlane;
+pub(super) const BASE: Side = Side::DataPlane;
 /// Below this share of looks in vain, the load generator was busy all the time: it was the limit.
 const BUSY: f64 = 0.1;
 /// A rate is kept if at least this part of it was reached.
@@ -12,7 +12,7 @@ const KEPT: f64 = 0.98;
 
 /// A figure of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Measure {
+pub(super) enum Measure {
     /// Requests per second.
     Iops,
     /// Mebibytes per second.
@@ -31,7 +31,7 @@ pub enum Measure {
 
 impl Measure {
     /// What a job is measured in first of all.
-    pub fn of(job: &Job) -> Measure {
+    pub(super) fn of(job: &Job) -> Measure {
         match job.figure() {
             Figure::Throughput => Measure::Throughput,
             Figure::Iops | Figure::Latency => Measure::Iops,
@@ -39,7 +39,7 @@ impl Measure {
     }
 
     /// Of one round.
-    pub fn value(self, sample: &Sample) -> Option<f64> {
+    pub(super) fn value(self, sample: &Sample) -> Option<f64> {
         match self {
             Measure::Iops => Some(sample.iops),
             Measure::Throughput => Some(sample.mib_per_s),
@@ -52,7 +52,7 @@ impl Measure {
     }
 
     /// Of one round with the software drive's CPU time charged as well, where that makes a difference.
-    pub fn value_with_drive(self, sample: &Sample) -> Option<f64> {
+    pub(super) fn value_with_drive(self, sample: &Sample) -> Option<f64> {
         let drive = sample.drive_cpu_seconds?;
         match self {
             // Of the same rounds as without it.
@@ -63,22 +63,22 @@ impl Measure {
     }
 
     /// Median and spread over the rounds of one side.
-    pub fn spread(self, results: &Results) -> Option<Spread> {
+    pub(super) fn spread(self, results: &Results) -> Option<Spread> {
         results.spread_of_known(|sample| self.value(sample))
     }
 
     /// The same with the software drive charged.
-    pub fn spread_with_drive(self, results: &Results) -> Option<Spread> {
+    pub(super) fn spread_with_drive(self, results: &Results) -> Option<Spread> {
         results.spread_of_known(|sample| self.value_with_drive(sample))
     }
 
     /// The median of the side that everything is normalised to; `None` if it was not measured, or is zero.
-    pub fn base(self, row: &Row) -> Option<f64> {
+    pub(super) fn base(self, row: &Row) -> Option<f64> {
         self.spread(row.side(BASE)?).map(|spread| spread.median).filter(|median| *median > 0.0)
     }
 
     /// A value with its unit.
-    pub fn words(self, value: f64) -> String {
+    pub(super) fn words(self, value: f64) -> String {
         match self {
             Measure::Iops => format!("{} IOPS", short(value)),
             Measure::Throughput => format!("{} MiB/s", digits(value)),
@@ -90,7 +90,7 @@ impl Measure {
 }
 
 /// A number with three digits that count and a letter for thousands, millions.
-pub fn short(value: f64) -> String {
+pub(super) fn short(value: f64) -> String {
     match value.abs() {
         size if size >= 999_500.0 => format!("{} M", digits(value / 1e6)),
         size if size >= 999.5 => format!("{} k", digits(value / 1e3)),
@@ -99,7 +99,7 @@ pub fn short(value: f64) -> String {
 }
 
 /// A number with three digits that count; all of them before the point.
-pub fn digits(value: f64) -> String {
+pub(super) fn digits(value: f64) -> String {
     match value.abs() {
         size if size >= 99.95 => format!("{value:.0}"),
         size if size >= 9.995 => format!("{value:.1}"),
@@ -109,12 +109,12 @@ pub fn digits(value: f64) -> String {
 }
 
 /// How often one is the other.
-pub fn times(ratio: f64) -> String {
+pub(super) fn times(ratio: f64) -> String {
     format!("{}×", digits(ratio))
 }
 
 /// What the data themselves say against taking figures for more than they are, one sentence each.
-pub fn remarks(comparison: &Comparison) -> Vec<String> {
+pub(super) fn remarks(comparison: &Comparison) -> Vec<String> {
     let mut remarks = Vec::new();
     for row in &comparison.rows {
         for results in &row.results {

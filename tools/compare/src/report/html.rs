@@ -38,7 +38,7 @@ pub fn html(comparison: &Comparison) -> String {
 }
 
 /// Makes a text harmless in HTML and in SVG.
-pub fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 

@@ -73,7 +73,7 @@ fn fits(file: &File, config: &NamespaceConfig, len: u64) -> io::Result<bool> {
 
 impl BlockFile {
     /// Opens or makes the file.
-    pub fn open(path: &Path, config: &NamespaceConfig, len: u64) -> Result<BlockFile, Error> {
+    pub(crate) fn open(path: &Path, config: &NamespaceConfig, len: u64) -> Result<BlockFile, Error> {
         let open = || {
             let file = open(path, true)?;
             // Two controllers on one file would each believe it their own.
@@ -91,13 +91,13 @@ impl BlockFile {
     }
 
     /// The file never shrinks.
-    pub fn resize(&mut self, len: u64) -> Result<(), Error> {
+    pub(crate) fn resize(&mut self, len: u64) -> Result<(), Error> {
         let grow = || if self.file.metadata()?.len() < len { self.file.set_len(len) } else { Ok(()) };
         grow().map_err(|source| Error::Backing { path: self.path.clone(), source })
     }
 
     /// From the blocks to host memory.
-    pub fn copy_out(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
+    pub(crate) fn copy_out(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
         let mut failed = None;
         let walked = view.data(iova, len, true, |bytes, at, done, piece| {
             let result = bytes.fill_from(at, &self.file, (offset + done) as u64, piece);
@@ -107,7 +107,7 @@ impl BlockFile {
     }
 
     /// From host memory to the blocks.
-    pub fn copy_in(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
+    pub(crate) fn copy_in(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
         let mut failed = None;
         let walked = view.data(iova, len, false, |bytes, at, done, piece| {
             let result = bytes.write_to(at, &self.file, (offset + done) as u64, piece);
@@ -116,7 +116,7 @@ impl BlockFile {
         failed.map_or_else(|| walked.map_err(transfer_error), |error| Err(self.cannot_write(&error)))
     }
 
-    pub fn equals(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<bool, Status> {
+    pub(crate) fn equals(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<bool, Status> {
         let (mut blocks, mut theirs) = (vec![0; len], vec![0; len]);
         self.file.read_exact_at(&mut blocks, offset as u64).map_err(|error| self.cannot_read(&error))?;
         view.read(iova, &mut theirs).map_err(transfer_error)?;
@@ -124,16 +124,16 @@ impl BlockFile {
     }
 
     /// To memory of the controller's own.
-    pub fn copy_to(&self, offset: usize, into: &SharedBytes, at: usize, len: usize) -> Option<()> {
+    pub(crate) fn copy_to(&self, offset: usize, into: &SharedBytes, at: usize, len: usize) -> Option<()> {
         into.fill_from(at, &self.file, offset as u64, len).map_err(|error| self.cannot_read(&error)).ok()
     }
 
     /// From memory of the controller's own.
-    pub fn copy_from(&self, from: &SharedBytes, at: usize, offset: usize, len: usize) -> Option<()> {
+    pub(crate) fn copy_from(&self, from: &SharedBytes, at: usize, offset: usize, len: usize) -> Option<()> {
         from.write_to(at, &self.file, offset as u64, len).map_err(|error| self.cannot_write(&error)).ok()
     }
 
-    pub fn zero(&self, offset: usize, len: usize) -> Result<(), Status> {
+    pub(crate) fn zero(&self, offset: usize, len: usize) -> Result<(), Status> {
         let mut done = 0;
         while done < len {
             let piece = (len - done).min(ZEROES.len());
@@ -145,7 +145,7 @@ impl BlockFile {
     }
 
     /// Makes the range read zero and gives its space back, if the file system can.
-    pub fn deallocate(&self, offset: usize, len: usize) -> Result<(), Status> {
+    pub(crate) fn deallocate(&self, offset: usize, len: usize) -> Result<(), Status> {
         if len == 0 || fallocate(&self.file, FallocateMode::PunchHole, true, offset as u64, len as u64).is_ok() {
             return Ok(());
         }

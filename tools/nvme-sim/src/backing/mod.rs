@@ -31,7 +31,7 @@ fn memory<T>(len: u64, make: impl FnOnce(usize) -> std::io::Result<T>) -> Result
 
 impl Backing {
     /// Opens or makes the backing of `len` bytes.
-    pub fn open(config: &NamespaceConfig, len: u64) -> Result<Backing, Error> {
+    pub(crate) fn open(config: &NamespaceConfig, len: u64) -> Result<Backing, Error> {
         match &config.file {
             None => memory(len, SharedBytes::anonymous).map(Backing::Memory),
             Some(path) => BlockFile::open(path, config, len).map(Backing::File),
@@ -40,7 +40,7 @@ impl Backing {
 
     /// Copies blocks straight into host memory. Ranges of blocks lie inside, here and below.
     #[inline]
-    pub fn copy_out(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
+    pub(crate) fn copy_out(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
         match self {
             Backing::Memory(blocks) => view
                 .data(iova, len, true, |bytes, at, done, piece| blocks.copy_to(offset + done, bytes, at, piece))
@@ -51,7 +51,7 @@ impl Backing {
 
     /// Copies host memory straight into blocks.
     #[inline]
-    pub fn copy_in(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
+    pub(crate) fn copy_in(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<(), Status> {
         match self {
             Backing::Memory(blocks) => view
                 .data(iova, len, false, |bytes, at, done, piece| bytes.copy_to(at, blocks, offset + done, piece))
@@ -61,7 +61,7 @@ impl Backing {
     }
 
     /// Whether host memory equals blocks.
-    pub fn equals(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<bool, Status> {
+    pub(crate) fn equals(&self, view: &DmaView, iova: u64, len: usize, offset: usize) -> Result<bool, Status> {
         let blocks = match self {
             Backing::Memory(blocks) => blocks,
             Backing::File(file) => return file.equals(view, iova, len, offset),
@@ -76,7 +76,7 @@ impl Backing {
 
     /// Copies blocks to memory of the controller's own.
     #[inline]
-    pub fn copy_to(&self, offset: usize, into: &SharedBytes, at: usize, len: usize) -> Option<()> {
+    pub(crate) fn copy_to(&self, offset: usize, into: &SharedBytes, at: usize, len: usize) -> Option<()> {
         match self {
             Backing::Memory(blocks) => blocks.copy_to(offset, into, at, len),
             Backing::File(file) => file.copy_to(offset, into, at, len),
@@ -84,7 +84,7 @@ impl Backing {
     }
 
     /// Copies memory of the controller's own to blocks.
-    pub fn copy_from(&self, from: &SharedBytes, at: usize, offset: usize, len: usize) -> Option<()> {
+    pub(crate) fn copy_from(&self, from: &SharedBytes, at: usize, offset: usize, len: usize) -> Option<()> {
         match self {
             Backing::Memory(blocks) => from.copy_to(at, blocks, offset, len),
             Backing::File(file) => file.copy_from(from, at, offset, len),
@@ -93,14 +93,14 @@ impl Backing {
 
     /// See [`SharedBytes::make_writable`].
     #[inline]
-    pub fn make_writable(&self, offset: usize, len: usize) {
+    pub(crate) fn make_writable(&self, offset: usize, len: usize) {
         if let Backing::Memory(blocks) = self {
             blocks.make_writable(offset, len);
         }
     }
 
     /// Writes zeroes.
-    pub fn zero(&self, offset: usize, len: usize) -> Result<(), Status> {
+    pub(crate) fn zero(&self, offset: usize, len: usize) -> Result<(), Status> {
         match self {
             Backing::Memory(blocks) => blocks.zero(offset, len).ok_or(Status::INTERNAL_ERROR),
             Backing::File(file) => file.zero(offset, len),
@@ -108,7 +108,7 @@ impl Backing {
     }
 
     /// Makes the range read zero and gives its whole pages back.
-    pub fn deallocate(&self, offset: usize, len: usize) -> Result<(), Status> {
+    pub(crate) fn deallocate(&self, offset: usize, len: usize) -> Result<(), Status> {
         let blocks = match self {
             Backing::Memory(blocks) => blocks,
             Backing::File(file) => return file.deallocate(offset, len),
@@ -124,7 +124,7 @@ impl Backing {
     }
 
     /// Changes the size; new bytes read zero. A file never shrinks.
-    pub fn resize(&mut self, len: u64) -> Result<(), Error> {
+    pub(crate) fn resize(&mut self, len: u64) -> Result<(), Error> {
         match self {
             Backing::File(file) => file.resize(len),
             Backing::Memory(blocks) => memory(len, |size| blocks.resize(size)),
@@ -133,7 +133,7 @@ impl Backing {
 
     /// Reads bytes, for tests.
     #[cfg(test)]
-    pub fn read(&self, offset: usize, into: &mut [u8]) {
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
         let bytes = SharedBytes::anonymous(into.len().max(1)).unwrap();
         self.copy_to(offset, &bytes, 0, into.len()).unwrap();
         bytes.read(0, into).unwrap();
@@ -141,7 +141,7 @@ impl Backing {
 
     /// Writes bytes, for tests.
     #[cfg(test)]
-    pub fn write(&self, offset: usize, from: &[u8]) {
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) {
         let bytes = SharedBytes::anonymous(from.len().max(1)).unwrap();
         bytes.write(0, from).unwrap();
         self.copy_from(&bytes, 0, offset, from.len()).unwrap();

@@ -20,18 +20,18 @@ pub(super) struct Idle {
 }
 
 impl Idle {
-    pub fn new() -> Idle {
+    pub(super) fn new() -> Idle {
         Idle { looks: 0, since: None, nap: SHORTEST_NAP }
     }
 
     #[inline]
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.looks = 0;
         self.since = None;
         self.nap = SHORTEST_NAP;
     }
 
-    pub fn pause(&mut self, controller: &mut Controller) {
+    pub(super) fn pause(&mut self, controller: &mut Controller) {
         self.looks += 1;
         if self.looks < SPINS {
             std::hint::spin_loop();

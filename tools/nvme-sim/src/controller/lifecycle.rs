@@ -91,7 +91,7 @@ impl Controller {
     }
 
     /// Makes the namespaces cache as the volatile write cache feature says.
-    pub fn apply_write_cache(&mut self) {
+    pub(crate) fn apply_write_cache(&mut self) {
         let on = self.shared.config.volatile_write_cache && self.features.write_cache();
         for namespace in self.namespaces.iter_mut().flatten() {
             if let Err(error) = namespace.set_write_cache(on) {

@@ -110,7 +110,7 @@ pub(crate) struct Controller {
 }
 
 impl Controller {
-    pub fn new(shared: Arc<Shared>) -> Result<Controller, Error> {
+    pub(crate) fn new(shared: Arc<Shared>) -> Result<Controller, Error> {
         let config = &shared.config;
         let namespaces = (1..)
             .zip(&config.namespaces)
@@ -148,7 +148,7 @@ impl Controller {
     }
 
     /// Reads anew what Identify says it can do.
-    pub fn refresh_offers(&mut self) {
+    pub(crate) fn refresh_offers(&mut self) {
         self.offers = Offers::of(self);
         self.pointers.sgl = self.offers.sgl;
         for n in 0..self.namespaces.len() {
@@ -159,7 +159,7 @@ impl Controller {
     }
 
     /// Runs until the simulator stops.
-    pub fn run(mut self) {
+    pub(crate) fn run(mut self) {
         let mut idle = Idle::new();
         while !self.shared.stop.load(Ordering::Relaxed) {
             let warned = self.faults.plan.critical_warning;
@@ -479,7 +479,7 @@ impl Controller {
     }
 
     /// Completes waiting Asynchronous Event Requests with the events there are.
-    pub fn deliver_events(&mut self) {
+    pub(crate) fn deliver_events(&mut self) {
         while let Some((id, result)) = self.events.next_delivery(&self.features) {
             self.post(Completion { result, sq: 0, id, status: Status::SUCCESS });
         }
@@ -493,7 +493,7 @@ impl Controller {
     }
 
     /// Reports a fatal status (CSTS.CFS) and stops.
-    pub fn fail(&mut self, why: &str) {
+    pub(crate) fn fail(&mut self, why: &str) {
         log::error!("controller fatal status: {why}");
         self.state = State::Failed;
         self.shared.registers().status |= CSTS_FATAL;

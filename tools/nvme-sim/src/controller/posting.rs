@@ -10,7 +10,7 @@ use crate::status::Status;
 impl Controller {
     /// Posts a completion, or keeps it until its queue has room.
     #[inline]
-    pub fn post(&mut self, completion: Completion) {
+    pub(crate) fn post(&mut self, completion: Completion) {
         let Some(sq) = &self.sqs[usize::from(completion.sq)] else { return };
         let (head, cq) = (sq.head, sq.cq);
         if self.room(cq, 1) == 0 {
@@ -25,7 +25,7 @@ impl Controller {
 
     /// Interrupts once for what was posted to a queue.
     #[inline]
-    pub fn signal(&mut self, id: u16) {
+    pub(crate) fn signal(&mut self, id: u16) {
         if let Some(cq) = &mut self.cqs[usize::from(id)]
             && std::mem::take(&mut cq.signal)
             && let Some(vector) = cq.vector
@@ -73,7 +73,7 @@ impl Controller {
     }
 
     /// Ends held commands of a queue (or one of them) with `status`; how many there were.
-    pub fn end_held(&mut self, sq: u16, id: Option<u16>, status: Status) -> usize {
+    pub(crate) fn end_held(&mut self, sq: u16, id: Option<u16>, status: Status) -> usize {
         let mut ended = 0;
         let mut n = 0;
         while n < self.held.len() {
@@ -93,7 +93,7 @@ impl Controller {
     }
 
     /// Forgets completions of a queue that is deleted.
-    pub fn drop_late(&mut self, sq: u16) {
+    pub(crate) fn drop_late(&mut self, sq: u16) {
         self.late.retain(|completion| completion.sq != sq);
     }
 }

@@ -68,7 +68,7 @@ fn invalid(text: String) -> io::Error {
 
 impl DmaTable {
     /// A table of at most `most` regions; `None`: as many as anybody needs.
-    pub fn new(most: Option<usize>) -> DmaTable {
+    pub(crate) fn new(most: Option<usize>) -> DmaTable {
         let most = most.unwrap_or(MAX_REGIONS);
         DmaTable { current: Mutex::new(Arc::from([])), generation: AtomicU64::new(0), most }
     }
@@ -84,12 +84,20 @@ impl DmaTable {
     }
 
     /// How many regions are mapped.
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.current.lock().unwrap_or_else(PoisonError::into_inner).len()
     }
 
     /// Maps `len` bytes of `file` from `offset` at the address `iova`.
-    pub fn map(&self, file: &File, offset: u64, iova: u64, len: u64, readable: bool, writable: bool) -> io::Result<()> {
+    pub(crate) fn map(
+        &self,
+        file: &File,
+        offset: u64,
+        iova: u64,
+        len: u64,
+        readable: bool,
+        writable: bool,
+    ) -> io::Result<()> {
         if len == 0 || iova.checked_add(len - 1).is_none() {
             return Err(invalid(format!("DMA map of {len} bytes at {iova:#x}: empty or past the end of the space")));
         }
@@ -110,7 +118,7 @@ impl DmaTable {
     }
 
     /// Takes every region inside the range away; returns how many there were. A range that cuts a region is refused.
-    pub fn unmap(&self, iova: u64, len: u64) -> io::Result<usize> {
+    pub(crate) fn unmap(&self, iova: u64, len: u64) -> io::Result<usize> {
         let last = iova.checked_add(len.wrapping_sub(1)).filter(|_| len != 0);
         let last = last.ok_or_else(|| invalid(format!("DMA unmap of {len} bytes at {iova:#x}: empty or wraps")))?;
         self.change(|regions| {
@@ -129,7 +137,7 @@ impl DmaTable {
     }
 
     /// Takes every region away.
-    pub fn clear(&self) {
+    pub(crate) fn clear(&self) {
         let _ = self.change(|regions| {
             regions.clear();
             Ok(())
@@ -154,7 +162,7 @@ enum Use {
 }
 
 impl DmaView {
-    pub fn new(table: Arc<DmaTable>) -> DmaView {
+    pub(crate) fn new(table: Arc<DmaTable>) -> DmaView {
         let mut view = DmaView { table, generation: u64::MAX, regions: Arc::from([]), hints: Default::default() };
         view.refresh();
         view
@@ -162,7 +170,7 @@ impl DmaView {
 
     /// Takes the newest snapshot and lets go of the old one.
     #[inline]
-    pub fn refresh(&mut self) {
+    pub(crate) fn refresh(&mut self) {
         // Acquire: pairs with the Release in `DmaTable::change`.
         let generation = self.table.generation.load(Ordering::Acquire);
         if generation != self.generation {
@@ -213,13 +221,13 @@ impl DmaView {
     }
 
     /// Whether the whole range may be accessed so.
-    pub fn check(&self, iova: u64, len: usize, write: bool) -> Result<(), DmaFault> {
+    pub(crate) fn check(&self, iova: u64, len: usize, write: bool) -> Result<(), DmaFault> {
         self.walk(iova, len, write, Use::Data, |_, _, _, _| Some(()))
     }
 
     /// Fetches a submission queue entry (64 bytes, aligned).
     #[inline]
-    pub fn fetch(&self, iova: u64) -> Result<[u64; 8], DmaFault> {
+    pub(crate) fn fetch(&self, iova: u64) -> Result<[u64; 8], DmaFault> {
         let fault = DmaFault { iova, len: 64, write: false };
         let region = self.find(iova, Use::Queue).filter(|r| r.readable).ok_or(fault)?;
         let offset = (iova - region.iova) as usize;
@@ -233,7 +241,7 @@ impl DmaView {
 
     /// Writes a completion queue entry (16 bytes, aligned): the half with the phase tag last.
     #[inline]
-    pub fn post(&self, iova: u64, entry: [u64; 2]) -> Result<(), DmaFault> {
+    pub(crate) fn post(&self, iova: u64, entry: [u64; 2]) -> Result<(), DmaFault> {
         let fault = DmaFault { iova, len: 16, write: true };
         let region = self.find(iova, Use::Queue).filter(|r| r.writable).ok_or(fault)?;
         let offset = (iova - region.iova) as usize;
@@ -243,7 +251,7 @@ impl DmaView {
     }
 
     /// Loads a doorbell-like word in host memory.
-    pub fn load_u32(&self, iova: u64) -> Result<u32, DmaFault> {
+    pub(crate) fn load_u32(&self, iova: u64) -> Result<u32, DmaFault> {
         let fault = DmaFault { iova, len: 4, write: false };
         let region = self.find(iova, Use::Queue).filter(|r| r.readable).ok_or(fault)?;
         // Acquire: pairs with the driver's Release store of its shadow doorbell, after its entries.
@@ -251,7 +259,7 @@ impl DmaView {
     }
 
     /// Stores a doorbell-like word in host memory.
-    pub fn store_u32(&self, iova: u64, value: u32) -> Result<(), DmaFault> {
+    pub(crate) fn store_u32(&self, iova: u64, value: u32) -> Result<(), DmaFault> {
         let fault = DmaFault { iova, len: 4, write: true };
         let region = self.find(iova, Use::Queue).filter(|r| r.writable).ok_or(fault)?;
         // Release: an EventIdx is published after everything the controller did up to it.
@@ -259,13 +267,13 @@ impl DmaView {
     }
 
     /// Reads host memory into a private buffer.
-    pub fn read(&self, iova: u64, into: &mut [u8]) -> Result<(), DmaFault> {
+    pub(crate) fn read(&self, iova: u64, into: &mut [u8]) -> Result<(), DmaFault> {
         let len = into.len();
         self.walk(iova, len, false, Use::Data, |bytes, at, done, piece| bytes.read(at, &mut into[done..done + piece]))
     }
 
     /// Writes a private buffer to host memory.
-    pub fn write(&self, iova: u64, from: &[u8]) -> Result<(), DmaFault> {
+    pub(crate) fn write(&self, iova: u64, from: &[u8]) -> Result<(), DmaFault> {
         self.walk(iova, from.len(), true, Use::Data, |bytes, at, done, piece| {
             bytes.write(at, &from[done..done + piece])
         })
@@ -273,7 +281,7 @@ impl DmaView {
 
     /// Calls `part(region bytes, offset in region, offset in the range, length)` for each mapped piece of a data transfer.
     #[inline]
-    pub fn data(
+    pub(crate) fn data(
         &self,
         iova: u64,
         len: usize,

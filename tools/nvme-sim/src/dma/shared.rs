@@ -42,13 +42,13 @@ pub(crate) struct SharedBytes {
 
 impl SharedBytes {
     /// `len` bytes of zeroes that cost memory only where they are written (terabytes are fine).
-    pub fn anonymous(len: usize) -> io::Result<SharedBytes> {
+    pub(crate) fn anonymous(len: usize) -> io::Result<SharedBytes> {
         let map = MmapOptions::new().len(len).no_reserve_swap().map_anon()?;
         Ok(SharedBytes { _guard: None, map: MmapRaw::from(map), start: 0, len })
     }
 
     /// A new memory file of `len` bytes, which whoever gets it cannot change, and its mapping.
-    pub fn memory_file(name: &std::ffi::CStr, len: usize) -> io::Result<(File, SharedBytes)> {
+    pub(crate) fn memory_file(name: &std::ffi::CStr, len: usize) -> io::Result<(File, SharedBytes)> {
         // SAFETY: `name` is a valid C string for the length of the call.
         let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
         if fd < 0 {
@@ -67,7 +67,7 @@ impl SharedBytes {
     }
 
     /// Maps `len` bytes of `file` from `offset`. The file must be that long already, but for the rest of its last page.
-    pub fn of_file(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
+    pub(crate) fn of_file(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
         let metadata = file.metadata()?;
         let end = offset.checked_add(len as u64).ok_or(io::ErrorKind::InvalidInput)?;
         if metadata.is_file() && end > metadata.len().next_multiple_of(PAGE as u64) {
@@ -97,7 +97,7 @@ impl SharedBytes {
     }
 
     /// The same of a client's memory, which is guarded if this program has a guard.
-    pub fn of_client(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
+    pub(crate) fn of_client(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
         let mut bytes = SharedBytes::of_file(file, offset, len, writable)?;
         if let Some(guard) = GUARD.get() {
             let whole = bytes.map.len().next_multiple_of(PAGE);
@@ -107,7 +107,7 @@ impl SharedBytes {
         Ok(bytes)
     }
 
-    pub fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.len
     }
 
@@ -134,32 +134,32 @@ impl SharedBytes {
 
     /// Loads an aligned word; `None` where it is outside or misaligned.
     #[inline]
-    pub fn load_u32(&self, offset: usize, order: Ordering) -> Option<u32> {
+    pub(crate) fn load_u32(&self, offset: usize, order: Ordering) -> Option<u32> {
         Some(u32::from_le(self.atomic_u32(offset)?.load(order)))
     }
 
     /// Stores an aligned word; `None` where it is outside or misaligned.
     #[inline]
-    pub fn store_u32(&self, offset: usize, value: u32, order: Ordering) -> Option<()> {
+    pub(crate) fn store_u32(&self, offset: usize, value: u32, order: Ordering) -> Option<()> {
         self.atomic_u32(offset)?.store(value.to_le(), order);
         Some(())
     }
 
     /// Loads an aligned word; `None` where it is outside or misaligned.
     #[inline]
-    pub fn load_u64(&self, offset: usize, order: Ordering) -> Option<u64> {
+    pub(crate) fn load_u64(&self, offset: usize, order: Ordering) -> Option<u64> {
         Some(u64::from_le(self.atomic_u64(offset)?.load(order)))
     }
 
     /// Stores an aligned word; `None` where it is outside or misaligned.
     #[inline]
-    pub fn store_u64(&self, offset: usize, value: u64, order: Ordering) -> Option<()> {
+    pub(crate) fn store_u64(&self, offset: usize, value: u64, order: Ordering) -> Option<()> {
         self.atomic_u64(offset)?.store(value.to_le(), order);
         Some(())
     }
 
     /// Copies bytes out of the shared memory.
-    pub fn read(&self, offset: usize, into: &mut [u8]) -> Option<()> {
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> Option<()> {
         let from = self.at(offset, into.len())?;
         // SAFETY: `from` has `into.len()` mapped bytes (checked); `into` is private memory, so they do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) };
@@ -167,7 +167,7 @@ impl SharedBytes {
     }
 
     /// Copies bytes into the shared memory.
-    pub fn write(&self, offset: usize, from: &[u8]) -> Option<()> {
+    pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Option<()> {
         let into = self.at(offset, from.len())?;
         // SAFETY: `into` has `from.len()` mapped bytes (checked); `from` is private memory, so they do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) };
@@ -176,7 +176,7 @@ impl SharedBytes {
 
     /// Copies `len` bytes to another piece of shared memory, with nothing in between.
     #[inline]
-    pub fn copy_to(&self, offset: usize, into: &SharedBytes, into_offset: usize, len: usize) -> Option<()> {
+    pub(crate) fn copy_to(&self, offset: usize, into: &SharedBytes, into_offset: usize, len: usize) -> Option<()> {
         let from = self.at(offset, len)?;
         let into = into.at(into_offset, len)?;
         // SAFETY: both have `len` mapped bytes (checked). `copy` rather than `copy_nonoverlapping`: nothing but the
@@ -186,7 +186,7 @@ impl SharedBytes {
     }
 
     /// Whether `len` bytes equal those of another piece.
-    pub fn equals(&self, offset: usize, other: &SharedBytes, other_offset: usize, len: usize) -> Option<bool> {
+    pub(crate) fn equals(&self, offset: usize, other: &SharedBytes, other_offset: usize, len: usize) -> Option<bool> {
         let a = self.at(offset, len)?;
         let b = other.at(other_offset, len)?;
         // SAFETY: both have `len` mapped bytes (checked); memcmp only reads them.
@@ -194,7 +194,7 @@ impl SharedBytes {
     }
 
     /// Fills `len` bytes from a file. The system copies: memory that cannot be written is an error here, and no signal.
-    pub fn fill_from(&self, offset: usize, file: &File, from: u64, len: usize) -> io::Result<()> {
+    pub(crate) fn fill_from(&self, offset: usize, file: &File, from: u64, len: usize) -> io::Result<()> {
         let into = self.at(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
         whole(len, |done| {
             let at = position(from, done)?;
@@ -205,7 +205,7 @@ impl SharedBytes {
     }
 
     /// Writes `len` bytes to a file, in the same way.
-    pub fn write_to(&self, offset: usize, file: &File, to: u64, len: usize) -> io::Result<()> {
+    pub(crate) fn write_to(&self, offset: usize, file: &File, to: u64, len: usize) -> io::Result<()> {
         let from = self.at(offset, len).ok_or(io::ErrorKind::InvalidInput)?;
         whole(len, |done| {
             let at = position(to, done)?;
@@ -218,7 +218,7 @@ impl SharedBytes {
     /// Has the system give the pages of a range for writing now, with their contents as they are. A range outside is left
     /// alone.
     #[inline]
-    pub fn make_writable(&self, offset: usize, len: usize) {
+    pub(crate) fn make_writable(&self, offset: usize, len: usize) {
         let (first, end) = (offset / PAGE * PAGE, offset.saturating_add(len));
         for page in (first..end).step_by(PAGE) {
             if let Some(word) = self.atomic_u32(page) {
@@ -229,7 +229,7 @@ impl SharedBytes {
     }
 
     /// Writes zeroes.
-    pub fn zero(&self, offset: usize, len: usize) -> Option<()> {
+    pub(crate) fn zero(&self, offset: usize, len: usize) -> Option<()> {
         let at = self.at(offset, len)?;
         // SAFETY: `at` has `len` mapped bytes (checked).
         unsafe { std::ptr::write_bytes(at, 0, len) };
@@ -237,7 +237,7 @@ impl SharedBytes {
     }
 
     /// Gives the whole pages inside the range back to the system. Only for anonymous memory, where they then read zero.
-    pub fn forget_pages(&self, offset: usize, len: usize) -> io::Result<()> {
+    pub(crate) fn forget_pages(&self, offset: usize, len: usize) -> io::Result<()> {
         let first = offset.next_multiple_of(PAGE);
         let last = offset.saturating_add(len).min(self.len) / PAGE * PAGE;
         if first >= last {
@@ -248,7 +248,7 @@ impl SharedBytes {
     }
 
     /// Changes the length of a whole mapping; new bytes read zero (the file behind it must have them already).
-    pub fn resize(&mut self, len: usize) -> io::Result<()> {
+    pub(crate) fn resize(&mut self, len: usize) -> io::Result<()> {
         debug_assert_eq!(self.start, 0, "only whole mappings are resized");
         // SAFETY: `&mut self`: nothing else uses the mapping, and no pointer into it is kept.
         unsafe { self.map.remap(len, RemapOptions::new().may_move(true))? };

@@ -29,16 +29,16 @@ const ERROR: u32 = 1 << 5;
 
 /// Commands.
 pub(super) mod command {
-    pub const VERSION: u16 = 1;
-    pub const DMA_MAP: u16 = 2;
-    pub const DMA_UNMAP: u16 = 3;
-    pub const DEVICE_GET_INFO: u16 = 4;
-    pub const DEVICE_GET_REGION_INFO: u16 = 5;
-    pub const DEVICE_GET_IRQ_INFO: u16 = 7;
-    pub const DEVICE_SET_IRQS: u16 = 8;
-    pub const REGION_READ: u16 = 9;
-    pub const REGION_WRITE: u16 = 10;
-    pub const DEVICE_RESET: u16 = 13;
+    pub(crate) const VERSION: u16 = 1;
+    pub(crate) const DMA_MAP: u16 = 2;
+    pub(crate) const DMA_UNMAP: u16 = 3;
+    pub(crate) const DEVICE_GET_INFO: u16 = 4;
+    pub(crate) const DEVICE_GET_REGION_INFO: u16 = 5;
+    pub(crate) const DEVICE_GET_IRQ_INFO: u16 = 7;
+    pub(crate) const DEVICE_SET_IRQS: u16 = 8;
+    pub(crate) const REGION_READ: u16 = 9;
+    pub(crate) const REGION_WRITE: u16 = 10;
+    pub(crate) const DEVICE_RESET: u16 = 13;
 }
 
 /// What every message begins with.
@@ -158,7 +158,7 @@ pub(super) struct Message {
 
 impl Message {
     /// The structure the body begins with, and what follows.
-    pub fn parse<T: FromBytes>(&self) -> io::Result<(T, &[u8])> {
+    pub(super) fn parse<T: FromBytes>(&self) -> io::Result<(T, &[u8])> {
         T::read_from_prefix(&self.body).map_err(|_| {
             let (have, want) = (self.body.len(), size_of::<T>());
             io::Error::new(
@@ -169,7 +169,7 @@ impl Message {
     }
 
     /// Whether the front-end waits for an answer.
-    pub fn wants_reply(&self) -> bool {
+    pub(super) fn wants_reply(&self) -> bool {
         self.header.flags & NO_REPLY == 0
     }
 }

@@ -12,19 +12,19 @@ use nvme_sim::{Config, NamespaceConfig, Simulator};
 use vfio_user::Client;
 
 /// Every wait of a test ends here.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 /// Where the host's memory begins for DMA.
-pub const MEMORY: u64 = 0x1_0000_0000;
-pub const MEMORY_BYTES: u64 = 256 << 20;
+pub(crate) const MEMORY: u64 = 0x1_0000_0000;
+pub(crate) const MEMORY_BYTES: u64 = 256 << 20;
 const DOORBELLS: u64 = 0x1000;
 
 /// A controller on a socket in a directory of its own.
-pub struct Controller {
+pub(crate) struct Controller {
     pub simulator: Simulator,
     pub directory: tempfile::TempDir,
 }
 
-pub fn start(config: Config) -> Controller {
+pub(crate) fn start(config: Config) -> Controller {
     let _ = env_logger::builder().is_test(true).try_init();
     let directory = tempfile::tempdir().unwrap();
     let simulator = Simulator::start(config, &directory.path().join("nvme.sock")).unwrap();
@@ -32,7 +32,7 @@ pub fn start(config: Config) -> Controller {
 }
 
 /// A controller with two namespaces of 64 MiB, brought up, with one queue pair.
-pub fn with_two_namespaces(config: Config) -> (Controller, Host) {
+pub(crate) fn with_two_namespaces(config: Config) -> (Controller, Host) {
     let namespace = NamespaceConfig { bytes: 64 << 20, ..Default::default() };
     let controller = start(Config { namespaces: vec![namespace.clone(), namespace], ..config });
     let mut host = Host::bring_up(controller.simulator.socket());
@@ -41,13 +41,13 @@ pub fn with_two_namespaces(config: Config) -> (Controller, Host) {
 }
 
 impl Controller {
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 }
 
 /// Waits until `ready` gives something.
-pub fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
+pub(crate) fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
     let start = Instant::now();
     loop {
         if let Some(value) = ready() {
@@ -60,29 +60,29 @@ pub fn await_some<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
 
 /// A submission queue entry.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Sqe(pub [u32; 16]);
+pub(crate) struct Sqe(pub [u32; 16]);
 
 impl Sqe {
-    pub fn new(opcode: u8, namespace: u32) -> Sqe {
+    pub(crate) fn new(opcode: u8, namespace: u32) -> Sqe {
         let mut entry = Sqe::default();
         entry.0[0] = opcode.into();
         entry.0[1] = namespace;
         entry
     }
 
-    pub fn dword(mut self, n: usize, value: u32) -> Sqe {
+    pub(crate) fn dword(mut self, n: usize, value: u32) -> Sqe {
         self.0[n] = value;
         self
     }
 
-    pub fn prp(mut self, prp1: u64, prp2: u64) -> Sqe {
+    pub(crate) fn prp(mut self, prp1: u64, prp2: u64) -> Sqe {
         (self.0[6], self.0[7]) = (prp1 as u32, (prp1 >> 32) as u32);
         (self.0[8], self.0[9]) = (prp2 as u32, (prp2 >> 32) as u32);
         self
     }
 
     /// An SGL descriptor in the command.
-    pub fn sgl(mut self, descriptor: [u8; 16]) -> Sqe {
+    pub(crate) fn sgl(mut self, descriptor: [u8; 16]) -> Sqe {
         self.0[0] |= 1 << 14;
         for n in 0..4 {
             self.0[6 + n] = u32::from_le_bytes(descriptor[4 * n..][..4].try_into().unwrap());
@@ -91,7 +91,7 @@ impl Sqe {
     }
 
     /// SLBA and NLB (1's based here).
-    pub fn blocks(mut self, lba: u64, blocks: u32) -> Sqe {
+    pub(crate) fn blocks(mut self, lba: u64, blocks: u32) -> Sqe {
         (self.0[10], self.0[11]) = (lba as u32, (lba >> 32) as u32);
         self.0[12] = self.0[12] & 0xffff_0000 | (blocks - 1);
         self
@@ -99,7 +99,7 @@ impl Sqe {
 }
 
 /// An SGL descriptor: kind 0 data block, 1 bit bucket, 2 segment, 3 last segment.
-pub fn descriptor(kind: u8, address: u64, bytes: u32) -> [u8; 16] {
+pub(crate) fn descriptor(kind: u8, address: u64, bytes: u32) -> [u8; 16] {
     let mut raw = [0; 16];
     raw[..8].copy_from_slice(&address.to_le_bytes());
     raw[8..12].copy_from_slice(&bytes.to_le_bytes());
@@ -109,7 +109,7 @@ pub fn descriptor(kind: u8, address: u64, bytes: u32) -> [u8; 16] {
 
 /// A completion queue entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Cqe {
+pub(crate) struct Cqe {
     pub result: u32,
     pub sq_head: u16,
     pub sq: u16,
@@ -130,7 +130,7 @@ struct Queue {
     phase: bool,
 }
 
-pub struct Host {
+pub(crate) struct Host {
     pub client: Client,
     pub memory: File,
     next: u64,
@@ -148,7 +148,7 @@ pub struct Host {
 
 impl Host {
     /// Connects and maps memory for DMA.
-    pub fn connect(socket: &Path) -> Host {
+    pub(crate) fn connect(socket: &Path) -> Host {
         let mut client = Client::new(socket).unwrap();
         let memory = tempfile::tempfile_in("/dev/shm").unwrap();
         memory.set_len(MEMORY_BYTES).unwrap();
@@ -172,42 +172,42 @@ impl Host {
     }
 
     /// Connects and brings the controller up.
-    pub fn bring_up(socket: &Path) -> Host {
+    pub(crate) fn bring_up(socket: &Path) -> Host {
         let mut host = Host::connect(socket);
         host.enable();
         host
     }
 
-    pub fn read32(&mut self, offset: u64) -> u32 {
+    pub(crate) fn read32(&mut self, offset: u64) -> u32 {
         let mut raw = [0; 4];
         self.client.region_read(0, offset, &mut raw).unwrap();
         u32::from_le_bytes(raw)
     }
 
-    pub fn read64(&mut self, offset: u64) -> u64 {
+    pub(crate) fn read64(&mut self, offset: u64) -> u64 {
         let mut raw = [0; 8];
         self.client.region_read(0, offset, &mut raw).unwrap();
         u64::from_le_bytes(raw)
     }
 
-    pub fn write32(&mut self, offset: u64, value: u32) {
+    pub(crate) fn write32(&mut self, offset: u64, value: u32) {
         self.client.region_write(0, offset, &value.to_le_bytes()).unwrap();
     }
 
-    pub fn write64(&mut self, offset: u64, value: u64) {
+    pub(crate) fn write64(&mut self, offset: u64, value: u64) {
         self.client.region_write(0, offset, &value.to_le_bytes()).unwrap();
     }
 
-    pub fn config_read(&mut self, offset: u64, bytes: &mut [u8]) {
+    pub(crate) fn config_read(&mut self, offset: u64, bytes: &mut [u8]) {
         self.client.region_read(7, offset, bytes).unwrap();
     }
 
-    pub fn config_write(&mut self, offset: u64, bytes: &[u8]) {
+    pub(crate) fn config_write(&mut self, offset: u64, bytes: &[u8]) {
         self.client.region_write(7, offset, bytes).unwrap();
     }
 
     /// Page-aligned memory, zero when first given out; its DMA address.
-    pub fn allocate(&mut self, bytes: u64) -> u64 {
+    pub(crate) fn allocate(&mut self, bytes: u64) -> u64 {
         let at = self.next;
         self.next += bytes.next_multiple_of(4096);
         assert!(self.next <= MEMORY + MEMORY_BYTES, "out of test memory");
@@ -215,42 +215,42 @@ impl Host {
     }
 
     /// What is allocated next begins at a multiple of `bytes`.
-    pub fn align(&mut self, bytes: u64) {
+    pub(crate) fn align(&mut self, bytes: u64) {
         self.next = self.next.next_multiple_of(bytes);
     }
 
     /// Gives back all memory but that of queues.
-    pub fn rewind(&mut self) {
+    pub(crate) fn rewind(&mut self) {
         self.next = self.mark;
     }
 
-    pub fn put(&self, iova: u64, bytes: &[u8]) {
+    pub(crate) fn put(&self, iova: u64, bytes: &[u8]) {
         self.memory.write_all_at(bytes, iova - MEMORY).unwrap();
     }
 
-    pub fn get(&self, iova: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn get(&self, iova: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.memory.read_exact_at(&mut bytes, iova - MEMORY).unwrap();
         bytes
     }
 
-    pub fn status(&mut self) -> u32 {
+    pub(crate) fn status(&mut self) -> u32 {
         self.read32(0x1c)
     }
 
-    pub fn await_status(&mut self, mask: u32, value: u32) {
+    pub(crate) fn await_status(&mut self, mask: u32, value: u32) {
         await_some("CSTS", || (self.status() & mask == value).then_some(()));
     }
 
     /// Admin queues of 32 entries and CC.EN; waits until the controller is ready.
-    pub fn enable(&mut self) {
+    pub(crate) fn enable(&mut self) {
         self.prepare(32);
         self.write32(0x14, 4 << 20 | 6 << 16 | 1);
         self.await_status(1, 1);
     }
 
     /// Admin queues of `entries`, not yet enabled.
-    pub fn prepare(&mut self, entries: u16) {
+    pub(crate) fn prepare(&mut self, entries: u16) {
         let (sq, cq) = (self.allocate(u64::from(entries) * 64), self.allocate(u64::from(entries) * 16));
         let size = u32::from(entries) - 1;
         self.write32(0x24, size << 16 | size);
@@ -261,14 +261,14 @@ impl Host {
     }
 
     /// Puts the admin queues elsewhere, before they are enabled.
-    pub fn relocate_admin(&mut self, sq: u64, cq: u64) {
+    pub(crate) fn relocate_admin(&mut self, sq: u64, cq: u64) {
         self.write64(0x28, sq);
         self.write64(0x30, cq);
         let queue = self.queue(0);
         (queue.sq, queue.cq) = (sq, cq);
     }
 
-    pub fn disable(&mut self) {
+    pub(crate) fn disable(&mut self) {
         self.write32(0x14, 0);
         self.await_status(1, 0);
     }
@@ -283,7 +283,7 @@ impl Host {
     }
 
     /// Writes a doorbell, by its offset in BAR0.
-    pub fn ring(&mut self, offset: u64, value: u32) {
+    pub(crate) fn ring(&mut self, offset: u64, value: u32) {
         match &self.doorbells {
             Some(file) if !self.by_message => file.write_all_at(&value.to_le_bytes(), offset).unwrap(),
             _ => self.write32(offset, value),
@@ -295,7 +295,7 @@ impl Host {
     }
 
     /// Writes an entry; the doorbell waits for [`Host::flush`].
-    pub fn push(&mut self, queue: u16, mut entry: Sqe) -> u16 {
+    pub(crate) fn push(&mut self, queue: u16, mut entry: Sqe) -> u16 {
         let id = self.next_id;
         self.next_id = self.next_id.wrapping_add(1);
         entry.0[0] |= u32::from(id) << 16;
@@ -304,7 +304,7 @@ impl Host {
     }
 
     /// Writes an entry that has its identifier.
-    pub fn push_raw(&mut self, queue: u16, entry: Sqe) {
+    pub(crate) fn push_raw(&mut self, queue: u16, entry: Sqe) {
         let q = self.queue(queue);
         let at = q.sq + u64::from(q.tail) * 64;
         q.tail = (q.tail + 1) % q.entries;
@@ -312,12 +312,12 @@ impl Host {
         self.put(at, &raw);
     }
 
-    pub fn flush(&mut self, queue: u16) {
+    pub(crate) fn flush(&mut self, queue: u16) {
         let tail = self.queue(queue).tail;
         self.doorbell(queue, false, tail.into());
     }
 
-    pub fn submit(&mut self, queue: u16, entry: Sqe) -> u16 {
+    pub(crate) fn submit(&mut self, queue: u16, entry: Sqe) -> u16 {
         let id = self.push(queue, entry);
         self.flush(queue);
         id
@@ -341,7 +341,7 @@ impl Host {
         })
     }
 
-    pub fn poll(&mut self, queue: u16) -> Option<Cqe> {
+    pub(crate) fn poll(&mut self, queue: u16) -> Option<Cqe> {
         let completion = self.peek(queue)?;
         let q = self.queue(queue);
         q.head += 1;
@@ -354,12 +354,12 @@ impl Host {
         Some(completion)
     }
 
-    pub fn wait(&mut self, queue: u16) -> Cqe {
+    pub(crate) fn wait(&mut self, queue: u16) -> Cqe {
         await_some("a completion", || self.poll(queue))
     }
 
     /// No completion comes for a while.
-    pub fn expect_silence(&mut self, queue: u16) {
+    pub(crate) fn expect_silence(&mut self, queue: u16) {
         let start = Instant::now();
         while start.elapsed() < Duration::from_millis(30) {
             assert_eq!(self.poll(queue), None);
@@ -368,18 +368,18 @@ impl Host {
     }
 
     /// One command, start to end.
-    pub fn command(&mut self, queue: u16, entry: Sqe) -> Cqe {
+    pub(crate) fn command(&mut self, queue: u16, entry: Sqe) -> Cqe {
         let id = self.submit(queue, entry);
         let completion = self.wait(queue);
         assert_eq!((completion.id, completion.sq), (id, queue));
         completion
     }
 
-    pub fn admin(&mut self, entry: Sqe) -> Cqe {
+    pub(crate) fn admin(&mut self, entry: Sqe) -> Cqe {
         self.command(0, entry)
     }
 
-    pub fn identify(&mut self, selector: u32, namespace: u32) -> Result<Vec<u8>, u16> {
+    pub(crate) fn identify(&mut self, selector: u32, namespace: u32) -> Result<Vec<u8>, u16> {
         let page = self.allocate(4096);
         match self.admin(Sqe::new(0x06, namespace).prp(page, 0).dword(10, selector)).status {
             0 => Ok(self.get(page, 4096)),
@@ -387,33 +387,33 @@ impl Host {
         }
     }
 
-    pub fn set_feature(&mut self, id: u32, value: u32) -> Cqe {
+    pub(crate) fn set_feature(&mut self, id: u32, value: u32) -> Cqe {
         self.admin(Sqe::new(0x09, 0).dword(10, id).dword(11, value))
     }
 
-    pub fn get_feature(&mut self, id: u32, value: u32) -> Cqe {
+    pub(crate) fn get_feature(&mut self, id: u32, value: u32) -> Cqe {
         self.admin(Sqe::new(0x0a, 0).dword(10, id).dword(11, value))
     }
 
-    pub fn log_page(&mut self, id: u32, bytes: u32) -> Vec<u8> {
+    pub(crate) fn log_page(&mut self, id: u32, bytes: u32) -> Vec<u8> {
         let page = self.allocate(bytes.into());
         let entry = Sqe::new(0x02, 0xffff_ffff).prp(page, page + 4096).dword(10, (bytes / 4 - 1) << 16 | id);
         assert_eq!(self.admin(entry).status, 0);
         self.get(page, bytes as usize)
     }
 
-    pub fn create_cq_entry(id: u16, entries: u16, base: u64, flags: u32) -> Sqe {
+    pub(crate) fn create_cq_entry(id: u16, entries: u16, base: u64, flags: u32) -> Sqe {
         let size = u32::from(entries - 1) << 16;
         Sqe::new(0x05, 0).prp(base, 0).dword(10, size | u32::from(id)).dword(11, flags)
     }
 
-    pub fn create_sq_entry(id: u16, entries: u16, base: u64, cq: u16) -> Sqe {
+    pub(crate) fn create_sq_entry(id: u16, entries: u16, base: u64, cq: u16) -> Sqe {
         let size = u32::from(entries - 1) << 16;
         Sqe::new(0x01, 0).prp(base, 0).dword(10, size | u32::from(id)).dword(11, u32::from(cq) << 16 | 1)
     }
 
     /// An I/O queue pair; interrupts on `vector`, if given.
-    pub fn create_pair(&mut self, id: u16, entries: u16, vector: Option<u16>) {
+    pub(crate) fn create_pair(&mut self, id: u16, entries: u16, vector: Option<u16>) {
         let (sq, cq) = (self.allocate(u64::from(entries) * 64), self.allocate(u64::from(entries) * 16));
         let flags = 1 | vector.map_or(0, |vector| u32::from(vector) << 16 | 2);
         assert_eq!(self.admin(Host::create_cq_entry(id, entries, cq, flags)).status, 0);
@@ -425,19 +425,19 @@ impl Host {
     }
 
     /// A pair that the test has created itself.
-    pub fn adopt(&mut self, id: u16, sq: u64, entries: u16, cq: u64, cq_entries: u16) {
+    pub(crate) fn adopt(&mut self, id: u16, sq: u64, entries: u16, cq: u64, cq_entries: u16) {
         self.queues.resize(self.queues.len().max(usize::from(id) + 1), None);
         self.queues[usize::from(id)] = Some(Queue { sq, cq, entries, cq_entries, tail: 0, head: 0, phase: true });
     }
 
-    pub fn delete_pair(&mut self, id: u16) {
+    pub(crate) fn delete_pair(&mut self, id: u16) {
         assert_eq!(self.admin(Sqe::new(0x00, 0).dword(10, id.into())).status, 0);
         assert_eq!(self.admin(Sqe::new(0x04, 0).dword(10, id.into())).status, 0);
         self.queues[usize::from(id)] = None;
     }
 
     /// PRP1 and PRP2 for a buffer that begins on a page and is contiguous.
-    pub fn prps(&mut self, buffer: u64, bytes: u64) -> (u64, u64) {
+    pub(crate) fn prps(&mut self, buffer: u64, bytes: u64) -> (u64, u64) {
         let pages = bytes.div_ceil(4096);
         if pages <= 2 {
             return (buffer, if pages == 2 { buffer + 4096 } else { 0 });
@@ -450,7 +450,7 @@ impl Host {
     }
 
     /// A read or write of whole blocks, with a fresh buffer each.
-    pub fn write_blocks(&mut self, queue: u16, lba: u64, shift: u32, data: &[u8]) -> u16 {
+    pub(crate) fn write_blocks(&mut self, queue: u16, lba: u64, shift: u32, data: &[u8]) -> u16 {
         let buffer = self.allocate(data.len() as u64);
         self.put(buffer, data);
         let (prp1, prp2) = self.prps(buffer, data.len() as u64);
@@ -458,7 +458,7 @@ impl Host {
         self.command(queue, entry).status
     }
 
-    pub fn read_blocks(&mut self, queue: u16, lba: u64, shift: u32, len: usize) -> Result<Vec<u8>, u16> {
+    pub(crate) fn read_blocks(&mut self, queue: u16, lba: u64, shift: u32, len: usize) -> Result<Vec<u8>, u16> {
         let buffer = self.allocate(len as u64);
         self.put(buffer, &vec![0xee; len]);
         let (prp1, prp2) = self.prps(buffer, len as u64);
@@ -470,6 +470,6 @@ impl Host {
 }
 
 /// Bytes that differ everywhere.
-pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(crate) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|n| ((n + seed).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
 }

@@ -88,7 +88,7 @@ impl Drop for OpenDevice {
 }
 
 impl KernelBackend {
-    pub fn open(address: PciAddress) -> Result<KernelBackend, Error> {
+    pub(crate) fn open(address: PciAddress) -> Result<KernelBackend, Error> {
         let roots = Roots::default();
         let found = sysfs::find(&roots, address)?;
         let group = found.ways.group;

@@ -29,18 +29,18 @@ pub(super) struct Space {
 }
 
 impl Space {
-    pub fn new(way: Way, ranges: Vec<IovaRange>, page: u64) -> Arc<Space> {
+    pub(super) fn new(way: Way, ranges: Vec<IovaRange>, page: u64) -> Arc<Space> {
         Arc::new(Space { way, ranges, page, addresses: OnceLock::new() })
     }
 
-    pub fn dma(&self) -> &dyn VfioOps {
+    pub(super) fn dma(&self) -> &dyn VfioOps {
         match &self.way {
             Way::Iommufd(iommufd) => &**iommufd,
             Way::Group(container) => &**container,
         }
     }
 
-    pub fn is_iommufd(&self) -> bool {
+    pub(super) fn is_iommufd(&self) -> bool {
         matches!(self.way, Way::Iommufd(_))
     }
 }
@@ -60,24 +60,24 @@ static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
 pub(super) struct OpenDevices(MutexGuard<'static, Vec<Entry>>);
 
 impl OpenDevices {
-    pub fn lock() -> OpenDevices {
+    pub(super) fn lock() -> OpenDevices {
         let mut entries = OPEN.lock().unwrap_or_else(PoisonError::into_inner);
         entries.retain(|entry| entry.open.strong_count() > 0);
         OpenDevices(entries)
     }
 
-    pub fn has(&self, address: PciAddress) -> bool {
+    pub(super) fn has(&self, address: PciAddress) -> bool {
         self.0.iter().any(|entry| entry.address == address)
     }
 
     /// The address space of a group of which a device is open in this way.
-    pub fn space(&self, group: u32, iommufd: bool) -> Option<Arc<Space>> {
+    pub(super) fn space(&self, group: u32, iommufd: bool) -> Option<Arc<Space>> {
         let mut spaces = self.0.iter().filter(|entry| entry.group == group).filter_map(|entry| entry.space.upgrade());
         spaces.find(|space| space.is_iommufd() == iommufd)
     }
 
     /// Notes a device, which is open until the last clone of what is returned is dropped.
-    pub fn add(&mut self, address: PciAddress, group: u32, space: &Arc<Space>) -> Arc<()> {
+    pub(super) fn add(&mut self, address: PciAddress, group: u32, space: &Arc<Space>) -> Arc<()> {
         let open = Arc::new(());
         self.0.push(Entry { address, group, space: Arc::downgrade(space), open: Arc::downgrade(&open) });
         open

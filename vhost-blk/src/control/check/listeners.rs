@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 /// The process that listens on a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Owner {
+pub(super) enum Owner {
     Nobody,
     /// Somebody, of whom no more can be seen.
     Unknown,
@@ -20,7 +20,7 @@ pub enum Owner {
 }
 
 /// The listening UNIX sockets that have a path.
-pub struct Listeners {
+pub(super) struct Listeners {
     inodes: BTreeMap<PathBuf, u64>,
     /// Every process could be looked at.
     complete: bool,
@@ -31,7 +31,7 @@ const ACCEPTS: u32 = 1 << 16;
 
 impl Listeners {
     /// Reads those of all networks that can be seen: sockets are listed with the network of the process that made them.
-    pub fn look() -> Listeners {
+    pub(super) fn look() -> Listeners {
         let mut listeners = Listeners { inodes: BTreeMap::new(), complete: true };
         let mut networks = Vec::new();
         for process in processes() {
@@ -59,7 +59,7 @@ impl Listeners {
     }
 
     /// Who listens there.
-    pub fn owner(&self, path: &Path) -> Owner {
+    pub(super) fn owner(&self, path: &Path) -> Owner {
         match self.inodes.get(&whole(path)) {
             Some(inode) => holder(*inode).unwrap_or(Owner::Unknown),
             None if self.complete => Owner::Nobody,
@@ -102,7 +102,7 @@ fn holder(inode: u64) -> Option<Owner> {
 }
 
 /// Whether a process is this program with this configuration file.
-pub fn serves(id: u32, file: &Path) -> bool {
+pub(super) fn serves(id: u32, file: &Path) -> bool {
     let process = PathBuf::from(format!("/proc/{id}"));
     let Ok(arguments) = std::fs::read(process.join("cmdline")) else { return false };
     let arguments: Vec<&OsStr> = arguments.split(|byte| *byte == 0).map(OsStr::from_bytes).collect();

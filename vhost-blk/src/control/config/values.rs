@@ -102,7 +102,7 @@ pub fn hold(seconds: f64) -> Result<Duration, String> {
 }
 
 /// Checks the time that a drive has for something, in seconds.
-pub fn drive_timeout(seconds: f64) -> Result<Duration, String> {
+pub(super) fn drive_timeout(seconds: f64) -> Result<Duration, String> {
     duration(seconds, 0.1).ok_or_else(|| format!("{seconds} seconds for a drive: use 0.1 to {MOST_SECONDS}"))
 }
 

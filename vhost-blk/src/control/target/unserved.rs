@@ -10,14 +10,14 @@ use crate::vhost_user::listener::Handed;
 const LEFT_AT_ONCE: usize = 64;
 
 /// Mistakes, and sockets on which front-ends come in vain.
-pub struct Unserved {
+pub(super) struct Unserved {
     reasons: Vec<String>,
     sockets: Vec<UnixListener>,
 }
 
 impl Unserved {
     /// Tells the log of exports that make no sense, and of sockets that no export wants.
-    pub fn new(refused: &[RefusedExport], unwanted: Vec<Handed>) -> Unserved {
+    pub(super) fn new(refused: &[RefusedExport], unwanted: Vec<Handed>) -> Unserved {
         let (mut reasons, mut sockets) = (Vec::new(), Vec::new());
         for RefusedExport { socket, mistakes } in refused {
             let why = mistakes.join("; ");
@@ -45,7 +45,7 @@ impl Unserved {
     }
 
     /// Tells the log of CPUs that cannot be had.
-    pub fn lacks_workers(&mut self, unpinned: &[worker::Error]) {
+    pub(super) fn lacks_workers(&mut self, unpinned: &[worker::Error]) {
         for error in unpinned {
             log::error!("{error}; the other workers do its work until that is mended and the program is started again");
             self.reasons.push(error.to_string());
@@ -53,12 +53,12 @@ impl Unserved {
     }
 
     /// What is wrong.
-    pub fn reasons(&self) -> &[String] {
+    pub(super) fn reasons(&self) -> &[String] {
         &self.reasons
     }
 
     /// Leaves front-ends that have come: one that nobody answers stands still, with its virtual machine.
-    pub fn turn_away(&self) {
+    pub(super) fn turn_away(&self) {
         for socket in &self.sockets {
             leave(socket);
         }
@@ -66,6 +66,6 @@ impl Unserved {
 }
 
 /// Leaves the front-ends that have come to a socket which does not block; says how many.
-pub fn leave(socket: &UnixListener) -> usize {
+pub(super) fn leave(socket: &UnixListener) -> usize {
     (0..LEFT_AT_ONCE).take_while(|_| socket.accept().is_ok()).count()
 }

@@ -26,7 +26,7 @@ use crate::virtio::memory::Budget;
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// How drives are opened.
-pub struct Means {
+pub(super) struct Means {
     /// The controllers' options, each with its own.
     pub options: Vec<(DeviceAddress, Options)>,
     /// How long requests wait for a drive that goes.
@@ -38,7 +38,7 @@ pub struct Means {
 }
 
 /// A drive, and what is not served of it yet.
-pub struct Waiting {
+pub(super) struct Waiting {
     address: DeviceAddress,
     means: Arc<Means>,
     drive: Option<Arc<Drive>>,
@@ -91,7 +91,7 @@ struct FoundDisk {
 
 impl Waiting {
     /// The drives of these exports, each with all that are of it; `listeners` are in the order of the exports.
-    pub fn all(
+    pub(super) fn all(
         exports: &[ExportSettings],
         listeners: Vec<Result<Listener, String>>,
         means: &Arc<Means>,
@@ -119,22 +119,22 @@ impl Waiting {
     }
 
     /// Whether all is served.
-    pub fn done(&self) -> bool {
+    pub(super) fn done(&self) -> bool {
         self.disks.is_empty()
     }
 
     /// Why it is waited for; `None`: all is served, or the first attempt is still under way.
-    pub fn why(&self) -> Option<&str> {
+    pub(super) fn why(&self) -> Option<&str> {
         self.why.as_deref().filter(|_| !self.done())
     }
 
     /// Whether it is waited for in vain until the configuration or this machine is changed, as far as can be told.
-    pub fn is_setup(&self) -> bool {
+    pub(super) fn is_setup(&self) -> bool {
         self.is_setup && !self.done()
     }
 
     /// Tells the log why it is waited for, now and when that changes.
-    pub fn tell(&mut self) {
+    pub(super) fn tell(&mut self) {
         self.tells = true;
         if let Some(why) = self.why() {
             let sockets = self.disks.iter().map(|disk| disk.settings.listen.to_string()).collect::<Vec<_>>().join(", ");
@@ -144,7 +144,7 @@ impl Waiting {
 
     /// Takes a step if there is one to take; waits for nothing. The error, in one line, is one for which the program has to end.
     /// The thread that calls this is woken when an attempt that it has begun ends.
-    pub fn step(&mut self, running: &Running) -> Result<(), String> {
+    pub(super) fn step(&mut self, running: &Running) -> Result<(), String> {
         if self.done() {
             return Ok(());
         }

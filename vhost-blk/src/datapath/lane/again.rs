@@ -68,7 +68,7 @@ pub(super) struct Again {
 
 impl Again {
     /// `hold`: how long a request is tried that the drive is not ready for.
-    pub fn new(hold: Duration) -> Again {
+    pub(super) fn new(hold: Duration) -> Again {
         Again { hold, ..Again::default() }
     }
 
@@ -80,36 +80,36 @@ impl Again {
 
     /// There is nothing to do.
     #[inline(always)]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.count == 0
     }
 
     /// The drive has answered an SGL with this: it is not to get any more.
-    pub fn refuse_sgls(&mut self, status: Status) {
+    pub(super) fn refuse_sgls(&mut self, status: Status) {
         // To be looked at, though no request waits.
         self.count += usize::from(self.sgls.refused.replace(status).is_none());
     }
 
     /// Adds one; `delay`: which of the controller's retry delays comes first, 0: none.
-    pub fn push(&mut self, slot: u16, delay: u8) {
+    pub(super) fn push(&mut self, slot: u16, delay: u8) {
         self.count += 1;
         self.ready.push_back(Waiting { slot, delay });
     }
 
     /// Those that wait for nothing but the drive.
-    pub fn ready(&self) -> impl Iterator<Item = u16> {
+    pub(super) fn ready(&self) -> impl Iterator<Item = u16> {
         self.ready.iter().map(|waiting| waiting.slot)
     }
 
     /// Takes the first of them that is as wanted.
-    pub fn take_one(&mut self, mut wanted: impl FnMut(u16) -> bool) -> Option<u16> {
+    pub(super) fn take_one(&mut self, mut wanted: impl FnMut(u16) -> bool) -> Option<u16> {
         let at = self.ready.iter().position(|waiting| wanted(waiting.slot))?;
         self.count -= 1;
         self.ready.remove(at).map(|waiting| waiting.slot)
     }
 
     /// It does not wait any longer.
-    pub fn forget(&mut self, slot: u16) {
+    pub(super) fn forget(&mut self, slot: u16) {
         self.take_one(|waiting| waiting == slot);
     }
 
@@ -132,13 +132,13 @@ pub(super) struct Paused {
 
 impl Paused {
     /// Has a request wait until then.
-    pub fn push(&mut self, due: Instant, slot: u16) {
+    pub(super) fn push(&mut self, due: Instant, slot: u16) {
         self.soonest = Some(self.soonest.map_or(due, |soonest| soonest.min(due)));
         self.slots.push((due, slot));
     }
 
     /// Calls `over` with each slot whose time has come.
-    pub fn look(&mut self, mut over: impl FnMut(u16)) {
+    pub(super) fn look(&mut self, mut over: impl FnMut(u16)) {
         let Some(soonest) = self.soonest else { return };
         let now = Instant::now();
         if now < soonest {
@@ -155,7 +155,7 @@ impl Paused {
     }
 
     /// The slots, whatever the time.
-    pub fn into_slots(self) -> impl Iterator<Item = u16> {
+    pub(super) fn into_slots(self) -> impl Iterator<Item = u16> {
         self.slots.into_iter().map(|(_, slot)| slot)
     }
 }

@@ -84,17 +84,17 @@ enum End {
 
 impl BouncedRequests {
     #[inline(always)]
-    pub fn is_empty(&self) -> bool {
+    pub(super) fn is_empty(&self) -> bool {
         self.all.is_empty()
     }
 
     /// The slots of all.
-    pub fn slots(&self) -> impl Iterator<Item = u16> {
+    pub(super) fn slots(&self) -> impl Iterator<Item = u16> {
         self.all.iter().map(|bounced| bounced.slot)
     }
 
     /// Does any of them change the disk?
-    pub fn any_changes(&self) -> bool {
+    pub(super) fn any_changes(&self) -> bool {
         self.changes != 0
     }
 

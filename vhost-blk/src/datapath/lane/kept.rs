@@ -48,60 +48,60 @@ pub(super) const FAILURE: u64 = 1 << 48;
 impl Kept {
     /// A read or write.
     #[inline(always)]
-    pub fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
+    pub(super) fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
         Kept { lba, data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
     }
 
     /// Another request; `number`: of a flush.
-    pub fn long(operation: Operation, number: u64) -> Kept {
+    pub(super) fn long(operation: Operation, number: u64) -> Kept {
         Kept { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
     }
 
     /// What the request is has been kept as a [`Long`] one.
-    pub fn stands_elsewhere(&mut self) {
+    pub(super) fn stands_elsewhere(&mut self) {
         self.data = 0;
         self.word &= !u64::from(u32::MAX);
     }
 
     /// Of the data in one place; 0: see [`Long`].
-    pub fn bytes(&self) -> u32 {
+    pub(super) fn bytes(&self) -> u32 {
         self.word as u32
     }
 
     /// Does the request change the disk, or did it if it has been answered since?
-    pub fn changes(&self) -> bool {
+    pub(super) fn changes(&self) -> bool {
         self.word & CHANGES != 0
     }
 
-    pub fn has(&self, flag: u64) -> bool {
+    pub(super) fn has(&self, flag: u64) -> bool {
         self.word & flag != 0
     }
 
-    pub fn set(&mut self, flag: u64) {
+    pub(super) fn set(&mut self, flag: u64) {
         self.word |= flag;
     }
 
-    pub fn clear(&mut self, flags: u64) {
+    pub(super) fn clear(&mut self, flags: u64) {
         self.word &= !flags;
     }
 
     /// How often it was tried again.
-    pub fn retries(&self) -> u8 {
+    pub(super) fn retries(&self) -> u8 {
         (self.word / RETRY) as u8
     }
 
     /// In how many failures it has had a part.
-    pub fn failures(&self) -> u8 {
+    pub(super) fn failures(&self) -> u8 {
         (self.word / FAILURE) as u8
     }
 
     /// The drive has answered: it does not make that fail.
-    pub fn acquit(&mut self) {
+    pub(super) fn acquit(&mut self) {
         self.word &= !(LOST | EXPIRED | ALONE | (u64::from(u8::MAX) * FAILURE));
     }
 
     /// Counts one more ([`RETRY`], [`FAILURE`]), unless there were so many already: false.
-    pub fn count(&mut self, what: u64, most: u8) -> bool {
+    pub(super) fn count(&mut self, what: u64, most: u8) -> bool {
         let counted = (self.word / what) as u8;
         if counted < most {
             self.word += what;
@@ -146,12 +146,17 @@ pub(super) struct Longs {
 
 impl Longs {
     /// May a request with so many buffers and ranges be kept now?
-    pub fn has_room(&self, buffers: usize, ranges: usize) -> bool {
+    pub(super) fn has_room(&self, buffers: usize, ranges: usize) -> bool {
         self.used == 0 || self.used + bytes(grown(buffers), grown(ranges)) <= MOST_BYTES
     }
 
     /// Keeps lists, for [`Longs::put`] or whoever gives them to [`Longs::release`] in the end.
-    pub fn keep(&mut self, request: Request, buffers: impl Iterator<Item = Buffer>, ranges: &[LbaRange]) -> Box<Long> {
+    pub(super) fn keep(
+        &mut self,
+        request: Request,
+        buffers: impl Iterator<Item = Buffer>,
+        ranges: &[LbaRange],
+    ) -> Box<Long> {
         let mut long = match self.spare.pop() {
             Some(mut long) => {
                 self.spared -= long.bytes();
@@ -169,7 +174,7 @@ impl Longs {
     }
 
     /// Keeps a request from a parser for its slot.
-    pub fn keep_parsed(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
+    pub(super) fn keep_parsed(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
         let long = match request.operation {
             Operation::Read | Operation::Write => {
                 self.keep(*request, request::data_buffers(chain, request.operation), &[])
@@ -183,7 +188,7 @@ impl Longs {
     }
 
     /// Has it stand for the request in a slot, for which nothing is kept yet.
-    pub fn put(&mut self, slot: u16, long: Box<Long>) {
+    pub(super) fn put(&mut self, slot: u16, long: Box<Long>) {
         let index = usize::from(slot);
         if self.by_slot.len() <= index {
             self.by_slot.resize_with(index + 1, || None);
@@ -192,36 +197,36 @@ impl Longs {
     }
 
     /// What is kept for this slot.
-    pub fn get(&self, slot: u16) -> Option<&Long> {
+    pub(super) fn get(&self, slot: u16) -> Option<&Long> {
         self.by_slot.get(usize::from(slot))?.as_deref()
     }
 
     /// How many buffers or ranges are kept for this slot; 1 if it is not a long request's.
-    pub fn entries(&self, slot: u16) -> usize {
+    pub(super) fn entries(&self, slot: u16) -> usize {
         self.get(slot).map_or(1, |long| long.buffers.len().max(long.ranges.len()))
     }
 
     /// Takes what is kept for this slot.
-    pub fn take(&mut self, slot: u16) -> Option<Box<Long>> {
+    pub(super) fn take(&mut self, slot: u16) -> Option<Box<Long>> {
         self.by_slot.get_mut(usize::from(slot))?.take()
     }
 
     /// The request in this slot is done.
-    pub fn drop_slot(&mut self, slot: u16) {
+    pub(super) fn drop_slot(&mut self, slot: u16) {
         if let Some(long) = self.take(slot) {
             self.release(long);
         }
     }
 
     /// None of the requests that have slots is asked again.
-    pub fn drop_all(&mut self) {
+    pub(super) fn drop_all(&mut self) {
         for slot in std::mem::take(&mut self.by_slot) {
             slot.into_iter().for_each(|long| self.release(long));
         }
     }
 
     /// Takes lists back.
-    pub fn release(&mut self, mut long: Box<Long>) {
+    pub(super) fn release(&mut self, mut long: Box<Long>) {
         let bytes = long.bytes();
         self.used -= bytes;
         if self.spared + bytes <= MOST_SPARE {
@@ -234,7 +239,7 @@ impl Longs {
 
     /// What is allocated now, in bytes, but for a word per slot.
     #[cfg(test)]
-    pub fn allocated(&self) -> usize {
+    pub(super) fn allocated(&self) -> usize {
         self.used + self.spared
     }
 }

@@ -21,10 +21,10 @@ pub(super) struct Slot {
 
 impl Slot {
     /// A bit of `written`: the answer takes more than usual.
-    pub const LONG: u32 = 1 << 31;
+    pub(super) const LONG: u32 = 1 << 31;
 
     /// See [`Slots::elsewhere`]. A ring has 32768 entries at most: no slot's number, nor a place among as many.
-    pub const ORPHAN: u16 = u16::MAX - 1;
+    pub(super) const ORPHAN: u16 = u16::MAX - 1;
 }
 
 /// What is needed to answer a request: see [`Slot`].
@@ -44,26 +44,26 @@ pub(super) struct Reserved<'a> {
 impl Reserved<'_> {
     /// Its number.
     #[inline(always)]
-    pub fn number(&self) -> u16 {
+    pub(super) fn number(&self) -> u16 {
         *self.free
     }
 
     /// Puts everything there but the chain.
     #[inline(always)]
-    pub fn fill(&mut self, status: u64, written: u32, kept: Kept) {
+    pub(super) fn fill(&mut self, status: u64, written: u32, kept: Kept) {
         self.slot.status = status;
         self.slot.written = written;
         self.slot.kept = kept;
     }
 
     /// It stays free.
-    pub fn release(self) {
+    pub(super) fn release(self) {
         self.slot.written = 0;
     }
 
     /// It is taken by the request with this chain.
     #[inline(always)]
-    pub fn take(self, head: Head) {
+    pub(super) fn take(self, head: Head) {
         *self.free = self.slot.next;
         *self.taken += 1;
         self.slot.head = head;
@@ -86,7 +86,7 @@ pub(super) struct Slots {
 
 impl Slots {
     /// `size` free slots.
-    pub fn new(size: u16) -> Slots {
+    pub(super) fn new(size: u16) -> Slots {
         // A ring has 32768 entries at most: NO_SLOT names none.
         let next = |next| if next == size { NO_SLOT } else { next };
         let slots = (1..=size).map(|number| Slot { next: next(number), ..Slot::default() }).collect();
@@ -95,18 +95,18 @@ impl Slots {
 
     /// Slots that are not free.
     #[inline]
-    pub fn taken(&self) -> usize {
+    pub(super) fn taken(&self) -> usize {
         self.taken as usize
     }
 
     #[inline(always)]
-    pub fn all_taken(&self) -> bool {
+    pub(super) fn all_taken(&self) -> bool {
         self.free == NO_SLOT
     }
 
     /// The first free slot, to be filled before it is known whether it is needed; `None`: there is none.
     #[inline(always)]
-    pub fn reserve(&mut self) -> Option<Reserved<'_>> {
+    pub(super) fn reserve(&mut self) -> Option<Reserved<'_>> {
         let Slots { slots, free, taken, .. } = self;
         Some(Reserved { slot: slots.get_mut(usize::from(*free))?, free, taken })
     }
@@ -114,12 +114,12 @@ impl Slots {
     /// Frees a slot that is taken and gives what was in it. `None`: there is no such slot, or its `written` is 0 or has
     /// [`Slot::LONG`], and the slot stays as it is.
     #[inline(always)]
-    pub fn answer(&mut self, number: u16) -> Option<Answer> {
+    pub(super) fn answer(&mut self, number: u16) -> Option<Answer> {
         self.answer_if(number, |written| written as i32 > 0)
     }
 
     /// The same; `None` only if `written` is 0, or there is no such slot.
-    pub fn answer_any(&mut self, number: u16) -> Option<Answer> {
+    pub(super) fn answer_any(&mut self, number: u16) -> Option<Answer> {
         self.answer_if(number, |written| written != 0)
     }
 
@@ -138,7 +138,7 @@ impl Slots {
     }
 
     /// Frees a slot whose `written` is 0 but which is taken.
-    pub fn free(&mut self, number: u16) {
+    pub(super) fn free(&mut self, number: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
             *slot = Slot { next: self.free, ..Slot::default() };
             self.free = number;
@@ -148,12 +148,12 @@ impl Slots {
 
     /// From now on [`Slots::freed`] is asked.
     #[inline(always)]
-    pub fn mark(&mut self) {
+    pub(super) fn mark(&mut self) {
         self.marked = self.free;
     }
 
     /// The slots that were freed since [`Slots::mark`], as they were, if none was taken since.
-    pub fn freed(&self) -> impl Iterator<Item = (u16, &Slot)> {
+    pub(super) fn freed(&self) -> impl Iterator<Item = (u16, &Slot)> {
         let at = |number: u16| Some((number, self.slots.get(usize::from(number))?));
         let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.next));
         // Had any been taken, the mark might not be met.
@@ -162,7 +162,7 @@ impl Slots {
 
     /// The slots that [`Slots::answer_any`] would free, from this number on, and `most` slots at most: those that are, and the
     /// number after the last one looked at.
-    pub fn waiting(&self, from: u16, most: usize) -> (impl Iterator<Item = (u16, &Slot)>, usize) {
+    pub(super) fn waiting(&self, from: u16, most: usize) -> (impl Iterator<Item = (u16, &Slot)>, usize) {
         let slots = self.slots.get(usize::from(from)..).unwrap_or_default();
         let slots = &slots[..slots.len().min(most)];
         let end = usize::from(from) + slots.len();
@@ -170,35 +170,35 @@ impl Slots {
     }
 
     /// Is it the number after the last slot?
-    pub fn is_end(&self, number: usize) -> bool {
+    pub(super) fn is_end(&self, number: usize) -> bool {
         number >= self.slots.len()
     }
 
     /// A slot that [`Slots::answer_any`] would free.
-    pub fn get_mut(&mut self, number: u16) -> Option<&mut Slot> {
+    pub(super) fn get_mut(&mut self, number: u16) -> Option<&mut Slot> {
         self.slots.get_mut(usize::from(number)).filter(|slot| slot.written != 0)
     }
 
     /// What is kept of the request in a slot that is taken, whatever its `written`.
-    pub fn kept_mut(&mut self, number: u16) -> Option<&mut Kept> {
+    pub(super) fn kept_mut(&mut self, number: u16) -> Option<&mut Kept> {
         self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.kept)
     }
 
     /// Where else the request is whose slot is taken and has a `written` of 0: its place among the bounced ones, or
     /// [`Slot::ORPHAN`]. `None`: the slot is not like that.
-    pub fn elsewhere(&self, number: u16) -> Option<u16> {
+    pub(super) fn elsewhere(&self, number: u16) -> Option<u16> {
         self.slots.get(usize::from(number)).filter(|slot| slot.written == 0).map(|slot| slot.next)
     }
 
     /// Says where the request is whose slot has a `written` of 0.
-    pub fn set_elsewhere(&mut self, number: u16, place: u16) {
+    pub(super) fn set_elsewhere(&mut self, number: u16, place: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
             slot.next = place;
         }
     }
 
     /// Nobody is to be given an answer in any slot that has a `written`.
-    pub fn orphan_all(&mut self) {
+    pub(super) fn orphan_all(&mut self) {
         for slot in self.slots.iter_mut().filter(|slot| slot.written != 0) {
             (slot.written, slot.next) = (0, Slot::ORPHAN);
         }

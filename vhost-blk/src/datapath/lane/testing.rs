@@ -35,11 +35,11 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    pub fn new(config: Config) -> Machine {
+    pub(crate) fn new(config: Config) -> Machine {
         Machine::with_options(config, &Options::default())
     }
 
-    pub fn with_options(config: Config, options: &Options) -> Machine {
+    pub(crate) fn with_options(config: Config, options: &Options) -> Machine {
         let directory = Arc::new(tempfile::tempdir().unwrap());
         let sim = Arc::new(Simulator::start(config, &directory.path().join("nvme.sock")).unwrap());
         Machine::on(sim, directory, options)
@@ -56,22 +56,22 @@ impl Machine {
     }
 
     /// The same controller with another driver and another guest, after a power cut.
-    pub fn reopened(self) -> Machine {
+    pub(crate) fn reopened(self) -> Machine {
         let Machine { sim, _directory, controller, device, guest, .. } = self;
         drop((guest, controller, device));
         Machine::on(sim, _directory, &Options::default())
     }
 
-    pub fn disk(&self) -> Disk {
+    pub(crate) fn disk(&self) -> Disk {
         disk(self.namespace.clone())
     }
 
-    pub fn pair(&self, entries: u16) -> (QueuePair, BouncePool) {
+    pub(crate) fn pair(&self, entries: u16) -> (QueuePair, BouncePool) {
         let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
         (self.controller.create_queue_pair(options).unwrap(), BouncePool::new(self.device.dma(), 256 << 10).unwrap())
     }
 
-    pub fn group(&self, entries: u16) -> PollGroup {
+    pub(crate) fn group(&self, entries: u16) -> PollGroup {
         let (pair, pool) = self.pair(entries);
         PollGroup::new(pair, pool)
     }
@@ -122,7 +122,7 @@ pub(crate) const CLIENT_BYTES: u64 = 0x40_0000;
 const TABLE_BYTES: u64 = 0x5000;
 
 impl Client {
-    pub fn new(guest: &Guest, index: u64, packed: bool, size: u16) -> Client {
+    pub(crate) fn new(guest: &Guest, index: u64, packed: bool, size: u16) -> Client {
         let at = index * CLIENT_BYTES;
         let driver = Driver::new(guest, packed, size, at, true);
         driver.ask_for_calls(guest, false);
@@ -142,11 +142,11 @@ impl Client {
         }
     }
 
-    pub fn lane(&self, guest: &Guest, disk: &Arc<Disk>) -> Lane {
+    pub(crate) fn lane(&self, guest: &Guest, disk: &Arc<Disk>) -> Lane {
         self.lane_at(guest, disk, self.driver.setup.base)
     }
 
-    pub fn lane_at(&self, guest: &Guest, disk: &Arc<Disk>, base: u32) -> Lane {
+    pub(crate) fn lane_at(&self, guest: &Guest, disk: &Arc<Disk>, base: u32) -> Lane {
         let setup = crate::virtio::ring::RingSetup { base, ..self.driver.setup };
         Lane::new(LaneSetup {
             name: format!("{} at {:#x}", self.name, self.at),
@@ -163,7 +163,7 @@ impl Client {
     }
 
     /// Makes a request available; `None`: the ring is full.
-    pub fn send(&mut self, guest: &Guest, kind: u32, sector: u64, data: &[Piece]) -> Option<u16> {
+    pub(crate) fn send(&mut self, guest: &Guest, kind: u32, sector: u64, data: &[Piece]) -> Option<u16> {
         // Twice as many places as requests can be in flight, so that none is used twice at a time.
         let place = self.next % (2 * u64::from(self.size));
         let head = self.at + 0x1_0000 + 32 * place;
@@ -184,19 +184,26 @@ impl Client {
     }
 
     /// The next answer: chain, status byte, length.
-    pub fn answer(&mut self, guest: &Guest) -> Option<(u16, u8, u32)> {
+    pub(crate) fn answer(&mut self, guest: &Guest) -> Option<(u16, u8, u32)> {
         let (id, length) = self.driver.used(guest)?;
         let status = guest.read(self.statuses.remove(&id).unwrap(), 1)[0];
         assert_ne!(status, UNTOUCHED, "an answer without a status");
         Some((id, status, length))
     }
 
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.statuses.len()
     }
 
     /// One request from beginning to end: its status and length.
-    pub fn run(&mut self, guest: &Guest, group: &mut PollGroup, kind: u32, sector: u64, data: &[Piece]) -> (u8, u32) {
+    pub(crate) fn run(
+        &mut self,
+        guest: &Guest,
+        group: &mut PollGroup,
+        kind: u32,
+        sector: u64,
+        data: &[Piece],
+    ) -> (u8, u32) {
         let id = self.send(guest, kind, sector, data).expect("room in the ring");
         let answer = wait(group, || self.answer(guest));
         assert_eq!(answer.0, id);

@@ -15,19 +15,19 @@ const FLAGS: u32 = 1;
 
 /// The channel on which we may speak unasked.
 #[derive(Default)]
-pub struct BackChannel {
+pub(super) struct BackChannel {
     offered: Option<OwnedFd>,
     open: Option<OwnedFd>,
 }
 
 impl BackChannel {
     /// What comes with the next message; not in use before that is accepted.
-    pub fn offer(&mut self, descriptor: Option<OwnedFd>) {
+    pub(super) fn offer(&mut self, descriptor: Option<OwnedFd>) {
         self.offered = descriptor;
     }
 
     /// The message was in order.
-    pub fn accept(&mut self) {
+    pub(super) fn accept(&mut self) {
         self.open = self.offered.take();
     }
 

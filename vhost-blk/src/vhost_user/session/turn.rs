@@ -15,7 +15,7 @@ use crate::virtio::ring::InflightMemory;
 
 /// Whether what is said takes effect.
 #[derive(Default)]
-pub struct Standing {
+pub(super) struct Standing {
     /// It is this session's turn.
     pub serves: bool,
     /// SET_CONFIG has come, and waits for the turn.
@@ -25,7 +25,7 @@ pub struct Standing {
 }
 
 /// What was said about memory before a front-end began anew.
-pub struct MemoryBefore {
+pub(super) struct MemoryBefore {
     /// What the new one says again is shared with it.
     pub memory: Arc<GuestMemory>,
     /// The new one has begun a table of its own.

@@ -6,7 +6,7 @@ use crate::event;
 
 /// Where the front-end waits to be woken, or wakes us.
 #[derive(Debug, Default)]
-pub enum Notifier {
+pub(super) enum Notifier {
     /// Nothing was said yet.
     #[default]
     Unset,
@@ -18,7 +18,7 @@ pub enum Notifier {
 
 impl Notifier {
     /// A second handle on the eventfd, if there is one.
-    pub fn try_clone(&self) -> std::io::Result<Option<File>> {
+    pub(super) fn try_clone(&self) -> std::io::Result<Option<File>> {
         match self {
             Notifier::Event(file) => file.try_clone().map(Some),
             Notifier::Unset | Notifier::Polled => Ok(None),
@@ -34,7 +34,7 @@ impl From<Option<File>> for Notifier {
 
 /// Front-end virtual addresses of a ring's three parts (SET_VRING_ADDR).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Addresses {
+pub(super) struct Addresses {
     /// Descriptor table, or the packed descriptor ring.
     pub descriptors: u64,
     /// Available ring, or the packed driver area.
@@ -45,7 +45,7 @@ pub struct Addresses {
 
 /// One ring as its front-end has described it so far. Whether it runs is told elsewhere; what it waits for, here.
 #[derive(Debug, Default)]
-pub struct RingState {
+pub(super) struct RingState {
     /// Entries; 0: not told yet.
     pub size: u16,
     /// Where it lies.
@@ -70,24 +70,24 @@ pub struct RingState {
 
 impl RingState {
     /// The front-end wants the ring processed and has told everything needed for it, in whatever order.
-    pub fn wanted(&self) -> Option<Addresses> {
+    pub(super) fn wanted(&self) -> Option<Addresses> {
         let started = !matches!(self.kick, Notifier::Unset);
         self.addresses.filter(|_| started && self.enabled && self.size != 0 && !self.failed && !self.broken)
     }
 
     /// The front-end has not started it, or it could not be.
-    pub fn rests(&self) -> bool {
+    pub(super) fn rests(&self) -> bool {
         matches!(self.kick, Notifier::Unset) || self.failed
     }
 
     /// Something changed: another attempt to start it is worth while, and worth a word if it fails.
-    pub fn changed(&mut self) {
+    pub(super) fn changed(&mut self) {
         self.failed = false;
         self.told_waiting = false;
     }
 
     /// Tells the front-end that the ring is broken, if it wants to know.
-    pub fn fail(&mut self) {
+    pub(super) fn fail(&mut self) {
         self.failed = true;
         if let Notifier::Event(event) = &self.error {
             event::signal(event);
@@ -95,14 +95,14 @@ impl RingState {
     }
 
     /// The ring stops and keeps `base` (GET_VRING_BASE): it starts again with a new kick descriptor only.
-    pub fn stop(&mut self, base: u32) {
+    pub(super) fn stop(&mut self, base: u32) {
         self.base = base;
         self.kick = Notifier::Unset;
         self.broken = false;
     }
 
     /// Back to the beginning (RESET_DEVICE); the descriptors to signal on are the front-end's business and stay.
-    pub fn reset(&mut self, enabled: bool) {
+    pub(super) fn reset(&mut self, enabled: bool) {
         let (call, error) = (std::mem::take(&mut self.call), std::mem::take(&mut self.error));
         *self = RingState { call, error, enabled, ..RingState::default() };
     }

@@ -22,7 +22,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Regions at these guest addresses, of these lengths; a device's too if there is one.
-    pub fn new(layout: &[(u64, u64)], reach: Option<&Reach>) -> Guest {
+    pub(crate) fn new(layout: &[(u64, u64)], reach: Option<&Reach>) -> Guest {
         let mut guest = Guest { memory: Arc::new(GuestMemory::new()), regions: Vec::new() };
         for &(address, bytes) in layout {
             guest.add(address, bytes, reach);
@@ -30,7 +30,7 @@ impl Guest {
         guest
     }
 
-    pub fn add(&mut self, guest_address: u64, bytes: u64, reach: Option<&Reach>) {
+    pub(crate) fn add(&mut self, guest_address: u64, bytes: u64, reach: Option<&Reach>) {
         let shared = SharedMemory::create(bytes as usize).unwrap();
         let user_address = guest_address + USER_OFFSET;
         let region = RegionDescription { guest_address, bytes, user_address, file_offset: 0 };
@@ -48,7 +48,7 @@ impl Guest {
         (memory, (address - region.guest_address) as usize)
     }
 
-    pub fn write(&self, address: u64, data: &[u8]) {
+    pub(crate) fn write(&self, address: u64, data: &[u8]) {
         let mut done = 0;
         while done < data.len() {
             let (memory, at) = self.place(address + done as u64);
@@ -58,7 +58,7 @@ impl Guest {
         }
     }
 
-    pub fn read(&self, address: u64, bytes: usize) -> Vec<u8> {
+    pub(crate) fn read(&self, address: u64, bytes: usize) -> Vec<u8> {
         let mut data = vec![0; bytes];
         let mut done = 0;
         while done < bytes {
@@ -71,7 +71,7 @@ impl Guest {
     }
 
     /// In one piece where it is aligned, as everything in a ring is: another thread may be at it.
-    pub fn read_u16(&self, address: u64) -> u16 {
+    pub(crate) fn read_u16(&self, address: u64) -> u16 {
         match self.word(address) {
             // Relaxed, here and in `write_u16`: the driver below has its fences.
             Some(word) => u16::from_le(word.load(Ordering::Relaxed)),
@@ -84,11 +84,11 @@ impl Guest {
         memory.slice(at, 1)?.first()
     }
 
-    pub fn read_u32(&self, address: u64) -> u32 {
+    pub(crate) fn read_u32(&self, address: u64) -> u32 {
         u32::from_le_bytes(self.read(address, 4).try_into().unwrap())
     }
 
-    pub fn write_u16(&self, address: u64, value: u16) {
+    pub(crate) fn write_u16(&self, address: u64, value: u16) {
         match self.word(address) {
             Some(word) => word.store(value.to_le(), Ordering::Relaxed),
             None => self.write(address, &value.to_le_bytes()),
@@ -96,7 +96,7 @@ impl Guest {
     }
 
     /// Is `iova..iova + bytes` within what the table maps (without a device)?
-    pub fn iova_inside(&self, iova: u64, bytes: u64) -> bool {
+    pub(crate) fn iova_inside(&self, iova: u64, bytes: u64) -> bool {
         let Some(address) = iova.checked_sub(IOVA_OFFSET) else { return false };
         let Some(end) = address.checked_add(bytes) else { return false };
         self.regions.iter().any(|(r, _)| address >= r.guest_address && end <= r.guest_address + r.bytes)
@@ -153,7 +153,7 @@ pub(crate) struct Driver {
 
 impl Driver {
     /// A ring whose parts lie at `at` and after it, `bytes_needed` in all.
-    pub fn new(guest: &Guest, packed: bool, size: u16, at: u64, event_idx: bool) -> Driver {
+    pub(crate) fn new(guest: &Guest, packed: bool, size: u16, at: u64, event_idx: bool) -> Driver {
         let descriptors = at;
         let driver = descriptors + 16 * u64::from(size);
         let device = (driver + 6 + 2 * u64::from(size)).next_multiple_of(4);
@@ -172,13 +172,13 @@ impl Driver {
         }
     }
 
-    pub fn bytes_needed(size: u16) -> u64 {
+    pub(crate) fn bytes_needed(size: u16) -> u64 {
         26 * u64::from(size) + 32
     }
 
     /// Makes a chain available, through an indirect table at this address if there is one; returns its head or id.
     /// `None`: the ring is full.
-    pub fn add(&mut self, guest: &Guest, chain: &[Piece], table: Option<u64>) -> Option<u16> {
+    pub(crate) fn add(&mut self, guest: &Guest, chain: &[Piece], table: Option<u64>) -> Option<u16> {
         match self.setup.packed {
             false => self.add_split(guest, chain, table),
             true => self.add_packed(guest, chain, table),
@@ -215,7 +215,7 @@ impl Driver {
     }
 
     /// Split: puts a head into the available ring, whatever it is.
-    pub fn offer(&mut self, guest: &Guest, head: u16) {
+    pub(crate) fn offer(&mut self, guest: &Guest, head: u16) {
         let slot = u64::from(self.next_avail % self.setup.size);
         guest.write_u16(self.setup.driver + 4 + 2 * slot, head);
         self.next_avail = self.next_avail.wrapping_add(1);
@@ -269,7 +269,7 @@ impl Driver {
     }
 
     /// Takes the next used chain: its head or id, and the length written.
-    pub fn used(&mut self, guest: &Guest) -> Option<(u16, u32)> {
+    pub(crate) fn used(&mut self, guest: &Guest) -> Option<(u16, u32)> {
         let (id, length) = if self.setup.packed {
             let at = self.setup.descriptors + 16 * u64::from(self.next_used);
             let flags = guest.read_u16(at + 14);
@@ -307,7 +307,7 @@ impl Driver {
     }
 
     /// The used position `ahead` entries on (fewer than the ring has): an index, in packed rings with the wrap counter.
-    pub fn position_ahead(&self, ahead: u16) -> u16 {
+    pub(crate) fn position_ahead(&self, ahead: u16) -> u16 {
         if !self.setup.packed {
             return self.next_used.wrapping_add(ahead);
         }
@@ -317,12 +317,12 @@ impl Driver {
         }
     }
 
-    pub fn in_flight(&self) -> usize {
+    pub(crate) fn in_flight(&self) -> usize {
         self.taken.len()
     }
 
     /// Has the device asked for a notification of what was added since the last call (2.7.10, 2.8.10)?
-    pub fn kick_wanted(&mut self, guest: &Guest) -> bool {
+    pub(crate) fn kick_wanted(&mut self, guest: &Guest) -> bool {
         fence(Ordering::SeqCst);
         let added = std::mem::take(&mut self.added);
         if self.setup.packed {
@@ -341,7 +341,7 @@ impl Driver {
     }
 
     /// Asks for a notification of the next used chain, or for none.
-    pub fn ask_for_calls(&self, guest: &Guest, on: bool) {
+    pub(crate) fn ask_for_calls(&self, guest: &Guest, on: bool) {
         let RingSetup { packed, size, event_idx, driver, .. } = self.setup;
         match (packed, event_idx) {
             (false, false) => guest.write_u16(driver, u16::from(!on)),
@@ -363,7 +363,7 @@ impl Driver {
 pub(crate) struct Random(pub u64);
 
 impl Random {
-    pub fn next(&mut self) -> u64 {
+    pub(crate) fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -371,11 +371,11 @@ impl Random {
         z ^ (z >> 31)
     }
 
-    pub fn below(&mut self, limit: u64) -> u64 {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
         self.next() % limit
     }
 
-    pub fn one_in(&mut self, odds: u64) -> bool {
+    pub(crate) fn one_in(&mut self, odds: u64) -> bool {
         self.below(odds) == 0
     }
 }

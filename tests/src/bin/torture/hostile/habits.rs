@@ -36,12 +36,12 @@ macro_rules! habits {
     ($($habit:ident: $name:literal),* $(,)?) => {
         /// One of them.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub enum Habit { $($habit),* }
+        pub(crate) enum Habit { $($habit),* }
 
         const ALL: &[Habit] = &[$(Habit::$habit),*];
 
         impl Habit {
-            pub fn name(self) -> &'static str {
+            pub(crate) fn name(self) -> &'static str {
                 match self { $(Habit::$habit => $name),* }
             }
         }
@@ -66,13 +66,13 @@ habits! {
 }
 
 impl Habit {
-    pub fn draw(random: &mut Random) -> Habit {
+    pub(crate) fn draw(random: &mut Random) -> Habit {
         ALL[random.below(ALL.len() as u64) as usize]
     }
 }
 
 /// A connection with rings that run, as far as the target allows.
-pub struct Session<'a> {
+pub(super) struct Session<'a> {
     line: Line,
     socket: PathBuf,
     memory: Memory,
@@ -86,7 +86,7 @@ pub struct Session<'a> {
 
 impl<'a> Session<'a> {
     /// Comes as an honest front-end does.
-    pub fn open(socket: &Path, random: &mut Random, deeds: &'a mut Deeds) -> io::Result<Session<'a>> {
+    pub(super) fn open(socket: &Path, random: &mut Random, deeds: &'a mut Deeds) -> io::Result<Session<'a>> {
         let line = Line::connect(socket)?;
         let packed = random.one_in(2);
         let memory = Memory::new(0, BYTES)?;
@@ -169,7 +169,7 @@ impl<'a> Session<'a> {
     }
 
     /// Does what the habit says. An error: there is nobody to talk to any more.
-    pub fn follow(&mut self, habit: Habit, random: &mut Random, held: &mut Vec<UnixStream>) -> io::Result<()> {
+    pub(super) fn follow(&mut self, habit: Habit, random: &mut Random, held: &mut Vec<UnixStream>) -> io::Result<()> {
         *self.deeds.habits.entry(habit.name()).or_default() += 1;
         // Rarely is there nothing under way.
         if !random.one_in(4) {
@@ -503,7 +503,7 @@ impl<'a> Session<'a> {
     }
 
     /// Leaves, in one way or another.
-    pub fn end(self, random: &mut Random, held: &mut Vec<UnixStream>) {
+    pub(super) fn end(self, random: &mut Random, held: &mut Vec<UnixStream>) {
         match random.below(4) {
             // With whatever is under way.
             0 => {}

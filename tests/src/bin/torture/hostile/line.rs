@@ -24,12 +24,12 @@ const VERSION: u32 = 1;
 const NEED_REPLY: u32 = 1 << 3;
 
 /// A connection.
-pub struct Line {
+pub(super) struct Line {
     pub stream: UnixStream,
 }
 
 impl Line {
-    pub fn connect(socket: &Path) -> io::Result<Line> {
+    pub(super) fn connect(socket: &Path) -> io::Result<Line> {
         let stream = UnixStream::connect(socket)?;
         stream.set_read_timeout(Some(ANSWER))?;
         stream.set_write_timeout(Some(ANSWER))?;
@@ -37,7 +37,7 @@ impl Line {
     }
 
     /// Sends a header and a body that may have nothing to do with each other.
-    pub fn send(&self, request: u32, flags: u32, size: u32, body: &[u8], files: &[RawFd]) -> io::Result<()> {
+    pub(super) fn send(&self, request: u32, flags: u32, size: u32, body: &[u8], files: &[RawFd]) -> io::Result<()> {
         let mut message: Vec<u8> = [request, flags, size].iter().flat_map(|word| word.to_ne_bytes()).collect();
         message.extend(body);
         self.stream.send_with_fds(&[&message[..]], files).map(drop).map_err(io::Error::from)
@@ -61,28 +61,28 @@ impl Line {
         }
     }
 
-    pub fn ask(&self, request: u32, body: &[u8]) -> io::Result<(Vec<u8>, Option<File>)> {
+    pub(super) fn ask(&self, request: u32, body: &[u8]) -> io::Result<(Vec<u8>, Option<File>)> {
         self.send(request, VERSION, body.len() as u32, body, &[])?;
         self.reply(request)
     }
 
-    pub fn ask_u64(&self, request: u32) -> io::Result<u64> {
+    pub(super) fn ask_u64(&self, request: u32) -> io::Result<u64> {
         let (body, _) = self.ask(request, &[])?;
         body.try_into().map(u64::from_ne_bytes).map_err(|_| io::ErrorKind::InvalidData.into())
     }
 
     /// Whether the other side agrees.
-    pub fn tell(&self, request: u32, body: &[u8], files: &[RawFd]) -> io::Result<bool> {
+    pub(super) fn tell(&self, request: u32, body: &[u8], files: &[RawFd]) -> io::Result<bool> {
         self.send(request, VERSION | NEED_REPLY, body.len() as u32, body, files)?;
         Ok(self.reply(request)?.0.iter().all(|byte| *byte == 0))
     }
 
-    pub fn raw(&self, bytes: &[u8]) {
+    pub(super) fn raw(&self, bytes: &[u8]) {
         let _ = (&self.stream).write(bytes);
     }
 
     /// Takes what has come, so that the other side is not held up.
-    pub fn drain(&self) {
+    pub(super) fn drain(&self) {
         let _ = self.stream.set_nonblocking(true);
         while matches!((&self.stream).read(&mut [0; 4096]), Ok(bytes) if bytes > 0) {}
         let _ = self.stream.set_nonblocking(false);
@@ -90,61 +90,61 @@ impl Line {
 }
 
 /// Memory of its guest. It is reached through the file, so that it may be made shorter.
-pub struct Memory {
+pub(super) struct Memory {
     pub file: File,
     pub guest: u64,
     pub bytes: u64,
 }
 
 impl Memory {
-    pub fn new(guest: u64, bytes: u64) -> io::Result<Memory> {
+    pub(super) fn new(guest: u64, bytes: u64) -> io::Result<Memory> {
         let file = File::from(memfd_create("hostile", MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;
         Ok(Memory { file, guest, bytes })
     }
 
-    pub fn write(&self, at: u64, data: &[u8]) {
+    pub(super) fn write(&self, at: u64, data: &[u8]) {
         // Beyond the end of a file that was made shorter, this makes it longer.
         let _ = self.file.write_all_at(data, at.wrapping_sub(self.guest) % self.bytes);
     }
 
-    pub fn u16(&self, at: u64) -> u16 {
+    pub(super) fn u16(&self, at: u64) -> u16 {
         let mut word = [0; 2];
         let _ = self.file.read_exact_at(&mut word, at.wrapping_sub(self.guest) % self.bytes);
         u16::from_le_bytes(word)
     }
 
     /// A region as ADD_MEM_REG tells it.
-    pub fn region(&self) -> Vec<u8> {
+    pub(super) fn region(&self) -> Vec<u8> {
         region(self.guest, self.bytes, 0)
     }
 }
 
-pub fn region(guest: u64, bytes: u64, offset: u64) -> Vec<u8> {
+pub(super) fn region(guest: u64, bytes: u64, offset: u64) -> Vec<u8> {
     [0, guest, bytes, guest.wrapping_add(USER), offset].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
-pub fn pair(first: u32, second: u32) -> Vec<u8> {
+pub(super) fn pair(first: u32, second: u32) -> Vec<u8> {
     [first, second].iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 /// Adds to an eventfd, if there is room.
-pub fn add(event: &OwnedFd, count: u64) {
+pub(super) fn add(event: &OwnedFd, count: u64) {
     let _ = rustix::io::write(event, &count.to_ne_bytes());
 }
 
 /// A buffer: address, bytes, whether the device writes to it.
-pub type Buffer = (u64, u32, bool);
+pub(super) type Buffer = (u64, u32, bool);
 
 /// Bytes of guest memory for a ring's three parts.
-pub const RING_BYTES: u64 = 0x1_0000;
+pub(super) const RING_BYTES: u64 = 0x1_0000;
 const DRIVER: u64 = 0x8000;
 const DEVICE: u64 = 0xa000;
 /// Bytes for the table of each entry.
-pub const TABLE_BYTES: u64 = 0x4000;
+pub(super) const TABLE_BYTES: u64 = 0x4000;
 
 /// A ring that every entry of is a table of indirect descriptors, offered one after the other.
-pub struct Ring {
+pub(super) struct Ring {
     pub index: u32,
     pub size: u16,
     pub packed: bool,
@@ -158,22 +158,22 @@ pub struct Ring {
 }
 
 impl Ring {
-    pub fn new(index: u32, size: u16, packed: bool, at: u64, tables: u64) -> io::Result<Ring> {
+    pub(super) fn new(index: u32, size: u16, packed: bool, at: u64, tables: u64) -> io::Result<Ring> {
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
         Ok(Ring { index, size, packed, at, tables, offered: 0, seen: 0, kick: event()?, call: event()? })
     }
 
-    pub fn driver(&self) -> u64 {
+    pub(super) fn driver(&self) -> u64 {
         self.at + DRIVER
     }
 
     /// Has nothing in it any more, and begins anew.
-    pub fn wipe(&mut self, memory: &Memory) {
+    pub(super) fn wipe(&mut self, memory: &Memory) {
         memory.write(self.at, &[0; RING_BYTES as usize]);
         (self.offered, self.seen) = (0, 0);
     }
 
-    pub fn start(&self, line: &Line) -> io::Result<bool> {
+    pub(super) fn start(&self, line: &Line) -> io::Result<bool> {
         let index = self.index;
         let addresses = [self.at, self.at + DEVICE, self.driver()].map(|address| (address + USER).to_ne_bytes());
         let addresses = [&pair(index, 0)[..], &addresses.concat(), &[0; 8]].concat();
@@ -188,7 +188,7 @@ impl Ring {
     }
 
     /// Writes descriptors from `at` on, as a table has them.
-    pub fn table(&self, memory: &Memory, at: u64, chain: &[Buffer], more: u16) {
+    pub(super) fn table(&self, memory: &Memory, at: u64, chain: &[Buffer], more: u16) {
         let mut table = Vec::new();
         for (number, (address, bytes, writable)) in (1u16..).zip(chain) {
             let next = if usize::from(number) < chain.len() && !self.packed { NEXT } else { 0 };
@@ -202,7 +202,7 @@ impl Ring {
     }
 
     /// Makes a chain available.
-    pub fn offer(&mut self, memory: &Memory, chain: &[Buffer]) {
+    pub(super) fn offer(&mut self, memory: &Memory, chain: &[Buffer]) {
         let slot = self.offered % self.size;
         let table = self.tables + TABLE_BYTES * u64::from(slot);
         self.table(memory, table, chain, 0);
@@ -224,12 +224,12 @@ impl Ring {
         }
     }
 
-    pub fn kick(&self) {
+    pub(super) fn kick(&self) {
         add(&self.kick, 1);
     }
 
     /// Gives the other side a moment to answer; how many answers there were.
-    pub fn linger(&mut self, memory: &Memory, most: Duration) -> u64 {
+    pub(super) fn linger(&mut self, memory: &Memory, most: Duration) -> u64 {
         let end = Instant::now() + most;
         let mut answers = 0;
         loop {

@@ -11,7 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-pub use habits::Habit;
+pub(crate) use habits::Habit;
 
 use crate::Failure;
 use crate::hostile::habits::Session;
@@ -19,7 +19,7 @@ use crate::random::Random;
 
 /// What the hostile has done.
 #[derive(Clone, Debug, Default)]
-pub struct Deeds {
+pub(crate) struct Deeds {
     pub habits: BTreeMap<&'static str, u64>,
     /// Sessions that got as far as rings that run.
     pub sessions: u64,
@@ -32,7 +32,7 @@ pub struct Deeds {
 }
 
 /// It works in a thread of its own, a round at a time.
-pub struct Hostile {
+pub(crate) struct Hostile {
     begin: Sender<u64>,
     done: Receiver<Deeds>,
     busy: bool,
@@ -40,7 +40,7 @@ pub struct Hostile {
 }
 
 impl Hostile {
-    pub fn start(socket: &Path) -> Result<Hostile, Failure> {
+    pub(crate) fn start(socket: &Path) -> Result<Hostile, Failure> {
         let (begin, rounds) = channel();
         let (told, done) = channel();
         let thread = std::thread::Builder::new().name("hostile".into());
@@ -60,12 +60,12 @@ impl Hostile {
     }
 
     /// Begins a round.
-    pub fn begin(&mut self, seed: u64) {
+    pub(crate) fn begin(&mut self, seed: u64) {
         self.busy = self.begin.send(seed).is_ok();
     }
 
     /// Whether the round is over.
-    pub fn is_done(&mut self) -> bool {
+    pub(crate) fn is_done(&mut self) -> bool {
         if self.busy
             && let Ok(deeds) = self.done.try_recv()
         {

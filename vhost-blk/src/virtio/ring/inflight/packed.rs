@@ -88,12 +88,12 @@ pub(in super::super) struct PackedLog {
 
 impl PackedLog {
     /// No entry. Of a chain whose entries are not a run, it is the last one.
-    pub const NONE: u16 = u16::MAX;
+    pub(crate) const NONE: u16 = u16::MAX;
 
     /// Takes up the log of a ring; `used` is where a ring without a log goes on, `new` says that the ring was never used,
     /// and `is_available` whether the descriptor at a place is still as the driver made it available. The state is that of
     /// an earlier process which has used this ring.
-    pub fn open(
+    pub(crate) fn open(
         queue: &InflightQueue,
         size: u16,
         used: Used,
@@ -191,7 +191,7 @@ impl PackedLog {
 
     /// Everything taken so far is in the log from here on.
     #[inline(always)]
-    pub fn commit(&mut self) {
+    pub(crate) fn commit(&mut self) {
         self.save_free(self.front());
     }
 
@@ -219,7 +219,7 @@ impl PackedLog {
     /// "When receiving available buffers": the chain with this head, of the descriptors in this part of the ring, was taken.
     /// Gives the head back, its place in the log in it. It counts after [`PackedLog::commit`].
     #[inline(always)]
-    pub fn take<const N: usize>(&mut self, head: Head, descriptors: &[Words; N]) -> Head {
+    pub(crate) fn take<const N: usize>(&mut self, head: Head, descriptors: &[Words; N]) -> Head {
         // SAFETY: `top` is the index of a run, always.
         let run = unsafe { *self.free.get_unchecked(self.top) };
         // One comparison: of such a run the id is 0.
@@ -243,7 +243,7 @@ impl PackedLog {
     /// The same from whatever is free, of the descriptors in both parts of the ring.
     #[cold]
     #[inline(never)]
-    pub fn take_any(&mut self, head: Head, descriptors: &[Words], more: &[Words]) -> Head {
+    pub(crate) fn take_any(&mut self, head: Head, descriptors: &[Words], more: &[Words]) -> Head {
         let count = descriptors.len() + more.len();
         // The driver may have more in flight than its ring holds: that is not in the log.
         let mut free = 0;
@@ -281,7 +281,7 @@ impl PackedLog {
     }
 
     /// A chain that was taken last is put back.
-    pub fn untake(&mut self, head: Head) {
+    pub(crate) fn untake(&mut self, head: Head) {
         if self.link(head) {
             self.commit();
             // In either order: what is in the list of free entries is not in flight.
@@ -320,7 +320,7 @@ impl PackedLog {
     }
 
     /// The descriptors of a chain in the log, as they were in the ring: as many as its head says, at most.
-    pub fn chain(&self, head: Head) -> impl Iterator<Item = [u64; 2]> + '_ {
+    pub(crate) fn chain(&self, head: Head) -> impl Iterator<Item = [u64; 2]> + '_ {
         let mut next = head.log();
         (0..head.entries()).map_while(move |_| {
             let entry = self.entries.get(usize::from(next))?;
@@ -332,7 +332,7 @@ impl PackedLog {
     /// "When supplying used buffers", steps 1 and 2. The others wait for [`PackedLog::publishing`]: what is taken meanwhile
     /// must not get these entries.
     #[inline(always)]
-    pub fn give_back(&mut self, head: Head) {
+    pub(crate) fn give_back(&mut self, head: Head) {
         // A ring gives back no more chains at once than it has descriptors.
         if let Some(place) = self.batch.get_mut(self.given) {
             *place = head;
@@ -342,7 +342,7 @@ impl PackedLog {
 
     /// Steps 3 to 6: the batch ends at `new`, the guest still sees it at `old`. The store that shows it has to stay behind.
     #[inline(always)]
-    pub fn publishing(&mut self, new: Used, old: Used) {
+    pub(crate) fn publishing(&mut self, new: Used, old: Used) {
         let before = self.front();
         self.before = self.top;
         let mut front = before;
@@ -366,7 +366,7 @@ impl PackedLog {
 
     /// The guest sees the batch, which ends at `new`, and a fence is between that and this.
     #[inline(always)]
-    pub fn published(&mut self, new: Used) {
+    pub(crate) fn published(&mut self, new: Used) {
         for &run in &self.free[self.before + 1..=self.top] {
             self.clear(run);
         }

@@ -40,7 +40,7 @@ pub(in super::super) struct SplitLog {
 impl SplitLog {
     /// Takes up the log of a ring of `size` descriptors, a power of two: `used` is its used index, `available` its available
     /// index. Gives also the heads of the chains to be done again, the oldest last, if an earlier process has used this ring.
-    pub fn open(
+    pub(crate) fn open(
         queue: &InflightQueue,
         size: u16,
         used: u16,
@@ -115,7 +115,7 @@ impl SplitLog {
 
     /// "When receiving available buffers": a chain was taken.
     #[inline(always)]
-    pub fn take(&mut self, head: u16) {
+    pub(crate) fn take(&mut self, head: u16) {
         let counter = self.counter;
         self.counter = counter.wrapping_add(1);
         let entry = self.entry(head);
@@ -124,20 +124,20 @@ impl SplitLog {
     }
 
     /// A chain that was taken last is put back.
-    pub fn untake(&mut self, head: u16) {
+    pub(crate) fn untake(&mut self, head: u16) {
         self.entry(head).inflight.set(0);
     }
 
     /// "When supplying used buffers", steps 1 to 3.
     #[inline(always)]
-    pub fn give_back(&mut self, head: u16) {
+    pub(crate) fn give_back(&mut self, head: u16) {
         self.entry(head).next.set(self.last);
         self.last = head;
     }
 
     /// The batch is complete: `published` is what the used index still says. The store of the new index has to stay behind.
     #[inline(always)]
-    pub fn publishing(&self, published: u16) {
+    pub(crate) fn publishing(&self, published: u16) {
         // last_batch_head; once is enough, for nobody looks at it while the used index is the old one.
         self.save(published);
         fault_point!(Show);
@@ -146,7 +146,7 @@ impl SplitLog {
     /// The used index went from `old` to `new`, and a fence is between that and this: what was given back is in flight no
     /// more.
     #[inline(always)]
-    pub fn published(&self, old: u16, new: u16) {
+    pub(crate) fn published(&self, old: u16, new: u16) {
         let mut head = self.last;
         for _ in 0..new.wrapping_sub(old) {
             let entry = self.entry(head);
