@@ -100,12 +100,11 @@ fn served() -> &'static Served {
             serial: None,
         };
         let pool = Arc::new(WorkerPool::start(&[]).expect("a worker starts"));
-        let drive = Drive::open(&settings.device, &Options::default(), HOLD, pool.clone()).expect("the drive is there");
+        let drive = Drive::open(&settings.device, &Options::default(), HOLD, pool).expect("the drive is there");
         let drive = Arc::new(drive);
         // What rings have left is given back by its threads, as long as the process lives.
         std::mem::forget(Keeper::start(drive.clone()).expect("threads start"));
-        let export = Export::new(&settings, drive, &Budget::new(Limits::default(), 1), 0, pool.len())
-            .expect("the disk is there");
+        let export = Export::new(&settings, drive, &Budget::new(Limits::default(), 1), 0).expect("the disk is there");
         Served { export: Arc::new(export), stop: EventFd::new().expect("an eventfd can be made") }
     })
 }

@@ -31,7 +31,7 @@ use nvme_driver::{Controller, Error, Options};
 use vfio::{Device, DmaAddresses, OpenOptions};
 
 use crate::datapath::trial::Trial;
-use crate::datapath::worker::{PairId, WorkerPool};
+use crate::datapath::worker::{PairId, RingWorkers, WorkerPool};
 use crate::event::EventFd;
 use crate::log_limit::LogLimit;
 use crate::virtio::memory::Reach;
@@ -229,6 +229,11 @@ impl Drive {
             Condition::Present(present) => present.device.numa_node(),
             _ => None,
         }
+    }
+
+    /// The workers for the rings of a disk of it, see [`Placement::of_disk`](crate::datapath::worker::Placement::of_disk).
+    pub fn ring_workers(&self, number: usize) -> RingWorkers {
+        self.pool.placement().of_disk(self.numa_node(), number)
     }
 
     /// How long requests wait for it when it is away, or not ready for them.

@@ -13,7 +13,7 @@ use nvme_driver::Options;
 use crate::control::config::{Configuration, RefusedExport, Settings};
 use crate::control::service_manager;
 use crate::datapath::counters::Tally;
-use crate::datapath::worker::{WorkerEvent, WorkerPool, panic_message};
+use crate::datapath::worker::{Cpus, WorkerEvent, WorkerPool, panic_message};
 use crate::drive::{Drive, Keeper, Presence};
 use crate::event::EventFd;
 use crate::fault_point::fault_point;
@@ -39,8 +39,7 @@ struct Running {
     total: usize,
     parts: Mutex<Parts>,
     end: Arc<End>,
-    /// Of the workers; none: wherever the kernel has them.
-    cpus: Vec<usize>,
+    pool: Arc<WorkerPool>,
 }
 
 #[derive(Default)]
@@ -69,11 +68,6 @@ impl End {
     }
 }
 
-/// Those of the workers' CPUs that are known to be on another NUMA node than this one.
-fn far_cpus(node: u32, cpus: &[usize], node_of: impl Fn(usize) -> Option<u32>) -> Vec<usize> {
-    cpus.iter().copied().filter(|cpu| node_of(*cpu).is_some_and(|other| other != node)).collect()
-}
-
 impl Running {
     fn parts(&self) -> MutexGuard<'_, Parts> {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
@@ -82,11 +76,15 @@ impl Running {
     /// Looks after a drive from now on. The error is one line.
     fn keep(&self, drive: Arc<Drive>) -> Result<(), String> {
         if let Some(node) = drive.numa_node() {
-            let far = far_cpus(node, &self.cpus, vfio::numa_node_of_cpu);
+            let Cpus { near, far, spared } = self.pool.placement().cpus(node);
             if !far.is_empty() {
                 log::warn!(
-                    "{drive}: it is on NUMA node {node}, and workers run on CPUs of other nodes ({far:?}), which costs each access \
-                     between the two: choose CPUs of its node (--cpus)"
+                    "{drive}: it is on NUMA node {node}, and the workers for its disks run on CPUs of other nodes ({far:?}), which costs \
+                     each access between the two: choose CPUs of its node (--cpus)"
+                );
+            } else if !spared.is_empty() {
+                log::info!(
+                    "{drive}: it is on NUMA node {node}: the workers there (CPUs {near:?}) serve its disks, those on CPUs {spared:?} do not"
                 );
             }
         }
@@ -185,7 +183,7 @@ impl Target {
         let event = EventFd::new().map_err(|error| format!("cannot start: {error}"))?;
         let end = Arc::new(End { event, left: AtomicUsize::new(settings.exports.len()), fatal: OnceLock::new() });
         let total = settings.exports.len() + refused.len();
-        let running = Arc::new(Running { total, parts: Mutex::default(), end, cpus: settings.cpus.clone() });
+        let running = Arc::new(Running { total, parts: Mutex::default(), end, pool: pool.clone() });
         let status = Arc::<Mutex<Status>>::default();
         // Whatever fails from here on, what has started is stopped in its order.
         let mut target = Target { running: running.clone(), watch: None, status, _pool: pool.clone() };
@@ -389,15 +387,6 @@ mod tests {
     use super::*;
     use crate::control::config::{ExportSettings, Listen};
     use crate::drive::DeviceAddress;
-
-    #[test]
-    fn workers_on_another_node_than_the_drive_are_found() {
-        // CPUs 0 to 3 are on node 0, 4 to 7 on node 1; of others nothing is known.
-        let node_of = |cpu| (cpu < 8).then_some(cpu as u32 / 4);
-        assert_eq!(far_cpus(1, &[4, 5, 9], node_of), [0; 0]);
-        assert_eq!(far_cpus(1, &[3, 4, 0], node_of), [3, 0]);
-        assert_eq!(far_cpus(0, &[], node_of), [0; 0], "they run where the kernel wants");
-    }
 
     #[test]
     fn a_thread_that_dies_ends_the_program() {

@@ -299,7 +299,7 @@ fn attempt(
     };
     let look = |wanted: Wanted| {
         let Wanted { number, settings, export, bind } = wanted;
-        let new = || Export::new(&settings, drive.clone(), budget, number, pool.len()).map(Arc::new);
+        let new = || Export::new(&settings, drive.clone(), budget, number).map(Arc::new);
         let export = export.map_or_else(new, Ok);
         let (export, why) = match export {
             Ok(export) => (Some(export), None),

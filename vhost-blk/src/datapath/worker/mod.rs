@@ -5,6 +5,7 @@
 //! drivers for notifications and sleeps.
 
 mod mailbox;
+mod placement;
 mod thread;
 
 use super::poll_group::{Lost, PollGroup, Way};
@@ -28,6 +29,8 @@ use crate::event;
 use crate::virtio::memory::GuestMemory;
 use mailbox::{InUse, Mail, Mailbox};
 use thread::Worker;
+
+pub use placement::{Cpus, Placement, RingWorkers};
 
 /// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
 const MAIL_DEADLINE: Duration = Duration::from_secs(10);
@@ -176,6 +179,7 @@ pub struct WorkerPool {
     next_pair: AtomicU64,
     events: Mutex<Receiver<WorkerEvent>>,
     unpinned: Vec<Error>,
+    placement: Placement,
 }
 
 impl WorkerPool {
@@ -191,15 +195,26 @@ impl WorkerPool {
         // Whoever drives the workers and the drive needs a core, too.
         let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
         let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
-        let mut pool =
-            WorkerPool { threads: Vec::new(), next_lane, next_pair, events: Mutex::new(receiver), unpinned: vec![] };
+        let mut pool = WorkerPool {
+            threads: Vec::new(),
+            next_lane,
+            next_pair,
+            events: Mutex::new(receiver),
+            unpinned: vec![],
+            placement: Placement::new(&[], |_| None),
+        };
+        let mut taken = Vec::new();
         for cpu in places {
             match Self::start_thread(pool.threads.len(), cpu, crowded, events.clone()) {
-                Ok(thread) => pool.threads.push(thread),
+                Ok(thread) => {
+                    pool.threads.push(thread);
+                    taken.push(cpu);
+                }
                 Err(error @ Error::Pin { .. }) => pool.unpinned.push(error),
                 Err(error) => return Err(error),
             }
         }
+        pool.placement = Placement::new(&taken, vfio::numa_node_of_cpu);
         match pool.unpinned.pop_if(|_| pool.threads.is_empty()) {
             Some(error) => Err(error),
             None => Ok(pool),
@@ -246,6 +261,11 @@ impl WorkerPool {
             return Err(error);
         }
         Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) })
+    }
+
+    /// Where the workers are.
+    pub fn placement(&self) -> &Placement {
+        &self.placement
     }
 
     /// Number of workers; they are numbered from 0.

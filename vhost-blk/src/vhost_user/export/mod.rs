@@ -8,6 +8,7 @@ use crate::blk::config;
 
 use super::turns::Turns;
 use crate::datapath::counters::{LaneCounters, Tally};
+use crate::datapath::worker::RingWorkers;
 use crate::drive::{Drive, ExportedNamespace, Lease, Share};
 use crate::log_limit::LogLimit;
 use crate::virtio::memory::{Account, Budget};
@@ -40,8 +41,7 @@ pub struct Export {
     mode: Mutex<Option<bool>>,
     /// The order of its front-ends.
     pub turns: Arc<Turns>,
-    first_worker: usize,
-    workers: usize,
+    workers: RingWorkers,
     counters: Vec<Arc<LaneCounters>>,
     /// How many lines its front-ends and guests may cause, over all sessions.
     pub log: Arc<LogLimit>,
@@ -54,7 +54,6 @@ impl Export {
         drive: Arc<Drive>,
         budget: &Arc<Budget>,
         number: usize,
-        workers: usize,
     ) -> Result<Export, String> {
         let namespace = drive.namespace(settings.namespace)?;
         let serial = match &settings.serial {
@@ -67,6 +66,7 @@ impl Export {
         };
         let known = namespace.known().namespace;
         let read_only = settings.read_only || known.read_only;
+        let workers = drive.ring_workers(number);
         let mut counters = Vec::new();
         counters.resize_with(settings.queues.into(), Arc::default);
         Ok(Export {
@@ -82,7 +82,6 @@ impl Export {
             serial,
             queues: settings.queues,
             queue_size: settings.queue_size,
-            first_worker: number,
             workers,
             counters,
             log: Arc::default(),
@@ -99,9 +98,9 @@ impl Export {
         *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = Some(writeback);
     }
 
-    /// A place for a ring's lane. Workers round robin, so that the rings of one disk are spread.
+    /// A place for a ring's lane.
     pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, String> {
-        self.share.lease((self.first_worker + ring) % self.workers, ring_size)
+        self.share.lease(self.workers.of_ring(ring), ring_size)
     }
 
     /// The counters of a ring; they go on over all sessions.

@@ -538,6 +538,9 @@ fn workers_are_pinned_to_cpus_that_exist() {
     // One that is there does the work of one that is not.
     let pool = WorkerPool::start(&[1000, 0]).unwrap();
     assert_eq!((pool.len(), pool.unpinned().len()), (1, 1));
+    // No machine has that node; whether CPU 0 is known to be on another is the machine's.
+    let Cpus { near, far, spared } = pool.placement().cpus(u32::MAX);
+    assert_eq!(([near, far].concat(), spared), (vec![0], vec![]), "only workers that there are");
     assert!(pool.unpinned()[0].to_string().contains("CPU 1000"));
     assert!(super::try_cpu(0).is_ok() && super::try_cpu(1000).is_err());
     let pool = WorkerPool::start(&[0]).unwrap();
