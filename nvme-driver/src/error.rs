@@ -29,6 +29,19 @@ pub enum Error {
         /// What that means, and what to do.
         problem: String,
     },
+    /// A register reads as all ones: nothing is there any more.
+    #[error(
+        "{controller}: register {register} reads {value:#x}: all ones: the device does not answer; it was removed, has lost \
+         power, or its memory space is off"
+    )]
+    Gone {
+        /// The device's address.
+        controller: String,
+        /// Name of the register in the specification.
+        register: &'static str,
+        /// What it read: ones, as many as the register has bits.
+        value: u64,
+    },
     /// The controller answered a command with an error status.
     #[error("{command} failed: {status}")]
     Command {
@@ -113,11 +126,7 @@ impl Error {
     /// Whether nothing is there any more: the device was removed, has lost power, or its server has ended. A server that does
     /// not answer in time may be as alive as ever.
     pub fn is_gone(&self) -> bool {
-        match self {
-            Error::Register { problem, .. } => problem == crate::controller::GONE,
-            Error::Device { source: vfio::Error::Disconnected { .. }, .. } => true,
-            _ => false,
-        }
+        matches!(self, Error::Gone { .. } | Error::Device { source: vfio::Error::Disconnected { .. }, .. })
     }
 
     /// The status the controller answered with, when it did answer.

@@ -32,9 +32,6 @@ const CLASS_NVME: u32 = 0x01_08_02;
 
 /// The capabilities, if this driver can work with them; else why not.
 fn usable_capabilities(raw: u64) -> Result<Capabilities, String> {
-    if raw == u64::MAX {
-        return Err(GONE.into());
-    }
     let capabilities = Capabilities::from_bits(raw);
     if capabilities.page_size_min() > 0 {
         let bytes = 4096u64 << capabilities.page_size_min();
@@ -123,20 +120,22 @@ impl Hardware {
             std::thread::sleep(REST_BEFORE_START);
         }
         let class = device.config_space().read_u32(0x08).doing("read the class code from configuration space")? >> 8;
-        let gone = class == 0xff_ffff;
+        if class == 0xff_ffff {
+            return Err(Error::Gone { controller: name, register: "class code", value: class.into() });
+        }
         if class != CLASS_NVME {
             return Err(Error::Register {
                 controller: name,
                 register: "class code",
                 value: class.into(),
-                problem: match gone {
-                    true => GONE.into(),
-                    false => format!("an NVMe controller has {CLASS_NVME:#08x}; is this the right device?"),
-                },
+                problem: format!("an NVMe controller has {CLASS_NVME:#08x}; is this the right device?"),
             });
         }
         let bar = device.bar(0).doing("map BAR0")?;
         let raw = bar.read_u64(offset::CAP).doing("read CAP")?;
+        if raw == u64::MAX {
+            return Err(Error::Gone { controller: name, register: "CAP", value: raw });
+        }
         let capabilities = usable_capabilities(raw).map_err(|problem| Error::Register {
             controller: name.clone(),
             register: "CAP",
@@ -207,7 +206,7 @@ impl Hardware {
     pub(super) fn check(&self) -> Result<(), Error> {
         let csts = self.csts()?;
         if csts.is_gone() {
-            return Err(self.status_error(csts, GONE.into()));
+            return Err(self.gone(csts));
         }
         if csts.fatal() {
             return Err(self.status_error(csts, "a fatal status (CFS): reset the controller".into()));
@@ -217,6 +216,10 @@ impl Hardware {
             return Err(self.status_error(csts, problem.into()));
         }
         Ok(())
+    }
+
+    fn gone(&self, csts: ControllerStatus) -> Error {
+        Error::Gone { controller: self.name.clone(), register: "CSTS", value: csts.into_bits().into() }
     }
 
     fn status_error(&self, csts: ControllerStatus, problem: String) -> Error {
@@ -236,7 +239,7 @@ impl Hardware {
         let cc = self.cc()?;
         let csts = self.csts()?;
         if csts.is_gone() {
-            return Err(self.status_error(csts, GONE.into()));
+            return Err(self.gone(csts));
         }
         if cc.enable() && !csts.ready() && !csts.fatal() {
             // It is still becoming ready for someone before us; EN may be cleared only after that (NVMe Base 2.0, 3.1.3.5).
@@ -277,7 +280,7 @@ impl Hardware {
     pub(super) fn shut_down(&self, timeout: Duration) -> Result<(), Error> {
         let csts = self.csts()?;
         if csts.is_gone() {
-            return Err(self.status_error(csts, GONE.into()));
+            return Err(self.gone(csts));
         }
         let cc = self.cc()?;
         // One that is not enabled has nothing to save, and a shutdown of it could only be undone by enabling it.
@@ -305,7 +308,7 @@ impl Hardware {
             let waited = start.elapsed();
             let csts = self.csts()?;
             if csts.is_gone() {
-                return Err(self.status_error(csts, GONE.into()));
+                return Err(self.gone(csts));
             }
             if reached(csts) {
                 return Ok(());
@@ -324,10 +327,6 @@ impl Hardware {
         }
     }
 }
-
-/// What is wrong with a register that reads as all ones.
-pub(crate) const GONE: &str =
-    "all ones: the device does not answer; it was removed, has lost power, or its memory space is off";
 
 #[cfg(test)]
 mod tests {
@@ -350,7 +349,6 @@ mod tests {
         let none = usable.with_max_queue_entries_minus_one(0);
         assert_eq!(usable_capabilities(none.into_bits()), Ok(none), "MQES 0 is 64");
         for (bad, why) in [
-            (Capabilities::from_bits(u64::MAX), "all ones"),
             (Capabilities::from_bits(0), "NVM Command Set"),
             (usable.with_page_size_min(1).with_page_size_max(1), "8192 bytes"),
             (usable.with_command_sets(0x80), "NVM Command Set"),

@@ -25,7 +25,6 @@ use queues::{Queues, Shadow};
 
 pub use admin_commands::{Erase, FormatOptions};
 pub use events::Event;
-pub(crate) use hardware::GONE;
 pub use queues::QueuePairOptions;
 
 /// How a controller is opened.

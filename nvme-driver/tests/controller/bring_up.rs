@@ -189,7 +189,7 @@ fn a_controller_that_is_gone_reads_all_ones() {
     assert!(start.elapsed() < PROMPT, "closing does not wait for a device that is gone");
 
     let error = rig.try_open(&Options::default()).unwrap_err();
-    let Error::Register { value, .. } = &error else { panic!("{error}") };
+    let Error::Gone { value, .. } = &error else { panic!("{error}") };
     assert!(value.count_ones() >= 24, "{error}");
 
     rig.simulator.reinsert().unwrap();

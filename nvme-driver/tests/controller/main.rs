@@ -126,7 +126,10 @@ fn works(controller: &Controller, namespace: u32, seed: u8) {
 
 /// The error names `register` and has a value for it.
 fn assert_names_register(error: &Error, name: &str, expected: u64) {
-    let Error::Register { register, value, .. } = error else { panic!("not about a register: {error}") };
+    let (Error::Register { register, value, .. } | Error::Gone { register, value, .. }) = error else {
+        panic!("not about a register: {error}")
+    };
+    assert_eq!(matches!(error, Error::Gone { .. }), *value == 0xffff_ffff, "{error}");
     assert_eq!((*register, *value), (name, expected), "{error}");
     let text = error.to_string();
     assert!(text.contains(name) && text.contains(&format!("{expected:#x}")), "{text}");
