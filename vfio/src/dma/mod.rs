@@ -38,7 +38,7 @@ pub struct DmaSpace {
 }
 
 /// What a device demands of memory that it is to reach, for whoever wants to know while the device is not open.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaLimits {
     alignment: u64,
     /// Bytes of the longest piece of others' memory for which there are addresses.

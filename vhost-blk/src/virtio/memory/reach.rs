@@ -116,4 +116,16 @@ mod tests {
         }
         take(&away(None), 0x9000).unwrap();
     }
+
+    #[test]
+    fn what_a_drive_takes_is_known_when_it_has_gone() {
+        let machine = crate::datapath::lane::testing::Machine::new(nvme_sim::Config::default());
+        let known = machine.device.dma().limits();
+        let reach = Reach::new(machine.device.dma().clone());
+        for _ in 0..2 {
+            reach.detach();
+            assert_eq!(reach.inner().limits, Some(known));
+            reach.attach(machine.device.dma().clone()).unwrap();
+        }
+    }
 }
