@@ -245,7 +245,9 @@ impl Controller {
     /// The controller forgets its queue pairs and touches no memory of their requests any more. Their owners must not ring
     /// while this runs; afterwards they take out what was outstanding ([`crate::QueuePair::drain_after_reset`]), have the pair
     /// created again ([`Controller::recreate_queue_pair`]) and submit anew. Features are as after power-on, unless saved.
-    /// Namespaces may have changed meanwhile, and so may whether their write cache is in use: ask for them again.
+    /// Namespaces may have changed meanwhile, and so may whether their write cache is in use: ask for them again. So may the number of
+    /// queue pairs ([`Controller::max_queue_pairs`]): more can be used from then on; with fewer it is an error if a queue pair
+    /// exists that is not granted any more, until its owner drops it.
     ///
     /// An admin command that is under way in another thread ends with an error at once; nothing waits for its deadline. So it is
     /// with [`Controller::disable`] and [`Controller::shutdown`].
@@ -271,7 +273,7 @@ impl Controller {
         queues.forget();
         *lock(&inner.write_cache) = None;
         admin.enable(&inner.hardware)?;
-        let result = self.bring_up_again(&mut admin, queues.granted());
+        let result = self.bring_up_again(&mut admin, &mut queues);
         if result.is_err() {
             inner.hardware.standing.stop("a reset has failed");
             // The next attempt begins with the same; here it only keeps a half-started controller from going on.
@@ -290,7 +292,7 @@ impl Controller {
         inner.hardware.device.enable_interrupts(&events).doing("enable MSI-X vectors after a reset")
     }
 
-    fn bring_up_again(&self, admin: &mut Admin, granted: u16) -> Result<(), Error> {
+    fn bring_up_again(&self, admin: &mut Admin, queues: &mut Queues) -> Result<(), Error> {
         let inner = &*self.inner;
         let identity = identify_controller(&inner.hardware, admin, &inner.options)?;
         let same = |of: fn(&ControllerIdentity) -> &String| of(&identity) == of(&inner.identity);
@@ -312,12 +314,17 @@ impl Controller {
                 inner.hardware.name
             )));
         }
-        let now = negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?;
-        if now < granted {
+        let (before, now) =
+            (queues.granted(), negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?);
+        if !queues.regrant(now) {
             return Err(Error::Untrustworthy(format!(
-                "after a reset {} grants {now} queue pairs, before it were {granted}; open it anew",
+                "after a reset {} grants {now} queue pairs, before it were {before}, and one beyond is still to be created again; \
+                 drop it before the reset, or open the controller anew",
                 inner.hardware.name
             )));
+        }
+        if now != before {
+            log::info!("{}: it grants {now} queue pairs after a reset, before it were {before}", inner.hardware.name);
         }
         if let Some(shadow) = &inner.shadow {
             shadow.announce(&inner.hardware, admin, inner.options.needed())?;

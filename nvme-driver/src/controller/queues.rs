@@ -81,6 +81,17 @@ impl Queues {
         self.quarantine.clear();
     }
 
+    /// After [`Queues::forget`]: takes over how many the controller grants now, more or fewer. False: a queue pair beyond them is
+    /// still had by somebody, and nothing has changed.
+    pub(super) fn regrant(&mut self, granted: u16) -> bool {
+        let granted = usize::from(granted);
+        let fits = self.places.iter().skip(granted).all(Option::is_none);
+        if fits {
+            self.places.resize_with(granted, || None);
+        }
+        fits
+    }
+
     /// Keeps memory until the controller has been reset.
     pub(super) fn quarantine(&mut self, memory: DmaBuffer) {
         self.quarantine.push(memory);
@@ -164,7 +175,7 @@ fn part(page: &DmaBuffer, index: usize, stride: u8) -> DmaSlice<AtomicU32> {
 }
 
 impl Controller {
-    /// Queue pairs the controller granted. They can be in use all at once.
+    /// Queue pairs the controller granted. They can be in use all at once. It may be another number after a [`Controller::reset`].
     pub fn max_queue_pairs(&self) -> u16 {
         lock(&self.inner.queues).granted()
     }

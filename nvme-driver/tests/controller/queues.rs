@@ -130,3 +130,31 @@ fn no_interrupts_when_they_were_not_wanted() {
     assert!(matches!(error, Error::Unsupported(_)), "{error}");
     works(&controller, 1, 1);
 }
+
+/// A controller may grant another number of queue pairs each time that it is reset.
+#[test]
+fn as_many_pairs_as_are_granted_after_a_reset() {
+    let rig = Rig::new(Config { max_queue_pairs: 4, ..small() });
+    let controller = rig.open();
+    let create = || controller.create_queue_pair(QueuePairOptions::default());
+    let mut pairs: Vec<_> = (0..4).map(|_| create().unwrap()).collect();
+    rig.simulator.faults().change(|plan| plan.most_queues = Some(2));
+    // Whoever has one that is not granted any more could not go on with it.
+    let error = controller.reset().unwrap_err();
+    assert!(error.to_string().contains("grants 2 queue pairs, before it were 4"), "{error}");
+    pairs.truncate(2);
+    controller.reset().unwrap();
+    assert_eq!(controller.max_queue_pairs(), 2);
+    pairs.iter_mut().for_each(|pair| controller.recreate_queue_pair(pair).unwrap());
+    assert!(matches!(create(), Err(Error::NoQueuePairsLeft { granted: 2 })));
+    rig.simulator.faults().change(|plan| plan.most_queues = None);
+    controller.reset().unwrap();
+    assert_eq!(controller.max_queue_pairs(), 4);
+    pairs.iter_mut().for_each(|pair| controller.recreate_queue_pair(pair).unwrap());
+    pairs.extend((0..2).map(|_| create().unwrap()));
+    let namespace = controller.namespace(1).unwrap();
+    let memory = rig.device.dma().allocate(16384).unwrap();
+    for (pair, seed) in pairs.iter_mut().zip(1..) {
+        write_and_verify(pair, &namespace, &memory, 8, seed);
+    }
+}

@@ -50,6 +50,9 @@ pub struct FaultPlan {
     pub answer_delay: Duration,
     /// DMA maps are refused while so many regions are mapped, as servers with a small table do. `None`: there is room.
     pub most_dma_regions: Option<usize>,
+    /// No more I/O queues of a kind are granted than this, at least 1, the next time that the host asks (Set Features, Number of
+    /// Queues). `None`: as configured.
+    pub most_queues: Option<u16>,
 }
 
 /// A fault of single commands: what, and when.

@@ -40,6 +40,12 @@ impl Granted {
         let most = |wanted: Option<u16>| wanted.unwrap_or(config.max_queue_pairs);
         Granted { submission: most(config.submission_queues), completion: most(config.completion_queues) }
     }
+
+    /// No more of a kind than this; one there always is.
+    fn at_most(self, most: Option<u16>) -> Granted {
+        let most = most.unwrap_or(u16::MAX).max(1);
+        Granted { submission: self.submission.min(most), completion: self.completion.min(most) }
+    }
 }
 
 /// The features as the host has set them. They are back at their defaults after a controller reset.
@@ -200,7 +206,8 @@ pub(crate) fn set(controller: &mut Controller, command: &Command) -> Result<u32,
         if controller.sqs.iter().skip(1).any(Option::is_some) || controller.cqs.iter().skip(1).any(Option::is_some) {
             return Err(Status::COMMAND_SEQUENCE);
         }
-        controller.features.set_queues(value, Granted::most(&controller.shared.config))?
+        let most = Granted::most(&controller.shared.config).at_most(controller.faults.plan.most_queues);
+        controller.features.set_queues(value, most)?
     } else {
         controller.features.set(id, value)?
     };
