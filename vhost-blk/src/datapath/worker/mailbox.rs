@@ -24,6 +24,14 @@ pub(super) type LaneId = u64;
 /// A place that lanes use cannot be taken away.
 pub(super) struct InUse;
 
+/// A lane on its way to another place.
+pub(super) struct Mover {
+    pub id: LaneId,
+    pub lane: Lane,
+    /// Who waits for it to stop.
+    pub waiting: Vec<Sender<Lane>>,
+}
+
 pub(super) enum Mail {
     AddPair {
         id: PairId,
@@ -46,6 +54,20 @@ pub(super) enum Mail {
     Move {
         id: LaneId,
         to: usize,
+    },
+    /// All lanes of an empty place go on at another one.
+    Fold {
+        index: usize,
+        into: usize,
+        /// The mailbox of the worker that has the other one, if it is not the same.
+        elsewhere: Option<Arc<Mailbox>>,
+        /// The lanes that have gone.
+        reply: Sender<Vec<LaneId>>,
+    },
+    /// Lanes come from another worker.
+    Arrive {
+        pair: usize,
+        lanes: Vec<Mover>,
     },
     SetMemory {
         id: LaneId,

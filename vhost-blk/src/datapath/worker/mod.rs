@@ -4,6 +4,7 @@
 //! the same way, by mail. While there is work a worker makes no system call; with nothing in flight for a while it asks the
 //! drivers for notifications and sleeps.
 
+mod handle;
 mod mailbox;
 mod placement;
 mod thread;
@@ -11,11 +12,10 @@ mod thread;
 use super::poll_group::{Lost, PollGroup, Way};
 use super::trial::{Seat, Suspicion};
 
-use std::fs::File;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -23,13 +23,13 @@ use std::time::{Duration, Instant};
 use nvme_driver::{Namespace, QueuePair};
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-use crate::blk::disk::Disk;
-use crate::datapath::lane::{Lane, LaneState};
+use crate::datapath::lane::Lane;
 use crate::event;
-use crate::virtio::memory::GuestMemory;
+use handle::{Address, Homes};
 use mailbox::{InUse, Mail, Mailbox};
 use thread::Worker;
 
+pub use handle::{LaneHandle, StoppedLane, StoppingLane};
 pub use placement::{Cpus, Placement, RingWorkers};
 
 /// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
@@ -180,6 +180,7 @@ pub struct WorkerPool {
     events: Mutex<Receiver<WorkerEvent>>,
     unpinned: Vec<Error>,
     placement: Placement,
+    homes: Arc<Homes>,
 }
 
 impl WorkerPool {
@@ -202,6 +203,7 @@ impl WorkerPool {
             events: Mutex::new(receiver),
             unpinned: vec![],
             placement: Placement::new(&[], |_| None),
+            homes: Arc::default(),
         };
         let mut taken = Vec::new();
         for cpu in places {
@@ -330,14 +332,9 @@ impl WorkerPool {
     pub fn start_lane(&self, pair: PairId, lane: Lane) -> LaneHandle {
         // Relaxed: a number, ordered with nothing.
         let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
-        let mailbox = self.threads[pair.worker].mailbox.clone();
-        let handle = LaneHandle {
-            id,
-            worker: pair.worker,
-            name: lane.name().to_owned(),
-            state: lane.state().clone(),
-            mailbox: mailbox.clone(),
-        };
+        let mailbox = &self.threads[pair.worker].mailbox;
+        let address = Address::new(id, pair.worker, mailbox.clone(), self.homes.clone());
+        let handle = LaneHandle::new(address, &lane);
         mailbox.send(Mail::Start { id, pair: pair.index, lane: Box::new(lane) });
         handle
     }
@@ -346,6 +343,27 @@ impl WorkerPool {
     /// that it has are answered. Where it is not any more, or has to stop before, nothing happens.
     pub fn move_lane(&self, lane: LaneNumber, to: PairId) {
         self.threads[to.worker].mailbox.send(Mail::Move { id: lane.0, to: to.index });
+    }
+
+    /// Has all lanes of an empty place go on at another one, of any worker, with the requests that wait for the drive: there will be
+    /// no queue pair for the first. Neither has one; the lanes' handles go on working. In force on return.
+    ///
+    /// # Errors
+    /// A worker is gone.
+    pub fn fold(&self, from: PairId, into: PairId) -> Result<(), Error> {
+        // Whoever writes to one of the lanes waits, and finds it where it is then.
+        let mut homes = self.homes.lanes();
+        let mailbox = &self.threads[into.worker].mailbox;
+        let elsewhere = (into.worker != from.worker).then(|| mailbox.clone());
+        let (reply, answer) = mpsc::channel();
+        self.threads[from.worker].mailbox.send(Mail::Fold { index: from.index, into: into.index, elsewhere, reply });
+        let lanes = answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: from.worker })?;
+        for lane in lanes {
+            if let Some(home) = homes.get_mut(&lane) {
+                *home = (into.worker, mailbox.clone());
+            }
+        }
+        Ok(())
     }
 
     /// Removes a place that no lane uses, and returns the queue pair that is there.
@@ -480,153 +498,6 @@ pub fn try_cpu(cpu: usize) -> Result<(), Error> {
 pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     text.or_else(|| panic.downcast_ref::<String>().map(String::as_str)).unwrap_or("no message").to_owned()
-}
-
-/// A lane that runs on a worker.
-pub struct LaneHandle {
-    id: u64,
-    worker: usize,
-    name: String,
-    state: Arc<LaneState>,
-    mailbox: Arc<Mailbox>,
-}
-
-impl LaneHandle {
-    /// Names the lane.
-    pub fn number(&self) -> LaneNumber {
-        LaneNumber(self.id)
-    }
-
-    /// Takes the lane back: it takes no more requests, and comes when those in flight are answered.
-    ///
-    /// # Errors
-    /// [`StopError::StillBusy`]: not within `deadline`.
-    pub fn stop(self, deadline: Duration) -> Result<StoppedLane, StopError> {
-        self.begin_stop().wait(deadline)
-    }
-
-    /// Asks for the lane back: it takes no more requests, and comes when those in flight are answered.
-    pub fn begin_stop(self) -> StoppingLane {
-        let (reply, lane) = mpsc::channel();
-        self.mailbox.send(Mail::Stop { id: self.id, reply });
-        let since = Instant::now();
-        StoppingLane { id: self.id, name: self.name, lane, mailbox: self.mailbox, let_go: false, since }
-    }
-
-    /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
-    ///
-    /// # Errors
-    /// The table lacks a present region, or the worker is gone.
-    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), Error> {
-        let (reply, answer) = mpsc::channel();
-        self.mailbox.send(Mail::SetMemory { id: self.id, memory, reply });
-        match answer.recv_timeout(MAIL_DEADLINE) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(Error::NotSuperset),
-            Err(_) => Err(Error::Gone { worker: self.worker }),
-        }
-    }
-
-    /// Has the lane serve the disk as it is now: another size, say. In force on return, for requests that the drive has not got
-    /// yet.
-    ///
-    /// # Errors
-    /// The worker is gone.
-    pub fn set_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
-        let (reply, answer) = mpsc::channel();
-        self.mailbox.send(Mail::SetDisk { id: self.id, disk, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: self.worker })
-    }
-
-    /// Replaces the eventfd that notifies the driver. The new one is signalled once, lest a notification be lost between the two.
-    pub fn set_call(&self, call: Option<File>) {
-        self.mailbox.send(Mail::SetCall { id: self.id, call });
-    }
-
-    /// Replaces the eventfd that wakes the lane.
-    pub fn set_kick(&self, kick: Option<File>) {
-        self.mailbox.send(Mail::SetKick { id: self.id, kick });
-    }
-
-    /// Replaces the eventfd that says that the lane has stopped for good.
-    pub fn set_error(&self, error: Option<File>) {
-        self.mailbox.send(Mail::SetError { id: self.id, error });
-    }
-
-    /// Did the guest break its ring (or a worker die)? Nothing is served any more, the device needs a reset.
-    pub fn broken(&self) -> bool {
-        self.state.broken()
-    }
-
-    /// The worker the lane is on.
-    pub fn worker(&self) -> usize {
-        self.worker
-    }
-}
-
-/// A lane that takes no more requests and has to come back from its worker.
-pub struct StoppingLane {
-    id: u64,
-    name: String,
-    lane: Receiver<Lane>,
-    mailbox: Arc<Mailbox>,
-    /// Nobody is there for answers.
-    let_go: bool,
-    /// When it was asked for.
-    since: Instant,
-}
-
-impl std::fmt::Debug for StoppingLane {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("StoppingLane").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-impl StoppingLane {
-    /// When it was asked for.
-    pub fn since(&self) -> Instant {
-        self.since
-    }
-
-    /// Has its requests of many commands end in the middle, with an error, when the drive has answered the commands that it has.
-    pub fn end_long(&self) {
-        self.mailbox.send(Mail::EndLong { id: self.id });
-    }
-
-    /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
-    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight. What was once
-    /// let go in this way is not answered later.
-    pub fn abandon(&mut self, answer: bool) {
-        self.let_go |= !answer;
-        self.mailbox.send(Mail::Abandon { id: self.id, answer: !self.let_go });
-    }
-
-    /// Waits for the requests in flight.
-    ///
-    /// # Errors
-    /// As for [`LaneHandle::stop`].
-    pub fn wait(self, deadline: Duration) -> Result<StoppedLane, StopError> {
-        match self.lane.recv_timeout(deadline) {
-            Ok(lane) => {
-                Ok(StoppedLane { base: lane.base(), broken: lane.state().broken(), events: lane.into_events() })
-            }
-            Err(RecvTimeoutError::Timeout) => {
-                Err(StopError::StillBusy(StillBusy { name: self.name.clone(), lane: self }))
-            }
-            Err(RecvTimeoutError::Disconnected) => Err(StopError::Gone { name: self.name }),
-        }
-    }
-}
-
-/// What is left of a lane that has stopped: nothing in flight, everything answered shown to the driver.
-#[derive(Debug)]
-pub struct StoppedLane {
-    /// Where the ring's next user begins: for GET_VRING_BASE, and [`RingSetup::base`](crate::virtio::ring::RingSetup::base).
-    pub base: u32,
-    /// The guest had broken the ring.
-    pub broken: bool,
-    /// The kick, call and error eventfds.
-    pub events: [Option<File>; 3],
 }
 
 #[cfg(test)]

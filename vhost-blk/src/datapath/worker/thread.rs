@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::QueuePair;
 use rustix::event::epoll;
 
-use super::mailbox::{InUse, LaneId, Mail, Mailbox};
+use super::mailbox::{InUse, LaneId, Mail, Mailbox, Mover};
 use super::{PairId, WorkerEvent};
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::PollGroup;
@@ -270,6 +270,16 @@ impl Worker {
                         self.departing.push((id, Departure::Moves(to)));
                     }
                 }
+                Mail::Fold { index, into, elsewhere, reply } => {
+                    let movers = self.take_out(index);
+                    let ids = movers.iter().map(|mover| mover.id).collect();
+                    match elsewhere {
+                        Some(mailbox) => mailbox.send(Mail::Arrive { pair: into, lanes: movers }),
+                        None => self.take_in(into, movers),
+                    }
+                    let _ = reply.send(ids);
+                }
+                Mail::Arrive { pair, lanes } => self.take_in(pair, lanes),
                 Mail::SetMemory { id, memory, reply } => {
                     if let Some(lane) = self.lane_mut(id) {
                         let _ = reply.send(lane.set_memory(memory));
@@ -350,6 +360,37 @@ impl Worker {
         self.lanes.insert(id, Place { pair, index, watched });
     }
 
+    /// Takes all lanes out of a place without a queue pair, with what waits there for the drive.
+    fn take_out(&mut self, pair: usize) -> Vec<Mover> {
+        // Those that were to go elsewhere do.
+        self.let_depart();
+        let Worker { lanes, groups, departing, epoll, .. } = self;
+        let Some(group) = groups.get_mut(pair).and_then(Option::as_mut).filter(|group| group.pair().is_none()) else {
+            return Vec::new();
+        };
+        let leaving = lanes.extract_if(|_, place| place.pair == pair);
+        let movers = leaving.filter_map(|(id, place)| {
+            let mut lane = group.remove(place.index)?;
+            Self::unwatch(epoll, &lane);
+            lane.end_move();
+            let departures = departing.extract_if(.., |(other, _)| *other == id);
+            let waiting = departures.filter_map(|(_, departure)| match departure {
+                Departure::Stops(reply) => Some(reply),
+                Departure::Moves(_) => None,
+            });
+            Some(Mover { id, lane, waiting: waiting.collect() })
+        });
+        movers.collect()
+    }
+
+    /// Puts them into another one.
+    fn take_in(&mut self, pair: usize, movers: Vec<Mover>) {
+        for Mover { id, lane, waiting } in movers {
+            self.start(id, pair, lane);
+            self.departing.extend(waiting.into_iter().map(|reply| (id, Departure::Stops(reply))));
+        }
+    }
+
     fn set_kick(&mut self, id: LaneId, kick: Option<File>) {
         let Some(place) = self.lanes.get_mut(&id) else { return };
         let group = self.groups.get_mut(place.pair).and_then(Option::as_mut);
@@ -390,8 +431,9 @@ impl Worker {
                         lane.end_move();
                         return false;
                     }
-                    // The drive may be going, or coming back: soon both places have it, or neither.
-                    if !lane.may_move() || there != here {
+                    // The drive may be going, or coming back: soon both places have it, or neither. Without it what waits goes along.
+                    let holds = here == Some(true) && !lane.may_move();
+                    if holds || there != here {
                         return true;
                     }
                     let lane = groups[place.pair].as_mut().and_then(|group| group.remove(place.index));

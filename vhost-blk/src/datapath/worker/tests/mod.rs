@@ -13,6 +13,7 @@ use crate::virtio::memory::Reach;
 use crate::virtio::ring::model::{Guest, Random, readable, writable};
 
 mod events;
+mod fold;
 
 fn config() -> Config {
     let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
