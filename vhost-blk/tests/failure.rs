@@ -310,8 +310,6 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
     let region = Region::new(0, MIB);
     let mut ring = Ring::first(&front, &region);
     ring.check_io(0);
-    let second = Ring::new(&region, 1, 0x20000);
-    second.start(&front);
     let config = || Bench::config(bench.folder.path());
     let namespace = |change: &dyn Fn(&mut NamespaceConfig)| {
         let mut config = config();
@@ -322,8 +320,6 @@ fn another_drive_is_not_taken_for_the_one_that_left() {
     let impostors = [
         Config { serial: "ANOTHER".into(), ..config() },
         namespace(&|namespace| (namespace.block_bytes, namespace.file) = (4096, Some(other.clone()))),
-        // Fewer queue pairs than are in use.
-        Config { max_queue_pairs: 1, ..config() },
     ];
     for impostor in impostors {
         let text = format!("{impostor:?}");

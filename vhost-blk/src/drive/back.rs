@@ -1,5 +1,5 @@
 //! How a drive comes back: its controller is reset where it is, or the device is opened again; it is compared with what was there, and
-//! every place gets a queue pair on it.
+//! every place gets a queue pair on it. There are fewer places then, if it grants fewer queue pairs.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -9,6 +9,7 @@ use nvme_driver::{Controller, Error};
 use super::away::Away;
 use super::leases::NoWay;
 use super::namespaces::Found;
+use super::shares::Fold;
 use super::{Condition, Drive, NotOpened, Present, SOON};
 use crate::datapath::trial::Trial;
 
@@ -89,6 +90,7 @@ impl Drive {
         let lost_power = away.unsafe_shutdowns.is_some() && away.unsafe_shutdowns != present.unsafe_shutdowns;
         let lived_on = away.server.lived_on_as(&present.device.server());
         let cache_lost = away.cache_lost || lost_power || !lived_on;
+        self.fold(&present.controller);
         // The drive's own memory first: however much guests have, it can be had.
         let places = self.shares().places().to_vec();
         let wanted = places.len();
@@ -136,7 +138,33 @@ impl Drive {
         state.granted = present.controller.max_queue_pairs();
         state.condition = Condition::Present(present);
         log::warn!("{}: the drive is back; its disks work again", self.name);
+        // It may grant more than before.
+        self.chores.notify();
         Ok(())
+    }
+
+    /// If the controller grants fewer queue pairs than there are places, rings share them until there are more (`deal`).
+    fn fold(&self, controller: &Controller) {
+        let granted = controller.max_queue_pairs();
+        // Who starts a lane at a place has told the worker so before this, or finds another place afterwards.
+        let (wanted, folds) = {
+            let mut shares = self.shares();
+            (shares.places().len(), shares.fold(granted))
+        };
+        if folds.is_empty() {
+            return;
+        }
+        log::warn!(
+            "{}: it grants {granted} queue pairs, and {wanted} were in use: rings share them from now on",
+            self.name
+        );
+        for Fold { from, into } in folds {
+            let folded = self.pool.fold(from, into).and_then(|()| self.pool.take_queue_pair(from));
+            if let Err(error) = folded {
+                log::error!("{}: {error}", self.name);
+            }
+            self.pairs().remove(&from);
+        }
     }
 
     /// What has become of a namespace. `None`: the controller answers with an error, or not soon. That says nothing of the namespace,

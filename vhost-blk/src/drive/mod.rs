@@ -4,7 +4,8 @@
 //! function, so that it touches nothing any more. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile.
 //! A device that is still there keeps its mappings, and its controller is brought up again in place; any other is closed, and the
 //! keeper tries the address until the same drive is there again (`back`). Then every place gets a queue pair on it: lanes go on
-//! where they are, with what was not answered first.
+//! where they are, with what was not answered first. If it grants fewer, some places are not there any more, and their lanes go on at
+//! others, of another worker if need be.
 //!
 //! Guests see a pause, unless it gets too long (`Drive::give_up`): then everything is answered with an error until the drive is
 //! back.

@@ -3,7 +3,8 @@
 //! Each disk has a share of what the controller grants: as configured, else an even part. As long as some are free a disk may have
 //! more than that. When another one wants its share, the surplus goes back: rings of the one disk move together, on their worker,
 //! and a ring of the other gets the queue pair that becomes free. Until then, and when all have their share, rings share one, those
-//! of one disk with each other if they can.
+//! of one disk with each other if they can. A drive that comes back with fewer queue pairs takes places away (`Shares::fold`); their
+//! rings share others until there are more.
 //!
 //! Here is only decided; see `leases` for what is done.
 
@@ -65,6 +66,13 @@ pub(super) struct Gift {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Merger {
     pub lanes: Vec<LaneNumber>,
+    pub into: PairId,
+}
+
+/// A place that is not there any more, while the drive is away; its lanes are to go on at another.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Fold {
+    pub from: PairId,
     pub into: PairId,
 }
 
@@ -195,6 +203,47 @@ impl Shares {
 
     fn leases_at(&self, id: PairId) -> impl Iterator<Item = &Leased> {
         self.leases.iter().filter(move |leased| leased.place == id)
+    }
+
+    /// The drive comes back and grants so many queue pairs, at least 1: if there are more places, which of them fold into others, one
+    /// after the other. They are not there any more.
+    pub(super) fn fold(&mut self, granted: u16) -> Vec<Fold> {
+        let mut folds = Vec::new();
+        while self.places.len() > usize::from(granted.max(1))
+            && let Some((from, into)) = self.next_fold(granted)
+        {
+            let gone = self.places.remove(from);
+            let into = self.places.iter_mut().find(|place| place.id == into).expect("it was found among them");
+            into.entries = into.entries.max(gone.entries);
+            let fold = Fold { from: gone.id, into: into.id };
+            for leased in self.leases.iter_mut().filter(|leased| leased.place == fold.from) {
+                leased.place = fold.into;
+                let disk = self.disks.iter_mut().find(|disk| disk.number == leased.disk);
+                // It is told again when it has one of its own again.
+                disk.into_iter().for_each(|disk| disk.told.has_own = false);
+            }
+            folds.push(fold);
+        }
+        folds
+    }
+
+    /// The first of them: where among the places it is, and which other one takes its lanes.
+    fn next_fold(&self, granted: u16) -> Option<(usize, PairId)> {
+        let counts: Vec<usize> = self.places.iter().map(|place| self.leases_at(place.id).count()).collect();
+        let surplus = |place: &Place| i32::from(self.pairs(place.owner)) - i32::from(self.share(place.owner, granted));
+        let surplus: Vec<i32> = self.places.iter().map(surplus).collect();
+        let pairs = (0..self.places.len()).flat_map(|from| (0..self.places.len()).map(move |into| (from, into)));
+        let (from, into) = pairs.filter(|(from, into)| from != into).min_by_key(|&(from, into)| {
+            let [gone, heir] = [from, into].map(|at| &self.places[at]);
+            // What nobody has any more first. Then rings of one disk share, of that which has most beyond its share, if they can on
+            // their worker; as few as can be, and those that came last.
+            (
+                (!gone.leaving, heir.leaving, gone.owner != heir.owner),
+                (-surplus[from], gone.id.worker() != heir.id.worker()),
+                (counts[from] + counts[into], self.places.len() - from, into),
+            )
+        })?;
+        Some((from, self.places[into].id))
     }
 
     /// How many queue pairs a disk may count on.
@@ -425,6 +474,78 @@ mod tests {
         }
         bench.deal();
         assert!(bench.shares.places.is_empty() && bench.shares.leases.is_empty());
+    }
+
+    /// A drive that comes back with fewer queue pairs, and then with more.
+    #[test]
+    fn rings_share_what_is_left() {
+        let mut bench = Bench::new(16, 2);
+        let [disk, other] = [0, 1].map(|_| bench.shares.add_disk("d".into(), None));
+        let leases: Vec<_> = (0..4).map(|ring| bench.start(disk, ring)).collect();
+        let others = bench.start(other, 0);
+        let places: Vec<_> = leases.iter().map(|lease| bench.shares.place_of(*lease).unwrap()).collect();
+        let place = bench.shares.place_of(others);
+        let at = |bench: &Bench| -> Vec<_> {
+            let place = |lease: &LeaseNumber| bench.shares.place_of(*lease).unwrap();
+            leases.iter().map(|lease| places.iter().position(|known| *known == place(lease)).unwrap()).collect()
+        };
+        assert_eq!(bench.shares.fold(5), []);
+        // Those that came last, with one of their disk on their worker.
+        let fold = |from: usize, into: usize| Fold { from: places[from], into: places[into] };
+        assert_eq!(bench.shares.fold(3), [fold(3, 1), fold(2, 0)]);
+        assert_eq!(at(&bench), [0, 1, 0, 1]);
+        // Rather with one of their disk on another worker than with another disk's.
+        assert_eq!(bench.shares.fold(2), [fold(1, 0)]);
+        assert_eq!((at(&bench), bench.shares.place_of(others)), (vec![0; 4], place));
+        bench.granted = 2;
+        bench.deal();
+        assert_eq!(bench.pairs(&[disk, other]), [1, 1]);
+        // The last one is for all.
+        let into = bench.shares.fold(1)[0].into;
+        assert!(bench.shares.fold(0).is_empty() && bench.shares.places().len() == 1);
+        assert!(bench.shares.leases.iter().all(|leased| leased.place == into));
+        bench.granted = 16;
+        bench.deal();
+        assert_eq!(bench.pairs(&[disk, other]), [4, 1]);
+        assert_eq!(bench.shares.sharing(disk).chain(bench.shares.sharing(other)).count(), 0);
+        leases.iter().chain([&others]).for_each(|lease| _ = bench.shares.remove(*lease));
+        bench.deal();
+        assert!(bench.shares.places.is_empty());
+    }
+
+    #[test]
+    fn disks_keep_their_share_of_what_is_left() {
+        let mut bench = Bench::new(16, 1);
+        let disks = [None, None, Some(2)].map(|wanted| bench.shares.add_disk("d".into(), wanted));
+        let first: Vec<_> = (0..8).map(|ring| bench.start(disks[0], ring)).collect();
+        (0..2).for_each(|ring| _ = bench.start(disks[1], ring));
+        (0..4).for_each(|ring| _ = bench.start(disks[2], ring));
+        // What its ring has left needs none.
+        let left = bench.shares.remove(first[0]).unwrap();
+        assert_eq!(bench.shares.fold(13)[0].from, left);
+        assert!(bench.shares.leaving().is_empty());
+        bench.shares.fold(6);
+        assert_eq!(bench.pairs(&disks), [2, 2, 2]);
+        bench.granted = 6;
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [2, 2, 2], "nobody wants another's");
+        bench.shares.fold(3);
+        assert_eq!(bench.pairs(&disks).iter().filter(|pairs| **pairs == 1).count(), 3);
+        bench.granted = 16;
+        bench.deal();
+        assert_eq!(bench.pairs(&disks), [7, 2, 4]);
+    }
+
+    #[test]
+    fn a_place_has_entries_for_all_who_share_it() {
+        let mut bench = Bench::new(2, 1);
+        let disk = bench.shares.add_disk("d".into(), None);
+        for entries in [64, 1024] {
+            let id = bench.pair(0);
+            bench.shares.add(disk, entries, id);
+        }
+        assert_eq!(bench.shares.fold(1).len(), 1);
+        assert_eq!(bench.shares.places()[0].entries, 1024);
     }
 
     #[test]

@@ -12,10 +12,10 @@ use crate::{IOERR, MIB, guest};
 
 const T_DISCARD: u32 = 11;
 /// What the neighbour's requests wait for a drive that is opened anew.
-const AWAY: Duration = Duration::from_secs(5);
+pub(crate) const AWAY: Duration = Duration::from_secs(5);
 
 /// A drive whose blocks outlive it.
-fn config(folder: &Path) -> Config {
+pub(crate) fn config(folder: &Path) -> Config {
     let namespace = |name: &str| {
         let file = Some(folder.join(name));
         NamespaceConfig { bytes: 64 * MIB, file, ..NamespaceConfig::default() }
@@ -24,7 +24,7 @@ fn config(folder: &Path) -> Config {
 }
 
 /// Another drive comes where the first one was.
-fn replace(stand: &mut Stand, config: Config) {
+pub(crate) fn replace(stand: &mut Stand, config: Config) {
     let place = stand.drive.socket().to_owned();
     let small = NamespaceConfig { bytes: MIB, ..NamespaceConfig::default() };
     let none = Config { namespaces: vec![small], ..Config::default() };

@@ -6,12 +6,14 @@
 //! | answers questions about itself with errors, or not at all | `questions` |
 //! | announces what it refuses | `announces` |
 //! | comes back as another one | `back` |
+//! | comes back with fewer queue pairs, and with more | `fewer` |
 //! | loses a command, while its other commands are slow | `rescue` |
 
 mod announces;
 mod back;
 #[path = "../common/mod.rs"]
 mod common;
+mod fewer;
 #[path = "../hostile/neighbour.rs"]
 mod neighbour;
 #[path = "../common/program.rs"]
