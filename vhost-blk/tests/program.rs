@@ -83,7 +83,7 @@ fn an_address_without_a_drive_is_told_and_waited_for() {
         let (_folder, socket) = folder();
         let mut program = Program::start(&["--device", device, "--socket-path", socket.to_str().unwrap()], None);
         // It cannot be told from one whose drive is away, whose guests wait for it.
-        program.wait_for(&format!(" ERROR vhost_blk::control::target::waiting] cannot open {device}: "));
+        program.wait_for(&format!(" ERROR vhost_blk::control::target::pending] cannot open {device}: "));
         program.wait_for(&format!("there is no disk on {}", socket.display()));
         assert!(!socket.exists());
         program.signal(Signal::TERM);

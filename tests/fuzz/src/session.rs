@@ -21,7 +21,7 @@ use vhost_blk::drive::{Drive, Keeper};
 use vhost_blk::event::EventFd;
 use vhost_blk::vhost_user::export::Export;
 use vhost_blk::vhost_user::session::Session;
-use vhost_blk::vhost_user::session::connection::{End, Wakers, serve};
+use vhost_blk::vhost_user::session::connection::{Disconnect, Wakers, serve};
 use vhost_blk::virtio::memory::{Budget, Limits};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
@@ -141,7 +141,7 @@ fn talk(served: &Served, data: &[u8]) {
     ours.shutdown(Shutdown::Write).expect("a socket can be shut down");
     let changed = served.export.namespace.listen().expect("an eventfd can be made");
     let session = Arc::new(Mutex::new(Session::new(served.export.clone())));
-    let turn = served.export.turns.join().expect("an eventfd can be made");
+    let turn = served.export.front_ends.join().expect("an eventfd can be made");
     let wakers = Wakers { stop: &served.stop, changed: &changed, turn: &turn, log: &served.export.log };
     let end = std::thread::scope(|scope| {
         // Beside the session, from here on.
@@ -150,7 +150,7 @@ fn talk(served: &Served, data: &[u8]) {
         }
         serve(theirs, session, &wakers, "fuzz", |_| {})
     });
-    assert_ne!(end, End::Stopped, "nobody has asked it to stop");
+    assert_ne!(end, Disconnect::Stopped, "nobody has asked it to stop");
 }
 
 /// What a front-end does beside its messages to what it shares.

@@ -14,14 +14,14 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::export::Export;
-use super::turns::{Asked, Turn};
+use super::front_end_queue::{Position, QueueTicket};
 use crate::datapath::worker::panic_message;
 use crate::event::EventFd;
 use crate::fault_point::fault_point;
 use crate::log_limit::Kind;
 use crate::vhost_user::listener::{Listener, ServedSocket};
 use crate::vhost_user::session::Session;
-use crate::vhost_user::session::connection::{self, End, Wakers};
+use crate::vhost_user::session::connection::{self, Disconnect, Wakers};
 
 /// Front-ends of one disk at a time: the one that is served, and those that wait.
 const MOST_FRONT_ENDS: usize = 5;
@@ -37,27 +37,27 @@ const PAUSE: Duration = Duration::from_secs(1);
 /// The threads that serve an export.
 pub struct Server {
     export: Arc<Export>,
-    crowd: Arc<Crowd>,
+    clients: Arc<Clients>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// The front-ends that are there, and how all their threads are told to stop, wherever they wait.
-struct Crowd {
+struct Clients {
     stop: EventFd,
     /// A front-end has left.
     left: EventFd,
-    present: Mutex<Present>,
+    list: Mutex<ClientList>,
 }
 
 #[derive(Default)]
-struct Present {
+struct ClientList {
     stopping: bool,
-    clients: Vec<Client>,
+    clients: Vec<ConnectedClient>,
     /// Why a thread has died.
     defect: Option<String>,
 }
 
-struct Client {
+struct ConnectedClient {
     number: u64,
     /// Shutting it down ends a write that nobody reads.
     stream: UnixStream,
@@ -65,52 +65,52 @@ struct Client {
     spoken: bool,
 }
 
-impl Client {
+impl ConnectedClient {
     fn disconnect(&self) {
         // Only one that has gone already cannot be shut down.
         let _ = self.stream.shutdown(std::net::Shutdown::Both);
     }
 }
 
-impl Crowd {
-    fn present(&self) -> MutexGuard<'_, Present> {
-        self.present.lock().unwrap_or_else(PoisonError::into_inner)
+impl Clients {
+    fn list(&self) -> MutexGuard<'_, ClientList> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// False: it is too late for new ones.
-    fn enter(&self, client: Client) -> bool {
-        let mut present = self.present();
-        if !present.stopping {
-            present.clients.push(client);
+    fn enter(&self, client: ConnectedClient) -> bool {
+        let mut list = self.list();
+        if !list.stopping {
+            list.clients.push(client);
         }
-        !present.stopping
+        !list.stopping
     }
 
     fn leave(&self, number: u64, defect: Option<String>) {
-        let mut present = self.present();
-        present.clients.retain(|client| client.number != number);
-        present.defect = present.defect.take().or(defect);
-        drop(present);
+        let mut list = self.list();
+        list.clients.retain(|client| client.number != number);
+        list.defect = list.defect.take().or(defect);
+        drop(list);
         self.left.notify();
     }
 
     fn disconnect_all(&self) {
-        let mut present = self.present();
-        present.stopping = true;
+        let mut list = self.list();
+        list.stopping = true;
         self.stop.notify();
-        present.clients.iter().for_each(Client::disconnect);
+        list.clients.iter().for_each(ConnectedClient::disconnect);
     }
 
     fn has_spoken(&self, number: u64) {
-        let mut present = self.present();
-        present.clients.iter_mut().filter(|client| client.number == number).for_each(|client| client.spoken = true);
+        let mut list = self.list();
+        list.clients.iter_mut().filter(|client| client.number == number).for_each(|client| client.spoken = true);
     }
 
     /// Disconnects the one that has been silent for longest, if that is long enough.
     fn disconnect_silent(&self) -> bool {
-        let present = self.present();
-        let silent = present.clients.iter().filter(|client| !client.spoken && client.since.elapsed() >= SILENCE);
-        silent.min_by_key(|client| client.since).map(Client::disconnect).is_some()
+        let list = self.list();
+        let silent = list.clients.iter().filter(|client| !client.spoken && client.since.elapsed() >= SILENCE);
+        silent.min_by_key(|client| client.since).map(ConnectedClient::disconnect).is_some()
     }
 }
 
@@ -124,16 +124,16 @@ impl Server {
     ) -> Result<Server, String> {
         let cannot = |error: io::Error| format!("{}: cannot start serving: {error}", export.name);
         let (stop, left) = (EventFd::new().map_err(cannot)?, EventFd::new().map_err(cannot)?);
-        let crowd = Arc::new(Crowd { stop, left, present: Mutex::default() });
-        let door = Door { export: export.clone(), crowd: crowd.clone(), threads: Vec::new(), next: 0 };
+        let clients = Arc::new(Clients { stop, left, list: Mutex::default() });
+        let acceptor = Acceptor { export: export.clone(), clients: clients.clone(), threads: Vec::new(), next: 0 };
         let run = move || {
-            let name = door.export.name.clone();
+            let name = acceptor.export.name.clone();
             // Its disk would be gone for as long as the program lives.
-            let end = catch_unwind(AssertUnwindSafe(|| door.run(listener)));
+            let end = catch_unwind(AssertUnwindSafe(|| acceptor.run(listener)));
             ended(end.unwrap_or_else(|panic| Err(died(&name, panic.as_ref()))));
         };
         let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run).map_err(cannot)?;
-        Ok(Server { export, crowd, thread: Some(thread) })
+        Ok(Server { export, clients, thread: Some(thread) })
     }
 
     /// The export it serves.
@@ -143,7 +143,7 @@ impl Server {
 
     /// Asks the threads to stop; dropping the server waits for them.
     pub fn ask_to_stop(&self) {
-        self.crowd.disconnect_all();
+        self.clients.disconnect_all();
     }
 }
 
@@ -162,33 +162,33 @@ fn died(name: &str, panic: &(dyn std::any::Any + Send)) -> String {
 }
 
 /// The thread that accepts front-ends.
-struct Door {
+struct Acceptor {
     export: Arc<Export>,
-    crowd: Arc<Crowd>,
+    clients: Arc<Clients>,
     threads: Vec<JoinHandle<()>>,
     /// Numbers of front-ends are never used twice.
     next: u64,
 }
 
-impl Door {
+impl Acceptor {
     /// Accepts front-ends until told to stop. All that have come have left then.
     fn run(mut self, listener: Listener) -> Result<(), String> {
         let mut socket = match listener {
             Listener::Connected(stream) => {
                 if let Some(number) = self.enter(&stream) {
-                    serve(&self.export, &self.crowd, stream, number);
+                    serve(&self.export, &self.clients, stream, number);
                 }
-                return self.crowd.present().defect.take().map_or(Ok(()), Err);
+                return self.clients.list().defect.take().map_or(Ok(()), Err);
             }
             Listener::Listening(file, socket) => ServedSocket::new(file, socket),
         };
         log::info!("{}: {} is ready for a front-end", self.export.name, describe(&self.export));
         let result = self.accept(&mut socket);
-        self.crowd.disconnect_all();
+        self.clients.disconnect_all();
         while !self.threads.is_empty() {
             // Those that come now have to come again, to another process.
             while socket.socket().accept().is_ok() {}
-            wait([&self.crowd.left.as_fd(), &socket.socket().as_fd()], PAUSE);
+            wait([&self.clients.left.as_fd(), &socket.socket().as_fd()], PAUSE);
             self.look_after_threads();
         }
         result
@@ -201,7 +201,7 @@ impl Door {
                 socket.look_after(&self.export.name);
                 looked = Instant::now();
             }
-            let mut sources = [self.crowd.stop.as_fd(), self.crowd.left.as_fd(), socket.socket().as_fd()]
+            let mut sources = [self.clients.stop.as_fd(), self.clients.left.as_fd(), socket.socket().as_fd()]
                 .map(|source| PollFd::from_borrowed_fd(source, PollFlags::IN));
             if let Err(error) = poll(&mut sources, Some(&timespec(LOOK_AT_FILE)))
                 && error != rustix::io::Errno::INTR
@@ -211,7 +211,7 @@ impl Door {
             let [stopped, left, comes] = sources.map(|source| !source.revents().is_empty());
             if left {
                 self.look_after_threads();
-                if let Some(defect) = self.crowd.present().defect.take() {
+                if let Some(defect) = self.clients.list().defect.take() {
                     return Err(defect);
                 }
             }
@@ -227,7 +227,7 @@ impl Door {
                 Err(error) => {
                     self.tell_failure("accept a front-end", &error);
                     // Out of descriptors, most likely: give others time to release some, but hear a stop.
-                    wait([&self.crowd.stop.as_fd()], PAUSE);
+                    wait([&self.clients.stop.as_fd()], PAUSE);
                 }
             }
         }
@@ -235,7 +235,7 @@ impl Door {
 
     /// Ends what is left of the threads of front-ends that have left.
     fn look_after_threads(&mut self) {
-        self.crowd.left.clear();
+        self.clients.left.clear();
         let (ended, running) = std::mem::take(&mut self.threads).into_iter().partition(JoinHandle::is_finished);
         self.threads = running;
         // They catch their panics.
@@ -249,7 +249,7 @@ impl Door {
         let entered = stream
             .set_nonblocking(false)
             .and_then(|()| stream.try_clone())
-            .map(|stream| self.crowd.enter(Client { number, stream, since: Instant::now(), spoken: false }));
+            .map(|stream| self.clients.enter(ConnectedClient { number, stream, since: Instant::now(), spoken: false }));
         match entered {
             Ok(entered) => entered.then_some(number),
             Err(error) => {
@@ -265,13 +265,14 @@ impl Door {
             return self.refuse();
         }
         let Some(number) = self.enter(&stream) else { return };
-        let (export, crowd) = (self.export.clone(), self.crowd.clone());
-        let thread =
-            std::thread::Builder::new().name("front-end".into()).spawn(move || serve(&export, &crowd, stream, number));
+        let (export, clients) = (self.export.clone(), self.clients.clone());
+        let thread = std::thread::Builder::new()
+            .name("front-end".into())
+            .spawn(move || serve(&export, &clients, stream, number));
         match thread {
             Ok(thread) => self.threads.push(thread),
             Err(error) => {
-                self.crowd.leave(number, None);
+                self.clients.leave(number, None);
                 self.tell_failure("start to serve a front-end", &error);
             }
         }
@@ -281,7 +282,7 @@ impl Door {
     fn has_place(&mut self) -> bool {
         let deadline = Instant::now() + LEAVING;
         self.look_after_threads();
-        if self.threads.len() >= MOST_FRONT_ENDS && self.crowd.disconnect_silent() {
+        if self.threads.len() >= MOST_FRONT_ENDS && self.clients.disconnect_silent() {
             log::warn!("{}: a client that has not said anything gives way to a front-end", self.export.name);
         }
         while self.threads.len() >= MOST_FRONT_ENDS {
@@ -290,7 +291,7 @@ impl Door {
                 return false;
             }
             // A thread's last steps come after its word.
-            wait([&self.crowd.left.as_fd()], left.min(LEAVING / 10));
+            wait([&self.clients.left.as_fd()], left.min(LEAVING / 10));
             self.look_after_threads();
         }
         true
@@ -326,15 +327,15 @@ fn timespec(duration: Duration) -> Timespec {
 }
 
 /// Serves one front-end until it has gone and nothing of it is left.
-fn serve(export: &Arc<Export>, crowd: &Crowd, stream: UnixStream, number: u64) {
-    let end = catch_unwind(AssertUnwindSafe(|| converse(export, crowd, stream, number)));
-    crowd.leave(number, end.err().map(|panic| died(&export.name, panic.as_ref())));
+fn serve(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u64) {
+    let end = catch_unwind(AssertUnwindSafe(|| converse(export, clients, stream, number)));
+    clients.leave(number, end.err().map(|panic| died(&export.name, panic.as_ref())));
 }
 
-fn converse(export: &Arc<Export>, crowd: &Crowd, stream: UnixStream, number: u64) {
+fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u64) {
     let name = &export.name;
     fault_point!("server panics", name);
-    let (turn, changed) = match (export.turns.join(), export.namespace.listen()) {
+    let (turn, changed) = match (export.front_ends.join(), export.namespace.listen()) {
         (Ok(turn), Ok(changed)) => (turn, changed),
         (Err(error), _) | (_, Err(error)) => {
             if let Some(more) = export.log.admit(Kind::TurnedAway) {
@@ -345,32 +346,34 @@ fn converse(export: &Arc<Export>, crowd: &Crowd, stream: UnixStream, number: u64
     };
     let session = Arc::new(Mutex::new(Session::new(export.clone())));
     let mut spoken = false;
-    let wakers = Wakers { stop: &crowd.stop, changed: &changed, turn: &turn, log: &export.log };
+    let wakers = Wakers { stop: &clients.stop, changed: &changed, turn: &turn, log: &export.log };
     let end = connection::serve(stream, session.clone(), &wakers, name, |asked| {
         spoken = true;
-        crowd.has_spoken(number);
+        clients.has_spoken(number);
         let Some(more) = export.log.admit(Kind::Connection) else { return };
         match asked {
-            Asked::Now => log::info!("{name}: a front-end connected{more}"),
-            Asked::Soon => log::info!(
+            Position::First => log::info!("{name}: a front-end connected{more}"),
+            Position::NextAfterDrain => log::info!(
                 "{name}: a front-end connected; its rings wait until the requests of the last one have ended{more}"
             ),
-            Asked::After(1) => {
+            Position::Behind(1) => {
                 log::warn!("{name}: a second front-end connected; its rings wait until the first leaves{more}");
             }
-            Asked::After(before) => log::warn!(
+            Position::Behind(before) => log::warn!(
                 "{name}: another front-end connected; its rings wait until the {before} before it leave{more}"
             ),
         }
     });
     match (end, spoken) {
-        (End::Closed, false) => log::debug!("{name}: a client came and said nothing"),
-        (End::Stopped, _) => log::debug!("{name}: the front-end is left"),
+        (Disconnect::ByFrontEnd, false) => log::debug!("{name}: a client came and said nothing"),
+        (Disconnect::Stopped, _) => log::debug!("{name}: the front-end is left"),
         (end, spoken) => {
             if let Some(more) = export.log.admit(Kind::Connection) {
                 match (end, spoken) {
-                    (End::Broken(why), true) => log::warn!("{name}: the front-end was disconnected: {why}{more}"),
-                    (End::Broken(why), false) => log::warn!("{name}: a client was disconnected: {why}{more}"),
+                    (Disconnect::Broken(why), true) => {
+                        log::warn!("{name}: the front-end was disconnected: {why}{more}")
+                    }
+                    (Disconnect::Broken(why), false) => log::warn!("{name}: a client was disconnected: {why}{more}"),
                     _ => log::info!("{name}: the front-end disconnected{more}"),
                 }
             }
@@ -385,7 +388,7 @@ fn converse(export: &Arc<Export>, crowd: &Crowd, stream: UnixStream, number: u64
 
 /// What a front-end has chosen and was told to be done outlives it, though its turn has not come. Behind one that stays it is
 /// dropped: the next one has the mode that one leaves.
-fn keep_choice(session: &Mutex<Session>, turn: &Turn, name: &str) {
+fn keep_choice(session: &Mutex<Session>, turn: &QueueTicket, name: &str) {
     let mut session = session.lock().unwrap_or_else(PoisonError::into_inner);
     if session.leaves_a_choice()
         && turn.wait_soon()
@@ -413,28 +416,28 @@ mod tests {
 
     #[test]
     fn the_one_that_is_silent_for_longest_gives_way() {
-        let crowd = Crowd { stop: EventFd::new().unwrap(), left: EventFd::new().unwrap(), present: Mutex::default() };
+        let clients = Clients { stop: EventFd::new().unwrap(), left: EventFd::new().unwrap(), list: Mutex::default() };
         let long = |seconds| Instant::now().checked_sub(SILENCE + Duration::from_secs(seconds)).unwrap();
         let client = |number, since, spoken| {
             let (stream, far) = UnixStream::pair().unwrap();
             far.set_nonblocking(true).unwrap();
-            assert!(crowd.enter(Client { number, stream, since, spoken }));
+            assert!(clients.enter(ConnectedClient { number, stream, since, spoken }));
             far
         };
         let ends = |mut far: &UnixStream| io::Read::read(&mut far, &mut [0]).is_ok();
         let ears = [client(0, long(9), true), client(1, Instant::now(), false)];
-        assert!(!crowd.disconnect_silent(), "they have spoken, or just come");
+        assert!(!clients.disconnect_silent(), "they have spoken, or just come");
         let silent = [client(2, long(1), false), client(3, long(5), false)];
-        assert!(crowd.disconnect_silent());
+        assert!(clients.disconnect_silent());
         assert!(ends(&silent[1]) && !ends(&silent[0]));
-        crowd.leave(3, None);
-        crowd.has_spoken(2);
-        assert!(!crowd.disconnect_silent());
+        clients.leave(3, None);
+        clients.has_spoken(2);
+        assert!(!clients.disconnect_silent());
         assert!(!ears.iter().chain(&silent[..1]).any(ends));
         // When all have to go they do, and nobody comes any more.
-        crowd.disconnect_all();
+        clients.disconnect_all();
         assert!(ears.iter().chain(&silent).all(ends));
         let (stream, _far) = UnixStream::pair().unwrap();
-        assert!(!crowd.enter(Client { number: 4, stream, since: Instant::now(), spoken: false }));
+        assert!(!clients.enter(ConnectedClient { number: 4, stream, since: Instant::now(), spoken: false }));
     }
 }

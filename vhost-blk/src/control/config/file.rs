@@ -39,7 +39,7 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
     if sections.is_empty() && mistakes.is_empty() {
         mistakes.push(format!("{name}: no export: add an [[export]] section with device and socket-path"));
     }
-    let mut exports: Vec<Export> = sections.into_iter().map(Export::read).collect();
+    let mut exports: Vec<ExportSection> = sections.into_iter().map(ExportSection::read).collect();
     let drives = read_drives(source, drives, &mut exports, &mut mistakes);
     find_common_sockets(source, &mut exports);
     find_common_files(source, &mut exports);
@@ -52,7 +52,7 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
     let memory = Limits::with(bytes, regions);
     let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, memory, exports: Vec::new(), drives };
     let mut configuration = Configuration { settings, refused: Vec::new() };
-    for Export { socket, settings, mistakes, .. } in exports {
+    for ExportSection { socket, settings, mistakes, .. } in exports {
         match settings.filter(|_| mistakes.is_empty()) {
             Some(settings) => configuration.settings.exports.push(settings),
             None => configuration.refused.push(RefusedExport { socket, mistakes }),
@@ -62,7 +62,7 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>
 }
 
 /// What stands in an `[[export]]` section.
-struct Export {
+struct ExportSection {
     /// Where it says its socket.
     line: usize,
     /// As it is written.
@@ -72,8 +72,8 @@ struct Export {
     mistakes: Vec<String>,
 }
 
-impl Export {
-    fn read(mut section: Section) -> Export {
+impl ExportSection {
+    fn read(mut section: Section) -> ExportSection {
         let source = section.source;
         let line = source.line(section.place_of("socket-path"));
         let device = section.required::<DeviceAddress>("device");
@@ -101,7 +101,7 @@ impl Export {
         if let Some(why) = settings.as_ref().filter(|_| mistakes.is_empty()).and_then(ExportSettings::mistake) {
             mistakes.push(source.tell(source.line(place), &why));
         }
-        Export { line, socket, settings, mistakes }
+        ExportSection { line, socket, settings, mistakes }
     }
 }
 
@@ -109,7 +109,7 @@ impl Export {
 fn read_drives(
     source: Source,
     sections: Vec<Section>,
-    exports: &mut [Export],
+    exports: &mut [ExportSection],
     mistakes: &mut Vec<String>,
 ) -> Vec<DriveSettings> {
     let mut drives: Vec<(usize, DriveSettings)> = Vec::new();
@@ -131,10 +131,10 @@ fn read_drives(
         let shutdown_timeout = section.checked("shutdown-timeout", values::drive_timeout);
         let queue_pairs = section.checked("queue-pairs", values::queue_pairs);
         let wrong = section.finish();
-        let of_it = |export: &Export| {
+        let of_it = |export: &ExportSection| {
             device.as_ref().is_some_and(|device| export.settings.as_ref().is_some_and(|its| its.device == *device))
         };
-        let mut its: Vec<&mut Export> = exports.iter_mut().filter(|export| of_it(export)).collect();
+        let mut its: Vec<&mut ExportSection> = exports.iter_mut().filter(|export| of_it(export)).collect();
         match (wrong.is_empty(), its.split_first_mut()) {
             (true, _) => {}
             (false, None) => mistakes.extend(wrong),
@@ -164,7 +164,7 @@ fn read_drives(
 }
 
 /// Of two exports with one socket nobody can tell which is meant: a guest must not find the other's disk there.
-fn find_common_sockets(source: Source, exports: &mut [Export]) {
+fn find_common_sockets(source: Source, exports: &mut [ExportSection]) {
     let mut users: BTreeMap<PathBuf, Vec<usize>> = BTreeMap::new();
     for (index, export) in exports.iter().enumerate() {
         if let Some(socket) = export.socket.clone().filter(|socket| !socket.as_os_str().is_empty()) {
@@ -187,7 +187,7 @@ fn find_common_sockets(source: Source, exports: &mut [Export]) {
 }
 
 /// A file can be that of one embedded controller only.
-fn find_common_files(source: Source, exports: &mut [Export]) {
+fn find_common_files(source: Source, exports: &mut [ExportSection]) {
     let mut users: BTreeMap<PathBuf, DeviceAddress> = BTreeMap::new();
     for export in exports.iter_mut().filter(|export| export.mistakes.is_empty()) {
         let Some(device) = export.settings.as_ref().map(|settings| settings.device.clone()) else { continue };

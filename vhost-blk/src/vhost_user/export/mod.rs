@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::blk::config;
 
-use super::turns::Turns;
+use super::front_end_queue::FrontEndQueue;
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::datapath::worker::RingWorkers;
 use crate::drive::{Drive, ExportedNamespace, Lease, Share};
@@ -40,7 +40,7 @@ pub struct Export {
     /// It outlives sessions: a front-end that comes again shows its guest the mode that was set, and does not set it again.
     mode: Mutex<Option<bool>>,
     /// The order of its front-ends.
-    pub turns: Arc<Turns>,
+    pub front_ends: Arc<FrontEndQueue>,
     workers: RingWorkers,
     counters: Vec<Arc<LaneCounters>>,
     /// How many lines its front-ends and guests may cause, over all sessions.
@@ -73,7 +73,7 @@ impl Export {
             name: settings.listen.to_string(),
             features: config::features(&known, read_only),
             mode: Mutex::new(None),
-            turns: Arc::default(),
+            front_ends: Arc::default(),
             share: drive.share(settings.listen.to_string(), settings.queue_pairs),
             drive,
             account: budget.account(),

@@ -22,10 +22,10 @@ use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut}
 
 use crate::event::EventFd;
 use crate::log_limit::{Kind, LogLimit};
-use crate::vhost_user::turns::{Asked, Turn};
+use crate::vhost_user::front_end_queue::{Position, QueueTicket};
 
 /// What the loop needs of the device besides the handling of messages.
-pub trait Device: VhostUserBackendReqHandlerMut {
+pub trait ConnectionHandler: VhostUserBackendReqHandlerMut {
     /// Why the last message was refused; `None` when no method has refused one since the last call.
     fn take_refusal(&mut self) -> Option<String>;
     /// The descriptor that comes with the next SET_BACKEND_REQ_FD, if there is one.
@@ -42,16 +42,16 @@ pub trait Device: VhostUserBackendReqHandlerMut {
 
 /// Why a connection ended.
 #[derive(Debug, PartialEq, Eq)]
-pub enum End {
+pub enum Disconnect {
     /// The front-end closed it.
-    Closed,
+    ByFrontEnd,
     /// We were told to stop.
     Stopped,
     /// The front-end broke the protocol beyond repair, or the socket failed.
     Broken(String),
 }
 
-/// `struct vhost_user_header` (vhost-user, "Header"): request, flags, size; the machine's byte order.
+/// `struct vhost_user_header` (vhost-user, "MessageHeader"): request, flags, size; the machine's byte order.
 const HEADER_BYTES: usize = 12;
 const VERSION_MASK: u32 = 0x3;
 const VERSION: u32 = 0x1;
@@ -63,16 +63,16 @@ const MAX_BODY: u32 = 4096;
 const MESSAGE_DEADLINE: Duration = Duration::from_secs(1);
 
 #[derive(Clone, Copy)]
-struct Header {
+struct MessageHeader {
     request: u32,
     flags: u32,
     size: u32,
 }
 
-impl Header {
-    fn from_bytes(bytes: [u8; HEADER_BYTES]) -> Header {
+impl MessageHeader {
+    fn from_bytes(bytes: [u8; HEADER_BYTES]) -> MessageHeader {
         let word = |at: usize| u32::from_ne_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
-        Header { request: word(0), flags: word(4), size: word(8) }
+        MessageHeader { request: word(0), flags: word(4), size: word(8) }
     }
 
     /// Whether it can be the header of a message at all.
@@ -170,28 +170,28 @@ pub struct Wakers<'a> {
     /// Rings when the namespace is to be looked at.
     pub changed: &'a EventFd,
     /// The front-end's place in the order of its disk.
-    pub turn: &'a Turn,
+    pub turn: &'a QueueTicket,
     /// How many lines its disk may cause.
     pub log: &'a LogLimit,
 }
 
 /// Serves one front-end until it goes away or is to be left. Its turn is asked for with its first message, upon which
 /// `spoken` is called with what it was told.
-pub fn serve<D: Device>(
+pub fn serve<H: ConnectionHandler>(
     stream: UnixStream,
-    device: Arc<Mutex<D>>,
+    device: Arc<Mutex<H>>,
     wakers: &Wakers,
     name: &str,
-    spoken: impl FnOnce(Asked),
-) -> End {
+    spoken: impl FnOnce(Position),
+) -> Disconnect {
     let Wakers { stop, changed, turn, log } = *wakers;
     let own = match stream.try_clone() {
         Ok(own) => own,
-        Err(error) => return End::Broken(format!("cannot duplicate the socket: {error}")),
+        Err(error) => return Disconnect::Broken(format!("cannot duplicate the socket: {error}")),
     };
     let losses = match LossListener::new() {
         Ok(losses) => losses,
-        Err(error) => return End::Broken(format!("cannot listen for lost memory: {error}")),
+        Err(error) => return Disconnect::Broken(format!("cannot listen for lost memory: {error}")),
     };
     let handler = BackendReqHandler::from_stream(stream, device.clone());
     let complained = HashSet::new();
@@ -204,11 +204,11 @@ pub fn serve<D: Device>(
         match poll(&mut sources, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
-            Err(error) => return End::Broken(format!("cannot wait for messages: {error}")),
+            Err(error) => return Disconnect::Broken(format!("cannot wait for messages: {error}")),
         }
         let [stopped, message, news, lost, begins] = sources.map(|source| !source.revents().is_empty());
         if stopped {
-            return End::Stopped;
+            return Disconnect::Stopped;
         }
         if lost {
             // First: what is lost from here on is heard again. Most often it is somebody else's.
@@ -221,7 +221,7 @@ pub fn serve<D: Device>(
         if (lost || news)
             && let Some(why) = connection.device().lost_memory()
         {
-            return End::Broken(why);
+            return Disconnect::Broken(why);
         }
         if news {
             connection.device().look_at_namespace();
@@ -247,10 +247,10 @@ pub fn serve<D: Device>(
     }
 }
 
-struct Connection<'a, D: Device> {
+struct Connection<'a, H: ConnectionHandler> {
     stream: UnixStream,
-    handler: BackendReqHandler<Mutex<D>>,
-    device: Arc<Mutex<D>>,
+    handler: BackendReqHandler<Mutex<H>>,
+    device: Arc<Mutex<H>>,
     name: &'a str,
     log: &'a LogLimit,
     /// Requests whose refusal has been logged.
@@ -259,12 +259,12 @@ struct Connection<'a, D: Device> {
     features_asked: bool,
 }
 
-impl<D: Device> Connection<'_, D> {
+impl<H: ConnectionHandler> Connection<'_, H> {
     /// Handles the message at the front of the stream.
-    fn message(&mut self) -> Result<(), End> {
+    fn message(&mut self) -> Result<(), Disconnect> {
         let header = self.peek()?;
         if !header.is_proper() {
-            return Err(End::Broken(format!(
+            return Err(Disconnect::Broken(format!(
                 "message {} with flags {:#x} and {} bytes is no vhost-user message",
                 header.request, header.flags, header.size
             )));
@@ -293,9 +293,9 @@ impl<D: Device> Connection<'_, D> {
                 self.complain(header, why);
                 return Ok(());
             }
-            (Err(Error::Disconnected), _) => return Err(End::Closed),
+            (Err(Error::Disconnected), _) => return Err(Disconnect::ByFrontEnd),
             (Err(error @ (Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage)), _) => {
-                return Err(End::Broken(error.to_string()));
+                return Err(Disconnect::Broken(error.to_string()));
             }
             (Err(error), _) => error,
         };
@@ -309,19 +309,19 @@ impl<D: Device> Connection<'_, D> {
         self.refuse(header, &refusal.unwrap_or_else(|| error.to_string()), !acknowledged)
     }
 
-    fn device(&self) -> std::sync::MutexGuard<'_, D> {
+    fn device(&self) -> std::sync::MutexGuard<'_, H> {
         self.device.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// The next header, left in the stream. The whole message is there: nothing waits for a part of it later.
-    fn peek(&self) -> Result<Header, End> {
+    fn peek(&self) -> Result<MessageHeader, Disconnect> {
         let deadline = Instant::now() + MESSAGE_DEADLINE;
         loop {
             let mut bytes = [0; HEADER_BYTES];
             let part = match rustix::net::recv(&self.stream, &mut bytes, RecvFlags::PEEK) {
-                Ok((_, 0)) => return Err(End::Closed),
+                Ok((_, 0)) => return Err(Disconnect::ByFrontEnd),
                 Ok((_, HEADER_BYTES)) => {
-                    let header = Header::from_bytes(bytes);
+                    let header = MessageHeader::from_bytes(bytes);
                     if !header.is_proper() || self.has_whole(header)? {
                         return Ok(header);
                     }
@@ -329,26 +329,26 @@ impl<D: Device> Connection<'_, D> {
                 }
                 Ok(_) => "a message's header".into(),
                 Err(Errno::INTR) => continue,
-                Err(Errno::CONNRESET) => return Err(End::Closed),
-                Err(error) => return Err(End::Broken(format!("cannot read from the socket: {error}"))),
+                Err(Errno::CONNRESET) => return Err(Disconnect::ByFrontEnd),
+                Err(error) => return Err(Disconnect::Broken(format!("cannot read from the socket: {error}"))),
             };
             // What a front-end left behind in the stream hides its end from a look ahead.
             if self.has_hung_up() {
-                return Err(End::Closed);
+                return Err(Disconnect::ByFrontEnd);
             }
             // The message comes in pieces: nobody does that, and nobody may hold us up with it.
             if Instant::now() >= deadline {
-                return Err(End::Broken(format!("{part} stays incomplete")));
+                return Err(Disconnect::Broken(format!("{part} stays incomplete")));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     /// Whether all of the message of which this is the header can be read.
-    fn has_whole(&self, header: Header) -> Result<bool, End> {
+    fn has_whole(&self, header: MessageHeader) -> Result<bool, Disconnect> {
         rustix::io::ioctl_fionread(&self.stream)
             .map(|bytes| bytes >= HEADER_BYTES as u64 + u64::from(header.size))
-            .map_err(|error| End::Broken(format!("cannot look into the socket: {error}")))
+            .map_err(|error| Disconnect::Broken(format!("cannot look into the socket: {error}")))
     }
 
     /// Whether nothing more can come.
@@ -358,7 +358,7 @@ impl<D: Device> Connection<'_, D> {
     }
 
     /// Whether descriptors come with the message of which this is the header.
-    fn has_descriptors(&self, header: Header) -> bool {
+    fn has_descriptors(&self, header: MessageHeader) -> bool {
         let length = HEADER_BYTES + header.size as usize;
         // A look ahead ends behind the first piece of the stream that carries descriptors. With room for a byte of the
         // next message it is clear which one they belong to.
@@ -374,7 +374,7 @@ impl<D: Device> Connection<'_, D> {
     }
 
     /// A duplicate of the descriptor that comes with the message of which this is the header, which stays in the stream.
-    fn descriptor(&self, header: Header) -> Option<OwnedFd> {
+    fn descriptor(&self, header: MessageHeader) -> Option<OwnedFd> {
         let mut bytes = vec![0; HEADER_BYTES + header.size as usize];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -387,16 +387,16 @@ impl<D: Device> Connection<'_, D> {
     }
 
     /// Takes a whole message out of the stream; the kernel closes descriptors that nobody receives.
-    fn skip(&mut self, header: Header) -> Result<(), End> {
+    fn skip(&mut self, header: MessageHeader) -> Result<(), Disconnect> {
         let mut message = vec![0; HEADER_BYTES + header.size as usize];
         self.stream.read_exact(&mut message).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => End::Closed,
-            _ => End::Broken(format!("cannot read from the socket: {error}")),
+            std::io::ErrorKind::UnexpectedEof => Disconnect::ByFrontEnd,
+            _ => Disconnect::Broken(format!("cannot read from the socket: {error}")),
         })
     }
 
     /// Logs a refused message once for each kind.
-    fn complain(&mut self, header: Header, why: &str) {
+    fn complain(&mut self, header: MessageHeader, why: &str) {
         let request = header.name();
         if !self.complained.insert(header.request) {
             log::debug!("{}: {request} refused again: {why}", self.name);
@@ -406,12 +406,12 @@ impl<D: Device> Connection<'_, D> {
     }
 
     /// Tells the front-end that a message is refused; without a way to do so the connection ends, which leaves nobody waiting.
-    fn refuse(&mut self, header: Header, why: &str, acknowledge: bool) -> Result<(), End> {
+    fn refuse(&mut self, header: MessageHeader, why: &str, acknowledge: bool) -> Result<(), Disconnect> {
         if header.has_own_reply() {
-            return Err(End::Broken(format!("{} cannot be answered: {why}", header.name())));
+            return Err(Disconnect::Broken(format!("{} cannot be answered: {why}", header.name())));
         }
         if header.flags & NEED_REPLY == 0 || !self.features_asked || !self.device().reply_ack() {
-            return Err(End::Broken(format!("{} refused: {why}", header.name())));
+            return Err(Disconnect::Broken(format!("{} refused: {why}", header.name())));
         }
         self.complain(header, why);
         if acknowledge {
@@ -424,7 +424,9 @@ impl<D: Device> Connection<'_, D> {
                 // The 64-bit value's low half comes last there.
                 reply[HEADER_BYTES..].copy_from_slice(&1u64.to_ne_bytes());
             }
-            self.stream.write_all(&reply).map_err(|error| End::Broken(format!("cannot send a reply: {error}")))?;
+            self.stream
+                .write_all(&reply)
+                .map_err(|error| Disconnect::Broken(format!("cannot send a reply: {error}")))?;
         }
         Ok(())
     }

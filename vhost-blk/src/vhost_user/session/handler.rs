@@ -12,7 +12,7 @@ use vhost::vhost_user::message::{
 };
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 
-use super::connection::Device;
+use super::connection::ConnectionHandler;
 use super::vring::{Addresses, Notifier, RingState};
 use super::{RING_FEATURES, Session};
 use crate::blk::config;
@@ -30,7 +30,7 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
     .union(VhostUserProtocolFeatures::RESET_DEVICE)
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
 
-impl Device for Session {
+impl ConnectionHandler for Session {
     fn take_refusal(&mut self) -> Option<String> {
         self.refusal.take()
     }

@@ -30,7 +30,7 @@ use turn::{MemoryBefore, Standing};
 use vring::{Addresses, RingState};
 
 /// A ring in operation.
-struct Running {
+struct RunningRing {
     handle: LaneHandle,
     /// The place on a queue pair; given back when dropped.
     lease: Lease,
@@ -50,7 +50,7 @@ pub struct Session {
     protocol_features: u64,
     rings: Vec<RingState>,
     /// By ring index.
-    running: HashMap<usize, Running>,
+    running: HashMap<usize, RunningRing>,
     /// A ring has run.
     served: bool,
     /// A ring was started, if only in words.
@@ -240,7 +240,7 @@ impl Session {
         self.rings[index].told_waiting = false;
         self.served = true;
         self.memory_before = None;
-        self.running.insert(index, Running { handle, lease, addresses });
+        self.running.insert(index, RunningRing { handle, lease, addresses });
         Ok(())
     }
 
@@ -282,7 +282,7 @@ impl Session {
     pub(super) fn pause_these(&mut self, rings: &[usize], forsaken: bool) -> Vec<(usize, Lease)> {
         let running = rings.iter().filter_map(|index| Some((*index, self.running.remove(index)?)));
         let stopping: Vec<_> = running
-            .map(|(index, Running { handle, lease, .. })| (index, lease.begin_stop(handle, forsaken), lease))
+            .map(|(index, RunningRing { handle, lease, .. })| (index, lease.begin_stop(handle, forsaken), lease))
             .collect();
         let deadline = stopping.first().map_or_else(Instant::now, |(_, _, lease)| lease.stop_deadline());
         let mut paused = Vec::new();

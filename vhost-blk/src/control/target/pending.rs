@@ -1,5 +1,8 @@
-//! Drives that exports wait for: each is looked for until it is there and all its exports are served. Those of other drives are
-//! not concerned.
+//! Pending drives: a drive whose disks are not all served yet is opened again and again until they are. Disks of other drives
+//! never wait for it.
+//!
+//! This module owns what is not served yet: the drive's disks and their sockets. It never waits: an attempt to open a drive, which
+//! may take minutes, has a thread of its own.
 //!
 //! A front-end that connects to a socket which nobody serves stands still (QEMU with its monitor), one that is refused tries
 //! again. So a socket is open from the start, lest front-ends be refused while a drive comes up as it should; it is closed when
@@ -12,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::Options;
 
-use super::Running;
+use super::registry::Registry;
 use super::unserved::leave;
 use crate::control::config::ExportSettings;
 use crate::datapath::worker::WorkerPool;
@@ -25,8 +28,8 @@ use crate::virtio::memory::Budget;
 /// How long the sockets of a drive are open while it comes up for the first time, and how long the program's start waits for it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// How drives are opened.
-pub(super) struct Means {
+/// What every attempt to open a drive needs.
+pub(super) struct OpenContext {
     /// The controllers' options, each with its own.
     pub options: Vec<(DeviceAddress, Options)>,
     /// How long requests wait for a drive that goes.
@@ -37,13 +40,13 @@ pub(super) struct Means {
     pub budget: Arc<Budget>,
 }
 
-/// A drive, and what is not served of it yet.
-pub(super) struct Waiting {
+/// A drive, and those of its disks that are not served yet.
+pub(super) struct PendingDrive {
     address: DeviceAddress,
-    means: Arc<Means>,
+    context: Arc<OpenContext>,
     drive: Option<Arc<Drive>>,
-    disks: Vec<WaitingDisk>,
-    turn: Turn,
+    disks: Vec<PendingDisk>,
+    next: Step,
     /// After a failure.
     pause: Duration,
     /// Why it is waited for.
@@ -54,16 +57,16 @@ pub(super) struct Waiting {
     tells: bool,
 }
 
-/// What is next for a drive.
-enum Turn {
-    /// An attempt, then.
-    At(Instant),
-    /// The end of an attempt.
-    Attempt { began: Instant, result: Receiver<Result<Found, NotBack>> },
+/// What is next for a pending drive.
+enum Step {
+    /// An attempt to open it, at this time.
+    AttemptAt(Instant),
+    /// An attempt is under way.
+    Attempting { began: Instant, result: Receiver<Result<OpenedDrive, NotBack>> },
 }
 
-/// An export that is not served yet.
-struct WaitingDisk {
+/// A disk that is not served yet.
+struct PendingDisk {
     number: usize,
     settings: ExportSettings,
     export: Option<Arc<Export>>,
@@ -72,14 +75,14 @@ struct WaitingDisk {
     unbound: Option<String>,
 }
 
-/// What an attempt has found.
-struct Found {
+/// What an attempt has opened.
+struct OpenedDrive {
     drive: Arc<Drive>,
-    disks: Vec<FoundDisk>,
+    disks: Vec<OpenedDisk>,
 }
 
-/// What an attempt has found of a disk.
-struct FoundDisk {
+/// What an attempt has opened for one disk.
+struct OpenedDisk {
     export: Option<Arc<Export>>,
     /// If it was asked for.
     listener: Option<Listener>,
@@ -89,25 +92,25 @@ struct FoundDisk {
     unbound: Option<String>,
 }
 
-impl Waiting {
+impl PendingDrive {
     /// The drives of these exports, each with all that are of it; `listeners` are in the order of the exports.
     pub(super) fn all(
         exports: &[ExportSettings],
         listeners: Vec<Result<Listener, String>>,
-        means: &Arc<Means>,
-    ) -> Vec<Waiting> {
-        let mut all: Vec<Waiting> = Vec::new();
+        context: &Arc<OpenContext>,
+    ) -> Vec<PendingDrive> {
+        let mut all: Vec<PendingDrive> = Vec::new();
         for (number, (settings, listener)) in exports.iter().zip(listeners).enumerate() {
             let (listener, unbound) = listener.map_or_else(|why| (None, Some(why)), |listener| (Some(listener), None));
-            let disk = WaitingDisk { number, settings: settings.clone(), export: None, listener, unbound };
+            let disk = PendingDisk { number, settings: settings.clone(), export: None, listener, unbound };
             match all.iter_mut().find(|waiting| waiting.address == settings.device) {
                 Some(waiting) => waiting.disks.push(disk),
-                None => all.push(Waiting {
+                None => all.push(PendingDrive {
                     address: settings.device.clone(),
-                    means: means.clone(),
+                    context: context.clone(),
                     drive: None,
                     disks: vec![disk],
-                    turn: Turn::At(Instant::now()),
+                    next: Step::AttemptAt(Instant::now()),
                     pause: Duration::ZERO,
                     why: None,
                     is_setup: false,
@@ -144,19 +147,19 @@ impl Waiting {
 
     /// Takes a step if there is one to take; waits for nothing. The error, in one line, is one for which the program has to end.
     /// The thread that calls this is woken when an attempt that it has begun ends.
-    pub(super) fn step(&mut self, running: &Running) -> Result<(), String> {
+    pub(super) fn step(&mut self, registry: &Registry) -> Result<(), String> {
         if self.done() {
             return Ok(());
         }
-        match &self.turn {
-            Turn::At(time) if *time <= Instant::now() => {
+        match &self.next {
+            Step::AttemptAt(time) if *time <= Instant::now() => {
                 if let Err(why) = self.begin() {
-                    self.end(Err(NotBack::Unfit(why)), running)?;
+                    self.end(Err(NotBack::Unfit(why)), registry)?;
                 }
             }
-            Turn::At(_) => {}
-            Turn::Attempt { began, result } => match result.try_recv() {
-                Ok(result) => self.end(result, running)?,
+            Step::AttemptAt(_) => {}
+            Step::Attempting { began, result } => match result.try_recv() {
+                Ok(result) => self.end(result, registry)?,
                 Err(TryRecvError::Disconnected) => {
                     return Err(format!("the search for {} died of a defect (see the panic above)", self.address));
                 }
@@ -179,31 +182,36 @@ impl Waiting {
 
     /// Begins an attempt. It has a thread of its own, as a controller may take minutes.
     fn begin(&mut self) -> Result<(), String> {
-        let (address, means, drive) = (self.address.clone(), self.means.clone(), self.drive.clone());
+        let (address, context, drive) = (self.address.clone(), self.context.clone(), self.drive.clone());
         let wanted = self.disks.iter().map(|disk| {
-            let WaitingDisk { number, settings, export, listener, .. } = disk;
-            Wanted { number: *number, settings: settings.clone(), export: export.clone(), bind: listener.is_none() }
+            let PendingDisk { number, settings, export, listener, .. } = disk;
+            DiskRequest {
+                number: *number,
+                settings: settings.clone(),
+                export: export.clone(),
+                bind: listener.is_none(),
+            }
         });
-        let wanted: Vec<Wanted> = wanted.collect();
+        let wanted: Vec<DiskRequest> = wanted.collect();
         let (result, receiver) = mpsc::channel();
         let waiter = std::thread::current();
         let run = move || {
             // Nobody hears it any more when the program ends: what was found is closed then.
-            let _ = result.send(attempt(&address, &means, drive, wanted));
+            let _ = result.send(attempt(&address, &context, drive, wanted));
             waiter.unpark();
         };
         std::thread::Builder::new()
-            .name("search".into())
+            .name("open-drive".into())
             .spawn(run)
             .map_err(|error| format!("cannot start to look for {}: {error}", self.address))?;
-        self.turn = Turn::Attempt { began: Instant::now(), result: receiver };
+        self.next = Step::Attempting { began: Instant::now(), result: receiver };
         Ok(())
     }
 
-    fn end(&mut self, result: Result<Found, NotBack>, running: &Running) -> Result<(), String> {
+    fn end(&mut self, result: Result<OpenedDrive, NotBack>, registry: &Registry) -> Result<(), String> {
         self.is_setup = matches!(&result, Ok(_) | Err(NotBack::Withheld(_)));
         let failed = match result {
-            Ok(found) => self.serve(found, running)?.map(|why| (why, longer(&mut self.pause))),
+            Ok(found) => self.serve(found, registry)?.map(|why| (why, longer(&mut self.pause))),
             Err(error) => {
                 let (why, pause) = error.pause(&mut self.pause);
                 let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_deref());
@@ -213,11 +221,11 @@ impl Waiting {
         };
         match failed {
             Some((why, pause)) => {
-                self.turn = Turn::At(Instant::now() + pause);
+                self.next = Step::AttemptAt(Instant::now() + pause);
                 self.fails(why)?;
             }
             // What is left lacks its socket, which was closed meanwhile.
-            None => self.turn = Turn::At(Instant::now()),
+            None => self.next = Step::AttemptAt(Instant::now()),
         }
         if self.done() && self.tells {
             log::warn!("{}: it is there; its exports are served now", self.address);
@@ -226,9 +234,9 @@ impl Waiting {
     }
 
     /// Serves what can be served. Says why that is not all.
-    fn serve(&mut self, found: Found, running: &Running) -> Result<Option<String>, String> {
+    fn serve(&mut self, found: OpenedDrive, registry: &Registry) -> Result<Option<String>, String> {
         if self.drive.is_none() {
-            running.keep(found.drive.clone())?;
+            registry.add_drive(found.drive.clone())?;
             self.drive = Some(found.drive);
         }
         let mut reasons = Vec::new();
@@ -236,8 +244,8 @@ impl Waiting {
             let unbound = found.unbound.or(disk.unbound.take().filter(|_| found.listener.is_none()));
             reasons.extend(unbound.clone().filter(|why| !reasons.contains(why)));
             match (found.export, disk.listener.take().or(found.listener)) {
-                (Some(export), Some(listener)) => running.serve(export, listener)?,
-                (export, listener) => self.disks.push(WaitingDisk { export, listener, unbound, ..disk }),
+                (Some(export), Some(listener)) => registry.add_disk(export, listener)?,
+                (export, listener) => self.disks.push(PendingDisk { export, listener, unbound, ..disk }),
             }
             reasons.extend(found.why.filter(|why| !reasons.contains(why)));
         }
@@ -273,8 +281,8 @@ impl Waiting {
     }
 }
 
-/// What an attempt is made for.
-struct Wanted {
+/// What an attempt is to open for one disk.
+struct DiskRequest {
     number: usize,
     settings: ExportSettings,
     /// Known already.
@@ -285,11 +293,11 @@ struct Wanted {
 
 fn attempt(
     address: &DeviceAddress,
-    means: &Means,
+    context: &OpenContext,
     drive: Option<Arc<Drive>>,
-    wanted: Vec<Wanted>,
-) -> Result<Found, NotBack> {
-    let Means { options, hold, pool, budget } = means;
+    wanted: Vec<DiskRequest>,
+) -> Result<OpenedDrive, NotBack> {
+    let OpenContext { options, hold, pool, budget } = context;
     let drive = match drive {
         Some(drive) => drive,
         None => {
@@ -297,8 +305,8 @@ fn attempt(
             Arc::new(Drive::open(address, &options.unwrap_or_default(), *hold, pool.clone())?)
         }
     };
-    let look = |wanted: Wanted| {
-        let Wanted { number, settings, export, bind } = wanted;
+    let look = |wanted: DiskRequest| {
+        let DiskRequest { number, settings, export, bind } = wanted;
         let new = || Export::new(&settings, drive.clone(), budget, number).map(Arc::new);
         let export = export.map_or_else(new, Ok);
         let (export, why) = match export {
@@ -306,11 +314,11 @@ fn attempt(
             Err(why) => (None, Some(why)),
         };
         match (bind && export.is_some()).then(|| Listener::open_now(&settings.listen)) {
-            None => FoundDisk { export, listener: None, why, unbound: None },
-            Some(Ok(listener)) => FoundDisk { export, listener: Some(listener), why, unbound: None },
-            Some(Err(unbound)) => FoundDisk { export, listener: None, why, unbound: Some(unbound) },
+            None => OpenedDisk { export, listener: None, why, unbound: None },
+            Some(Ok(listener)) => OpenedDisk { export, listener: Some(listener), why, unbound: None },
+            Some(Err(unbound)) => OpenedDisk { export, listener: None, why, unbound: Some(unbound) },
         }
     };
     let disks = wanted.into_iter().map(look).collect();
-    Ok(Found { drive, disks })
+    Ok(OpenedDrive { drive, disks })
 }

@@ -1,6 +1,7 @@
-//! Whose turn it is on a disk: the rings of one front-end run, those of others wait until it has left and is drained.
+//! The order of a disk's front-ends: the rings of one run, those of the others wait until it has left and is drained.
 //!
-//! A front-end asks for its turn with its first message, so that whoever says nothing never has it.
+//! This module owns who is served and who waits. A front-end joins the queue with its first message, so a client that says
+//! nothing is never served. Nothing here may wait for a front-end.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,7 +13,7 @@ use crate::event::EventFd;
 
 /// The order in which the front-ends of one disk are served.
 #[derive(Default)]
-pub struct Turns {
+pub struct FrontEndQueue {
     order: Mutex<Order>,
 }
 
@@ -26,53 +27,54 @@ struct Order {
     waiting: VecDeque<(u64, Arc<EventFd>)>,
 }
 
-/// What a front-end that asks for its turn is told.
+/// Where a front-end stands in the queue of its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
-    /// It is its turn.
-    Now,
-    /// The one before it has gone and is only being drained.
-    Soon,
-    /// So many are before it.
-    After(usize),
+pub enum Position {
+    /// It is served.
+    First,
+    /// It is next; the front-end before it has left, and that one's requests are being drained.
+    NextAfterDrain,
+    /// So many front-ends are before it.
+    Behind(usize),
 }
 
-impl Turns {
+impl FrontEndQueue {
     fn order(&self) -> MutexGuard<'_, Order> {
         self.order.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a front-end that has just come; it is not in the order before it asks.
+    /// A ticket for a front-end that has just connected; it does not count in the queue before it asks.
     ///
     /// # Errors
     /// No eventfd can be made.
-    pub fn join(self: &Arc<Self>) -> io::Result<Turn> {
+    pub fn join(self: &Arc<Self>) -> io::Result<QueueTicket> {
         let event = Arc::new(EventFd::new()?);
         let mut order = self.order();
         order.next += 1;
-        Ok(Turn { turns: self.clone(), number: order.next, event })
+        Ok(QueueTicket { queue: self.clone(), number: order.next, event })
     }
 }
 
-/// A front-end's place. Dropping it makes it the next one's turn: whatever belongs to the front-end has to be gone by then.
-pub struct Turn {
-    turns: Arc<Turns>,
+/// A front-end's ticket for the queue of its disk. Dropping it makes it the next one's turn: whatever belongs to the front-end has
+/// to be gone by then.
+pub struct QueueTicket {
+    queue: Arc<FrontEndQueue>,
     number: u64,
     event: Arc<EventFd>,
 }
 
-impl Turn {
-    /// Asks for the turn, once.
-    pub fn ask(&self) -> Asked {
-        let mut order = self.turns.order();
+impl QueueTicket {
+    /// Joins the queue; to be called once.
+    pub fn ask(&self) -> Position {
+        let mut order = self.queue.order();
         if order.holder.is_none() {
             order.holder = Some(self.number);
             self.event.notify();
-            return Asked::Now;
+            return Position::First;
         }
         let before = order.waiting.len() + 1;
         order.waiting.push_back((self.number, self.event.clone()));
-        if before == 1 && order.drains { Asked::Soon } else { Asked::After(before) }
+        if before == 1 && order.drains { Position::NextAfterDrain } else { Position::Behind(before) }
     }
 
     /// Rings when it is its turn.
@@ -83,7 +85,7 @@ impl Turn {
     /// Waits for the turn if all that is before it is the end of the last one's requests. Whether it has come.
     pub fn wait_soon(&self) -> bool {
         loop {
-            let order = self.turns.order();
+            let order = self.queue.order();
             if order.holder == Some(self.number) {
                 return true;
             }
@@ -98,14 +100,14 @@ impl Turn {
 
     /// Says that the front-end has gone; what it has under way is ended next.
     pub fn drains(&self) {
-        let mut order = self.turns.order();
+        let mut order = self.queue.order();
         order.drains |= order.holder == Some(self.number);
     }
 }
 
-impl Drop for Turn {
+impl Drop for QueueTicket {
     fn drop(&mut self) {
-        let mut order = self.turns.order();
+        let mut order = self.queue.order();
         order.waiting.retain(|(number, _)| *number != self.number);
         if order.holder != Some(self.number) {
             return;
@@ -124,17 +126,17 @@ mod tests {
 
     use super::*;
 
-    fn rings(turn: &Turn) -> bool {
+    fn rings(turn: &QueueTicket) -> bool {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         poll(&mut [PollFd::new(turn.event(), PollFlags::IN)], Some(&now)).unwrap() == 1
     }
 
     #[test]
-    fn turns_are_taken_in_the_order_of_asking() {
-        let turns = Arc::new(Turns::default());
-        let [silent, first, second, third, fourth] = [(); 5].map(|()| turns.join().unwrap());
-        assert_eq!(first.ask(), Asked::Now);
-        assert_eq!([third.ask(), second.ask(), fourth.ask()], [1, 2, 3].map(Asked::After));
+    fn front_ends_are_served_in_the_order_of_asking() {
+        let queue = Arc::new(FrontEndQueue::default());
+        let [silent, first, second, third, fourth] = [(); 5].map(|()| queue.join().unwrap());
+        assert_eq!(first.ask(), Position::First);
+        assert_eq!([third.ask(), second.ask(), fourth.ask()], [1, 2, 3].map(Position::Behind));
         assert!(rings(&first));
         // One that waits goes without a turn, and so does one that never asked.
         drop(third);
@@ -145,30 +147,30 @@ mod tests {
         drop(second);
         assert!(rings(&fourth));
         drop(fourth);
-        assert_eq!(turns.join().unwrap().ask(), Asked::Now);
+        assert_eq!(queue.join().unwrap().ask(), Position::First);
     }
 
     #[test]
     fn one_that_is_drained_is_told_apart_from_one_that_stays() {
-        let turns = Arc::new(Turns::default());
-        let [first, second, third] = [(); 3].map(|()| turns.join().unwrap());
-        assert_eq!(first.ask(), Asked::Now);
+        let queue = Arc::new(FrontEndQueue::default());
+        let [first, second, third] = [(); 3].map(|()| queue.join().unwrap());
+        assert_eq!(first.ask(), Position::First);
         // Not its turn: it says nothing of the holder.
         second.drains();
-        assert_eq!(second.ask(), Asked::After(1));
+        assert_eq!(second.ask(), Position::Behind(1));
         drop(second);
         first.drains();
-        assert_eq!(third.ask(), Asked::Soon);
+        assert_eq!(third.ask(), Position::NextAfterDrain);
         std::thread::scope(|scope| {
             let comes = scope.spawn(|| third.wait_soon());
             drop(first);
             assert!(comes.join().unwrap());
         });
         assert!(rings(&third));
-        let fourth = turns.join().unwrap();
-        assert_eq!(fourth.ask(), Asked::After(1));
+        let fourth = queue.join().unwrap();
+        assert_eq!(fourth.ask(), Position::Behind(1));
         assert!(!fourth.wait_soon(), "the third one stays");
         drop(fourth);
-        assert_eq!(turns.join().unwrap().ask(), Asked::After(1), "another one holds it");
+        assert_eq!(queue.join().unwrap().ask(), Position::Behind(1), "another one holds it");
     }
 }
