@@ -19,7 +19,7 @@ use vhost_blk::datapath::counters::LaneCounters;
 use vhost_blk::datapath::lane::{Lane, LaneSetup};
 use vhost_blk::datapath::worker::{WorkerEvent, WorkerPool};
 use vhost_blk::drive::DeviceAddress;
-use vhost_blk::drive::{Drive, Keeper};
+use vhost_blk::drive::{Drive, Supervisor};
 use vhost_blk::virtio::memory::{GuestMemory, RegionDescription};
 use vhost_blk::virtio::ring::Ring;
 
@@ -72,7 +72,7 @@ fn measure(memory: u64, times: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
     let options = Options { io_timeout: TIMEOUT, ..Options::default() };
     let drive = Drive::open(&address, &options, DEADLINE, pool.clone()).map_err(|error| format!("{error:?}"))?;
     let drive = Arc::new(drive);
-    let _keeper = Keeper::start(drive.clone())?;
+    let _keeper = Supervisor::start(drive.clone())?;
 
     let mut guest = Guest::new(Layout { packed: false, indirect: true, two_regions: false });
     let mut regions = guest.regions();

@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 use vhost_blk::control::config::{ExportSettings, Listen};
 use vhost_blk::datapath::worker::WorkerPool;
-use vhost_blk::drive::{Drive, Keeper};
+use vhost_blk::drive::{Drive, Supervisor};
 use vhost_blk::event::EventFd;
 use vhost_blk::vhost_user::export::Export;
 use vhost_blk::vhost_user::session::Session;
@@ -103,7 +103,7 @@ fn served() -> &'static Served {
         let drive = Drive::open(&settings.device, &Options::default(), HOLD, pool).expect("the drive is there");
         let drive = Arc::new(drive);
         // What rings have left is given back by its threads, as long as the process lives.
-        std::mem::forget(Keeper::start(drive.clone()).expect("threads start"));
+        std::mem::forget(Supervisor::start(drive.clone()).expect("threads start"));
         let export = Export::new(&settings, drive, &Budget::new(Limits::default(), 1), 0).expect("the disk is there");
         Served { export: Arc::new(export), stop: EventFd::new().expect("an eventfd can be made") }
     })

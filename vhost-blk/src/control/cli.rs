@@ -157,7 +157,7 @@ impl ServeArgs {
             return Err(format!("no device to serve: {HOW}"));
         };
         let listen = match (self.socket_path, self.fd) {
-            (Some(path), _) => socket_path(&path).map(|()| Listen::Path(path))?,
+            (Some(path), _) => socket_path(&path).map(|()| Listen::Path(path)).map_err(|error| error.to_string())?,
             (None, Some(number)) => Listen::Fd(number),
             (None, None) => return Err(format!("no socket to serve on: {HOW}")),
         };

@@ -156,7 +156,7 @@ pub fn run(args: Args) -> Result<(), String> {
 /// One export of an embedded controller, as `vhost-blk --device … --socket-path …` would serve it.
 fn settings(args: &Args, socket: &Path) -> Result<Settings, String> {
     let export = ExportSettings {
-        device: DEVICE.parse()?,
+        device: DEVICE.parse().map_err(|error: crate::drive::AddressError| error.to_string())?,
         listen: Listen::Path(socket.to_owned()),
         namespace: None,
         queues: args.queues,

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use serde::Deserialize;
 
+use super::error::{AddressError, SimError, SocketPathError};
+
 /// Where the NVMe controller of an export is. Two exports with equal addresses share one controller.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(try_from = "String")]
@@ -17,40 +19,37 @@ pub enum DeviceAddress {
     Sim(String),
 }
 
-/// unix(7): a socket address has 108 bytes, and the last one of a path is zero.
-const MAX_SOCKET_PATH: usize = 107;
-
 /// Checks the path of a socket.
-pub fn socket_path(path: &Path) -> Result<(), String> {
+///
+/// # Errors
+/// No socket can have it.
+pub fn socket_path(path: &Path) -> Result<(), SocketPathError> {
     let bytes = path.as_os_str().as_bytes();
     match bytes.len() {
-        0 => Err("the socket path is empty: give one, such as /run/vhost-blk/disk0.sock".into()),
-        1..=MAX_SOCKET_PATH if !bytes.contains(&0) => Ok(()),
-        1..=MAX_SOCKET_PATH => Err("a socket path with a zero byte in it: no file can be called so".into()),
-        length => Err(format!("the socket path {} has {length} bytes: use at most {MAX_SOCKET_PATH}", path.display())),
+        0 => Err(SocketPathError::Empty),
+        1..=SocketPathError::MOST_BYTES if !bytes.contains(&0) => Ok(()),
+        1..=SocketPathError::MOST_BYTES => Err(SocketPathError::ZeroByte),
+        bytes => Err(SocketPathError::TooLong { path: path.display().to_string(), bytes }),
     }
 }
 
-/// The form of every address, for error messages.
-const FORMS: &str = "use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]";
-
 impl FromStr for DeviceAddress {
-    type Err = String;
+    type Err = AddressError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, AddressError> {
         if text.is_empty() {
-            return Err(format!("the device address is empty: {FORMS}"));
+            return Err(AddressError::Empty);
         }
+        let written = || text.to_owned();
         match text.strip_prefix("sim:") {
             Some(rest) => match check_sim(rest) {
                 Ok(()) => Ok(DeviceAddress::Sim(rest.to_owned())),
-                Err(why) => Err(format!("device address \"{text}\": {why}")),
+                Err(source) => Err(AddressError::Sim { address: written(), source }),
             },
             None => {
-                let address = vfio::Address::from_str(text)
-                    .map_err(|_| format!("device address \"{text}\" is not one: {FORMS}"))?;
+                let address = vfio::Address::from_str(text).map_err(|_| AddressError::Form { address: written() })?;
                 if let vfio::Address::VfioUser(path) = &address {
-                    socket_path(path).map_err(|why| format!("device address \"{text}\": {why}"))?;
+                    socket_path(path).map_err(|source| AddressError::Socket { address: written(), source })?;
                 }
                 Ok(DeviceAddress::Vfio(address))
             }
@@ -112,9 +111,9 @@ impl DeviceAddress {
 }
 
 impl TryFrom<String> for DeviceAddress {
-    type Error = String;
+    type Error = AddressError;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn try_from(text: String) -> Result<Self, AddressError> {
         text.parse()
     }
 }
@@ -130,20 +129,20 @@ impl fmt::Display for DeviceAddress {
 
 /// Checks what comes after `sim:`.
 #[cfg(feature = "sim")]
-fn check_sim(text: &str) -> Result<(), String> {
-    text.parse::<nvme_sim::SimAddress>().map(|_| ()).map_err(|error| error.to_string())
+fn check_sim(text: &str) -> Result<(), SimError> {
+    text.parse::<nvme_sim::SimAddress>().map(drop).map_err(|error| SimError::Description(error.to_string()))
 }
 
 #[cfg(not(feature = "sim"))]
-fn check_sim(_text: &str) -> Result<(), String> {
-    Err("this program was built without its embedded controller (feature \"sim\"); use another device".into())
+fn check_sim(_text: &str) -> Result<(), SimError> {
+    Err(SimError::NotBuilt)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn parse(text: &str) -> Result<DeviceAddress, String> {
+    fn parse(text: &str) -> Result<DeviceAddress, AddressError> {
         text.parse()
     }
 
@@ -175,12 +174,12 @@ mod tests {
                 "device address \"nvme0\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
             ),
         ] {
-            assert_eq!(parse(text).unwrap_err(), message);
+            assert_eq!(parse(text).unwrap_err().to_string(), message);
         }
         // What is wrong with a description is said by whoever reads it.
         for text in ["sim:", "sim:1X", "sim:é", "sim:99999999T", "sim:1G,lba=1024", "sim:1G,file=", "sim:1G,colour=red"]
         {
-            let error = parse(text).unwrap_err();
+            let error = parse(text).unwrap_err().to_string();
             assert!(error.starts_with(&format!("device address \"{text}\": ")) && !error.contains('\n'), "{error}");
         }
     }

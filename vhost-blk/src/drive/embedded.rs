@@ -14,6 +14,8 @@ mod present {
     use rustix::fs::OFlags;
     use tempfile::TempDir;
 
+    use crate::drive::error::EmbeddedError;
+
     /// A controller in software inside this process, behind a socket of its own that nobody else can reach.
     pub(crate) struct Embedded {
         simulator: Simulator,
@@ -21,17 +23,16 @@ mod present {
     }
 
     impl Embedded {
-        /// Starts it. The error is one line.
-        pub(crate) fn start(description: &str) -> Result<Embedded, String> {
-            let cannot = |error: nvme_sim::Error| format!("cannot start the embedded controller: {error}");
-            let address: SimAddress = description.parse().map_err(cannot)?;
+        /// Starts it.
+        pub(crate) fn start(description: &str) -> Result<Embedded, EmbeddedError> {
+            let address: SimAddress = description.parse().map_err(EmbeddedError::Simulator)?;
             // It maps guest memory in this process, too.
             nvme_sim::set_mapping_guard(crate::virtio::memory::guard_mapping);
             let parent = std::env::temp_dir();
             sweep(&parent);
-            let folder = Folder::new(&parent)
-                .map_err(|error| format!("cannot create a directory for the embedded controller's socket: {error}"))?;
-            let simulator = Simulator::start(address.config, &folder.directory.path().join(SOCKET)).map_err(cannot)?;
+            let folder = Folder::new(&parent).map_err(EmbeddedError::Directory)?;
+            let simulator = Simulator::start(address.config, &folder.directory.path().join(SOCKET))
+                .map_err(EmbeddedError::Simulator)?;
             Ok(Embedded { simulator, _folder: folder })
         }
 
@@ -154,12 +155,14 @@ pub(crate) use absent::Embedded;
 
 #[cfg(not(feature = "sim"))]
 mod absent {
+    use crate::drive::error::EmbeddedError;
+
     /// There is none in this build.
     pub(crate) enum Embedded {}
 
     impl Embedded {
-        pub(crate) fn start(_description: &str) -> Result<Embedded, String> {
-            Err("this program was built without its embedded controller (feature \"sim\"): use another device".into())
+        pub(crate) fn start(_description: &str) -> Result<Embedded, EmbeddedError> {
+            Err(EmbeddedError::NotBuilt)
         }
 
         pub(crate) fn address(&self) -> vfio::Address {

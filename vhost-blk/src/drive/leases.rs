@@ -3,11 +3,12 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{BouncePool, Controller, Error, QueuePairOptions};
+use nvme_driver::{BouncePool, Controller, Error as DriverError, QueuePairOptions};
 use vfio::Device;
 
+use super::error::Error;
 use super::shares::{DiskNumber, LeaseNumber, Shares};
-use super::{Cause, Condition, Drive, State};
+use super::{Condition, DetachCause, Drive, State};
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::Way;
 use crate::datapath::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane};
@@ -31,14 +32,6 @@ const LONG_PATIENCE: Duration = Duration::from_secs(3);
 /// How much longer than a command a lane may take to stop.
 pub(super) const STOP_MARGIN: Duration = Duration::from_secs(10);
 
-/// Why there is no queue pair.
-pub(super) enum NoWay {
-    /// All are in use.
-    NoneLeft,
-    /// Something else, in one line.
-    Error(String),
-}
-
 /// A disk's share of a drive's queue pairs; given up when dropped.
 pub struct Share {
     drive: Arc<Drive>,
@@ -48,7 +41,10 @@ pub struct Share {
 impl Share {
     /// A place for one lane: on a queue pair of its own on `worker`, or, when the controller grants no more, on one that it shares
     /// until there is one. `ring_size` is in entries. There is a place also while the drive is away.
-    pub fn lease(&self, worker: usize, ring_size: u16) -> Result<Lease, String> {
+    ///
+    /// # Errors
+    /// The program ends, or there is no queue pair at all.
+    pub fn lease(&self, worker: usize, ring_size: u16) -> Result<Lease, Error> {
         let Share { drive, disk } = self;
         // A request may need several commands; twice the ring keeps the guest the limit, not the queue.
         let entries = ring_size.saturating_mul(2).clamp(MIN_ENTRIES, MAX_ENTRIES);
@@ -56,17 +52,17 @@ impl Share {
             let granted = {
                 let state = drive.state();
                 match &state.condition {
-                    Condition::Present(_) => match drive.shares().reclaim(*disk, worker, entries) {
+                    Condition::Attached(_) => match drive.shares().reclaim(*disk, worker, entries) {
                         Some(number) => break number,
                         None => state.granted,
                     },
-                    Condition::Away(away) if drive.shares().places().len() < usize::from(state.granted) => {
-                        let id = drive.pool.add_place(worker, away.given_up);
+                    Condition::Detached(detached) if drive.shares().places().len() < usize::from(state.granted) => {
+                        let id = drive.pool.add_place(worker, detached.hold_expired);
                         drive.pairs().insert(id);
                         break drive.shares().add(*disk, entries, id);
                     }
-                    Condition::Away(_) => break self.join(worker, entries, state.granted)?,
-                    Condition::Over => return Err(format!("{drive} is not used any more")),
+                    Condition::Detached(_) => break self.join(worker, entries, state.granted)?,
+                    Condition::Closed => return Err(Error::Closed { drive: drive.to_string() }),
                 }
             };
             match drive.new_way(entries) {
@@ -77,10 +73,10 @@ impl Share {
                 }
                 // It has just gone, and the ring is served as all others are.
                 Ok(None) => {}
-                Err(NoWay::NoneLeft) => break self.join(worker, entries, granted)?,
-                Err(NoWay::Error(error)) => {
+                Err(Error::NoQueuePairsLeft { .. }) => break self.join(worker, entries, granted)?,
+                Err(error) => {
                     if let Err(why) = drive.controller_works() {
-                        drive.leave(Cause::from(&why));
+                        drive.detach(DetachCause::from(&why));
                         continue;
                     }
                     if let Some(left_out) = drive.log.admit(Kind::Ring) {
@@ -94,13 +90,13 @@ impl Share {
     }
 
     /// A place that others have, too.
-    fn join(&self, worker: usize, entries: u16, granted: u16) -> Result<LeaseNumber, String> {
+    fn join(&self, worker: usize, entries: u16, granted: u16) -> Result<LeaseNumber, Error> {
         let Share { drive, disk } = self;
         let joined = drive.shares().join(*disk, worker, entries, granted);
-        let (number, line) = joined.ok_or_else(|| format!("{drive} has no queue pair for a ring"))?;
+        let (number, line) = joined.ok_or_else(|| Error::NoQueuePair { drive: drive.to_string() })?;
         line.into_iter().for_each(|line| log::warn!("{line}"));
         // There may be one of its own soon.
-        drive.chores.notify();
+        drive.monitor_event.notify();
         Ok(number)
     }
 }
@@ -125,31 +121,33 @@ impl Drive {
     }
 
     /// A queue pair on the controller, and what belongs to it.
-    pub(super) fn make_way(&self, device: &Device, controller: &Controller, entries: u16) -> Result<Way, NoWay> {
+    pub(super) fn make_way(&self, device: &Device, controller: &Controller, entries: u16) -> Result<Way, Error> {
         let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
         let pair = controller.create_queue_pair(options).map_err(|error| match error {
-            Error::NoQueuePairsLeft { .. } => NoWay::NoneLeft,
-            error => NoWay::Error(format!("{}: cannot create a queue pair: {error}", self.name)),
+            DriverError::NoQueuePairsLeft { .. } => {
+                Error::NoQueuePairsLeft { drive: self.name.clone(), granted: controller.max_queue_pairs() }
+            }
+            source => Error::CreateQueuePair { drive: self.name.clone(), source },
         })?;
         let pool = BouncePool::new(device.dma(), BOUNCE_BYTES)
-            .map_err(|error| NoWay::Error(format!("{}: cannot allocate bounce buffers: {error}", self.name)))?;
+            .map_err(|source| Error::BounceBuffers { drive: self.name.clone(), source })?;
         Ok(Way { pair, pool })
     }
 
     /// The same on the controller that is there just now; `None`: there is none. The controller is asked without a lock: a drive
     /// that does not answer can be taken away meanwhile.
-    fn new_way(&self, entries: u16) -> Result<Option<NewWay>, NoWay> {
+    fn new_way(&self, entries: u16) -> Result<Option<NewWay>, Error> {
         let (device, controller, since) = match &self.state().condition {
-            Condition::Present(present) => (present.device.clone(), present.controller.clone(), present.since),
+            Condition::Attached(attached) => (attached.device.clone(), attached.controller.clone(), attached.since),
             _ => return Ok(None),
         };
         Ok(Some(NewWay { way: self.make_way(&device, &controller, entries)?, since }))
     }
 
     /// An error if nothing can be asked of the controller that is there.
-    fn controller_works(&self) -> Result<(), Error> {
+    fn controller_works(&self) -> Result<(), DriverError> {
         match &self.state().condition {
-            Condition::Present(present) => present.controller.in_operation(),
+            Condition::Attached(attached) => attached.controller.in_operation(),
             _ => Ok(()),
         }
     }
@@ -157,7 +155,7 @@ impl Drive {
     /// Puts a queue pair on a worker, in a new place, and has that noted. `None`: its controller is not there any more.
     fn add_way<T>(&self, worker: usize, new: NewWay, note: impl FnOnce(&mut Shares, PairId) -> T) -> Option<T> {
         let state = self.state();
-        let there = matches!(&state.condition, Condition::Present(present) if present.since == new.since);
+        let there = matches!(&state.condition, Condition::Attached(attached) if attached.since == new.since);
         if !there {
             return None;
         }
@@ -189,7 +187,7 @@ impl Drive {
                 self.pairs().remove(&id);
                 self.shares().forget(id);
                 match (taken, &state.condition) {
-                    (Some(pair), Condition::Present(present)) => (pair, present.controller.clone()),
+                    (Some(pair), Condition::Attached(attached)) => (pair, attached.controller.clone()),
                     _ => continue,
                 }
             };
@@ -210,7 +208,7 @@ impl Drive {
     fn release(&self, lease: LeaseNumber) {
         self.shares().remove(lease);
         // Others may want it.
-        self.chores.notify();
+        self.monitor_event.notify();
     }
 
     /// Sees to it that every disk has its share, and every ring a queue pair of its own as long as there are any. True: some lanes
@@ -219,15 +217,15 @@ impl Drive {
         self.take_away_leaving();
         loop {
             let granted = match &*self.state() {
-                State { condition: Condition::Present(_), granted, .. } => *granted,
+                State { condition: Condition::Attached(_), granted, .. } => *granted,
                 _ => return false,
             };
             let Some(gift) = self.shares().next_gift(granted) else { break };
             let way = match self.new_way(gift.entries) {
                 Ok(Some(way)) => way,
                 Ok(None) => return false,
-                Err(NoWay::NoneLeft) => break,
-                Err(NoWay::Error(error)) => {
+                Err(Error::NoQueuePairsLeft { .. }) => break,
+                Err(error) => {
                     log::debug!("{error}");
                     break;
                 }
@@ -242,7 +240,7 @@ impl Drive {
             }
         }
         let state = self.state();
-        if !matches!(state.condition, Condition::Present(_)) {
+        if !matches!(state.condition, Condition::Attached(_)) {
             return false;
         }
         let mut shares = self.shares();
@@ -315,7 +313,7 @@ impl Lease {
                 // Requests that only wait to be tried again need no reset to end.
                 match busy.lane.wait(ABANDON_TURN) {
                     Err(StopError::StillBusy(busy)) => {
-                        self.drive.leave(Cause::Failed(busy.to_string()));
+                        self.drive.detach(DetachCause::Failed(busy.to_string()));
                         // Nothing is left to wait for but the worker's turn.
                         Self::stopped(busy.lane.wait(STOP_MARGIN))
                     }

@@ -1,25 +1,26 @@
 //! A drive that exports share: the controller at an address while it is there, and the places of lanes on its queue pairs.
 //!
-//! When the controller fails, or has to go, the drive is *away* (`away`): the controller is stopped, and with it its whole
+//! When the controller fails, or has to go, the drive is *detached* (`detach`): the controller is stopped, and with it its whole
 //! function, so that it touches nothing any more. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile.
 //! A device that is still there keeps its mappings, and its controller is brought up again in place; any other is closed, and the
-//! keeper tries the address until the same drive is there again (`back`). Then every place gets a queue pair on it: lanes go on
+//! supervisor tries the address until the same drive is there again (`reattach`). Then every place gets a queue pair on it: lanes go on
 //! where they are, with what was not answered first. If it grants fewer, some places are not there any more, and their lanes go on at
 //! others, of another worker if need be.
 //!
-//! Guests see a pause, unless it gets too long (`Drive::give_up`): then everything is answered with an error until the drive is
+//! Guests see a pause, unless it gets too long (`Drive::expire_hold`): then everything is answered with an error until the drive is
 //! back.
 
 mod address;
-mod away;
-mod back;
+mod detach;
 mod embedded;
-mod events;
-mod keeper;
+mod error;
 mod leases;
 mod monitor;
 mod namespaces;
+mod reattach;
+mod reports;
 mod shares;
+mod supervisor;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +29,7 @@ use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
-use nvme_driver::{Controller, Error, Options};
+use nvme_driver::{Controller, Error as DriverError, Options};
 use vfio::{Device, DmaAddresses, OpenOptions};
 
 use crate::datapath::trial::Trial;
@@ -37,17 +38,17 @@ use crate::event::EventFd;
 use crate::log_limit::LogLimit;
 use crate::virtio::memory::Reach;
 pub use address::{DeviceAddress, socket_path};
-use away::Away;
-pub use away::Cause;
-pub use back::NotBack;
+pub use detach::DetachCause;
+use detach::Detached;
 use embedded::Embedded;
-use events::Reports;
-use keeper::Expired;
-pub use keeper::Keeper;
-pub(crate) use keeper::longer;
+pub use error::{AddressError, EmbeddedError, Error, Failure, OpenError, SimError, SocketPathError};
 pub use leases::{Lease, Share};
 pub use namespaces::{ExportedNamespace, Known};
+use reports::Reports;
 use shares::Shares;
+use supervisor::Expired;
+pub use supervisor::Supervisor;
+pub(crate) use supervisor::longer;
 
 /// What a controller does not say within this time while guests wait for it is asked for later.
 const SOON: Duration = Duration::from_secs(1);
@@ -76,13 +77,13 @@ pub struct Drive {
     reports: Mutex<Reports>,
     /// For lines about its queue pairs, which rings that start and stop cause.
     log: LogLimit,
-    /// Wakes the keeper.
-    event: EventFd,
+    /// Wakes the supervisor.
+    supervisor_event: EventFd,
     /// Wakes whoever deals out queue pairs.
-    chores: EventFd,
+    monitor_event: EventFd,
     /// The places in use, for whoever must not wait for `state`.
     pairs: Mutex<HashSet<PairId>>,
-    /// For the keeper: commands were not answered in time.
+    /// For the supervisor: commands were not answered in time.
     expired: Mutex<Option<Expired>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
@@ -101,13 +102,13 @@ struct State {
 }
 
 enum Condition {
-    Present(Present),
-    Away(Away),
+    Attached(Attached),
+    Detached(Detached),
     /// The program ends.
-    Over,
+    Closed,
 }
 
-struct Present {
+struct Attached {
     device: Device,
     controller: Controller,
     since: Instant,
@@ -119,11 +120,16 @@ struct Present {
     silent: bool,
 }
 
-impl Present {
-    /// Opens the controller at `address`. `earlier`: what it could reach when it was open before.
-    fn open(address: &vfio::Address, options: &Options, earlier: Option<DmaAddresses>) -> Result<Present, NotOpened> {
+impl Attached {
+    /// Opens the controller at `address`. `name`: the drive's, for errors. `earlier`: what it could reach when it was open before.
+    fn open(
+        address: &vfio::Address,
+        name: &str,
+        options: &Options,
+        earlier: Option<DmaAddresses>,
+    ) -> Result<Attached, OpenError> {
         let patience = OpenOptions { request_timeout: options.io_timeout.max(LEAST_PATIENCE) };
-        let device = Device::open_with(address, &patience).map_err(NotOpened::Device)?;
+        let device = Device::open_with(address, &patience).map_err(|error| OpenError::device(name, error))?;
         // Nothing that its last user has left may outlive him: the kernel resets a function that it gives out, a server is asked to.
         if let vfio::Address::VfioUser(_) = address
             && let Err(error) = device.reset()
@@ -133,16 +139,16 @@ impl Present {
         if let Some(earlier) = earlier {
             device.dma().keep_clear_of(earlier);
         }
-        let controller = Controller::open(&device, options).map_err(NotOpened::Controller)?;
-        Ok(Present::of(device, controller))
+        let controller = Controller::open(&device, options).map_err(|error| OpenError::controller(name, error))?;
+        Ok(Attached::of(device, controller))
     }
 
     /// A controller that works.
-    fn of(device: Device, controller: Controller) -> Present {
+    fn of(device: Device, controller: Controller) -> Attached {
         let health = controller.monitor(SOON).health_log();
-        let silent = matches!(health, Err(Error::Unanswered { .. }));
+        let silent = matches!(health, Err(DriverError::Unanswered { .. }));
         let unsafe_shutdowns = health.ok().map(|health| health.unsafe_shutdowns);
-        Present { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false, silent }
+        Attached { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false, silent }
     }
 
     /// The same, for [`FlushPromise`](crate::blk::disk::FlushPromise).
@@ -151,51 +157,38 @@ impl Present {
     }
 }
 
-/// What a drive could not be opened for.
-enum NotOpened {
-    /// There is nothing, or nothing that can be had.
-    Device(vfio::Error),
-    /// The controller does not work.
-    Controller(Error),
-}
-
 /// Whether a drive is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Presence {
     /// It works.
-    There,
+    Attached,
     /// It does not, for this reason.
-    Away(String),
+    Detached(String),
     /// It is just now going or coming back.
     Changing,
 }
 
 impl Drive {
-    /// Opens the controller at `address`. The error is one line.
+    /// Opens the controller at `address`. `hold`: how long requests wait for it when it fails or disappears.
     ///
-    /// `hold`: how long requests wait for it when it fails or disappears.
+    /// # Errors
+    /// There is no controller, it may not be used, or it does not come up.
     pub fn open(
         address: &DeviceAddress,
         options: &Options,
         hold: Duration,
         pool: Arc<WorkerPool>,
-    ) -> Result<Drive, NotBack> {
+    ) -> Result<Drive, OpenError> {
         let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
-                let embedded = Embedded::start(sim).map_err(NotBack::Withheld)?;
+                let embedded = Embedded::start(sim).map_err(|error| OpenError::Denied(Failure::Embedded(error)))?;
                 (embedded.address(), Some(embedded))
             }
         };
         let name = address.to_string();
-        let present = Present::open(&device_address, options, None).map_err(|error| {
-            let what = match &error {
-                NotOpened::Device(_) => "open",
-                NotOpened::Controller(_) => "bring up the controller",
-            };
-            NotBack::from(error).told(|why| format!("cannot {what} {name}: {why}"))
-        })?;
-        let identity = present.controller.identity();
+        let attached = Attached::open(&device_address, &name, options, None)?;
+        let identity = attached.controller.identity();
         Ok(Drive {
             name,
             address: address.clone(),
@@ -205,10 +198,10 @@ impl Drive {
             pool,
             serial: identity.serial.clone(),
             model: identity.model.clone(),
-            memory: Reach::new(present.device.dma().clone()),
+            memory: Reach::new(attached.device.dma().clone()),
             state: Mutex::new(State {
-                granted: present.controller.max_queue_pairs(),
-                condition: Condition::Present(present),
+                granted: attached.controller.max_queue_pairs(),
+                condition: Condition::Attached(attached),
                 namespaces: Vec::new(),
                 last_tries: false,
                 trial: None,
@@ -216,8 +209,8 @@ impl Drive {
             shares: Mutex::default(),
             reports: Mutex::default(),
             log: LogLimit::default(),
-            event: new_event()?,
-            chores: new_event()?,
+            supervisor_event: new_event()?,
+            monitor_event: new_event()?,
             pairs: Mutex::default(),
             expired: Mutex::new(None),
             _embedded: embedded,
@@ -227,7 +220,7 @@ impl Drive {
     /// The NUMA node that it is on, if the machine tells and it is there.
     pub fn numa_node(&self) -> Option<u32> {
         match &self.state().condition {
-            Condition::Present(present) => present.device.numa_node(),
+            Condition::Attached(attached) => attached.device.numa_node(),
             _ => None,
         }
     }
@@ -258,9 +251,11 @@ impl Drive {
     pub fn presence(&self) -> Presence {
         let Some(state) = self.state_now() else { return Presence::Changing };
         match &state.condition {
-            Condition::Present(_) => Presence::There,
-            Condition::Away(Away { cause, .. }) => Presence::Away(format!("{} is away: {cause}", self.name)),
-            Condition::Over => Presence::Away(format!("{} is not used any more", self.name)),
+            Condition::Attached(_) => Presence::Attached,
+            Condition::Detached(Detached { cause, .. }) => {
+                Presence::Detached(format!("{} is away: {cause}", self.name))
+            }
+            Condition::Closed => Presence::Detached(format!("{} is not used any more", self.name)),
         }
     }
 
@@ -283,36 +278,42 @@ impl Drive {
     }
 
     /// The controller, if it is there. To be dropped soon: while it is held, the device cannot be given back.
-    fn controller(&self) -> Result<Controller, String> {
+    fn controller(&self) -> Result<Controller, Error> {
         match &self.state().condition {
-            Condition::Present(present) => Ok(present.controller.clone()),
-            Condition::Away(Away { cause, .. }) => Err(format!("{} is away: {cause}", self.name)),
-            Condition::Over => Err(format!("{} is not used any more", self.name)),
+            Condition::Attached(attached) => Ok(attached.controller.clone()),
+            Condition::Detached(Detached { cause, .. }) => {
+                Err(Error::Detached { drive: self.name.clone(), cause: cause.clone() })
+            }
+            Condition::Closed => Err(Error::Closed { drive: self.name.clone() }),
         }
     }
 
-    /// Exports a namespace; without a number the only one there is. The error is one line.
-    pub fn namespace(&self, id: Option<u32>) -> Result<Arc<ExportedNamespace>, String> {
+    /// Exports a namespace; without a number the only one there is.
+    ///
+    /// # Errors
+    /// The drive is detached or does not answer, it has no such namespace, or it has several and none was chosen.
+    pub fn namespace(&self, id: Option<u32>) -> Result<Arc<ExportedNamespace>, Error> {
         let controller = self.controller()?;
+        let failed = |source| Error::Controller { drive: self.name.clone(), source };
         let id = match id {
             Some(id) => id,
             None => {
-                let all = controller.namespaces().map_err(|error| format!("{}: {error}", self.name))?;
+                let all = controller.namespaces().map_err(failed)?;
                 match all[..] {
                     [only] => only,
-                    [] => return Err(format!("{} has no active namespace: create and attach one first", self.name)),
+                    [] => return Err(Error::NoNamespace { drive: self.name.clone() }),
                     _ => {
                         let listed = all.iter().take(16).map(u32::to_string).collect::<Vec<_>>().join(", ");
-                        return Err(format!("{} has namespaces {listed}: choose one by its number", self.name));
+                        return Err(Error::SeveralNamespaces { drive: self.name.clone(), listed });
                     }
                 }
             }
         };
-        let namespace = controller.namespace(id).map_err(|error| format!("{}: {error}", self.name))?;
+        let namespace = controller.namespace(id).map_err(failed)?;
         let exported = Arc::new(ExportedNamespace::new(namespace));
         let mut state = self.state();
-        if let Condition::Present(present) = &state.condition {
-            exported.flushes.set_losses(present.losses());
+        if let Condition::Attached(attached) = &state.condition {
+            exported.flushes.set_losses(attached.losses());
         }
         state.namespaces.push(exported.clone());
         Ok(exported)
@@ -322,13 +323,13 @@ impl Drive {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Commands of a queue pair were not answered in time. If it is this drive's, its keeper stops the controller: Abort is only
+    /// Commands of a queue pair were not answered in time. If it is this drive's, its supervisor stops the controller: Abort is only
     /// advisory. Waits for nothing.
     pub fn report_expired(&self, pair: PairId, count: usize, at: Instant) {
         if self.pairs().contains(&pair) {
             let why = format!("{count} commands were not answered in time");
             *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some(Expired { why, at, paused: None });
-            self.event.notify();
+            self.supervisor_event.notify();
         }
     }
 
@@ -338,41 +339,45 @@ impl Drive {
         let health = controller.health();
         drop(controller);
         if let Err(error) = health {
-            self.leave(Cause::from(&error));
+            self.detach(DetachCause::from(&error));
         }
     }
 
     /// Makes every write to a namespace that was answered so far durable.
-    pub fn flush(&self, namespace: u32) -> Result<(), String> {
+    ///
+    /// # Errors
+    /// The drive is detached, has no queue pair left, or has not carried out the flush.
+    pub fn flush(&self, namespace: u32) -> Result<(), Error> {
+        let failed = |source| Error::Controller { drive: self.name.clone(), source };
         let timeout = self.options.io_timeout;
         // Rings that were stopped for this have left their queue pairs, which may still be on their way back.
         self.take_away_leaving();
         let until = Instant::now() + SOON;
         let mut blocking = loop {
             match self.controller()?.blocking(namespace, timeout) {
-                Err(Error::NoQueuePairsLeft { .. }) if Instant::now() < until => {
+                Err(DriverError::NoQueuePairsLeft { .. }) if Instant::now() < until => {
                     std::thread::sleep(Duration::from_millis(1));
                 }
-                made => break made.map_err(|error| error.to_string())?,
+                made => break made.map_err(failed)?,
             }
         };
-        blocking.flush().map_err(|error| error.to_string())
+        blocking.flush().map_err(failed)
     }
 
     /// Tells the controller that we are leaving, so that it saves what it holds. The drive cannot be used afterwards.
     pub fn shutdown(&self) {
         self.log.tell_left_out(&self.name, true);
-        let condition = std::mem::replace(&mut self.state().condition, Condition::Over);
-        if let Condition::Present(present) = condition
-            && let Err(error) = present.controller.shutdown()
+        let condition = std::mem::replace(&mut self.state().condition, Condition::Closed);
+        if let Condition::Attached(attached) = condition
+            && let Err(error) = attached.controller.shutdown()
         {
             log::warn!("{}: shutdown notification failed: {error}", self.name);
         }
     }
 }
 
-fn new_event() -> Result<EventFd, NotBack> {
-    EventFd::new().map_err(|error| NotBack::Unfit(format!("cannot make an eventfd: {error}")))
+fn new_event() -> Result<EventFd, OpenError> {
+    EventFd::new().map_err(|error| OpenError::Unusable(Failure::EventFd(error)))
 }
 
 impl fmt::Display for Drive {

@@ -1,5 +1,5 @@
 //! The thread that asks a drive how it is, and does for it what may wait: deals out its queue pairs, and gives back those that nobody
-//! uses. Each of its commands may take as long as commands may; getting the drive back never waits for them (`keeper`).
+//! uses. Each of its commands may take as long as commands may; getting the drive back never waits for them (`supervisor`).
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -18,8 +18,8 @@ pub(super) fn run(drive: &Drive, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let pause = if dealing { DEAL_PAUSE } else { CHECK_INTERVAL };
         let until = next_check.min(Instant::now() + pause);
-        drive.chores.wait(until.saturating_duration_since(Instant::now()));
-        if stop.load(Ordering::Relaxed) || matches!(drive.state().condition, Condition::Over) {
+        drive.monitor_event.wait(until.saturating_duration_since(Instant::now()));
+        if stop.load(Ordering::Relaxed) || matches!(drive.state().condition, Condition::Closed) {
             return;
         }
         dealing = drive.deal();

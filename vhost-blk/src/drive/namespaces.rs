@@ -43,7 +43,7 @@ impl Known {
     }
 }
 
-/// An exported namespace. The keeper of its drive writes it, the sessions of the export's front-ends read it.
+/// An exported namespace. The supervisor of its drive writes it, the sessions of the export's front-ends read it.
 pub struct ExportedNamespace {
     /// Its identifier.
     pub id: u32,
@@ -95,17 +95,17 @@ impl ExportedNamespace {
     }
 
     /// Takes what was found over, and logs it if it is news. `drive`: its name.
-    pub(super) fn learn(&self, drive: &str, found: Found) {
+    pub(super) fn learn(&self, drive: &str, found: NamespaceStatus) {
         let mut known = self.lock();
         let before = known.clone();
         let id = self.id;
         match found {
-            Found::There(namespace) => match difference(&known.namespace, &namespace) {
+            NamespaceStatus::Active(namespace) => match difference(&known.namespace, &namespace) {
                 Some(why) => known.absent = Some(why),
                 None => known.adopt(namespace),
             },
-            Found::Gone => known.absent = Some("was deleted or detached from the controller".into()),
-            Found::Unusable(why) => known.absent = Some(format!("has another format now: {why}")),
+            NamespaceStatus::Inactive => known.absent = Some("was deleted or detached from the controller".into()),
+            NamespaceStatus::Unusable(why) => known.absent = Some(format!("has another format now: {why}")),
         }
         if *known == before {
             return;
@@ -144,20 +144,20 @@ impl ExportedNamespace {
 }
 
 /// What a look at a namespace has found.
-pub(super) enum Found {
-    There(Namespace),
-    Gone,
+pub(super) enum NamespaceStatus {
+    Active(Namespace),
+    Inactive,
     /// It is there, in a format that cannot be served, for this reason.
     Unusable(String),
 }
 
-impl Found {
+impl NamespaceStatus {
     /// The error says nothing about the namespace, only that nothing could be found out.
-    pub(super) fn look(controller: &Controller, id: u32) -> Result<Found, Error> {
+    pub(super) fn read(controller: &Controller, id: u32) -> Result<NamespaceStatus, Error> {
         match controller.namespace(id) {
-            Ok(namespace) => Ok(Found::There(namespace)),
-            Err(Error::NoSuchNamespace { .. }) => Ok(Found::Gone),
-            Err(Error::Format { reason, .. }) => Ok(Found::Unusable(reason)),
+            Ok(namespace) => Ok(NamespaceStatus::Active(namespace)),
+            Err(Error::NoSuchNamespace { .. }) => Ok(NamespaceStatus::Inactive),
+            Err(Error::Format { reason, .. }) => Ok(NamespaceStatus::Unusable(reason)),
             Err(error) => Err(error),
         }
     }
@@ -196,7 +196,7 @@ impl Drive {
         let exported = self.state().namespaces.clone();
         let mut failed = None;
         for namespace in &exported {
-            match Found::look(controller, namespace.id) {
+            match NamespaceStatus::read(controller, namespace.id) {
                 Ok(found) => namespace.learn(&self.name, found),
                 Err(error) => failed = failed.or(Some(error)),
             }
@@ -256,11 +256,11 @@ mod tests {
         let exported = ExportedNamespace::new(named.clone());
         let offered = exported.known().offer;
         let smaller = Namespace { max_write_zeroes_blocks: 8, max_discard_ranges: 1, nguid: None, ..named.clone() };
-        exported.learn("drive", Found::There(smaller.clone()));
+        exported.learn("drive", NamespaceStatus::Active(smaller.clone()));
         let known = exported.known();
         assert_eq!(known.namespace, Namespace { nguid: named.nguid, ..smaller });
         assert_eq!((known.offer, known.absent), (offered, None), "a driver may have read it");
-        exported.learn("drive", Found::There(Namespace { nguid: Some([9; 16]), ..named }));
+        exported.learn("drive", NamespaceStatus::Active(Namespace { nguid: Some([9; 16]), ..named }));
         assert!(exported.known().absent.is_some());
     }
 
@@ -275,7 +275,7 @@ mod tests {
     fn what_is_no_news_rings_nothing() {
         let exported = ExportedNamespace::new(namespace());
         let (event, other) = (exported.listen().unwrap(), exported.listen().unwrap());
-        let there = |blocks| Found::There(Namespace { blocks, ..namespace() });
+        let there = |blocks| NamespaceStatus::Active(Namespace { blocks, ..namespace() });
         exported.learn("drive", there(1000));
         assert!(!rings(&event));
         exported.learn("drive", there(2000));
@@ -283,9 +283,9 @@ mod tests {
         assert!(rings(&other), "whoever listens hears it");
         drop(other);
         assert_eq!(exported.known().usable().blocks, 2000);
-        exported.learn("drive", Found::Gone);
+        exported.learn("drive", NamespaceStatus::Inactive);
         assert!(rings(&event));
-        exported.learn("drive", Found::Gone);
+        exported.learn("drive", NamespaceStatus::Inactive);
         assert!(!rings(&event));
         let known = exported.known();
         assert_eq!(
@@ -294,7 +294,7 @@ mod tests {
             "nothing to work on, but its size is known"
         );
         // Another one in its place is not it.
-        exported.learn("drive", Found::There(Namespace { block_shift: 12, ..namespace() }));
+        exported.learn("drive", NamespaceStatus::Active(Namespace { block_shift: 12, ..namespace() }));
         assert!(exported.known().absent.is_some_and(|why| why.contains("blocks of 4096")));
         assert!(rings(&event));
         exported.learn("drive", there(1500));

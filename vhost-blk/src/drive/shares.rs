@@ -402,7 +402,7 @@ mod tests {
             self.shares.join(disk, worker, 64, self.granted).unwrap().0
         }
 
-        /// As the keeper does it.
+        /// As the supervisor does it.
         fn deal(&mut self) {
             for _ in 0..100 {
                 self.shares.leaving().into_iter().for_each(|id| self.shares.forget(id));

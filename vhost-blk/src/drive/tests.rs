@@ -72,12 +72,12 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
             });
             // What is wrong is told when the guest has ended.
             until("the guest is at work", || (answered.load(Ordering::Relaxed) > 20).then_some(()));
-            drive.leave(Cause::WantedBack);
+            drive.detach(DetachCause::WantedBack);
             let counters = simulator.counters();
             let after =
                 [&counters.commands_after_shutdown, &counters.power_cuts].map(|count| count.load(Ordering::Relaxed));
             let seen = answered.load(Ordering::Relaxed);
-            let back = drive.come_back();
+            let back = drive.reattach();
             if back.is_ok() {
                 until("the guest goes on", || (answered.load(Ordering::Relaxed) > seen + 20).then_some(()));
             }
@@ -101,16 +101,16 @@ fn a_device_that_is_let_go_is_closed() {
         let lease = share.lease(0, 16).unwrap();
         let handle = lease.start(client.lane(guest, disk));
         for _ in 0..failures {
-            drive.leave(Cause::Failed("a test says so".into()));
-            assert!(drive.is_kept());
-            drive.come_back().unwrap();
+            drive.detach(DetachCause::Failed("a test says so".into()));
+            assert!(drive.device_is_open());
+            drive.reattach().unwrap();
             read(&mut client, guest);
             assert_eq!(until("an answer", || client.answer(guest)).1, OK);
         }
-        drive.leave(Cause::WantedBack);
+        drive.detach(DetachCause::WantedBack);
         let gone = || simulator.counters().front_ends_gone.load(Ordering::Relaxed);
         until("it is closed", || (gone() == 1).then_some(()));
-        drive.come_back().unwrap();
+        drive.reattach().unwrap();
         read(&mut client, guest);
         assert_eq!(until("an answer", || client.answer(guest)).1, OK);
         assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
@@ -136,11 +136,11 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         assert!(start.elapsed() < STOP_MARGIN, "{:?}", start.elapsed());
         // Whoever has left gets no error later.
         assert_eq!(client.answer(guest).map(|(_, status, _)| status), (!forsaken).then_some(IOERR));
-        assert!(matches!(drive.presence(), Presence::Away(_)));
+        assert!(matches!(drive.presence(), Presence::Detached(_)));
         drop(lease);
 
         simulator.faults().clear();
-        drive.come_back().unwrap();
+        drive.reattach().unwrap();
         let lease = share.lease(0, 16).unwrap();
         if forsaken {
             client = Client::new(guest, 0, false, 16);

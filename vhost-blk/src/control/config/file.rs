@@ -87,7 +87,7 @@ impl ExportSection {
         let read_only = section.take::<bool>("read-only");
         let serial = section.take::<Serial>("serial");
         let mut mistakes = section.finish();
-        mistakes.extend(wrong_path.map(|why| source.tell(line, &why)));
+        mistakes.extend(wrong_path.map(|why| source.tell(line, &why.to_string())));
         let settings = device.zip(socket.clone()).map(|(device, socket)| ExportSettings {
             device,
             listen: Listen::Path(socket),

@@ -40,7 +40,7 @@ impl ControlLoop {
             while !stopped.load(Ordering::Relaxed) {
                 pool.events().into_iter().for_each(|event| registry.handle(event));
                 registry.check_keepers();
-                registry.served().drives.iter().for_each(|drive| drive.mind_patience());
+                registry.served().drives.iter().for_each(|drive| drive.check_hold());
                 registry.served().servers.iter().for_each(|server| server.export().tell_left_out(false));
                 for drive in &mut pending {
                     if let Err(why) = drive.step(&registry) {
@@ -104,8 +104,8 @@ pub(super) fn describe(registry: &Registry, pending: &[PendingDrive], unserved: 
     let served = registry.served();
     for drive in &served.drives {
         match drive.presence() {
-            Presence::There => {}
-            Presence::Away(why) => reasons.push(why),
+            Presence::Attached => {}
+            Presence::Detached(why) => reasons.push(why),
             Presence::Changing => return None,
         }
     }
@@ -114,6 +114,6 @@ pub(super) fn describe(registry: &Registry, pending: &[PendingDrive], unserved: 
     if reasons.is_empty() {
         return Some(format!("ready for front-ends on {sockets}"));
     }
-    let served = served.servers.iter().filter(|server| server.export().drive.presence() == Presence::There).count();
+    let served = served.servers.iter().filter(|server| server.export().drive.presence() == Presence::Attached).count();
     Some(format!("serving {served} of {sockets}; {}", reasons.join("; ")))
 }

@@ -149,8 +149,8 @@ impl Target {
         servers.iter().for_each(Server::ask_to_stop);
         let exports = servers.into_iter().map(|server| server.export().clone()).collect();
         self.control_loop = None;
-        let Served { keepers, drives, .. } = std::mem::take(&mut *self.registry.served());
-        drop(keepers);
+        let Served { supervisors, drives, .. } = std::mem::take(&mut *self.registry.served());
+        drop(supervisors);
         drives.iter().for_each(|drive| drive.shutdown());
         exports
     }
@@ -189,7 +189,7 @@ mod tests {
     fn a_thread_that_dies_ends_the_program() {
         for (place, message) in [
             ("server panics", "died: asked to by a test; it is safe"),
-            ("keeper panics", "keeper panics died (see the panic above); it is safe"),
+            ("supervisor panics", "supervisor panics died (see the panic above); it is safe"),
             ("control loop panics", "the control loop died: asked to by a test; it is safe"),
         ] {
             let folder = tempfile::tempdir().unwrap();

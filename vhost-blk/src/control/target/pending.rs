@@ -19,8 +19,7 @@ use super::registry::Registry;
 use super::unserved::leave;
 use crate::control::config::ExportSettings;
 use crate::datapath::worker::WorkerPool;
-use crate::drive::DeviceAddress;
-use crate::drive::{Drive, NotBack, longer};
+use crate::drive::{DeviceAddress, Drive, Failure, OpenError, longer};
 use crate::vhost_user::export::Export;
 use crate::vhost_user::listener::Listener;
 use crate::virtio::memory::Budget;
@@ -62,7 +61,7 @@ enum Step {
     /// An attempt to open it, at this time.
     AttemptAt(Instant),
     /// An attempt is under way.
-    Attempting { began: Instant, result: Receiver<Result<OpenedDrive, NotBack>> },
+    Attempting { began: Instant, result: Receiver<Result<OpenedDrive, OpenError>> },
 }
 
 /// A disk that is not served yet.
@@ -153,8 +152,8 @@ impl PendingDrive {
         }
         match &self.next {
             Step::AttemptAt(time) if *time <= Instant::now() => {
-                if let Err(why) = self.begin() {
-                    self.end(Err(NotBack::Unfit(why)), registry)?;
+                if let Err(error) = self.begin() {
+                    self.end(Err(error), registry)?;
                 }
             }
             Step::AttemptAt(_) => {}
@@ -181,7 +180,7 @@ impl PendingDrive {
     }
 
     /// Begins an attempt. It has a thread of its own, as a controller may take minutes.
-    fn begin(&mut self) -> Result<(), String> {
+    fn begin(&mut self) -> Result<(), OpenError> {
         let (address, context, drive) = (self.address.clone(), self.context.clone(), self.drive.clone());
         let wanted = self.disks.iter().map(|disk| {
             let PendingDisk { number, settings, export, listener, .. } = disk;
@@ -203,17 +202,17 @@ impl PendingDrive {
         std::thread::Builder::new()
             .name("open-drive".into())
             .spawn(run)
-            .map_err(|error| format!("cannot start to look for {}: {error}", self.address))?;
+            .map_err(|source| OpenError::Unusable(Failure::Thread { address: self.address.clone(), source }))?;
         self.next = Step::Attempting { began: Instant::now(), result: receiver };
         Ok(())
     }
 
-    fn end(&mut self, result: Result<OpenedDrive, NotBack>, registry: &Registry) -> Result<(), String> {
-        self.is_setup = matches!(&result, Ok(_) | Err(NotBack::Withheld(_)));
+    fn end(&mut self, result: Result<OpenedDrive, OpenError>, registry: &Registry) -> Result<(), String> {
+        self.is_setup = matches!(&result, Ok(_) | Err(OpenError::Denied(_)));
         let failed = match result {
             Ok(found) => self.serve(found, registry)?.map(|why| (why, longer(&mut self.pause))),
             Err(error) => {
-                let (why, pause) = error.pause(&mut self.pause);
+                let (why, pause) = (error.to_string(), error.pause(&mut self.pause));
                 let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_deref());
                 let reasons: Vec<&str> = std::iter::once(why.as_str()).chain(unbound).collect();
                 Some((reasons.join("; "), pause))
@@ -296,7 +295,7 @@ fn attempt(
     context: &OpenContext,
     drive: Option<Arc<Drive>>,
     wanted: Vec<DiskRequest>,
-) -> Result<OpenedDrive, NotBack> {
+) -> Result<OpenedDrive, OpenError> {
     let OpenContext { options, hold, pool, budget } = context;
     let drive = match drive {
         Some(drive) => drive,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use crate::datapath::worker::{Cpus, WorkerEvent, WorkerPool};
-use crate::drive::{Drive, Keeper};
+use crate::drive::{Drive, Supervisor};
 use crate::event::EventFd;
 use crate::fault_point::fault_point;
 use crate::vhost_user::Server;
@@ -28,7 +28,7 @@ pub(super) struct Served {
     /// Nothing joins any more.
     pub(super) stopping: bool,
     pub(super) servers: Vec<Server>,
-    pub(super) keepers: Vec<Keeper>,
+    pub(super) supervisors: Vec<Supervisor>,
     pub(super) drives: Vec<Arc<Drive>>,
 }
 
@@ -71,7 +71,7 @@ impl Registry {
         }
         let mut served = self.served();
         if !served.stopping {
-            served.keepers.push(Keeper::start(drive.clone())?);
+            served.supervisors.push(Supervisor::start(drive.clone()).map_err(|error| error.to_string())?);
             served.drives.push(drive);
         }
         Ok(())
@@ -89,11 +89,11 @@ impl Registry {
         }
     }
 
-    /// Notices a drive whose keeper has died: it would never be back.
+    /// Notices a drive whose supervisor has died: it would never be back.
     pub(super) fn check_keepers(&self) {
         let served = self.served();
-        if let Some(drive) = served.keepers.iter().find_map(Keeper::bereft) {
-            self.termination.fatal(format!("the keeper of {drive} died (see the panic above)"));
+        if let Some(drive) = served.supervisors.iter().find_map(Supervisor::bereft) {
+            self.termination.fatal(format!("the supervisor of {drive} died (see the panic above)"));
         }
         for _drive in &served.drives {
             fault_point!("control loop panics", _drive);

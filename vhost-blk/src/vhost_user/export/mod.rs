@@ -55,7 +55,7 @@ impl Export {
         budget: &Arc<Budget>,
         number: usize,
     ) -> Result<Export, String> {
-        let namespace = drive.namespace(settings.namespace)?;
+        let namespace = drive.namespace(settings.namespace).map_err(|error| error.to_string())?;
         let serial = match &settings.serial {
             Some(serial) => serial.to_bytes(),
             None => {
@@ -100,7 +100,7 @@ impl Export {
 
     /// A place for a ring's lane.
     pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, String> {
-        self.share.lease(self.workers.of_ring(ring), ring_size)
+        self.share.lease(self.workers.of_ring(ring), ring_size).map_err(|error| error.to_string())
     }
 
     /// The counters of a ring; they go on over all sessions.

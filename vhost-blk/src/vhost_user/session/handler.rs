@@ -319,7 +319,7 @@ impl Session {
 fn flush(export: &Export) -> std::result::Result<(), String> {
     let (flushes, lost) = (&export.namespace.flushes, || "the drive has lost writes that were not flushed".to_owned());
     let number = flushes.begin_own().ok_or_else(lost)?;
-    export.drive.flush(export.namespace.id)?;
+    export.drive.flush(export.namespace.id).map_err(|error| error.to_string())?;
     if flushes.succeed(number) { Ok(()) } else { Err(lost()) }
 }
 

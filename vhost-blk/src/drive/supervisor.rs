@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use nvme_driver::Controller;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::back::NotBack;
-use super::{Cause, Condition, Drive, monitor};
+use super::error::{Error, OpenError};
+use super::{Condition, DetachCause, Drive, monitor};
 use crate::fault_point::fault_point;
 
 /// Time between two looks at a controller: one that has failed is noticed within it, if no request was with it.
@@ -31,22 +31,25 @@ const RECOVERED: Duration = Duration::from_secs(1);
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
 /// A drive's threads: this one, and its monitor. They end when this is dropped.
-pub struct Keeper {
+pub struct Supervisor {
     drive: Arc<Drive>,
     stop: Arc<AtomicBool>,
     ended: Vec<Receiver<()>>,
 }
 
-impl Keeper {
-    /// Starts to look after a drive. The error is one line.
-    pub fn start(drive: Arc<Drive>) -> Result<Keeper, String> {
-        let mut keeper = Keeper { drive, stop: Arc::default(), ended: Vec::new() };
-        keeper.spawn("keeper", run)?;
-        keeper.spawn("monitor", monitor::run)?;
-        Ok(keeper)
+impl Supervisor {
+    /// Starts to look after a drive.
+    ///
+    /// # Errors
+    /// The system has no thread for it.
+    pub fn start(drive: Arc<Drive>) -> Result<Supervisor, Error> {
+        let mut supervisor = Supervisor { drive, stop: Arc::default(), ended: Vec::new() };
+        supervisor.spawn("supervisor", run)?;
+        supervisor.spawn("monitor", monitor::run)?;
+        Ok(supervisor)
     }
 
-    fn spawn(&mut self, name: &str, run: fn(&Drive, &AtomicBool)) -> Result<(), String> {
+    fn spawn(&mut self, thread: &'static str, run: fn(&Drive, &AtomicBool)) -> Result<(), Error> {
         let (end, ended) = mpsc::channel();
         let (kept, stopped) = (self.drive.clone(), self.stop.clone());
         let run = move || {
@@ -55,10 +58,11 @@ impl Keeper {
             drop(kept);
             drop(end);
         };
-        std::thread::Builder::new()
-            .name(name.into())
-            .spawn(run)
-            .map_err(|error| format!("cannot start the {name} of {}: {error}", self.drive))?;
+        std::thread::Builder::new().name(thread.into()).spawn(run).map_err(|source| Error::Thread {
+            drive: self.drive.to_string(),
+            thread,
+            source,
+        })?;
         self.ended.push(ended);
         Ok(())
     }
@@ -70,11 +74,11 @@ impl Keeper {
     }
 }
 
-impl Drop for Keeper {
+impl Drop for Supervisor {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
-        self.drive.event.notify();
-        self.drive.chores.notify();
+        self.drive.supervisor_event.notify();
+        self.drive.monitor_event.notify();
         let deadline = Instant::now() + STOP_LIMIT;
         for ended in &self.ended {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -90,11 +94,11 @@ fn run(drive: &Drive, stop: &AtomicBool) {
     let mut attempts = Attempts::default();
     // Relaxed: the flag guards nothing but this loop.
     while !stop.load(Ordering::Relaxed) {
-        fault_point!("keeper panics", drive);
+        fault_point!("supervisor panics", drive);
         let until = attempts.next.unwrap_or(Instant::now() + CHECK_INTERVAL);
         wait(drive, until.saturating_duration_since(Instant::now()));
         if let Some(cause) = drive.trouble() {
-            drive.leave(cause);
+            drive.detach(cause);
         }
         drive.look();
         let now = Instant::now();
@@ -102,17 +106,17 @@ fn run(drive: &Drive, stop: &AtomicBool) {
             return;
         }
         let since = match &drive.state().condition {
-            Condition::Present(present) => Some(present.since),
-            Condition::Away(_) => None,
-            Condition::Over => return,
+            Condition::Attached(attached) => Some(attached.since),
+            Condition::Detached(_) => None,
+            Condition::Closed => return,
         };
         match since {
             Some(since) => attempts.works(now.saturating_duration_since(since)),
             None => {
-                let due = attempts.next.unwrap_or_else(|| now + attempts.first(drive.is_kept()));
+                let due = attempts.next.unwrap_or_else(|| now + attempts.first(drive.device_is_open()));
                 attempts.next = Some(due);
                 if now >= due {
-                    let result = drive.come_back();
+                    let result = drive.reattach();
                     attempts.tried(drive, result);
                 }
             }
@@ -123,17 +127,17 @@ fn run(drive: &Drive, stop: &AtomicBool) {
 /// Waits until something is told about the drive, for `time` at most.
 fn wait(drive: &Drive, time: Duration) {
     let device = match &drive.state().condition {
-        Condition::Present(present) => Some(present.device.clone()),
-        Condition::Away(away) => away.kept.as_ref().map(|kept| kept.device.clone()),
-        Condition::Over => None,
+        Condition::Attached(attached) => Some(attached.device.clone()),
+        Condition::Detached(detached) => detached.kept.as_ref().map(|kept| kept.device.clone()),
+        Condition::Closed => None,
     };
-    let mut sources = vec![PollFd::new(&drive.event, PollFlags::IN)];
+    let mut sources = vec![PollFd::new(&drive.supervisor_event, PollFlags::IN)];
     let notices = device.as_ref().map(|device| device.notices());
     sources.extend(notices.iter().map(|notices| PollFd::new(notices, PollFlags::IN)));
     let time = Timespec { tv_sec: time.as_secs() as i64, tv_nsec: time.subsec_nanos().into() };
     // An error (a signal) is a wake-up like any other.
     let _ = poll(&mut sources, Some(&time));
-    drive.event.clear();
+    drive.supervisor_event.clear();
 }
 
 /// Commands that were not answered in time.
@@ -147,32 +151,32 @@ pub(super) struct Expired {
 
 impl Drive {
     /// Why the drive has to go away, if it has to.
-    fn trouble(&self) -> Option<Cause> {
+    fn trouble(&self) -> Option<DetachCause> {
         let expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner).take();
         let notice = match &mut self.state().condition {
-            Condition::Present(present) => present.device.notice(),
-            Condition::Away(away) => {
+            Condition::Attached(attached) => attached.device.notice(),
+            Condition::Detached(detached) => {
                 // It is wanted back, or gone, before it could be brought up again.
-                let kept = away.kept.take_if(|kept| kept.device.notice().is_some());
+                let kept = detached.kept.take_if(|kept| kept.device.notice().is_some());
                 kept.into_iter().for_each(|kept| self.close(kept));
                 None
             }
-            Condition::Over => None,
+            Condition::Closed => None,
         };
         if let Some(notice) = notice {
-            return Some(Cause::from(notice));
+            return Some(DetachCause::from(notice));
         }
         let expired = expired?;
         let controller = match &self.state().condition {
             // What was noticed before the controller came back has been dealt with.
-            Condition::Present(present) if present.since < expired.at => present.controller.clone(),
+            Condition::Attached(attached) if attached.since < expired.at => attached.controller.clone(),
             _ => return None,
         };
         // It may have gone, which is another matter than a command that it has lost.
         if let Err(error) = controller.health() {
-            return Some(Cause::from(&error));
+            return Some(DetachCause::from(&error));
         }
-        self.still_expired(&controller, expired).map(Cause::Failed)
+        self.still_expired(&controller, expired).map(DetachCause::Failed)
     }
 
     /// A controller that activates firmware may pause (CSTS.PP): what it does not answer meanwhile is not lost. After that it has as long as
@@ -207,12 +211,12 @@ pub(crate) fn longer(pause: &mut Duration) -> Duration {
     *pause
 }
 
-impl NotBack {
-    /// Why, and how long it is before the next attempt: `growing` if there is something that does not work.
-    pub(crate) fn pause(self, growing: &mut Duration) -> (String, Duration) {
+impl OpenError {
+    /// How long it is before the next attempt. `growing`: the pause between attempts at what is there and does not work.
+    pub(crate) fn pause(&self, growing: &mut Duration) -> Duration {
         match self {
-            NotBack::Nothing(why) | NotBack::Withheld(why) => (why, LOOK_PAUSE),
-            NotBack::Unfit(why) => (why, longer(growing)),
+            OpenError::Absent(_) | OpenError::Denied(_) => LOOK_PAUSE,
+            OpenError::Unusable(_) => longer(growing),
         }
     }
 }
@@ -244,7 +248,7 @@ impl Attempts {
     }
 
     /// Chooses the time of the next attempt. Tells why this one failed if it is something new.
-    fn tried(&mut self, drive: &Drive, result: Result<(), NotBack>) {
+    fn tried(&mut self, drive: &Drive, result: Result<(), OpenError>) {
         let (why, pause) = match result {
             Ok(()) => {
                 self.times += 1;
@@ -254,10 +258,10 @@ impl Attempts {
                 (self.next, self.told) = (None, None);
                 return;
             }
-            Err(error) => error.pause(&mut self.pause),
+            Err(error) => (error.to_string(), error.pause(&mut self.pause)),
         };
         if self.told.as_ref() != Some(&why) {
-            log::warn!("{drive}: not back yet, which is tried again and again: {why}");
+            log::warn!("{drive}: not back yet; the program goes on trying: {why}");
             self.told = Some(why);
         }
         self.next = Some(Instant::now() + pause);

@@ -8,18 +8,18 @@ use nvme_driver::{Controller, Error};
 use vfio::{Device, DmaAddresses, Notice, ServerIdentity};
 
 use super::shares::Place;
-use super::{Condition, Drive, Present, State};
+use super::{Attached, Condition, Drive, State};
 use crate::datapath::trial::{Suspicion, Trial};
 
 /// Between two looks at what a drive has still to answer.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
 /// A drive that is not in operation.
-pub(super) struct Away {
-    pub cause: Cause,
+pub(super) struct Detached {
+    pub cause: DetachCause,
     pub since: Instant,
     /// Nobody waits for it any more.
-    pub given_up: bool,
+    pub hold_expired: bool,
     /// What was in its volatile cache is lost, for all we know.
     pub cache_lost: bool,
     /// Before it went.
@@ -29,18 +29,18 @@ pub(super) struct Away {
     /// Whether it is the same one that serves it when it is back: another one has lost what the first had in memory.
     pub server: ServerIdentity,
     /// The device, if it is still open.
-    pub kept: Option<Kept>,
+    pub kept: Option<OpenDevice>,
 }
 
 /// A device that is still there: its function has been reset, all memory is mapped as it was.
-pub(super) struct Kept {
+pub(super) struct OpenDevice {
     pub controller: Controller,
     pub device: Device,
 }
 
 /// Why a drive goes away.
 #[derive(Clone, Debug)]
-pub enum Cause {
+pub enum DetachCause {
     /// The controller does not work any more.
     Failed(String),
     /// It is not there any more.
@@ -49,30 +49,30 @@ pub enum Cause {
     WantedBack,
 }
 
-impl From<&Error> for Cause {
-    fn from(error: &Error) -> Cause {
+impl From<&Error> for DetachCause {
+    fn from(error: &Error) -> DetachCause {
         match error.is_gone() {
-            true => Cause::Gone(error.to_string()),
-            false => Cause::Failed(error.to_string()),
+            true => DetachCause::Gone(error.to_string()),
+            false => DetachCause::Failed(error.to_string()),
         }
     }
 }
 
-impl From<Notice> for Cause {
-    fn from(notice: Notice) -> Cause {
+impl From<Notice> for DetachCause {
+    fn from(notice: Notice) -> DetachCause {
         match notice {
-            Notice::RemovalRequested => Cause::WantedBack,
-            Notice::Disconnected => Cause::Gone(notice.to_string()),
-            _ => Cause::Failed(notice.to_string()),
+            Notice::RemovalRequested => DetachCause::WantedBack,
+            Notice::Disconnected => DetachCause::Gone(notice.to_string()),
+            _ => DetachCause::Failed(notice.to_string()),
         }
     }
 }
 
-impl fmt::Display for Cause {
+impl fmt::Display for DetachCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Cause::Failed(why) | Cause::Gone(why) => f.write_str(why),
-            Cause::WantedBack => Notice::RemovalRequested.fmt(f),
+            DetachCause::Failed(why) | DetachCause::Gone(why) => f.write_str(why),
+            DetachCause::WantedBack => Notice::RemovalRequested.fmt(f),
         }
     }
 }
@@ -80,23 +80,23 @@ impl fmt::Display for Cause {
 impl Drive {
     /// Takes the drive away: the controller is stopped first, so that it touches no memory any more; what it has not answered
     /// waits for it to be back; a device that is gone, or cannot be reset, is closed. Nothing happens the second time.
-    pub fn leave(&self, cause: Cause) {
+    pub fn detach(&self, cause: DetachCause) {
         // With this lock no place appears that would be missed here.
         let mut state = self.state();
         let since = Instant::now();
-        if !matches!(state.condition, Condition::Present(_)) {
+        if !matches!(state.condition, Condition::Attached(_)) {
             return;
         }
-        let condition = std::mem::replace(&mut state.condition, Condition::Over);
-        let Condition::Present(Present { device, controller, unsafe_shutdowns, .. }) = condition else { return };
+        let condition = std::mem::replace(&mut state.condition, Condition::Closed);
+        let Condition::Attached(Attached { device, controller, unsafe_shutdowns, .. }) = condition else { return };
         let places = self.shares().places().to_vec();
         // What disappears has lost its power.
-        let mut cache_lost = matches!(cause, Cause::Gone(_));
+        let mut cache_lost = matches!(cause, DetachCause::Gone(_));
         log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
         // As long as there is this seat, places that are paused wait.
         let pause = Arc::new(Trial::default());
         let seat = pause.seat();
-        if let Cause::WantedBack = cause
+        if let DetachCause::WantedBack = cause
             && let Err(error) = self.shut_down(&controller, &places, &pause)
         {
             log::warn!("{}: it goes without having saved its cache: {error}", self.name);
@@ -108,12 +108,13 @@ impl Drive {
             self.memory.detach();
         }
         // A function that was reset has forgotten whatever its controller did not (PCI Express Base 4.0, 6.6.2).
-        let is_kept = matches!(cause, Cause::Failed(_)) && stopped.is_ok() && self.reset_function(&device);
+        let is_kept = matches!(cause, DetachCause::Failed(_)) && stopped.is_ok() && self.reset_function(&device);
         // What makes a drive disappear, time and again, is as bad as what makes it fail.
-        let failed = !matches!(cause, Cause::WantedBack);
+        let failed = !matches!(cause, DetachCause::WantedBack);
         let addresses = device.dma().handed_out();
         let server = device.server();
-        let away = Away { cause, since, given_up: false, cache_lost, unsafe_shutdowns, addresses, server, kept: None };
+        let detached =
+            Detached { cause, since, hold_expired: false, cache_lost, unsafe_shutdowns, addresses, server, kept: None };
         let mut lost = Vec::new();
         for place in &places {
             match self.pool.fail_queue_pair(place.id) {
@@ -132,22 +133,22 @@ impl Drive {
         state.trial = None;
         // The controller's own memory goes when it has been told to leave it alone, and before the device.
         drop(lost);
-        let kept = Kept { controller, device };
+        let kept = OpenDevice { controller, device };
         state.condition = match is_kept {
-            true => Condition::Away(Away { kept: Some(kept), ..away }),
+            true => Condition::Detached(Detached { kept: Some(kept), ..detached }),
             false => {
                 self.close(kept);
-                Condition::Away(away)
+                Condition::Detached(detached)
             }
         };
         if self.hold.is_zero() {
-            self.give_up(&mut state, "requests do not wait for a drive here (--hold 0)");
+            self.expire_hold(&mut state, "requests do not wait for a drive here (--hold 0)");
         }
-        self.event.notify();
+        self.supervisor_event.notify();
     }
 
     /// Takes the guests' memory from a device and closes it.
-    pub(super) fn close(&self, Kept { controller, device }: Kept) {
+    pub(super) fn close(&self, OpenDevice { controller, device }: OpenDevice) {
         self.memory.detach();
         drop(controller);
         if !device.close() {
@@ -185,21 +186,21 @@ impl Drive {
     }
 
     /// Has what waits for the drive answered with an error if it has waited long enough. To be called often, by a thread that
-    /// does not wait for drives: the keeper may be trying just now to get it back.
-    pub fn mind_patience(&self) {
+    /// does not wait for drives: the supervisor may be trying just now to get it back.
+    pub fn check_hold(&self) {
         // While it is being stopped, or given its queue pairs, nothing can be given up: later, then.
         let Some(mut state) = self.state_now() else { return };
-        if let Condition::Away(Away { since, given_up: false, .. }) = &state.condition
+        if let Condition::Detached(Detached { since, hold_expired: false, .. }) = &state.condition
             && since.elapsed() >= self.hold
         {
-            self.give_up(&mut state, &format!("it was not back within {:?}", self.hold));
+            self.expire_hold(&mut state, &format!("it was not back within {:?}", self.hold));
         }
     }
 
     /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
-    fn give_up(&self, state: &mut State, why: &str) {
-        let Condition::Away(away @ Away { given_up: false, .. }) = &mut state.condition else { return };
-        away.given_up = true;
+    fn expire_hold(&self, state: &mut State, why: &str) {
+        let Condition::Detached(detached @ Detached { hold_expired: false, .. }) = &mut state.condition else { return };
+        detached.hold_expired = true;
         log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
         self.shares().places().iter().for_each(|place| self.pool.give_up(place.id));
     }

@@ -66,12 +66,12 @@ impl Drive {
     /// The drive says how often it has lost its power. When it came back it may not have said so.
     fn settle_losses(&self, count: u128) {
         let mut state = self.state();
-        let Condition::Present(present) = &mut state.condition else { return };
-        if !std::mem::take(&mut present.unsure) || present.unsafe_shutdowns == Some(count) {
+        let Condition::Attached(attached) = &mut state.condition else { return };
+        if !std::mem::take(&mut attached.unsure) || attached.unsafe_shutdowns == Some(count) {
             return;
         }
-        present.unsafe_shutdowns = Some(count);
-        let losses = present.losses();
+        attached.unsafe_shutdowns = Some(count);
+        let losses = attached.losses();
         state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name, losses));
     }
 
