@@ -16,10 +16,10 @@ use crate::backend::{Backend, MappedArea, Region};
 /// Values are in the host's byte order; the device's is little-endian.
 #[derive(Clone)]
 pub struct Bar {
-    inner: Arc<Inner>,
+    inner: Arc<BarInner>,
 }
 
-struct Inner {
+struct BarInner {
     index: u32,
     region: Region,
     backend: Arc<dyn Backend>,
@@ -30,7 +30,7 @@ struct Inner {
 
 impl Bar {
     pub(crate) fn new(index: u32, region: Region, backend: Arc<dyn Backend>, device: String) -> Bar {
-        Bar { inner: Arc::new(Inner { index, region, backend, device, told: AtomicBool::new(false) }) }
+        Bar { inner: Arc::new(BarInner { index, region, backend, device, told: AtomicBool::new(false) }) }
     }
 
     /// The region's size in bytes.

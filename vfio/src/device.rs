@@ -34,10 +34,10 @@ impl Default for OpenOptions {
 /// The device is given back when the last clone, [`Bar`], [`Doorbell`](crate::Doorbell) and DMA mapping is gone.
 #[derive(Clone)]
 pub struct Device {
-    inner: Arc<Inner>,
+    inner: Arc<DeviceInner>,
 }
 
-struct Inner {
+struct DeviceInner {
     address: Address,
     backend: Arc<dyn Backend>,
     dma: DmaSpace,
@@ -60,7 +60,7 @@ impl Device {
             config_space::enable_device(&*backend)?;
         }
         let dma = DmaSpace::new(backend.clone(), address.to_string());
-        Ok(Device { inner: Arc::new(Inner { address: address.clone(), backend, dma }) })
+        Ok(Device { inner: Arc::new(DeviceInner { address: address.clone(), backend, dma }) })
     }
 
     /// The address it was opened with.

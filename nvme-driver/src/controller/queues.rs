@@ -25,15 +25,16 @@ pub struct QueuePairOptions {
 
 /// The queue identifiers the controller granted, and who has them.
 pub(crate) struct Queues {
-    /// `places[0]` is queue identifier 1.
-    places: Vec<Option<Place>>,
+    /// `slots[0]` is queue identifier 1.
+    slots: Vec<Option<QueueSlot>>,
     /// Vectors for queue pairs that are taken; `[0]` is vector 1.
     vectors: Vec<bool>,
     /// Memory the controller may still write to although its owner has given it up; freed by a reset.
     quarantine: Vec<DmaBuffer>,
 }
 
-struct Place {
+/// One granted queue identifier in use: a queue pair, and what the controller knows of it.
+struct QueueSlot {
     /// Dead when the queue pair was dropped without being deleted.
     lease: Weak<()>,
     /// Keeps the queues' memory until the controller has been told to forget it, whatever the owner does.
@@ -55,27 +56,27 @@ enum State {
 impl Queues {
     pub(super) fn new(granted: u16, vectors: usize) -> Queues {
         Queues {
-            places: std::iter::repeat_with(|| None).take(granted.into()).collect(),
+            slots: std::iter::repeat_with(|| None).take(granted.into()).collect(),
             vectors: vec![false; vectors.saturating_sub(1)],
             quarantine: Vec::new(),
         }
     }
 
     pub(super) fn granted(&self) -> u16 {
-        self.places.len() as u16
+        self.slots.len() as u16
     }
 
     /// After the controller was disabled: it has forgotten all queues, and touches no memory any more.
     pub(super) fn forget(&mut self) {
-        for place in self.places.iter_mut() {
-            if let Some(place) = place {
-                place.state = State::Unknown;
+        for slot in self.slots.iter_mut() {
+            if let Some(slot) = slot {
+                slot.state = State::Unknown;
             }
-            if place.as_ref().is_some_and(|place| place.lease.strong_count() == 0) {
-                if let Some(vector) = place.as_ref().and_then(|place| place.vector) {
+            if slot.as_ref().is_some_and(|slot| slot.lease.strong_count() == 0) {
+                if let Some(vector) = slot.as_ref().and_then(|slot| slot.vector) {
                     self.vectors[usize::from(vector) - 1] = false;
                 }
-                *place = None;
+                *slot = None;
             }
         }
         self.quarantine.clear();
@@ -85,9 +86,9 @@ impl Queues {
     /// still had by somebody, and nothing has changed.
     pub(super) fn regrant(&mut self, granted: u16) -> bool {
         let granted = usize::from(granted);
-        let fits = self.places.iter().skip(granted).all(Option::is_none);
+        let fits = self.slots.iter().skip(granted).all(Option::is_none);
         if fits {
-            self.places.resize_with(granted, || None);
+            self.slots.resize_with(granted, || None);
         }
         fits
     }
@@ -99,7 +100,7 @@ impl Queues {
 
     /// The controller could not be stopped and may write to all of this for ever: it is not used again.
     pub(super) fn abandon(&self) {
-        self.places.iter().flatten().map(|place| &place.memory).chain(&self.quarantine).for_each(DmaBuffer::abandon);
+        self.slots.iter().flatten().map(|slot| &slot.memory).chain(&self.quarantine).for_each(DmaBuffer::abandon);
     }
 
     fn take_vector(&mut self) -> Result<u16, Error> {
@@ -116,8 +117,8 @@ impl Queues {
     }
 
     fn give_back(&mut self, id: u16) {
-        if let Some(place) = self.places[usize::from(id) - 1].take()
-            && let Some(vector) = place.vector
+        if let Some(slot) = self.slots[usize::from(id) - 1].take()
+            && let Some(vector) = slot.vector
         {
             self.vectors[usize::from(vector) - 1] = false;
         }
@@ -149,8 +150,8 @@ impl Shadow {
         }
         let command = Command::new(admin::DOORBELL_BUFFER_CONFIG, 0).with_prps(self.values.iova(), self.events.iova());
         admin.execute(hardware, command, patience, || "Doorbell Buffer Config".into())?;
-        let place = |index| part(&self.values, index, self.stride);
-        admin.use_shadow(AdminShadow { tail: place(0), head: place(1) });
+        let word = |index| part(&self.values, index, self.stride);
+        admin.use_shadow(AdminShadow { tail: word(0), head: word(1) });
         Ok(())
     }
 
@@ -181,7 +182,7 @@ impl Controller {
     }
 
     /// Creates a queue pair. Give it back with [`Controller::delete_queue_pair`]; one that was dropped is deleted when its
-    /// place is needed.
+    /// slot is needed.
     pub fn create_queue_pair(&self, options: QueuePairOptions) -> Result<QueuePair, Error> {
         let inner = &*self.inner;
         let limit = match inner.identity.quirks.has(Quirk::OneCommand) {
@@ -193,15 +194,15 @@ impl Controller {
             return Err(Error::Invalid(format!("a queue pair of {entries} entries cannot be; ask for 2 or more")));
         }
         let mut queues = lock(&inner.queues);
-        let id = match queues.places.iter().position(Option::is_none) {
+        let id = match queues.slots.iter().position(Option::is_none) {
             Some(at) => at as u16 + 1,
             None => self.reclaim(&mut queues)?,
         };
         let vector = options.interrupt.then(|| queues.take_vector()).transpose()?;
         let result = self.make_pair(&mut queues, id, entries, vector);
-        // The vector stays taken with the place, which stays taken while the controller may know of the queues.
+        // The vector stays taken with the slot, which stays taken while the controller may know of the queues.
         if let Some(vector) = vector
-            && queues.places[usize::from(id) - 1].is_none()
+            && queues.slots[usize::from(id) - 1].is_none()
         {
             queues.vectors[usize::from(vector) - 1] = false;
         }
@@ -229,7 +230,7 @@ impl Controller {
         };
         let pair = QueuePair::new(inner.hardware.device.dma(), settings, submission, completion)
             .doing("allocate the memory of a queue pair")?;
-        queues.places[usize::from(id) - 1] = Some(Place {
+        queues.slots[usize::from(id) - 1] = Some(QueueSlot {
             lease: Arc::downgrade(pair.lease()),
             memory: pair.memory().clone(),
             vector,
@@ -248,8 +249,8 @@ impl Controller {
     /// not be called: the queues begin anew here, so that the controller finds no command from before the reset in them.
     pub fn recreate_queue_pair(&self, pair: &mut QueuePair) -> Result<(), Error> {
         let mut queues = lock(&self.inner.queues);
-        let place = self.place_of(&mut queues, pair)?;
-        if place.state != State::Unknown {
+        let slot = self.slot_of(&mut queues, pair)?;
+        if slot.state != State::Unknown {
             return Err(Error::Invalid(format!(
                 "queue pair {} exists; it is created again only after a reset",
                 pair.id()
@@ -276,17 +277,17 @@ impl Controller {
     /// After an error the controller may still use that memory, until it has been reset; the queues' own is kept until then.
     pub fn delete_queue_pair(&self, pair: QueuePair) -> Result<(), Error> {
         let mut queues = lock(&self.inner.queues);
-        self.place_of(&mut queues, &pair)?;
+        self.slot_of(&mut queues, &pair)?;
         self.remove_queues(&mut queues, pair.id())?;
         queues.give_back(pair.id());
         Ok(())
     }
 
-    /// The place of a pair, if it is one of this controller's.
-    fn place_of<'a>(&self, queues: &'a mut Queues, pair: &QueuePair) -> Result<&'a mut Place, Error> {
+    /// The slot of a pair, if it is one of this controller's.
+    fn slot_of<'a>(&self, queues: &'a mut Queues, pair: &QueuePair) -> Result<&'a mut QueueSlot, Error> {
         let lease = Arc::downgrade(pair.lease());
-        let place = usize::from(pair.id()).checked_sub(1).and_then(|at| queues.places.get_mut(at)?.as_mut());
-        place.filter(|place| place.lease.ptr_eq(&lease)).ok_or_else(|| {
+        let slot = usize::from(pair.id()).checked_sub(1).and_then(|at| queues.slots.get_mut(at)?.as_mut());
+        slot.filter(|slot| slot.lease.ptr_eq(&lease)).ok_or_else(|| {
             Error::Invalid(format!(
                 "queue pair {} does not belong to controller {}",
                 pair.id(),
@@ -297,8 +298,8 @@ impl Controller {
 
     /// Deletes a queue pair whose owner has dropped it, and returns its identifier.
     fn reclaim(&self, queues: &mut Queues) -> Result<u16, Error> {
-        let dropped = |place: &Option<Place>| place.as_ref().is_some_and(|place| place.lease.strong_count() == 0);
-        let Some(at) = queues.places.iter().position(dropped) else {
+        let dropped = |slot: &Option<QueueSlot>| slot.as_ref().is_some_and(|slot| slot.lease.strong_count() == 0);
+        let Some(at) = queues.slots.iter().position(dropped) else {
             return Err(Error::NoQueuePairsLeft { granted: queues.granted() });
         };
         let id = at as u16 + 1;
@@ -314,18 +315,18 @@ impl Controller {
         const INTERRUPTS: u32 = 2;
         let inner = &*self.inner;
         let id = pair.id();
-        let Some(place) = &mut queues.places[usize::from(id) - 1] else {
-            return Err(Error::Invalid(format!("queue pair {id} has no place")));
+        let Some(slot) = &mut queues.slots[usize::from(id) - 1] else {
+            return Err(Error::Invalid(format!("queue pair {id} has no slot")));
         };
         let size = u32::from(pair.entries() - 1) << 16 | u32::from(id);
-        let flags = place.vector.map_or(CONTIGUOUS, |vector| u32::from(vector) << 16 | INTERRUPTS | CONTIGUOUS);
+        let flags = slot.vector.map_or(CONTIGUOUS, |vector| u32::from(vector) << 16 | INTERRUPTS | CONTIGUOUS);
         let mut admin = lock(&inner.admin);
         let completion =
             Command::new(admin::CREATE_CQ, 0).with_prps(pair.completion_iova(), 0).with_cdw10(size).with_cdw11(flags);
         admin.execute(&inner.hardware, completion, inner.options.needed(), || {
             format!("Create I/O Completion Queue {id} of {} entries", pair.entries())
         })?;
-        place.state = State::CompletionOnly;
+        slot.state = State::CompletionOnly;
         let submission = Command::new(admin::CREATE_SQ, 0)
             .with_prps(pair.submission_iova(), 0)
             .with_cdw10(size)
@@ -333,26 +334,26 @@ impl Controller {
         admin.execute(&inner.hardware, submission, inner.options.needed(), || {
             format!("Create I/O Submission Queue {id} of {} entries", pair.entries())
         })?;
-        place.state = State::Created;
+        slot.state = State::Created;
         Ok(())
     }
 
     /// Delete I/O Submission Queue, then Delete I/O Completion Queue (NVMe Base 2.0, 5.7, 5.6), as far as they exist.
     fn remove_queues(&self, queues: &mut Queues, id: u16) -> Result<(), Error> {
         let inner = &*self.inner;
-        let Some(place) = &mut queues.places[usize::from(id) - 1] else { return Ok(()) };
+        let Some(slot) = &mut queues.slots[usize::from(id) - 1] else { return Ok(()) };
         let mut admin = lock(&inner.admin);
         let mut delete = |opcode, name: &str| {
             let command = Command::new(opcode, 0).with_cdw10(id.into());
             admin.execute(&inner.hardware, command, inner.options.needed(), || format!("{name} {id}"))
         };
-        if place.state == State::Created {
+        if slot.state == State::Created {
             delete(admin::DELETE_SQ, "Delete I/O Submission Queue")?;
-            place.state = State::CompletionOnly;
+            slot.state = State::CompletionOnly;
         }
-        if place.state == State::CompletionOnly {
+        if slot.state == State::CompletionOnly {
             delete(admin::DELETE_CQ, "Delete I/O Completion Queue")?;
-            place.state = State::Unknown;
+            slot.state = State::Unknown;
         }
         Ok(())
     }

@@ -114,12 +114,12 @@ mod tests {
     use super::*;
 
     /// The controller's side: writes entries with the phase of its pass.
-    struct Controller {
+    struct ControllerSide {
         entries: Arc<[CompletionEntry]>,
         written: usize,
     }
 
-    impl Controller {
+    impl ControllerSide {
         fn complete(&mut self, id: u16, result: u32) {
             let entry = &self.entries[self.written % self.entries.len()];
             let phase = u64::from((self.written / self.entries.len()).is_multiple_of(2));
@@ -137,9 +137,9 @@ mod tests {
         all
     }
 
-    fn pair(entries: usize) -> (Controller, CompletionQueue<Arc<[CompletionEntry]>>) {
+    fn pair(entries: usize) -> (ControllerSide, CompletionQueue<Arc<[CompletionEntry]>>) {
         let entries: Arc<[CompletionEntry]> = (0..entries).map(|_| CompletionEntry::default()).collect();
-        (Controller { entries: entries.clone(), written: 0 }, CompletionQueue::new(entries))
+        (ControllerSide { entries: entries.clone(), written: 0 }, CompletionQueue::new(entries))
     }
 
     #[test]

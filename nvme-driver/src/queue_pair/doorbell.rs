@@ -19,16 +19,16 @@ pub(crate) struct ShadowDoorbells {
 }
 
 /// One doorbell, with its shadow if the controller takes shadows.
-pub(crate) struct Bell {
+pub(crate) struct QueueDoorbell {
     register: Doorbell,
     shadow: Option<ShadowDoorbell>,
 }
 
-impl Bell {
-    pub(super) fn new(register: Doorbell, shadow: Option<ShadowDoorbell>) -> Bell {
-        let bell = Bell { register, shadow };
-        bell.reset();
-        bell
+impl QueueDoorbell {
+    pub(super) fn new(register: Doorbell, shadow: Option<ShadowDoorbell>) -> QueueDoorbell {
+        let doorbell = QueueDoorbell { register, shadow };
+        doorbell.reset();
+        doorbell
     }
 
     /// Announces `value`. Everything written to the queue before is visible to the controller first. True if the register

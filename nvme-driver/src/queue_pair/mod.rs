@@ -24,10 +24,10 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::data_pointer::{LIST_WORDS, MAX_COMMAND_BYTES, PAGE_BYTES, SglAlignment};
 use crate::{Command, Status};
 use completion::{CompletionEntry, CompletionQueue};
-use doorbell::Bell;
+use doorbell::QueueDoorbell;
 use requests::{Outcome, Requests};
 use slots::{NO_REQUEST, Released, Slots};
-use staged::{MOST_PLACES, Staged};
+use staged::{MOST_REQUESTS, Staged};
 use submission::{SubmissionEntry, SubmissionQueue};
 
 pub use counters::Counters;
@@ -105,8 +105,8 @@ pub struct QueuePair {
     /// Long requests do not go on.
     held: bool,
     counters: Counters,
-    submission_bell: Bell,
-    completion_bell: Bell,
+    submission_doorbell: QueueDoorbell,
+    completion_doorbell: QueueDoorbell,
     requests: Requests,
     stale: Stale,
     clock: Clock,
@@ -154,7 +154,7 @@ impl QueuePair {
         let completion_at = (entries * size_of::<SubmissionEntry>()).next_multiple_of(page);
         let lists_at = completion_at + (entries * size_of::<CompletionEntry>()).next_multiple_of(page);
         let memory = dma.allocate(lists_at + slots * page)?;
-        let (submission_bell, completion_bell) = match settings.shadow {
+        let (submission_doorbell, completion_doorbell) = match settings.shadow {
             Some(shadow) => (Some(shadow.submission), Some(shadow.completion)),
             None => (None, None),
         };
@@ -175,9 +175,9 @@ impl QueuePair {
             staged: Staged::new(slots),
             held: false,
             counters: Counters::default(),
-            submission_bell: Bell::new(submission, submission_bell),
-            completion_bell: Bell::new(completion, completion_bell),
-            requests: Requests::new(slots + MOST_PLACES),
+            submission_doorbell: QueueDoorbell::new(submission, submission_doorbell),
+            completion_doorbell: QueueDoorbell::new(completion, completion_doorbell),
+            requests: Requests::new(slots + MOST_REQUESTS),
             stale: Stale::default(),
             clock: Clock { start: Instant::now(), now: 0, timeout, next_look: 0 },
             completions: Completions::Polling,
@@ -275,7 +275,7 @@ impl QueuePair {
         }
         self.counters.commands += written as u64;
         self.counters.batches += 1;
-        if self.submission_bell.announce(tail) {
+        if self.submission_doorbell.announce(tail) {
             self.counters.submission_doorbells += 1;
         }
     }
@@ -312,7 +312,7 @@ impl QueuePair {
             // Acquire fence: the entries have been read before the controller may write over them; the doorbell itself orders
             // stores only. Pairs with the controller's read of the doorbell, after which it reuses the entries.
             fence(Ordering::Acquire);
-            if self.completion_bell.announce(self.completion.head()) {
+            if self.completion_doorbell.announce(self.completion.head()) {
                 self.counters.completion_doorbells += 1;
             }
             if !self.staged.is_empty() {
@@ -459,8 +459,8 @@ impl QueuePair {
         self.counters.completions = self.counters.commands;
         self.submission.reset();
         self.completion.reset();
-        self.submission_bell.reset();
-        self.completion_bell.reset();
+        self.submission_doorbell.reset();
+        self.completion_doorbell.reset();
     }
 }
 

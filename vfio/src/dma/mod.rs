@@ -34,7 +34,7 @@ const KEPT_BACK: u64 = 64 << 30;
 /// The DMA address space of a device. Clones are the same space.
 #[derive(Clone)]
 pub struct DmaSpace {
-    inner: Arc<Inner>,
+    inner: Arc<DmaSpaceInner>,
 }
 
 /// What a device demands of memory that it is to reach, for whoever wants to know while the device is not open.
@@ -83,7 +83,7 @@ pub struct DmaAddresses {
     highest: u64,
 }
 
-struct Inner {
+struct DmaSpaceInner {
     device: String,
     backend: Arc<dyn Backend>,
     ranges: Vec<IovaRange>,
@@ -108,7 +108,9 @@ impl DmaSpace {
         let addresses = backend.addresses(&|| RangeAllocator::new(&ranges));
         let last_for_others = last_for_others(&ranges);
         let pool = Pool::default();
-        DmaSpace { inner: Arc::new(Inner { device, backend, ranges, last_for_others, alignment, addresses, pool }) }
+        DmaSpace {
+            inner: Arc::new(DmaSpaceInner { device, backend, ranges, last_for_others, alignment, addresses, pool }),
+        }
     }
 
     /// Allocates memory of zeroes for the device: `bytes` bytes (rounded up to pages of 4096 bytes), page-aligned for

@@ -1,7 +1,7 @@
 //! Long requests: those of many commands, which share the queue pair with everybody else while they last.
 //!
-//! Each has a place, and all of them together only so many commands out at once. The next command is one of the owner who has
-//! been served least, and among its requests of the one that has been; what counts are the bytes moved.
+//! A queue pair has at most [`MOST_REQUESTS`] of them, and all together only so many commands out at once. The next command is
+//! one of the owner who has been served least, and among its requests of the one that has been; what counts are the bytes moved.
 
 use super::job::Job;
 use crate::{LbaRange, Segment};
@@ -16,8 +16,8 @@ const MOST_COMMANDS: usize = 32;
 const MOST_BYTES: u64 = 16 << 20;
 
 /// Long requests that there may be.
-pub(super) const MOST_PLACES: usize = 64;
-/// One owner may have so many, unless half of all places are taken: then it may have one.
+pub(super) const MOST_REQUESTS: usize = 64;
+/// One owner may have so many, unless the queue pair has half of [`MOST_REQUESTS`]: then it may have one.
 const MOST_OF_OWNER: usize = 16;
 /// Segments and ranges in the requests of an owner that has several.
 const MOST_ENTRIES: usize = 16 << 10;
@@ -39,7 +39,7 @@ struct Lists {
 }
 
 /// A long request.
-struct Place {
+struct LongRequest {
     request: u16,
     token: u64,
     /// Bytes it was served, and what it had to begin with.
@@ -50,7 +50,7 @@ struct Place {
     lists: Lists,
 }
 
-impl Place {
+impl LongRequest {
     fn owner(&self) -> u32 {
         owner(self.token)
     }
@@ -81,8 +81,8 @@ pub(super) struct Next<'a> {
 
 /// The long requests of a queue pair.
 pub(super) struct Staged {
-    places: Vec<Place>,
-    /// Those who have a place.
+    requests: Vec<LongRequest>,
+    /// Those who have a request here.
     owners: Vec<Owner>,
     /// Of the commands that are out: how many, and what they weigh.
     commands: usize,
@@ -99,8 +99,8 @@ impl Staged {
     /// None, on a queue pair with this many slots.
     pub(super) fn new(slots: usize) -> Staged {
         Staged {
-            places: Vec::with_capacity(MOST_PLACES),
-            owners: Vec::with_capacity(MOST_PLACES),
+            requests: Vec::with_capacity(MOST_REQUESTS),
+            owners: Vec::with_capacity(MOST_REQUESTS),
             commands: 0,
             weight: 0,
             most_commands: (slots / 2).clamp(1, MOST_COMMANDS),
@@ -113,18 +113,18 @@ impl Staged {
     /// Are there none?
     #[inline]
     pub(super) fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.requests.is_empty()
     }
 
     /// May there be one more, with this many segments and ranges?
     pub(super) fn admits(&self, token: u64, entries: usize) -> bool {
         let Some(owner) = self.owners.iter().find(|other| other.id == owner(token)) else {
-            return self.places.len() < MOST_PLACES;
+            return self.requests.len() < MOST_REQUESTS;
         };
-        let its = self.places.iter().filter(|place| place.owner() == owner.id);
+        let its = self.requests.iter().filter(|long| long.owner() == owner.id);
         owner.requests < MOST_OF_OWNER
-            && self.places.len() < MOST_PLACES / 2
-            && its.map(Place::entries).sum::<usize>() + entries <= MOST_ENTRIES
+            && self.requests.len() < MOST_REQUESTS / 2
+            && its.map(LongRequest::entries).sum::<usize>() + entries <= MOST_ENTRIES
     }
 
     /// Takes one, which was admitted. The lists are copied, since the caller's are gone when `submit` returns.
@@ -136,8 +136,8 @@ impl Staged {
         let served = match self.owners.iter_mut().find(|other| other.id == owner(token)) {
             Some(owner) => {
                 owner.requests += 1;
-                let its = self.places.iter().filter(|place| place.owner() == owner.id);
-                its.map(|place| place.served).min()
+                let its = self.requests.iter().filter(|long| long.owner() == owner.id);
+                its.map(|long| long.served).min()
             }
             None => {
                 let served = self.owners.iter().map(|owner| owner.served).min().unwrap_or_default();
@@ -146,7 +146,7 @@ impl Staged {
             }
         };
         let served = served.unwrap_or_default();
-        self.places.push(Place { request, token, served, begun: false, job, lists });
+        self.requests.push(LongRequest { request, token, served, begun: false, job, lists });
     }
 
     /// May a command of a long request be issued?
@@ -163,23 +163,23 @@ impl Staged {
     /// The request whose turn it is.
     pub(super) fn next(&mut self) -> Option<(usize, Next<'_>)> {
         let owner = self.owners.iter().min_by_key(|owner| owner.served)?.id;
-        let its = self.places.iter_mut().enumerate().filter(|(_, place)| place.owner() == owner);
-        let (at, place) = its.min_by_key(|(_, place)| place.served)?;
-        let Place { request, job, lists, .. } = place;
+        let its = self.requests.iter_mut().enumerate().filter(|(_, long)| long.owner() == owner);
+        let (at, long) = its.min_by_key(|(_, long)| long.served)?;
+        let LongRequest { request, job, lists, .. } = long;
         Some((at, Next { request: *request, job, segments: &lists.segments, ranges: &lists.ranges }))
     }
 
-    /// A command of the request at this place was issued. `bytes`: it moves or fills so many; `None`: it discards. Returns what
+    /// A command of the request at this index was issued. `bytes`: it moves or fills so many; `None`: it discards. Returns what
     /// the command weighs, for [`Staged::answered`], and whether it is the first of several.
     pub(super) fn issued(&mut self, at: usize, bytes: Option<u64>) -> (u64, bool) {
         let weight = bytes.map_or(DISCARD, |bytes| bytes.max(LIGHTEST));
         self.commands += 1;
         self.weight += weight;
-        let Some(place) = self.places.get_mut(at) else { return (weight, false) };
-        place.served += weight;
-        let id = place.owner();
-        let done = place.job.is_done(&place.lists.ranges);
-        let first = !std::mem::replace(&mut place.begun, true);
+        let Some(long) = self.requests.get_mut(at) else { return (weight, false) };
+        long.served += weight;
+        let id = long.owner();
+        let done = long.job.is_done(&long.lists.ranges);
+        let first = !std::mem::replace(&mut long.begun, true);
         if let Some(owner) = self.owners.iter_mut().find(|owner| owner.id == id) {
             owner.served += weight;
         }
@@ -199,7 +199,7 @@ impl Staged {
 
     /// Nothing more of this request is to be issued, if it is here.
     pub(super) fn forget(&mut self, request: u16) {
-        if let Some(at) = self.places.iter().position(|place| place.request == request) {
+        if let Some(at) = self.requests.iter().position(|long| long.request == request) {
             self.remove(at);
         }
     }
@@ -207,7 +207,7 @@ impl Staged {
     /// The same for all with such a token; `each` gets the requests.
     pub(super) fn forget_all(&mut self, mut which: impl FnMut(u64) -> bool, mut each: impl FnMut(u16)) {
         let mut at = 0;
-        while let Some(Place { request, token, .. }) = self.places.get(at) {
+        while let Some(LongRequest { request, token, .. }) = self.requests.get(at) {
             if !which(*token) {
                 at += 1;
                 continue;
@@ -224,15 +224,15 @@ impl Staged {
     }
 
     fn remove(&mut self, at: usize) {
-        let place = self.places.swap_remove(at);
-        let id = place.owner();
+        let long = self.requests.swap_remove(at);
+        let id = long.owner();
         if let Some(at) = self.owners.iter().position(|owner| owner.id == id) {
             self.owners[at].requests -= 1;
             if self.owners[at].requests == 0 {
                 self.owners.swap_remove(at);
             }
         }
-        let Lists { mut segments, mut ranges } = place.lists;
+        let Lists { mut segments, mut ranges } = long.lists;
         // What a rare request took goes back.
         if self.spare.len() < SPARE_LISTS && segments.capacity().max(ranges.capacity()) <= SPARE_ENTRIES {
             segments.clear();

@@ -90,7 +90,7 @@ fn who_comes_later_neither_waits_for_nor_catches_up_with_the_others() {
 }
 
 #[test]
-fn nobody_takes_all_places_or_keeps_much_memory() {
+fn nobody_takes_all_room_or_keeps_much_memory() {
     let mut staged = Staged::new(1000);
     let mut request = 0;
     let mut put = |staged: &mut Staged, owner, entries: usize| {
@@ -106,9 +106,9 @@ fn nobody_takes_all_places_or_keeps_much_memory() {
     assert!(put(&mut staged, 0, 1 << 20));
     assert!(!put(&mut staged, 0, 1));
     assert_eq!((0..100).filter(|_| put(&mut staged, 1, 1000)).count(), MOST_OF_OWNER);
-    assert_eq!((0..100).filter(|_| put(&mut staged, 2, 1)).count(), MOST_PLACES / 2 - MOST_OF_OWNER - 1);
+    assert_eq!((0..100).filter(|_| put(&mut staged, 2, 1)).count(), MOST_REQUESTS / 2 - MOST_OF_OWNER - 1);
     // The rest is for those who have none.
-    assert_eq!((3..1000).filter(|&owner| put(&mut staged, owner, 1)).count(), MOST_PLACES / 2);
+    assert_eq!((3..1000).filter(|&owner| put(&mut staged, owner, 1)).count(), MOST_REQUESTS / 2);
     assert!(!put(&mut staged, 1000, 1));
     let mut ended = Vec::new();
     staged.forget_all(|token| token >> OWNER_SHIFT == 1, |request| ended.push(request));

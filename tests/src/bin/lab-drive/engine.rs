@@ -115,7 +115,7 @@ pub(crate) enum Doing<'a> {
 }
 
 /// A request's memory, and what it is about.
-struct Slot {
+struct Transfer {
     buffer: DmaBuffer,
     lba: u64,
     bytes: usize,
@@ -175,7 +175,7 @@ pub(crate) fn run(
     let depth = DEPTH.min(lane.pair.capacity());
     let slots = (0..depth).map(|_| {
         let buffer = dma.allocate((LONGEST + PAGE) as usize)?;
-        Ok(Slot { buffer, lba: 0, bytes: 0, shape: Shape::Aligned })
+        Ok(Transfer { buffer, lba: 0, bytes: 0, shape: Shape::Aligned })
     });
     let mut slots = slots.collect::<Result<Vec<_>>>()?;
     let mut free: Vec<usize> = (0..depth).collect();

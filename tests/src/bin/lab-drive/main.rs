@@ -30,7 +30,7 @@ enum Task {
     /// What the controller and its namespaces say of themselves.
     Identify {
         #[command(flatten)]
-        drive: Drive,
+        drive: DriveArguments,
     },
     /// Writes every block of a namespace under a seed.
     Fill {
@@ -60,7 +60,7 @@ enum Task {
     /// Takes all queue pairs there are, uses all of them, and asks for one more.
     Queues {
         #[command(flatten)]
-        drive: Drive,
+        drive: DriveArguments,
     },
     /// Reads one block that the drive cannot read, and those around it.
     ReadError {
@@ -110,7 +110,7 @@ enum Task {
 
 /// A drive, and how it is opened.
 #[derive(clap::Args)]
-struct Drive {
+struct DriveArguments {
     address: vfio::Address,
     /// Ring the doorbell registers even if the controller offers shadow doorbells.
     #[arg(long)]
@@ -123,14 +123,14 @@ struct Drive {
 #[derive(clap::Args)]
 struct Disk {
     #[command(flatten)]
-    drive: Drive,
+    drive: DriveArguments,
     #[arg(long, default_value_t = 1)]
     namespace: u32,
     #[arg(long, value_enum, default_value = "polling")]
     wait: Wait,
 }
 
-impl Drive {
+impl DriveArguments {
     fn open(&self) -> Result<Controller> {
         let device = vfio::Device::open(&self.address)?;
         let options = Options {

@@ -7,9 +7,9 @@ use nvme_driver::{Completions, Counters, Error, FormatOptions, QueuePairOptions,
 use serde_json::{Value, json};
 
 use crate::engine::{self, Doing, Lane};
-use crate::{Disk, Drive, Result};
+use crate::{Disk, DriveArguments, Result};
 
-pub(crate) fn identify(drive: &Drive) -> Result<Option<Value>> {
+pub(crate) fn identify(drive: &DriveArguments) -> Result<Option<Value>> {
     let controller = drive.open()?;
     let identity = controller.identity();
     let mut namespaces = Vec::new();
@@ -81,7 +81,7 @@ fn whole(disk: &Disk, seed: u64, except: Option<&[Exception]>) -> Result<Option<
 }
 
 /// Every pair reads while all others do, and each by an interrupt of its own, as far as there are vectors.
-pub(crate) fn queues(drive: &Drive) -> Result<Option<Value>> {
+pub(crate) fn queues(drive: &DriveArguments) -> Result<Option<Value>> {
     let controller = drive.open()?;
     let namespace = controller.namespace(1)?;
     let granted = controller.max_queue_pairs();

@@ -7,7 +7,7 @@ use crate::client::{Client, Wrong};
 use crate::hostile::{Deeds, Hostile};
 use crate::namespace::{self, Sufferer, Suffering};
 use crate::random::Random;
-use crate::stand::{Drive, Signal, Target};
+use crate::stand::{Signal, SimulatedDrive, TargetProcess};
 use crate::{Failure, Fault, Options, Programs, RingFormat};
 
 /// What the client uses of its disk.
@@ -88,7 +88,8 @@ pub(crate) fn run(options: &Options, seed: u64, programs: &Programs) -> Result<R
         hostile = Some(Hostile::start(&other)?);
         beside_a_hostile(seed, &folder.path, [&socket, &other])?
     } else {
-        let started = Drive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
+        let started =
+            SimulatedDrive::start(&programs.drive, &folder.path, drive_arguments(options, seed, &folder.path))?;
         let device = format!("vfio-user:{}", started.socket().display());
         drive = Some(started);
         let mut arguments = if options.fault == Fault::Namespace {
@@ -104,7 +105,7 @@ pub(crate) fn run(options: &Options, seed: u64, programs: &Programs) -> Result<R
         }
         arguments
     };
-    let target = Target::start(&programs.target, &folder.path, arguments)?;
+    let target = TargetProcess::start(&programs.target, &folder.path, arguments)?;
     let client = Client::new(random.next(), options.ring == RingFormat::Packed, options.rings)?;
     let (wrong, pauses) = (Wrong::default(), Vec::new());
     let report = Report {
@@ -198,8 +199,8 @@ const STRAY: &str = "stray=50ms..250ms,opcode=read,p=0.05";
 struct Run<'a> {
     options: &'a Options,
     /// The drive, a process of its own, unless there is a hostile.
-    drive: Option<Drive>,
-    target: Target,
+    drive: Option<SimulatedDrive>,
+    target: TargetProcess,
     client: Client,
     hostile: Option<Hostile>,
     random: Random,
@@ -212,7 +213,7 @@ struct Run<'a> {
 }
 
 impl Run<'_> {
-    fn drive(&mut self) -> &mut Drive {
+    fn drive(&mut self) -> &mut SimulatedDrive {
         self.drive.as_mut().expect("only a hostile front-end goes without")
     }
 

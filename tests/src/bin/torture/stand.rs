@@ -33,7 +33,7 @@ fn command(program: &Path, log: &Path) -> Result<Command, Failure> {
 }
 
 /// The drive: `nvme-sim`, which takes faults while it runs.
-pub(crate) struct Drive {
+pub(crate) struct SimulatedDrive {
     program: PathBuf,
     arguments: Vec<String>,
     socket: PathBuf,
@@ -47,11 +47,11 @@ struct Running {
     answers: Receiver<std::io::Result<String>>,
 }
 
-impl Drive {
-    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Drive, Failure> {
+impl SimulatedDrive {
+    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<SimulatedDrive, Failure> {
         let (socket, log) = (folder.join("nvme.sock"), folder.join("drive.log"));
         let running = Self::run(program, &arguments, &socket, &log)?;
-        Ok(Drive { program: program.into(), arguments, socket, log, running })
+        Ok(SimulatedDrive { program: program.into(), arguments, socket, log, running })
     }
 
     fn run(program: &Path, arguments: &[String], socket: &Path, log: &Path) -> Result<Running, Failure> {
@@ -149,7 +149,7 @@ pub(crate) enum Signal {
 }
 
 /// The target.
-pub(crate) struct Target {
+pub(crate) struct TargetProcess {
     program: PathBuf,
     arguments: Vec<String>,
     log: PathBuf,
@@ -158,11 +158,11 @@ pub(crate) struct Target {
     killed: Arc<Mutex<Option<(Instant, Signal)>>>,
 }
 
-impl Target {
-    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<Target, Failure> {
+impl TargetProcess {
+    pub(crate) fn start(program: &Path, folder: &Path, arguments: Vec<String>) -> Result<TargetProcess, Failure> {
         let log = folder.join("target.log");
         let child = Self::run(program, &arguments, &log)?;
-        Ok(Target {
+        Ok(TargetProcess {
             program: program.into(),
             arguments,
             log,
@@ -258,7 +258,7 @@ impl Target {
     }
 }
 
-impl Drop for Target {
+impl Drop for TargetProcess {
     fn drop(&mut self) {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
         // Both fail only when it has already ended.

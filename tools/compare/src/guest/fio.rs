@@ -109,11 +109,11 @@ pub(super) fn script(arguments: &[String]) -> String {
 
 #[derive(Deserialize)]
 struct Report {
-    jobs: Vec<Group>,
+    jobs: Vec<ReportedJob>,
 }
 
 #[derive(Deserialize)]
-struct Group {
+struct ReportedJob {
     error: i64,
     #[serde(default)]
     total_err: u64,

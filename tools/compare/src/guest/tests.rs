@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 #[derive(Parser)]
-struct Arguments {
+struct GuestArguments {
     #[command(flatten)]
     common: crate::options::CommonOptions,
     #[command(flatten)]
@@ -16,7 +16,7 @@ struct Arguments {
 
 fn options(words: &[&str]) -> Result<(Plan, GuestOptions), String> {
     let words = ["compare"].iter().chain(words);
-    let arguments = Arguments::try_parse_from(words).map_err(|error| error.to_string())?;
+    let arguments = GuestArguments::try_parse_from(words).map_err(|error| error.to_string())?;
     Ok((Plan::new(arguments.common, Arc::default()).unwrap(), arguments.guest))
 }
 

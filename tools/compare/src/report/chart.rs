@@ -31,7 +31,7 @@ struct Bar {
 }
 
 /// The bars of a job.
-struct Group {
+struct JobBars {
     title: String,
     bars: Vec<Bar>,
 }
@@ -42,18 +42,18 @@ pub(super) struct Panel {
     pub title: &'static str,
     /// How to read it.
     pub hint: &'static str,
-    groups: Vec<Group>,
+    groups: Vec<JobBars>,
 }
 
 /// The charts of a comparison; those without a single bar are left out.
 pub(super) fn panels(comparison: &Comparison) -> Vec<Panel> {
     let free = |row: &&Row| row.job.rate.is_none();
     let groups = |measure: fn(&Row) -> Measure| {
-        comparison.rows.iter().filter(free).map(|row| Group::new(row, measure(row), row.job.title())).collect()
+        comparison.rows.iter().filter(free).map(|row| JobBars::new(row, measure(row), row.job.title())).collect()
     };
     let latencies = comparison.rows.iter().filter(|row| row.job.figure() == Figure::Latency).flat_map(|row| {
         let parts = [(Measure::P50, "median"), (Measure::P99, "99 %"), (Measure::P999, "99.9 %")];
-        parts.map(|(measure, name)| Group::new(row, measure, format!("{}: {name}", row.job.title())))
+        parts.map(|(measure, name)| JobBars::new(row, measure, format!("{}: {name}", row.job.title())))
     });
     let at_a_rate = comparison.rows.iter().filter(|row| row.job.rate.is_some());
     let panels = vec![
@@ -71,16 +71,16 @@ pub(super) fn panels(comparison: &Comparison) -> Vec<Panel> {
         Panel {
             title: "Host CPUs kept busy at a fixed rate",
             hint: "shorter is better; the pale part is a drive in software",
-            groups: at_a_rate.map(|row| Group::new(row, Measure::Cores, row.job.title())).collect(),
+            groups: at_a_rate.map(|row| JobBars::new(row, Measure::Cores, row.job.title())).collect(),
         },
     ];
     panels.into_iter().filter(|panel| !panel.groups.is_empty()).collect()
 }
 
-impl Group {
-    fn new(row: &Row, measure: Measure, title: String) -> Group {
+impl JobBars {
+    fn new(row: &Row, measure: Measure, title: String) -> JobBars {
         let base = measure.base(row);
-        Group { title, bars: row.results.iter().map(|results| Bar::new(results, measure, base)).collect() }
+        JobBars { title, bars: row.results.iter().map(|results| Bar::new(results, measure, base)).collect() }
     }
 }
 
@@ -128,7 +128,7 @@ impl Panel {
         let bars = self.groups.iter().flat_map(|group| &group.bars).filter(|bar| bar.sets_scale());
         let reach = bars.map(Bar::reach).fold(1.0, f64::max) * 1.02;
         let scale = BARS / reach;
-        let height_of = |group: &Group| group.bars.len() as f64 * (BAR + BAR_GAP) + GROUP_GAP;
+        let height_of = |group: &JobBars| group.bars.len() as f64 * (BAR + BAR_GAP) + GROUP_GAP;
         let bottom: f64 = self.groups.iter().map(height_of).sum();
         let mut svg = format!(
             "<svg viewBox=\"0 0 {WIDTH} {}\" role=\"img\" aria-label=\"{}, normalised to {BASE} = 1\">\n",

@@ -11,7 +11,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::fs::{OFlags, fcntl_setfl};
 
 use crate::hostile::Deeds;
-use crate::hostile::line::{Buffer, Line, Memory, RING_BYTES, Ring, TABLE_BYTES, add, pair, region};
+use crate::hostile::line::{Buffer, HostileMemory, HostileRing, Line, RING_BYTES, TABLE_BYTES, add, pair, region};
 use crate::random::Random;
 
 const MIB: u64 = 1 << 20;
@@ -75,10 +75,10 @@ impl Habit {
 pub(super) struct Session<'a> {
     line: Line,
     socket: PathBuf,
-    memory: Memory,
+    memory: HostileMemory,
     /// Of GET_INFLIGHT_FD: what was told, and the file.
     log: Option<(Vec<u8>, File)>,
-    rings: Vec<Ring>,
+    rings: Vec<HostileRing>,
     /// Descriptors of all kinds.
     pile: Vec<OwnedFd>,
     deeds: &'a mut Deeds,
@@ -89,12 +89,12 @@ impl<'a> Session<'a> {
     pub(super) fn open(socket: &Path, random: &mut Random, deeds: &'a mut Deeds) -> io::Result<Session<'a>> {
         let line = Line::connect(socket)?;
         let packed = random.one_in(2);
-        let memory = Memory::new(0, BYTES)?;
+        let memory = HostileMemory::new(0, BYTES)?;
         let mut rings = Vec::new();
         for index in 0..random.between(1..=MOST_RINGS) {
             let size = SIZES[random.below(3) as usize];
             let tables = TABLES + index * 256 * TABLE_BYTES;
-            rings.push(Ring::new(index as u32, size, packed, index * RING_BYTES, tables)?);
+            rings.push(HostileRing::new(index as u32, size, packed, index * RING_BYTES, tables)?);
         }
         let event = eventfd(0, EventfdFlags::CLOEXEC)?;
         let (one, other) = UnixStream::pair()?;
@@ -153,7 +153,7 @@ impl<'a> Session<'a> {
     }
 
     /// Makes requests available, as long as there is room, and kicks.
-    fn offer(&mut self, which: usize, count: u64, mut chain: impl FnMut(&Memory, u64) -> Vec<Buffer>) {
+    fn offer(&mut self, which: usize, count: u64, mut chain: impl FnMut(&HostileMemory, u64) -> Vec<Buffer>) {
         let ring = &mut self.rings[which];
         for number in 0..count.min(ring.size.into()) {
             let chain = chain(&self.memory, HEADERS + 4096 * number);
@@ -280,7 +280,7 @@ impl<'a> Session<'a> {
             let bytes = sizes[random.below(7) as usize];
             let guest = if random.one_in(4) { random.next() } else { (1 + random.below(1 << 20)) << 26 };
             // One file as several regions, too.
-            let own = Memory::new(guest, bytes.max(1));
+            let own = HostileMemory::new(guest, bytes.max(1));
             let file = if random.one_in(4) { &self.memory.file } else { &own.as_ref().map_err(|_| gone())?.file };
             let file = file.as_raw_fd();
             let offset = if random.one_in(8) { random.next() } else { 0 };
@@ -526,7 +526,7 @@ impl<'a> Session<'a> {
 }
 
 /// Writes a request's header, and gives its chain.
-fn request(memory: &Memory, at: u64, kind: u32, sector: u64, data: &[Buffer]) -> Vec<Buffer> {
+fn request(memory: &HostileMemory, at: u64, kind: u32, sector: u64, data: &[Buffer]) -> Vec<Buffer> {
     let header = [&kind.to_le_bytes()[..], &[0; 4], &sector.to_le_bytes()].concat();
     memory.write(at, &header);
     [&[(at, 16, false)][..], data, &[(at + 64, 1, true)]].concat()

@@ -89,18 +89,18 @@ impl Line {
     }
 }
 
-/// Memory of its guest. It is reached through the file, so that it may be made shorter.
-pub(super) struct Memory {
+/// The memory of its guest. It is reached through the file, so that it may be made shorter.
+pub(super) struct HostileMemory {
     pub file: File,
     pub guest: u64,
     pub bytes: u64,
 }
 
-impl Memory {
-    pub(super) fn new(guest: u64, bytes: u64) -> io::Result<Memory> {
+impl HostileMemory {
+    pub(super) fn new(guest: u64, bytes: u64) -> io::Result<HostileMemory> {
         let file = File::from(memfd_create("hostile", MemfdFlags::CLOEXEC)?);
         file.set_len(bytes)?;
-        Ok(Memory { file, guest, bytes })
+        Ok(HostileMemory { file, guest, bytes })
     }
 
     pub(super) fn write(&self, at: u64, data: &[u8]) {
@@ -144,7 +144,7 @@ const DEVICE: u64 = 0xa000;
 pub(super) const TABLE_BYTES: u64 = 0x4000;
 
 /// A ring that every entry of is a table of indirect descriptors, offered one after the other.
-pub(super) struct Ring {
+pub(super) struct HostileRing {
     pub index: u32,
     pub size: u16,
     pub packed: bool,
@@ -157,10 +157,10 @@ pub(super) struct Ring {
     pub call: OwnedFd,
 }
 
-impl Ring {
-    pub(super) fn new(index: u32, size: u16, packed: bool, at: u64, tables: u64) -> io::Result<Ring> {
+impl HostileRing {
+    pub(super) fn new(index: u32, size: u16, packed: bool, at: u64, tables: u64) -> io::Result<HostileRing> {
         let event = || eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC);
-        Ok(Ring { index, size, packed, at, tables, offered: 0, seen: 0, kick: event()?, call: event()? })
+        Ok(HostileRing { index, size, packed, at, tables, offered: 0, seen: 0, kick: event()?, call: event()? })
     }
 
     pub(super) fn driver(&self) -> u64 {
@@ -168,7 +168,7 @@ impl Ring {
     }
 
     /// Has nothing in it any more, and begins anew.
-    pub(super) fn wipe(&mut self, memory: &Memory) {
+    pub(super) fn wipe(&mut self, memory: &HostileMemory) {
         memory.write(self.at, &[0; RING_BYTES as usize]);
         (self.offered, self.seen) = (0, 0);
     }
@@ -188,7 +188,7 @@ impl Ring {
     }
 
     /// Writes descriptors from `at` on, as a table has them.
-    pub(super) fn table(&self, memory: &Memory, at: u64, chain: &[Buffer], more: u16) {
+    pub(super) fn table(&self, memory: &HostileMemory, at: u64, chain: &[Buffer], more: u16) {
         let mut table = Vec::new();
         for (number, (address, bytes, writable)) in (1u16..).zip(chain) {
             let next = if usize::from(number) < chain.len() && !self.packed { NEXT } else { 0 };
@@ -202,7 +202,7 @@ impl Ring {
     }
 
     /// Makes a chain available.
-    pub(super) fn offer(&mut self, memory: &Memory, chain: &[Buffer]) {
+    pub(super) fn offer(&mut self, memory: &HostileMemory, chain: &[Buffer]) {
         let slot = self.offered % self.size;
         let table = self.tables + TABLE_BYTES * u64::from(slot);
         self.table(memory, table, chain, 0);
@@ -229,7 +229,7 @@ impl Ring {
     }
 
     /// Gives the other side a moment to answer; how many answers there were.
-    pub(super) fn linger(&mut self, memory: &Memory, most: Duration) -> u64 {
+    pub(super) fn linger(&mut self, memory: &HostileMemory, most: Duration) -> u64 {
         let end = Instant::now() + most;
         let mut answers = 0;
         loop {
@@ -245,7 +245,7 @@ impl Ring {
     }
 
     /// Whether there is one more answer, as far as the ring can be believed.
-    fn is_used(&self, memory: &Memory) -> bool {
+    fn is_used(&self, memory: &HostileMemory) -> bool {
         if !self.packed {
             return memory.u16(self.at + DEVICE + 2) != self.seen;
         }
