@@ -128,7 +128,7 @@ impl fmt::Debug for Quirks {
     }
 }
 
-/// As a list with commas.
+/// Writes the names of the quirks with commas between them.
 impl fmt::Display for Quirks {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (at, quirk) in self.iter().enumerate() {

@@ -143,10 +143,11 @@ impl Guard {
         unsafe { Guard::with_fill(start, bytes, file, 0) }
     }
 
-    /// The same; after a loss the memory is made of bytes of this value, which is for small mappings.
+    /// Guards a mapping as [`Guard::new`] does; after a loss its memory is made of bytes with the value `fill`. For small
+    /// mappings.
     ///
     /// # Safety
-    /// As for [`Guard::new`].
+    /// The caller promises what [`Guard::new`] asks for.
     pub(crate) unsafe fn with_fill(start: *mut u8, bytes: usize, file: &File, fill: u8) -> io::Result<Guard> {
         install()?;
         let metadata = file.metadata()?;
@@ -309,8 +310,8 @@ fn replace(start: usize, bytes: usize) -> bool {
     mapped != libc::MAP_FAILED
 }
 
-/// The same for a piece around an address, where the kernel does not give as much as the whole (strict overcommit) or has
-/// already.
+/// Puts private pages of zeroes in the place of a piece of a mapping around an address: where the kernel does not give as much
+/// as the whole takes (strict overcommit), or the whole was replaced before.
 fn replace_piece(seen: Seen, address: usize) -> bool {
     // A mapping of hugepages cannot be cut within one.
     [2 << 20, 1 << 30, page_size()].into_iter().any(|unit: usize| {

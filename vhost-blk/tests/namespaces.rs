@@ -261,7 +261,10 @@ fn media_that_cannot_be_written_any_more() {
     const WRITE: u8 = 1;
     let when = FaultMatch { opcode: Some(WRITE), ..FaultMatch::default() };
     // Namespace is Write Protected, do not retry.
-    bench.simulator().faults().add(FaultRule { action: FaultAction::Fail(Status::new(0, 0x20).do_not_retry()), when });
+    bench
+        .simulator()
+        .faults()
+        .add(FaultRule { action: FaultAction::Fail(Status::new(0, 0x20).not_to_be_retried()), when });
     bench.simulator().faults().change(|plan| plan.critical_warning = 1 << 3);
     for _ in 0..100 {
         assert_eq!(ring.write_one(0), IOERR);

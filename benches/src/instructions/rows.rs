@@ -7,13 +7,13 @@ use crate::guest::Layout;
 pub(crate) enum What {
     /// From avail ring to used ring, driver included.
     Lane(Layout),
-    /// The same on a ring whose requests in flight are noted for the next process.
+    /// From avail ring to used ring, driver included, with the in-flight log that the next process would read.
     LoggedLane(Layout),
     /// The driver alone: submit, ring, reap.
     Driver,
     /// Our ring alone: pop, walk, give back, publish.
     Ring(Layout),
-    /// The same with `virtio-queue`.
+    /// The ring of the crate `virtio-queue` alone: pop, walk, give back, publish.
     VirtioQueue(Layout),
 }
 

@@ -44,8 +44,8 @@ pub struct Options {
     pub admin_timeout: Duration,
     /// Age at which `QueuePair::tick` reports a command of a queue pair.
     pub io_timeout: Duration,
-    /// The longest wait for a shutdown. Within it, a controller has twice the time that it says it needs (RTD3E), and no less than
-    /// 5 seconds.
+    /// The longest wait for a shutdown. Within it, a controller has twice the time that it says it needs (RTD3E), and no less
+    /// than 5 seconds.
     pub shutdown_timeout: Duration,
     /// The longest wait for the controller to become ready, or not ready; `None`: half as much again as it asks for (CAP.TO,
     /// CRTO), but from 10 seconds to 5 minutes.
@@ -54,9 +54,9 @@ pub struct Options {
     pub rest_after_disable: Option<Duration>,
     /// Whether to use scatter gather lists where the drive has them; `None`: unless [`crate::quirks`] says otherwise.
     pub sgl: Option<bool>,
-    /// The same for Dataset Management.
+    /// Whether to use Dataset Management (discard) where the drive has it; `None`: unless [`crate::quirks`] says otherwise.
     pub discard: Option<bool>,
-    /// The same for Write Zeroes.
+    /// Whether to use Write Zeroes where the drive has it; `None`: unless [`crate::quirks`] says otherwise.
     pub write_zeroes: Option<bool>,
 }
 
@@ -182,7 +182,8 @@ impl Controller {
         &self.inner.options
     }
 
-    /// The longest it may take to become ready, or not ready: what it asks for (CAP.TO, CRTO) and some, or [`Options::ready_timeout`].
+    /// The longest it may take to become ready, or not ready: what it asks for (CAP.TO, CRTO) and some, or
+    /// [`Options::ready_timeout`].
     pub fn ready_timeout(&self) -> Duration {
         self.inner.hardware.ready_timeout
     }
@@ -192,8 +193,8 @@ impl Controller {
         self.inner.shadow.is_some()
     }
 
-    /// Looks at CSTS: an error when the device is gone, has reported a fatal status, or is not ready (as it is for a moment while
-    /// [`Controller::reset`] runs). One register read, which any thread may do at any time.
+    /// Looks at CSTS: an error when the device is gone, has reported a fatal status, or is not ready (as it is for a moment
+    /// while [`Controller::reset`] runs). One register read, which any thread may do at any time.
     pub fn health(&self) -> Result<(), Error> {
         self.inner.hardware.check()
     }
@@ -205,19 +206,19 @@ impl Controller {
         self.inner.hardware.paused()
     }
 
-    /// [`Controller::health`], and an error also when an admin command was not answered: nothing can be asked any more until a reset. Does not
-    /// wait for one that is under way.
+    /// [`Controller::health`], and an error also when an admin command was not answered: nothing can be asked any more until a
+    /// reset. Does not wait for one that is under way.
     pub fn in_operation(&self) -> Result<(), Error> {
         self.health()?;
         self.inner.hardware.in_operation()
     }
 
-    /// The same controller for one who only wants to know how it is: each question (namespaces, features, log pages, events, abort)
-    /// has this deadline, and one that is not answered costs nothing but [`Error::Unanswered`]. The controller goes on; its late
-    /// answer is dropped. With eight such questions unanswered at a time the controller counts as failed
+    /// A handle to this controller for one who only wants to know how it is: each question (namespaces, features, log pages,
+    /// events, abort) has this deadline, and one that is not answered costs nothing but [`Error::Unanswered`]. The controller
+    /// goes on; its late answer is dropped. With eight such questions unanswered at a time the controller counts as failed
     /// ([`Controller::in_operation`]).
     ///
-    /// Everything else is as with the original: a queue pair that is not created in time is a failure.
+    /// Nothing else differs from the original handle: a queue pair that is not created in time is a failure.
     pub fn monitor(&self, timeout: Duration) -> Controller {
         Controller { inner: self.inner.clone(), monitor: Some(timeout) }
     }
@@ -249,8 +250,8 @@ impl Controller {
     /// queue pairs ([`Controller::max_queue_pairs`]): more can be used from then on; with fewer it is an error if a queue pair
     /// exists that is not granted any more, until its owner drops it.
     ///
-    /// An admin command that is under way in another thread ends with an error at once; nothing waits for its deadline. So it is
-    /// with [`Controller::disable`] and [`Controller::shutdown`].
+    /// An admin command that is under way in another thread ends with an error at once; nothing waits for its deadline. So it
+    /// is with [`Controller::disable`] and [`Controller::shutdown`].
     pub fn reset(&self) -> Result<(), Error> {
         let inner = &*self.inner;
         let claim = inner.hardware.standing.claim();
@@ -333,7 +334,8 @@ impl Controller {
         ask_for_retry_delays(&inner.hardware, admin, &inner.options, &inner.identity)
     }
 
-    /// Shuts the controller down: its volatile write cache is on its media afterwards. Only [`Controller::reset`] brings it back.
+    /// Shuts the controller down: its volatile write cache is on its media afterwards. Only [`Controller::reset`] brings it
+    /// back.
     ///
     /// Nothing may be outstanding on its queue pairs, and they are of no use afterwards. Dropping the last clone does the same,
     /// but can only log an error.
@@ -380,7 +382,8 @@ impl Drop for Inner {
     }
 }
 
-/// A controller that is being brought up. It is stopped when this is dropped, so that it does not write to memory that is freed.
+/// A controller that is being brought up. It is stopped when this is dropped, so that it does not write to memory that is
+/// freed.
 struct Unfinished<'a> {
     hardware: &'a Hardware,
     /// `None` only when finished.
@@ -494,8 +497,8 @@ fn identify_controller(hardware: &Hardware, admin: &mut Admin, options: &Options
 /// Bytes of the Host Behavior Support data structure (NVMe Base 2.0, 5.27.1.18).
 const HOST_BEHAVIOR_BYTES: usize = 512;
 
-/// Has the controller say how long to wait before a failed command is tried again: only hosts that have told so in Host Behavior
-/// Support (NVMe Base 2.0, 5.27.1.18: ACRE) get a retry delay in a status.
+/// Has the controller say how long to wait before a failed command is tried again: only hosts that have told so in Host
+/// Behavior Support (NVMe Base 2.0, 5.27.1.18: ACRE) get a retry delay in a status.
 fn ask_for_retry_delays(
     hardware: &Hardware,
     admin: &mut Admin,

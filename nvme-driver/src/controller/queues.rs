@@ -155,7 +155,7 @@ impl Shadow {
         Ok(())
     }
 
-    /// As [`Queues::abandon`].
+    /// Never frees the memory of the shadow doorbells: a controller that could not be stopped may still write to it.
     pub(super) fn abandon(&self) {
         self.values.abandon();
         self.events.abandon();
@@ -245,8 +245,8 @@ impl Controller {
 
     /// Creates a queue pair again, with its old identifier and memory, after [`Controller::reset`].
     ///
-    /// Its outstanding requests have to be taken out before, with [`QueuePair::drain_after_reset`]. Where there are none, that need
-    /// not be called: the queues begin anew here, so that the controller finds no command from before the reset in them.
+    /// Its outstanding requests have to be taken out before, with [`QueuePair::drain_after_reset`]. Where there are none, that
+    /// need not be called: the queues begin anew here, so that the controller finds no command from before the reset in them.
     pub fn recreate_queue_pair(&self, pair: &mut QueuePair) -> Result<(), Error> {
         let mut queues = lock(&self.inner.queues);
         let slot = self.slot_of(&mut queues, pair)?;

@@ -47,7 +47,8 @@ impl Hardware {
         }
     }
 
-    /// The same where there is nobody to tell: false if the controller may still write to its memory.
+    /// Stops the controller, and logs it if that fails, for callers who can tell nobody. False: it may still write to its
+    /// memory.
     pub(super) fn stop_or_warn(&self) -> bool {
         let stopped = self.stop();
         if let Err(error) = &stopped {

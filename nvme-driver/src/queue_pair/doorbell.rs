@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicU32, Ordering, fence};
 
 use vfio::{DmaSlice, Doorbell};
 
-/// The shadow of one doorbell in host memory, and where the controller says when it wants to be told (NVMe Base 2.0, 5.11 and B.5).
+/// The shadow of one doorbell in host memory, and where the controller says when it wants to be told (NVMe Base 2.0, 5.11 and
+/// B.5).
 ///
 /// Both slices have one element, at the doorbell's own offset in the shadow doorbell page and in the event index page.
 pub(crate) struct ShadowDoorbell {

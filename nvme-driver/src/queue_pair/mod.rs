@@ -252,16 +252,17 @@ impl QueuePair {
         Ok(id)
     }
 
-    /// The controller cannot work with an SGL ([`Status::concerns_sgl`], [`QueuePair::submit_without_sgls`]), whatever it says of
-    /// itself: requests are described without from now on, and on queue pairs that are created later. True: that is news, of all
-    /// pairs of the controller.
+    /// The controller cannot work with an SGL ([`Status::concerns_sgl`], [`QueuePair::submit_without_sgls`]), whatever it says
+    /// of itself: requests are described without from now on, and on queue pairs that are created later. True: that is news, of
+    /// all pairs of the controller.
     pub fn refuse_sgls(&mut self) -> bool {
         self.sgl = None;
         // Relaxed: it guards nothing.
         !self.sgl_refused.swap(true, Ordering::Relaxed)
     }
 
-    /// Issues no further commands of long requests, until [`QueuePair::drain_after_reset`]: what the controller has can be waited for.
+    /// Issues no further commands of long requests, until [`QueuePair::drain_after_reset`]: what the controller has can be
+    /// waited for.
     pub fn hold(&mut self) {
         self.held = true;
     }
@@ -374,10 +375,10 @@ impl QueuePair {
         self.ready()
     }
 
-    /// Lets commands age: `expired` gets the token of each request that has had a command out for longer than the timeout, once.
-    /// Call it every few milliseconds or less often, with the time; nothing else here reads a clock. (With a single slot, long
-    /// requests need it to go on when somebody was refused that slot and then does not take it.) A command is told at most an
-    /// eighth of the timeout and one interval of calls late, never early.
+    /// Lets commands age: `expired` gets the token of each request that has had a command out for longer than the timeout,
+    /// once. Call it every few milliseconds or less often, with the time; nothing else here reads a clock. (With a single slot,
+    /// long requests need it to go on when somebody was refused that slot and then does not take it.) A command is told at most
+    /// an eighth of the timeout and one interval of calls late, never early.
     ///
     /// Expired requests stay outstanding: the controller may still write to their memory until it has been reset
     /// ([`QueuePair::drain_after_reset`]), or answer after all.

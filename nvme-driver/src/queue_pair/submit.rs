@@ -26,7 +26,8 @@ pub enum SubmitError {
     #[error("the queue pair is full; try again after the next completions")]
     Full,
     /// The request takes many commands, and as many of that kind as there may be, or as its owner may have, are under way: try
-    /// again when one of them has completed. Others can be submitted meanwhile. [`QueuePair::admits`] tells when it is worth it.
+    /// again when one of them has completed. Others can be submitted meanwhile. [`QueuePair::admits`] tells when it is worth
+    /// it.
     #[error("as many long requests as there may be are under way; try again when one of them has completed")]
     Crowded,
     /// No data pointer of this controller can say where the data lies: copy it (see [`crate::BouncePool`]).
@@ -62,9 +63,10 @@ impl QueuePair {
     /// has to stay mapped until the request has completed.
     ///
     /// A *long* request (more than 16 commands or 2 MiB, or more commands than there are free slots) has only some of its
-    /// commands out at once; the others follow with [`QueuePair::reap`]. All long requests of the pair together have at most half
-    /// of its slots, at most 32 commands and about 16 MiB out. They share that by the bytes they move: first their owners, which
-    /// bits 63:32 of `token` name ([`super::OWNER_SHIFT`]), then the requests of one owner. Other requests go on beside them.
+    /// commands out at once; the others follow with [`QueuePair::reap`]. All long requests of the pair together have at most
+    /// half of its slots, at most 32 commands and about 16 MiB out. They share that by the bytes they move: first their owners,
+    /// which bits 63:32 of `token` name ([`super::OWNER_SHIFT`]), then the requests of one owner. Other requests go on beside
+    /// them.
     #[inline(always)]
     pub fn submit(&mut self, namespace: &Namespace, work: Work<'_>, token: u64) -> Result<(), SubmitError> {
         let (opcode, flags, lba, segments) = match work {
@@ -94,7 +96,8 @@ impl QueuePair {
         self.transfer(namespace, opcode, flags, lba, segments, token)
     }
 
-    /// The same as [`QueuePair::submit`], but no command has an SGL, whatever the controller announces.
+    /// Submits a request as [`QueuePair::submit`] does, with PRPs only: no command has an SGL, whatever the controller
+    /// announces.
     pub fn submit_without_sgls(
         &mut self,
         namespace: &Namespace,
@@ -107,9 +110,8 @@ impl QueuePair {
         submitted
     }
 
-    /// Would this be submitted with an SGL, in any of its commands, or would it have been before
-    /// [`QueuePair::refuse_sgls`]? Takes time: for requests that have failed. Of a transfer of thousands of commands only these are
-    /// looked at.
+    /// Would this be submitted with an SGL, in any of its commands, or would it have been before [`QueuePair::refuse_sgls`]?
+    /// Takes time: for requests that have failed. Of a transfer of thousands of commands only these are looked at.
     pub fn describes_by_sgl(&self, namespace: &Namespace, work: &Work<'_>) -> bool {
         let (&Work::Read { lba, segments } | &Work::Write { lba, segments, .. } | &Work::Compare { lba, segments }) =
             work
@@ -244,8 +246,8 @@ impl QueuePair {
         self.issue(job, &[], ranges, pieces, long, token)
     }
 
-    /// Issues a request that takes `pieces` commands, or more of them than a short one has. `long`: it is a long one even if they
-    /// are few.
+    /// Issues a request that takes `pieces` commands, or more of them than a short one has. `long`: it is a long one even if
+    /// they are few.
     fn issue(
         &mut self,
         job: Job,
@@ -333,8 +335,8 @@ impl QueuePair {
     }
 
     /// Issues nothing more of the long requests whose token `which` picks. Each completes when its commands that are out have
-    /// been answered, as [`Status::ABORTED_BY_HOST`] unless a command has failed before, with [`QueuePair::reap`] as usual; one that
-    /// has none out at once: `done` gets it. Other requests with such a token are as before.
+    /// been answered, as [`Status::ABORTED_BY_HOST`] unless a command has failed before, with [`QueuePair::reap`] as usual; one
+    /// that has none out at once: `done` gets it. Other requests with such a token are as before.
     ///
     /// What of such a request has been done, and what not, is unknown.
     pub fn give_up(&mut self, which: impl FnMut(u64) -> bool, mut done: impl FnMut(Completed)) {

@@ -43,12 +43,12 @@ impl fmt::Display for CodeType {
 /// What may come of giving the drive the same command once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// The same answer: it says so (Do Not Retry), or there is nothing that could change.
+    /// Nothing but the same answer: the drive says so (Do Not Retry), or there is nothing that could change.
     Never,
     /// Another answer, perhaps, at once: something has interfered with this command.
     AtOnce,
-    /// Another answer, perhaps, later: the drive is not ready for it, and nobody can say for how long. To be tried again at growing
-    /// intervals, or at those that it asks for ([`Status::retry_delay`]), for as long as anybody can wait.
+    /// Another answer, perhaps, later: the drive is not ready for it, and nobody can say for how long. To be tried again at
+    /// growing intervals, or at those that it asks for ([`Status::retry_delay`]), for as long as anybody can wait.
     OverTime,
 }
 
@@ -133,7 +133,8 @@ impl Status {
     }
 
     /// Does the controller say that it cannot work with a scatter gather list (NVMe Base 2.0, figure 94: Invalid SGL Segment
-    /// Descriptor, Invalid Number of SGL Descriptors, Data SGL Length Invalid, SGL Descriptor Type Invalid, SGL Offset Invalid)?
+    /// Descriptor, Invalid Number of SGL Descriptors, Data SGL Length Invalid, SGL Descriptor Type Invalid, SGL Offset
+    /// Invalid)?
     #[inline]
     pub const fn concerns_sgl(self) -> bool {
         self.code_type_number() == 0 && matches!(self.code(), 0x0d | 0x0e | 0x0f | 0x11 | 0x16)

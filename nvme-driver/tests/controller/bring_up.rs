@@ -152,7 +152,7 @@ fn bring_up_that_fails_half_way_leaves_nothing_behind() {
     use nvme_driver::spec::command::admin;
     let rig = Rig::new(small());
     for opcode in [admin::IDENTIFY, admin::SET_FEATURES] {
-        rig.admin_fault(opcode, FaultAction::Fail(nvme_sim::Status::new(0, 0x06).do_not_retry()), 1);
+        rig.admin_fault(opcode, FaultAction::Fail(nvme_sim::Status::new(0, 0x06).not_to_be_retried()), 1);
         let error = rig.try_open(&Options::default()).unwrap_err();
         assert_eq!(error.status().map(|status| status.name()), Some("Internal Error"), "{error}");
         works(&rig.open(), 1, opcode);

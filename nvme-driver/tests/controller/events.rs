@@ -117,7 +117,11 @@ fn fewer_event_requests_than_wanted() {
 fn a_log_that_cannot_be_had_does_not_hide_the_event() {
     let rig = Rig::new(small());
     let controller = rig.open();
-    rig.admin_fault(command::admin::GET_LOG_PAGE, FaultAction::Fail(nvme_sim::Status::new(0, 0x06).do_not_retry()), 1);
+    rig.admin_fault(
+        command::admin::GET_LOG_PAGE,
+        FaultAction::Fail(nvme_sim::Status::new(0, 0x06).not_to_be_retried()),
+        1,
+    );
     rig.simulator.add_namespace(disk(8 << 20, 512)).unwrap();
     assert_eq!(next(&controller), Event::NamespacesChanged(ChangedNamespaces::TooMany));
 }

@@ -32,7 +32,7 @@ fn all_granted_pairs_work_at_once() {
     assert_eq!(again, [1, 5, 8]);
 }
 
-/// As many as the controller grants; interrupts cost a file descriptor each and are made for some.
+/// All queue pairs that the controller grants; interrupts cost a file descriptor each and are made for some.
 #[test]
 fn more_pairs_than_interrupts() {
     let rig = Rig::new(Config { max_queue_pairs: 150, ..small() });

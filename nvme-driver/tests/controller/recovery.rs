@@ -367,7 +367,7 @@ fn interrupts_come_back_after_a_disable_that_reset_the_function() {
     interrupts_work(&rig, &controller);
 }
 
-/// The same for the two ways to lose a controller: a bring-up that fails, and the last clone that goes.
+/// There are two ways to lose a controller: a bring-up that fails, and the last clone that goes.
 #[test]
 fn a_controller_that_ignores_cc_is_stopped_before_its_memory_is_used_again() {
     const CSTS: u64 = 0x1c;

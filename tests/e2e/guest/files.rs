@@ -33,7 +33,7 @@ fn files_survive_a_new_guest_and_a_new_target() {
     stop(target);
 }
 
-/// The same with the newer kernel of Debian's backports.
+/// Files survive also with the newer kernel of Debian's backports.
 #[test]
 fn files_survive_with_a_newer_kernel() {
     let folder = folder();

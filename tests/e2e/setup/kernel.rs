@@ -281,7 +281,7 @@ fn list(folder: &Path) -> Vec<PathBuf> {
     paths
 }
 
-/// As in sysfs, nobody sees half of it.
+/// Writes a file of which, as in sysfs, nobody sees half.
 fn write(path: &Path, text: &str) {
     let file = fs::File::options().write(true).create(true).truncate(false).open(path).unwrap();
     file.write_all_at(text.as_bytes(), 0).unwrap();

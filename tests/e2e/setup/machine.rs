@@ -99,7 +99,7 @@ impl Machine {
         Machine::with(Behaviour::default())
     }
 
-    /// The same, with a kernel that behaves otherwise.
+    /// A machine with two NUMA nodes, an IOMMU, no drive, and a kernel that behaves in this way.
     pub(crate) fn with(behaviour: Behaviour) -> Machine {
         let user = Command::new("id").arg("-u").output().unwrap();
         assert_eq!(user.stdout, b"0\n", "these tests are for root, as tests/run.sh is");

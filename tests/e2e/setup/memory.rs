@@ -53,7 +53,7 @@ fn one_node_and_large_pages() {
     output.refused(&["no pages of that size", "there are: 2M"]);
 }
 
-/// As on a machine with pages of 64 KiB.
+/// A machine with pages of 64 KiB has other sizes of hugepages.
 #[test]
 fn pages_of_any_size_that_the_kernel_has() {
     let machine = Machine::with(Behaviour { larger_page: "524288kB", ..Behaviour::default() });

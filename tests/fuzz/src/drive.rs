@@ -1,7 +1,7 @@
 //! A drive that means ill: an NVMe controller on a vfio-user socket that does as an input says.
 //!
-//! Left alone it comes up and answers admin commands properly. Its registers, the structures it sends and its answers can all be
-//! changed; what it answers on I/O queues is left to [`crate::completions`].
+//! Left alone it comes up and answers admin commands properly. Its registers, the structures it sends and its answers can all
+//! be changed; what it answers on I/O queues is left to [`crate::completions`].
 
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
@@ -292,7 +292,7 @@ impl Drive {
         lock(&self.state)
     }
 
-    /// As it was at first. Its last host may not have left yet: what that one has mapped stays.
+    /// Makes the drive what it was at first. Its last host may not have left yet: what that one has mapped stays.
     pub(crate) fn renew(&self) {
         let mut state = self.state();
         let dma = std::mem::take(&mut state.dma);

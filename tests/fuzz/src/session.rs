@@ -1,8 +1,9 @@
 //! A front-end that sends anything: messages in any order, cut short, with lies in them, and with file descriptors of any kind.
 //!
 //! All messages are in the socket before the session begins, and the socket ends behind them. Rings that start run on a worker
-//! thread, against a small drive in this process. While all of that goes on a thread of the front-end's changes what it shares: the
-//! log of what is in flight, the length of the memory's files, flags and counters of eventfds. Checked besides: the session ends, and no descriptor stays open.
+//! thread, against a small drive in this process. While all of that goes on a thread of the front-end's changes what it shares:
+//! the log of what is in flight, the length of the memory's files, flags and counters of eventfds. Checked besides: the session
+//! ends, and no descriptor stays open.
 
 use std::fs::File;
 use std::net::Shutdown;

@@ -111,13 +111,13 @@ impl<'m, P: Plan> QueueClient<'m, P> {
         }
     }
 
-    /// The same, ended after `quota` requests.
+    /// Ends the load after `quota` requests.
     pub(crate) fn with_quota(mut self, quota: u64) -> Self {
         self.quota = quota;
         self
     }
 
-    /// The same with requests sent when they are due.
+    /// Sends requests when they are due, at a pace; `None`: whenever one has completed.
     pub(crate) fn with_pace(mut self, pace: Option<Pace>) -> Self {
         self.pace = pace;
         self

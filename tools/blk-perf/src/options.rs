@@ -101,7 +101,8 @@ pub struct Workload {
     pub duration: Option<Duration>,
     /// End the load after this many requests, over all queues.
     pub operations: Option<u64>,
-    /// Same seed, same requests (per queue; how queues interleave is up to the machine).
+    /// Seed of everything drawn: with the same one each queue has the same requests (how queues interleave is up to the
+    /// machine).
     pub seed: u64,
     /// Requests per second to start, over all queues and disks, whether earlier ones have completed or not; not 0, and only
     /// for a client that polls. Latency counts from when a request was due. `None`: a new one whenever one has completed.
@@ -159,7 +160,8 @@ impl Workload {
         Workload { duration: None, operations: None, seed, rate: None, load }
     }
 
-    /// The same plain load, each queue's requests one after the other.
+    /// Makes a plain load sequential: each queue's requests lie one after the other on the disk. Nothing changes for a verified
+    /// one.
     pub fn in_order(mut self) -> Self {
         if let Load::Plain { sequential, .. } = &mut self.load {
             *sequential = true;
@@ -167,19 +169,19 @@ impl Workload {
         self
     }
 
-    /// The same with `rate` requests per second.
+    /// Sets the rate, in requests per second.
     pub fn at_rate(mut self, rate: u64) -> Self {
         self.rate = Some(rate);
         self
     }
 
-    /// The same, ended after `duration`.
+    /// Ends the load after `duration`.
     pub fn for_duration(mut self, duration: Duration) -> Self {
         self.duration = Some(duration);
         self
     }
 
-    /// The same, ended after `operations` requests.
+    /// Ends the load after `operations` requests, over all queues.
     pub fn for_operations(mut self, operations: u64) -> Self {
         self.operations = Some(operations);
         self

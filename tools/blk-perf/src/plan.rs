@@ -148,7 +148,7 @@ impl PlainPlan {
         PlainPlan { random, places, blocks, read_percent: read_percent.into(), order: Order::Random }
     }
 
-    /// The same one after the other, as queue `queue` of `queues`, which share the disk evenly.
+    /// Takes the places one after the other, as queue `queue` of `queues`, which share the disk evenly.
     pub(crate) fn in_order(mut self, queue: usize, queues: usize) -> Self {
         let first = u128::from(self.places) * queue as u128 / queues as u128;
         // At most `places`, which is 64 bits long.

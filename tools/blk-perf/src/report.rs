@@ -220,8 +220,8 @@ impl Report {
         self.is_right_where_it_worked() && self.io_errors == 0
     }
 
-    /// The same for a disk that is expected to fail requests: nothing but requests that the device reported as failed was
-    /// wrong, and everything could be read back in the end.
+    /// True if something was done, nothing but requests that the device reported as failed was wrong, and everything could be
+    /// read back in the end. For a disk that is expected to fail requests.
     pub fn is_right_where_it_worked(&self) -> bool {
         self.operations > 0 && self.read_back_errors == 0 && self.verify_errors == 0 && self.client_missed_calls == 0
     }

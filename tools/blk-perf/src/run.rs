@@ -42,11 +42,11 @@ pub fn run(
     run_disks(options, std::slice::from_ref(&options.socket), workload, stop, progress)
 }
 
-/// The same on several disks at once, each with its own connection to one of `sockets` (those of `options` is not used), and
+/// Runs a load on several disks at once, each with its own connection to one of `sockets` (that of `options` is not used), and
 /// with the queues and the depth of `options`. The report is about all of them together.
 ///
 /// # Errors
-/// As [`run`]; and a verified load is for one disk.
+/// Whatever ends [`run`] with an error, and a verified load on more than one disk.
 pub fn run_disks(
     options: &ClientOptions,
     sockets: &[PathBuf],

@@ -39,7 +39,7 @@ pub enum Side {
     VhostBlk,
     /// QEMU's block layer in an IOThread; what everything is normalised to.
     DataPlane,
-    /// The same, on a device that stores nothing: data-plane's upper bound. Front-end way only.
+    /// QEMU's block layer in an IOThread, on a device that stores nothing: data-plane's upper bound. Front-end way only.
     DataPlaneNull,
 }
 
@@ -108,7 +108,8 @@ impl Sample {
         (self.cpu_seconds >= 0.01).then(|| self.operations as f64 / self.cpu_seconds)
     }
 
-    /// The same, with the software drive's CPU time charged as well.
+    /// Requests per second and host CPU, with the CPU time of the drive in software charged as well; `None` if the time is too
+    /// short to be known.
     pub fn iops_per_core_with_drive(&self) -> Option<f64> {
         let all = self.cpu_seconds + self.drive_cpu_seconds.unwrap_or(0.0);
         (all >= 0.01).then(|| self.operations as f64 / all)
@@ -198,7 +199,7 @@ impl Results {
         Spread::of(self.samples().map(figure))
     }
 
-    /// The same for a figure that not every round has.
+    /// Median and spread of a figure over the measured rounds that have it.
     pub fn spread_of_known(&self, figure: impl Fn(&Sample) -> Option<f64>) -> Option<Spread> {
         Spread::of(self.samples().filter_map(figure))
     }

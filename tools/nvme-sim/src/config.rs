@@ -17,10 +17,10 @@ pub struct Config {
     pub max_transfer: Option<u32>,
     /// I/O queue pairs granted at most (1–2047).
     pub max_queue_pairs: u16,
-    /// I/O submission queues granted at most, if fewer than [`Config::max_queue_pairs`] (NVMe Base 2.0, 5.27.1.5: not as many need
-    /// be granted of one kind as of the other).
+    /// I/O submission queues granted at most, if fewer than [`Config::max_queue_pairs`] (NVMe Base 2.0, 5.27.1.5: not as many
+    /// need be granted of one kind as of the other).
     pub submission_queues: Option<u16>,
-    /// The same of completion queues.
+    /// I/O completion queues granted at most, if fewer than [`Config::max_queue_pairs`] (NVMe Base 2.0, 5.27.1.5).
     pub completion_queues: Option<u16>,
     /// Entries of the largest I/O queue (2–65536), reported as CAP.MQES.
     pub queue_entries: u32,
@@ -42,8 +42,8 @@ pub struct Config {
     pub ready_timeout: Duration,
     /// Serial number, at most 20 printable ASCII characters.
     pub serial: String,
-    /// Command retry delays 1 to 3 (CRDT1 to CRDT3), in units of 100 ms. Statuses with a retry delay have it only for a host that
-    /// asks for it (Host Behavior Support, ACRE).
+    /// Command retry delays 1 to 3 (CRDT1 to CRDT3), in units of 100 ms. Statuses with a retry delay have it only for a host
+    /// that asks for it (Host Behavior Support, ACRE).
     pub retry_delays: [u16; 3],
     /// What Identify says otherwise than this configuration would have it; of two changes of a byte the later one counts.
     pub identify: Vec<IdentifyPatch>,
@@ -207,8 +207,9 @@ pub fn parse_size(text: &str) -> Result<u64, Error> {
 /// The text form of a [`Config`]: `SIZE[,key=value]…`.
 ///
 /// `SIZE` is the size of each namespace (see [`parse_size`]). Keys: `lba` (512 or 4096), `file` (path; namespace *n* > 1
-/// uses `PATH.n`), `resize` (without a value: the file may have another size), `namespaces`, `queues` (I/O queue pairs), `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks),
-/// and, with the values `on` and `off`, `sgl`, `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`;
+/// uses `PATH.n`), `resize` (without a value: the file may have another size), `namespaces`, `queues` (I/O queue pairs),
+/// `queue-entries`, `max-transfer` (size, or `none`), `noiob` (blocks), and, with the values `on` and `off`, `sgl`,
+/// `shadow-doorbells`, `write-cache`, `metadata-formats`, `read-only`; `serial`;
 /// `identify` (an [`IdentifyPatch`]) and `register` (a [`RegisterPatch`]), which may come more than once.
 ///
 /// ```

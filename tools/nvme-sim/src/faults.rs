@@ -28,7 +28,7 @@ pub struct FaultPlan {
     pub ready_delay: Duration,
     /// No command is fetched and none completes.
     pub stopped: bool,
-    /// The same, and the host is told so (CSTS.PP).
+    /// No command is fetched and none completes, and the host is told so (CSTS.PP).
     pub paused: bool,
     /// Abort succeeds and aborts nothing (dword 0 bit 0 of its completion is 1).
     pub never_aborts: bool,
@@ -69,8 +69,9 @@ pub struct FaultRule {
 pub enum FaultAction {
     /// It is carried out, and completes, this much later (a random time in the range). Abort ends it early.
     Delay(RangeInclusive<Duration>),
-    /// The same, and even if the controller is reset, or its front-end leaves, before that: data and completion go to where they
-    /// would have gone. No controller may do that (NVMe Base 2.0, 3.7.2); only a reset of the whole function ends it. Counted in [`Counters::strays`](crate::Counters).
+    /// It is carried out, and completes, this much later, even if the controller is reset, or its front-end leaves, before
+    /// that: data and completion go to where they would have gone. No controller may do that (NVMe Base 2.0, 3.7.2); only a
+    /// reset of the whole function ends it. Counted in [`Counters::strays`](crate::Counters).
     Stray(RangeInclusive<Duration>),
     /// It is not carried out and completes with this status.
     Fail(Status),

@@ -35,7 +35,7 @@ pub(crate) struct Granted {
 }
 
 impl Granted {
-    /// As many as there can be.
+    /// The most queues of each kind that `config` allows.
     fn most(config: &Config) -> Granted {
         let most = |wanted: Option<u16>| wanted.unwrap_or(config.max_queue_pairs);
         Granted { submission: most(config.submission_queues), completion: most(config.completion_queues) }

@@ -38,7 +38,7 @@ impl IdentifyPatch {
         IdentifyPatch { cns, namespace: None, offset, bytes: bytes.into() }
     }
 
-    /// The same, for one namespace only.
+    /// Limits the patch to what is returned for one namespace.
     pub fn of_namespace(mut self, id: u32) -> IdentifyPatch {
         self.namespace = Some(id);
         self
@@ -56,12 +56,12 @@ impl IdentifyPatch {
     }
 }
 
-/// Bytes put over controller registers (NVMe Base 2.0, 3.1.3) as the host reads them. What the controller does is not changed by
-/// it: one whose CAP.MQES is changed takes queues of [`Config::queue_entries`](crate::Config::queue_entries) as before.
+/// Bytes put over controller registers (NVMe Base 2.0, 3.1.3) as the host reads them. What the controller does is not changed
+/// by it: one whose CAP.MQES is changed takes queues of [`Config::queue_entries`](crate::Config::queue_entries) as before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RegisterPatch {
-    /// Where the bytes begin, in bytes from the beginning of BAR0: in CAP and VS (0 to 0xb), or behind the admin queue's registers
-    /// (0x38 to 0xfff), such as CMBLOC (0x38) and CRTO (0x68).
+    /// Where the bytes begin, in bytes from the beginning of BAR0: in CAP and VS (0 to 0xb), or behind the admin queue's
+    /// registers (0x38 to 0xfff), such as CMBLOC (0x38) and CRTO (0x68).
     pub offset: u64,
     /// The bytes, little-endian as all registers are.
     pub bytes: Vec<u8>,

@@ -87,7 +87,8 @@ impl Simulator {
         self.power_cut_losing(PowerLoss::All)
     }
 
-    /// As [`Simulator::power_cut`], losing all or a random part of the unflushed blocks.
+    /// Cuts the power and restores it: all or a random part of the unflushed blocks are lost. Returns how many blocks were
+    /// lost.
     ///
     /// # Errors
     /// The controller's thread is gone.

@@ -55,24 +55,19 @@ impl Status {
         Status((code_type as u16 & 7) << 8 | code as u16)
     }
 
-    /// The same, and the host may not retry.
+    /// This status with the Do Not Retry bit: however often the host retries, it meets it again.
     pub const fn not_to_be_retried(self) -> Status {
         Status(self.0 | DO_NOT_RETRY)
     }
 
-    /// The same, and the host is to wait for retry delay 1 to 3 of the controller first; 0: for none.
+    /// This status with a Command Retry Delay: the host is to wait for retry delay 1 to 3 of the controller first; 0: for none.
     pub const fn with_retry_delay(self, delay: u8) -> Status {
         Status(self.0 & !RETRY_DELAY | (delay as u16 & 3) << 11)
     }
 
     /// A status that repeats however often the command is retried.
     const fn refusal(code_type: u8, code: u8) -> Status {
-        Status(Status::new(code_type, code).0 | DO_NOT_RETRY)
-    }
-
-    /// The same status with the Do Not Retry bit set.
-    pub const fn do_not_retry(self) -> Status {
-        Status(self.0 | DO_NOT_RETRY)
+        Status::new(code_type, code).not_to_be_retried()
     }
 
     /// The 15-bit field as it stands in bits 31:17 of completion dword 3.
@@ -107,6 +102,6 @@ mod tests {
         assert_eq!((status.code_type(), status.code()), (2, 0x85));
         assert_eq!(status.bits(), 0x4285);
         assert_eq!(Status::new(0, 4).bits(), 4);
-        assert_eq!(Status::new(0, 4).do_not_retry().bits(), 0x4004);
+        assert_eq!(Status::new(0, 4).not_to_be_retried().bits(), 0x4004);
     }
 }

@@ -49,7 +49,7 @@ fn error_statuses_where_and_when_they_are_asked_for() {
     // The third and fourth flush.
     faults.set(FaultPlan {
         rules: vec![rule(
-            FaultAction::Fail(Status::new(0, 6).do_not_retry()),
+            FaultAction::Fail(Status::new(0, 6).not_to_be_retried()),
             FaultMatch { skip: 2, limit: Some(2), ..on(FLUSH) },
         )],
         ..Default::default()

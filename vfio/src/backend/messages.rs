@@ -9,7 +9,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 pub(super) struct Header {
     /// Chosen by who sends the command; the reply has the same.
     pub id: u16,
-    /// The same in a command and its reply.
+    /// What is asked; a reply repeats the command it answers.
     pub command: u16,
     /// Bytes of the message, those of the header included.
     pub bytes: u32,

@@ -205,7 +205,8 @@ impl DmaBuffer {
     }
 
     /// Copies bytes from `byte_offset` on into `data`; `None` if they are not inside.
-    /// As [`SharedMemory::read`], also with respect to what changes meanwhile.
+    ///
+    /// The bytes may change meanwhile: each aligned group of 8 is read at once, all others one by one.
     pub fn read(&self, byte_offset: usize, data: &mut [u8]) -> Option<()> {
         self.piece.chunk.memory.read(self.place(byte_offset, data.len())?, data)
     }

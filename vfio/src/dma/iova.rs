@@ -43,7 +43,8 @@ impl RangeAllocator {
         self.allocate_below(u64::MAX, length, modulus, residue)
     }
 
-    /// The same, none of them above `most`.
+    /// Takes `length` addresses, none of them above `most`, that begin at `residue` modulo `modulus` (a power of two); `None`
+    /// if none are free.
     pub(crate) fn allocate_below(&mut self, most: u64, length: u64, modulus: u64, residue: u64) -> Option<u64> {
         debug_assert!(modulus.is_power_of_two() && length > 0);
         let residue = residue & (modulus - 1);

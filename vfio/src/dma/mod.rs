@@ -22,9 +22,9 @@ pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
 pub use plain::PlainMemory;
 
 /// DMA addresses are congruent to the memory's offset in its file modulo the first of these that the memory is as long as, and
-/// for which there are addresses; always modulo the last one. Bytes. Hugepages begin at multiples of their size, in the file as in
-/// physical memory and in this process, so that the IOMMU can map them by its large pages: those of x86-64, and of arm64 with pages
-/// of 64 KiB (512 MiB) and 16 KiB (32 MiB).
+/// for which there are addresses; always modulo the last one. Bytes. Hugepages begin at multiples of their size, in the file as
+/// in physical memory and in this process, so that the IOMMU can map them by its large pages: those of x86-64, and of arm64
+/// with pages of 64 KiB (512 MiB) and 16 KiB (32 MiB).
 const LARGE_PAGES: [u64; 4] = [1 << 30, 512 << 20, 32 << 20, 2 << 20];
 /// Of the addresses, this part, counted from the highest one down, is kept back from [`DmaSpace::map_raw`], but
 const KEPT_BACK_PART: u64 = 8;
@@ -46,7 +46,8 @@ pub struct DmaLimits {
 }
 
 impl DmaLimits {
-    /// Of a device that maps multiples of `alignment` bytes, a power of two, and has addresses for `longest` bytes in one piece.
+    /// Of a device that maps multiples of `alignment` bytes, a power of two, and has addresses for `longest` bytes in one
+    /// piece.
     pub fn new(alignment: u64, longest: u64) -> DmaLimits {
         DmaLimits { alignment: alignment.max(1), longest }
     }
@@ -148,10 +149,10 @@ impl DmaSpace {
         unsafe { self.map_below(self.inner.last_for_others, file, file_offset, host, len) }
     }
 
-    /// The same, at addresses up to `last`.
+    /// Lets the device reach `len` bytes at `host`, at addresses up to `last`, until the mapping is dropped.
     ///
     /// # Safety
-    /// As for [`DmaSpace::map_raw`].
+    /// The caller promises what [`DmaSpace::map_raw`] asks for.
     unsafe fn map_below(
         &self,
         last: u64,

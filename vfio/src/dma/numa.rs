@@ -11,7 +11,7 @@ use std::ptr;
 const MPOL_PREFERRED: libc::c_int = 1;
 /// Flags of get_mempolicy(2): tell the node of the page at an address.
 const MPOL_F_NODE_OF_ADDRESS: libc::c_ulong = 1 | 2;
-/// As many nodes as any kernel has.
+/// The most NUMA nodes that any kernel has.
 const NODES: usize = 1024;
 /// What the calls take for the length of a mask: one more than there are bits.
 const MASK_BITS: libc::c_ulong = NODES as libc::c_ulong + 1;
@@ -83,7 +83,7 @@ pub fn numa_node_of_cpu(cpu: usize) -> Option<u32> {
     node_of_cpu(Path::new("/sys/devices/system/cpu"), cpu)
 }
 
-/// The same, as the kernel tells in a folder such as /sys/devices/system/cpu.
+/// The NUMA node of a CPU, read in a folder such as /sys/devices/system/cpu.
 fn node_of_cpu(folder: &Path, cpu: usize) -> Option<u32> {
     let entries = std::fs::read_dir(folder.join(format!("cpu{cpu}"))).ok()?;
     entries.flatten().find_map(|entry| entry.file_name().to_str()?.strip_prefix("node")?.parse().ok())

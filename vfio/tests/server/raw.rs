@@ -46,7 +46,7 @@ impl RawServer {
         RawServer::start_raw(move |message| answer(&message).map(|payload| message.reply(payload)))
     }
 
-    /// The same; `answer` gives all that is sent.
+    /// Serves one client: `answer` gives all that is sent, header included, or `None` for silence from there on.
     pub(crate) fn start_raw(mut answer: impl FnMut(Message) -> Option<Vec<u8>> + Send + 'static) -> RawServer {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("raw.sock");

@@ -1,7 +1,8 @@
 //! Long requests: those of many commands, which share the queue pair with everybody else while they last.
 //!
 //! A queue pair has at most [`MOST_REQUESTS`] of them, and all together only so many commands out at once. The next command is
-//! one of the owner who has been served least, and among its requests of the one that has been; what counts are the bytes moved.
+//! one of the owner who has been served least, and among its requests of the one that has been; what counts are the bytes
+//! moved.
 
 use super::job::Job;
 use crate::{LbaRange, Segment};
@@ -204,7 +205,7 @@ impl Staged {
         }
     }
 
-    /// The same for all with such a token; `each` gets the requests.
+    /// Nothing more is to be issued of the requests whose tokens `which` selects; `each` gets them.
     pub(super) fn forget_all(&mut self, mut which: impl FnMut(u64) -> bool, mut each: impl FnMut(u16)) {
         let mut at = 0;
         while let Some(LongRequest { request, token, .. }) = self.requests.get(at) {

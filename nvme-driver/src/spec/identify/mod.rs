@@ -256,9 +256,9 @@ pub struct ControllerIdentity {
     pub vendor: u16,
     /// Serial number, without the padding; characters other than printable ASCII are replaced by `?`.
     pub serial: String,
-    /// Model number, likewise.
+    /// Model number, without the padding; characters other than printable ASCII are replaced by `?`.
     pub model: String,
-    /// Firmware revision, likewise.
+    /// Firmware revision, without the padding; characters other than printable ASCII are replaced by `?`.
     pub firmware: String,
     /// Name of the NVM subsystem (SUBNQN); empty when the controller gives none.
     pub subsystem_name: String,

@@ -148,8 +148,8 @@ pub(crate) fn run(options: &Options, seed: u64, programs: &Programs) -> Result<R
     Ok(report)
 }
 
-/// Arguments of a target with two disks of one drive. That one is in the target itself: a process of its own dies of guest memory
-/// that is made shorter.
+/// Arguments of a target with two disks of one drive. That one is in the target itself: a process of its own dies of guest
+/// memory that is made shorter.
 fn beside_a_hostile(seed: u64, folder: &Path, sockets: [&Path; 2]) -> Result<Vec<String>, Failure> {
     let lba = if seed.is_multiple_of(3) { "4096" } else { "512" };
     // Queue pairs to share or of one's own; data that has to be copied or not.
@@ -306,8 +306,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Has the other namespace fail for a while. The pause is the longest that any request of ours had to wait; there is no need for
-    /// one: nothing that befalls one namespace is a reason to reset the drive.
+    /// Has the other namespace fail for a while. The pause is the longest that any request of ours had to wait; there is no
+    /// need for one: nothing that befalls one namespace is a reason to reset the drive.
     fn fail_namespace(&mut self) -> Result<(), Failure> {
         let delay = self.random.time(LOAD);
         self.work_for(delay);

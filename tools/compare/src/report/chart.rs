@@ -24,7 +24,7 @@ struct Bar {
     side: Side,
     /// Normalised; `None` if there is nothing to draw.
     value: Option<Spread>,
-    /// The same with the software drive charged.
+    /// The normalised median with the CPU time of the drive in software charged.
     with_drive: Option<f64>,
     /// Written beside it.
     label: String,

@@ -67,7 +67,7 @@ impl Measure {
         results.spread_of_known(|sample| self.value(sample))
     }
 
-    /// The same with the software drive charged.
+    /// Median and spread over the rounds of one side, with the CPU time of the drive in software charged.
     pub(super) fn spread_with_drive(self, results: &Results) -> Option<Spread> {
         results.spread_of_known(|sample| self.value_with_drive(sample))
     }

@@ -91,7 +91,7 @@ impl Backing {
         }
     }
 
-    /// See [`SharedBytes::make_writable`].
+    /// Makes blocks in memory writable before they are written ([`SharedBytes::make_writable`]); a file needs nothing.
     #[inline]
     pub(crate) fn make_writable(&self, offset: usize, len: usize) {
         if let Backing::Memory(blocks) = self {

@@ -15,8 +15,8 @@ use memmap2::{MmapOptions, MmapRaw, RemapOptions, UncheckedAdvice};
 
 const PAGE: usize = 4096;
 
-/// Guards a mapping of a client's memory: the address of its first byte, its length, which is that of whole pages, and its file.
-/// The mapping is there until what comes back is dropped; its bytes may be replaced at any time.
+/// Guards a mapping of a client's memory: the address of its first byte, its length, which is that of whole pages, and its
+/// file. The mapping is there until what comes back is dropped; its bytes may be replaced at any time.
 ///
 /// # Safety
 /// Whoever calls it says that the first two are such a mapping.
@@ -96,7 +96,7 @@ impl SharedBytes {
         }
     }
 
-    /// The same of a client's memory, which is guarded if this program has a guard.
+    /// Maps a piece of a client's file, guarded against its loss if this program has a guard.
     pub(crate) fn of_client(file: &File, offset: u64, len: usize, writable: bool) -> io::Result<SharedBytes> {
         let mut bytes = SharedBytes::of_file(file, offset, len, writable)?;
         if let Some(guard) = GUARD.get() {

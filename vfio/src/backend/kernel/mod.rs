@@ -204,7 +204,8 @@ fn watch_for_end(device: &VfioDevice, address: PciAddress) -> io::Result<Notices
 
 type Opened = (OpenDevice, Arc<Space>);
 
-/// `shared` is the address space of its group, if another device of that is open.
+/// Opens a device by its character device and an iommufd. `shared` is the address space of its group, if another device of that
+/// is open.
 fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> Result<Opened, Error> {
     let open = |attempt, path: &Path| {
         OpenOptions::new().read(true).write(true).open(path).map_err(|source| Error::Kernel {
@@ -234,7 +235,7 @@ fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> R
     Ok((device, Space::new(Way::Iommufd(dma), iommu.ranges, iommu.page)))
 }
 
-/// `shared` as above.
+/// Opens a device by its group and a container. `shared` is the address space of its group, if another device of that is open.
 fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path, shared: Option<Arc<Space>>) -> Result<Opened, Error> {
     if let Some(group) = subject.group {
         subject.file = format!("/dev/vfio/{group}");
