@@ -22,7 +22,7 @@ use vmm_sys_util::aio::{IOCB_CMD_PREAD, IOCB_FLAG_RESFD, IoContext, IoControlBlo
 pub struct EventFd(OwnedFd);
 
 impl EventFd {
-    /// One that is not readable.
+    /// An eventfd that is not readable.
     pub fn new() -> std::io::Result<EventFd> {
         Ok(EventFd(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?))
     }
@@ -81,7 +81,7 @@ pub fn prepare() -> io::Result<()> {
 /// Signals an eventfd once. Never blocks, whatever the other owners of the eventfd have done to it; one whose counter is full
 /// stays as it is, which is a signal already.
 ///
-/// What is no eventfd is left alone.
+/// Does nothing if the file is no eventfd.
 pub fn signal(event: &File) {
     let signalled =
         prepare().and_then(|()| SIGNALLER.with(|cell| cell.get().map_or(Ok(()), |signaller| signaller.signal(event))));
@@ -90,7 +90,7 @@ pub fn signal(event: &File) {
     }
 }
 
-/// Whether a file is an eventfd: nothing else is signalled or waited for.
+/// Whether a file is an eventfd. Nothing else is signalled or waited for.
 pub fn is_eventfd(file: &impl AsFd) -> bool {
     std::fs::read_link(format!("/proc/self/fd/{}", file.as_fd().as_raw_fd()))
         .is_ok_and(|target| target.as_os_str() == "anon_inode:[eventfd]")

@@ -58,7 +58,7 @@ impl FromStr for DeviceAddress {
 }
 
 impl DeviceAddress {
-    /// How many namespaces an embedded controller has. Of other controllers their address does not say.
+    /// The number of namespaces of an embedded controller; `None`: the address does not say it.
     pub fn namespaces(&self) -> Option<u64> {
         self.simulated(|namespaces| namespaces.len() as u64)
     }
@@ -72,7 +72,7 @@ impl DeviceAddress {
             .unwrap_or_default()
     }
 
-    /// What is wrong with these files, in one line each.
+    /// Checks the files in which an embedded controller keeps its blocks; returns one line for each that cannot be used.
     pub fn check_files(&self) -> Vec<String> {
         let checked = |namespaces: Vec<nvme_sim::NamespaceConfig>| {
             namespaces
@@ -95,12 +95,12 @@ impl DeviceAddress {
 
 #[cfg(not(feature = "sim"))]
 impl DeviceAddress {
-    /// The files in which an embedded controller keeps its blocks: there is none.
+    /// The files in which an embedded controller keeps its blocks: none in this build.
     pub fn files(&self) -> Vec<std::path::PathBuf> {
         Vec::new()
     }
 
-    /// What is wrong with these files: nothing.
+    /// Checks the files in which an embedded controller keeps its blocks: there are none in this build.
     pub fn check_files(&self) -> Vec<String> {
         Vec::new()
     }

@@ -1,4 +1,4 @@
-//! How a drive goes away: its controller is stopped, lanes keep what it has not answered, and its device is kept or closed.
+//! Detaching a drive: the controller is stopped, lanes keep what it has not answered, and the device is kept open or closed.
 
 use std::fmt;
 use std::sync::Arc;
@@ -14,38 +14,38 @@ use crate::datapath::trial::{Suspicion, Trial};
 /// Between two looks at what a drive has still to answer.
 const DRAIN_LOOK: Duration = Duration::from_millis(1);
 
-/// A drive that is not in operation.
+/// A detached drive.
 pub(super) struct Detached {
     pub cause: DetachCause,
     pub since: Instant,
-    /// Nobody waits for it any more.
+    /// The hold timeout has passed: requests fail.
     pub hold_expired: bool,
-    /// What was in its volatile cache is lost, for all we know.
+    /// The contents of its volatile write cache have to be taken for lost.
     pub cache_lost: bool,
-    /// Before it went.
+    /// Unsafe shutdowns that the SMART / Health log counted before the drive was detached.
     pub unsafe_shutdowns: Option<u128>,
-    /// What it may still write to, should it care nothing for resets: nothing is mapped there when it is opened anew.
+    /// DMA addresses that the controller may still write to if it ignores resets: they are not used when it is opened again.
     pub addresses: DmaAddresses,
-    /// Whether it is the same one that serves it when it is back: another one has lost what the first had in memory.
+    /// The vfio-user server that served the device. Another server has lost what this one had in memory.
     pub server: ServerIdentity,
     /// The device, if it is still open.
     pub kept: Option<OpenDevice>,
 }
 
-/// A device that is still there: its function has been reset, all memory is mapped as it was.
+/// A device that is kept open while its drive is detached: its function has been reset, and its DMA mappings stay.
 pub(super) struct OpenDevice {
     pub controller: Controller,
     pub device: Device,
 }
 
-/// Why a drive goes away.
+/// Why a drive is detached.
 #[derive(Clone, Debug)]
 pub enum DetachCause {
-    /// The controller does not work any more.
+    /// The controller has failed.
     Failed(String),
-    /// It is not there any more.
+    /// The device is gone.
     Gone(String),
-    /// The kernel wants it back.
+    /// The kernel wants the device back.
     WantedBack,
 }
 
@@ -78,8 +78,9 @@ impl fmt::Display for DetachCause {
 }
 
 impl Drive {
-    /// Takes the drive away: the controller is stopped first, so that it touches no memory any more; what it has not answered
-    /// waits for it to be back; a device that is gone, or cannot be reset, is closed. Nothing happens the second time.
+    /// Detaches the drive. The controller is stopped first, so that it no longer accesses memory. Requests that it has not answered
+    /// wait for the drive to be reattached. A device that is gone or cannot be reset is closed. Does nothing if the drive is
+    /// detached already.
     pub fn detach(&self, cause: DetachCause) {
         // With this lock no place appears that would be missed here.
         let mut state = self.state();
@@ -156,7 +157,7 @@ impl Drive {
         }
     }
 
-    /// False: it cannot be done.
+    /// Resets the device's function. False: the function cannot be reset.
     fn reset_function(&self, device: &Device) -> bool {
         let result = device.reset();
         if let Err(error) = &result {
@@ -165,8 +166,8 @@ impl Drive {
         result.is_ok()
     }
 
-    /// Has the controller save its cache: first nothing more is given to it, and what it has is waited for; only then is it told to
-    /// shut down (NVMe Base 2.0, 3.6.1).
+    /// Shuts the controller down, so that it saves its cache: submission stops, outstanding commands are waited for, then CC.SHN is
+    /// set (NVMe Base 2.0, 3.6.1).
     fn shut_down(&self, controller: &Controller, places: &[Place], pause: &Arc<Trial>) -> Result<(), Error> {
         let deadline = Instant::now() + self.options.io_timeout;
         loop {
@@ -185,8 +186,8 @@ impl Drive {
         controller.shutdown()
     }
 
-    /// Has what waits for the drive answered with an error if it has waited long enough. To be called often, by a thread that
-    /// does not wait for drives: the supervisor may be trying just now to get it back.
+    /// Fails what waits for the drive once the hold timeout has passed. To be called often, by a thread that does not wait for drives:
+    /// the supervisor may be busy reattaching this one.
     pub fn check_hold(&self) {
         // While it is being stopped, or given its queue pairs, nothing can be given up: later, then.
         let Some(mut state) = self.state_now() else { return };
@@ -197,7 +198,7 @@ impl Drive {
         }
     }
 
-    /// Has everything that waits for the drive answered with an error, and everything that comes, until it is back.
+    /// Fails everything that waits for the drive, and everything that comes, until the drive is reattached.
     fn expire_hold(&self, state: &mut State, why: &str) {
         let Condition::Detached(detached @ Detached { hold_expired: false, .. }) = &mut state.condition else { return };
         detached.hold_expired = true;

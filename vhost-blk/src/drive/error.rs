@@ -23,7 +23,7 @@ pub enum OpenError {
     Unusable(Failure),
 }
 
-/// What failed while a drive was opened, or reattached.
+/// The step that failed while a drive was opened or reattached.
 #[derive(Debug, Error)]
 pub enum Failure {
     /// The device cannot be reached.
@@ -95,16 +95,16 @@ impl OpenError {
     }
 }
 
-/// Whether the set-up of this machine is the reason.
+/// Whether the set-up of this machine is the reason for an error of the device layer.
 fn is_denied(error: &vfio::Error) -> bool {
     use vfio::Error::{Kernel, Memory, NotUsable};
     matches!(error, NotUsable { .. } | Kernel { .. } | Memory { .. })
 }
 
-/// What a drive in use cannot do.
+/// Why something cannot be done with a drive.
 #[derive(Debug, Error)]
 pub enum Error {
-    /// It is detached for now.
+    /// The drive is detached.
     #[error("{drive} is away: {cause}")]
     Detached {
         /// Its address.
@@ -132,7 +132,7 @@ pub enum Error {
         /// Its address.
         drive: String,
     },
-    /// It was not said which namespace to export, and there are several.
+    /// The configuration names no namespace, and the controller has several.
     #[error("{drive} has namespaces {listed}: choose one by its number")]
     SeveralNamespaces {
         /// Its address.
@@ -197,13 +197,13 @@ pub enum EmbeddedError {
     Simulator(nvme_sim::Error),
 }
 
-/// What is wrong with an address as it is written.
+/// Why a text is not the address of a drive.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum AddressError {
-    /// Nothing is written.
+    /// The text is empty.
     #[error("the device address is empty: {}", AddressError::FORMS)]
     Empty,
-    /// It has none of the forms.
+    /// The text has none of the forms of an address.
     #[error("device address \"{address}\" is not one: {}", AddressError::FORMS)]
     Form {
         /// The address.
@@ -217,7 +217,7 @@ pub enum AddressError {
         /// What is wrong with the path.
         source: SocketPathError,
     },
-    /// What follows `sim:` is wrong.
+    /// The description after `sim:` is wrong.
     #[error("device address \"{address}\": {source}")]
     Sim {
         /// The address.
@@ -231,21 +231,21 @@ impl AddressError {
     const FORMS: &str = "use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]";
 }
 
-/// What is wrong with the description of an embedded controller.
+/// Why a text does not describe an embedded controller.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SimError {
     /// This build has none.
     #[error("this program was built without its embedded controller (feature \"sim\"); use another device")]
     NotBuilt,
-    /// The simulator does not understand it; what it says.
+    /// The simulator refuses the description, with this reason.
     #[error("{0}")]
     Description(String),
 }
 
-/// What is wrong with the path of a socket.
+/// Why a path cannot be that of a socket.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 pub enum SocketPathError {
-    /// It has no bytes.
+    /// The path is empty.
     #[error("the socket path is empty: give one, such as /run/vhost-blk/disk0.sock")]
     Empty,
     /// No file can be called so.

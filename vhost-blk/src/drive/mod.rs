@@ -1,14 +1,16 @@
-//! A drive that exports share: the controller at an address while it is there, and the places of lanes on its queue pairs.
+//! A drive: an NVMe controller that may fail and come back, and everything that disks share on it.
 //!
-//! When the controller fails, or has to go, the drive is *detached* (`detach`): the controller is stopped, and with it its whole
-//! function, so that it touches nothing any more. Sessions, rings and lanes stay; the lanes' places have no queue pair meanwhile.
-//! A device that is still there keeps its mappings, and its controller is brought up again in place; any other is closed, and the
-//! supervisor tries the address until the same drive is there again (`reattach`). Then every place gets a queue pair on it: lanes go on
-//! where they are, with what was not answered first. If it grants fewer, some places are not there any more, and their lanes go on at
-//! others, of another worker if need be.
+//! A drive is *attached* while its controller works. When the controller fails or has to be removed, the drive is *detached*
+//! (`detach`): the controller and its whole function are stopped, so that they no longer access memory. Sessions, rings and lanes
+//! stay; their queue slots have no queue pair meanwhile. If the device is still present, it keeps its DMA mappings and its controller
+//! is reset in place. Otherwise the device is closed, and the supervisor tries the address until the same drive answers
+//! (`reattach`). Then every slot gets a queue pair, and the lanes submit first what was not answered. If the controller grants fewer
+//! queue pairs than before, lanes share them, also with lanes of other workers.
 //!
-//! Guests see a pause, unless it gets too long (`Drive::expire_hold`): then everything is answered with an error until the drive is
-//! back.
+//! Guests see a pause. After the hold timeout (`Drive::expire_hold`) requests fail until the drive is reattached.
+//!
+//! This room owns controllers, namespaces in use, queue-pair leases and the guests' memory as the controller sees it. It never takes a
+//! request off a ring, and none of its threads is waited for by a worker.
 
 mod address;
 mod detach;
@@ -50,13 +52,13 @@ use supervisor::Expired;
 pub use supervisor::Supervisor;
 pub(crate) use supervisor::longer;
 
-/// What a controller does not say within this time while guests wait for it is asked for later.
+/// While guests wait, a question that a controller does not answer within this time is put off.
 const SOON: Duration = Duration::from_secs(1);
-/// A vfio-user server may take as long to answer a register access as a drive may take for a command, but no less than this: the
-/// machine may be busy.
+/// The shortest time that a vfio-user server has to answer a register access, however short the time for a command is: the machine
+/// may be busy.
 const LEAST_PATIENCE: Duration = Duration::from_secs(5);
 
-/// One NVMe controller in use.
+/// An NVMe controller in use, attached or detached.
 pub struct Drive {
     name: String,
     address: DeviceAddress,
@@ -75,7 +77,7 @@ pub struct Drive {
     /// Who has which place. Taken after `state`.
     shares: Mutex<Shares>,
     reports: Mutex<Reports>,
-    /// For lines about its queue pairs, which rings that start and stop cause.
+    /// Limits the log lines about queue pairs, which front-ends cause by starting and stopping rings.
     log: LogLimit,
     /// Wakes the supervisor.
     supervisor_event: EventFd,
@@ -83,7 +85,7 @@ pub struct Drive {
     monitor_event: EventFd,
     /// The places in use, for whoever must not wait for `state`.
     pairs: Mutex<HashSet<PairId>>,
-    /// For the supervisor: commands were not answered in time.
+    /// Commands that were not answered in time; the supervisor takes them.
     expired: Mutex<Option<Expired>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
     _embedded: Option<Embedded>,
@@ -112,9 +114,9 @@ struct Attached {
     device: Device,
     controller: Controller,
     since: Instant,
-    /// How often it has lost its power without notice (SMART / Health log), if it says so.
+    /// Unsafe shutdowns that the SMART / Health log counts; `None`: the controller does not say.
     unsafe_shutdowns: Option<u128>,
-    /// It did not say so when it came back: this is from before.
+    /// The controller did not tell the count when it was reattached: it is the one from before.
     unsure: bool,
     /// A question was not answered soon.
     silent: bool,
@@ -151,20 +153,20 @@ impl Attached {
         Attached { device, controller, since: Instant::now(), unsafe_shutdowns, unsure: false, silent }
     }
 
-    /// The same, for [`FlushPromise`](crate::blk::disk::FlushPromise).
+    /// Unsafe shutdowns, in the width that [`FlushPromise`](crate::blk::disk::FlushPromise) compares.
     fn losses(&self) -> Option<u64> {
         self.unsafe_shutdowns.map(|count| count as u64)
     }
 }
 
-/// Whether a drive is there.
+/// Whether a drive is attached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Presence {
-    /// It works.
+    /// The controller works.
     Attached,
-    /// It does not, for this reason.
+    /// The controller does not work, for this reason.
     Detached(String),
-    /// It is just now going or coming back.
+    /// The drive is just being detached or reattached.
     Changing,
 }
 
@@ -230,7 +232,7 @@ impl Drive {
         self.pool.placement().of_disk(self.numa_node(), number)
     }
 
-    /// How long requests wait for it when it is away, or not ready for them.
+    /// The hold timeout: how long requests wait for a drive that is detached or not ready.
     pub fn hold(&self) -> Duration {
         self.hold
     }
@@ -247,7 +249,7 @@ impl Drive {
         &self.memory
     }
 
-    /// Whether it is there, told without waiting for anything.
+    /// Whether the drive is attached. Does not block.
     pub fn presence(&self) -> Presence {
         let Some(state) = self.state_now() else { return Presence::Changing };
         match &state.condition {
@@ -268,7 +270,7 @@ impl Drive {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The same for whoever must not wait; `None`: it is being changed, which may take as long as a controller's reset.
+    /// The state, without blocking; `None`: another thread changes it, which may take as long as the reset of a controller.
     fn state_now(&self) -> Option<MutexGuard<'_, State>> {
         match self.state.try_lock() {
             Ok(state) => Some(state),

@@ -1,5 +1,5 @@
-//! The thread that asks a drive how it is, and does for it what may wait: deals out its queue pairs, and gives back those that nobody
-//! uses. Each of its commands may take as long as commands may; getting the drive back never waits for them (`supervisor`).
+//! The monitor: a drive's thread that asks the controller for its health and events, deals out queue pairs, and gives back those that
+//! no ring uses. Each of its commands may take as long as commands may; reattaching (`supervisor`) never waits for them.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -8,7 +8,7 @@ use super::{Condition, Drive};
 
 /// Time between two looks at what a drive reports.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
-/// Between two looks at lanes that move.
+/// Time between two looks at lanes that move to another queue pair.
 const DEAL_PAUSE: Duration = Duration::from_millis(5);
 
 pub(super) fn run(drive: &Drive, stop: &AtomicBool) {

@@ -1,5 +1,5 @@
-//! The namespaces that are exported, as the drive has them now: they may be resized, write-protected, taken away and returned
-//! while front-ends use them.
+//! Exported namespaces as the drive has them now: they may be resized, write-protected, detached and attached while front-ends use
+//! them.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -13,16 +13,16 @@ use crate::event::EventFd;
 /// What is known of an exported namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// As it was last seen.
+    /// Its geometry, limits and abilities when they were last read.
     pub namespace: Namespace,
-    /// The most that drivers were told they may ask for since it was exported.
+    /// The largest limits that guests were told since it was exported.
     pub offer: Offer,
-    /// Why it cannot be used just now: it is not attached, or became another one.
+    /// Why it cannot be used now: it is inactive, or it is another namespace. `None`: it can be used.
     pub absent: Option<String>,
 }
 
 impl Known {
-    /// It is the same one, as it is now. A name that was not told this time is still its name.
+    /// Takes over what was read of the same namespace. An identifier that was not told this time is kept.
     fn adopt(&mut self, now: Namespace) {
         let before = &self.namespace;
         let namespace = Namespace {
@@ -34,7 +34,7 @@ impl Known {
         *self = Known { offer: self.offer.max(Offer::new(&namespace)), namespace, absent: None };
     }
 
-    /// What lanes may work on: nothing of a namespace that is absent. Without blocks every request is beyond the end.
+    /// The namespace as lanes may use it. One that is absent has no blocks, so that every request is beyond its end.
     pub fn usable(&self) -> Namespace {
         match self.absent {
             None => self.namespace.clone(),
@@ -43,20 +43,20 @@ impl Known {
     }
 }
 
-/// An exported namespace. The supervisor of its drive writes it, the sessions of the export's front-ends read it.
+/// An exported namespace. Its drive's monitor and supervisor write it; the sessions of the export's front-ends read it.
 pub struct ExportedNamespace {
     /// Its identifier.
     pub id: u32,
-    /// What its flushes have promised, to whatever front-end.
+    /// What its flushes have promised, over all front-ends.
     pub flushes: Arc<FlushPromise>,
-    /// What its drive has refused, to whatever front-end.
+    /// Features that the drive announced and refused, over all front-ends.
     pub refused: Arc<Refused>,
     known: Mutex<Known>,
     listeners: Mutex<Vec<Weak<EventFd>>>,
 }
 
 impl ExportedNamespace {
-    /// One that is there.
+    /// An active namespace.
     pub fn new(namespace: Namespace) -> ExportedNamespace {
         let id = namespace.id;
         let known = Mutex::new(Known { offer: Offer::new(&namespace), namespace, absent: None });
@@ -67,12 +67,12 @@ impl ExportedNamespace {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is known of it now.
+    /// A copy of what is known of the namespace.
     pub fn known(&self) -> Known {
         self.lock().clone()
     }
 
-    /// A event that rings when something else is known of it, as long as the caller has it.
+    /// An eventfd that becomes readable whenever something else is known of the namespace, as long as the caller keeps it.
     ///
     /// # Errors
     /// No eventfd can be made.
@@ -84,7 +84,8 @@ impl ExportedNamespace {
         Ok(event)
     }
 
-    /// The drive has lost its cache, so often by now, and no lane has it yet. `drive`: its name.
+    /// Notes that the drive has lost its write cache. To be called before any lane uses the drive again. `losses`: unsafe shutdowns so
+    /// far. `drive`: its name, for the log.
     pub(super) fn lose_cache(&self, drive: &str, losses: Option<u64>) {
         if self.flushes.lose_cache(losses) {
             let id = self.id;
@@ -94,7 +95,7 @@ impl ExportedNamespace {
         }
     }
 
-    /// Takes what was found over, and logs it if it is news. `drive`: its name.
+    /// Takes over what was read, and logs it if it is new. `drive`: its name.
     pub(super) fn learn(&self, drive: &str, found: NamespaceStatus) {
         let mut known = self.lock();
         let before = known.clone();
@@ -136,23 +137,26 @@ impl ExportedNamespace {
         self.tell_listeners();
     }
 
-    /// Has everybody who listens look.
+    /// Wakes everybody who has called [`ExportedNamespace::listen`].
     pub(super) fn tell_listeners(&self) {
         let listeners = self.listeners.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.iter().filter_map(Weak::upgrade).for_each(|event| event.notify());
     }
 }
 
-/// What a look at a namespace has found.
+/// What the controller says about a namespace.
 pub(super) enum NamespaceStatus {
     Active(Namespace),
     Inactive,
-    /// It is there, in a format that cannot be served, for this reason.
+    /// Active, in a format that cannot be served, for this reason.
     Unusable(String),
 }
 
 impl NamespaceStatus {
-    /// The error says nothing about the namespace, only that nothing could be found out.
+    /// Reads it from the controller.
+    ///
+    /// # Errors
+    /// The controller did not tell, which says nothing about the namespace.
     pub(super) fn read(controller: &Controller, id: u32) -> Result<NamespaceStatus, Error> {
         match controller.namespace(id) {
             Ok(namespace) => Ok(NamespaceStatus::Active(namespace)),
@@ -163,10 +167,10 @@ impl NamespaceStatus {
     }
 }
 
-/// What makes a namespace another one than guests know, in words that go on after "namespace 1"; `None`: nothing does.
+/// The difference that makes a namespace another one than guests know, in words that follow "namespace 1"; `None`: it is the same.
 ///
-/// They count on its names, as far as both are told, on the size of its blocks, on what it can do, and on that no write is kept in
-/// a cache that nobody would flush. Everything else is how the drive wants to be used.
+/// Guests rely on its identifiers (as far as both are told), the size of its blocks, its abilities, and that no write stays in a cache
+/// that they would not flush. Everything else is only a hint how to use the drive.
 pub(super) fn difference(before: &Namespace, now: &Namespace) -> Option<String> {
     fn differ<T: PartialEq>(before: Option<T>, now: Option<T>) -> bool {
         before.zip(now).is_some_and(|(before, now)| before != now)
@@ -188,10 +192,10 @@ pub(super) fn difference(before: &Namespace, now: &Namespace) -> Option<String> 
 }
 
 impl Drive {
-    /// Looks what became of the exported namespaces. True: all of them are there.
+    /// Reads all exported namespaces again. True: all of them can be used.
     ///
     /// # Errors
-    /// One could not be looked at, which says nothing about it: what is known of it is kept. The others were looked at.
+    /// The controller did not tell about one of them. What is known of that one is kept; the others were read.
     pub(super) fn look_at_namespaces(&self, controller: &Controller) -> Result<bool, Error> {
         let exported = self.state().namespaces.clone();
         let mut failed = None;

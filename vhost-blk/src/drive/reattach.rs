@@ -1,5 +1,5 @@
-//! How a drive comes back: its controller is reset where it is, or the device is opened again; it is compared with what was there, and
-//! every place gets a queue pair on it. There are fewer places then, if it grants fewer queue pairs.
+//! Reattaching a drive: its controller is reset in place, or its device is opened again. The drive is compared with what it was, then
+//! every queue slot gets a queue pair; if the controller grants fewer than before, there are fewer slots.
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -14,7 +14,7 @@ use super::{Attached, Condition, Drive, SOON};
 use crate::datapath::trial::Trial;
 
 impl Drive {
-    /// Tries to get the drive back: its controller is brought up where it is, if the device was kept, else it is opened again.
+    /// Reattaches the drive: resets its controller in place if the device was kept open, else opens the device again.
     pub(super) fn reattach(&self) -> Result<(), OpenError> {
         let (earlier, kept) = match &mut self.state().condition {
             Condition::Detached(detached) => (Some(detached.addresses), detached.kept.take()),
@@ -34,12 +34,12 @@ impl Drive {
         result
     }
 
-    /// Is it away, with its device still open?
+    /// Whether the drive is detached and its device still open.
     pub(super) fn device_is_open(&self) -> bool {
         matches!(&self.state().condition, Condition::Detached(Detached { kept: Some(_), .. }))
     }
 
-    /// The controller works. Everything that may take long is done before anybody is kept waiting.
+    /// Puts a controller that works into use. What may take long is done before the state is locked.
     fn resume(&self, mut attached: Attached) -> Result<(), OpenError> {
         let expected = self.state().namespaces.clone();
         self.is_same(&attached.controller)?;
@@ -125,8 +125,8 @@ impl Drive {
         }
     }
 
-    /// What has become of a namespace. `None`: the controller answers with an error, or not soon. That says nothing of the namespace,
-    /// of which is kept what is known, until it can be asked.
+    /// Reads what has become of a namespace. `None`: the controller answers with an error, or not soon. That says nothing about the
+    /// namespace; what is known of it is kept until the controller answers.
     fn look_at(&self, attached: &mut Attached, id: u32) -> Result<Option<NamespaceStatus>, OpenError> {
         // One that does not answer now would keep guests waiting for each question.
         if attached.silent {
@@ -143,7 +143,7 @@ impl Drive {
         }
     }
 
-    /// Is it the drive whose namespaces are exported? The error says what is there instead.
+    /// Checks that this is the drive whose namespaces are exported, by model and serial number.
     fn is_same(&self, controller: &Controller) -> Result<(), OpenError> {
         let identity = controller.identity();
         if (&identity.serial, &identity.model) == (&self.serial, &self.model) {

@@ -1,4 +1,4 @@
-//! What a drive reports: unasked, and when it is asked how it is.
+//! What a drive reports: its asynchronous events, its health, and how both are logged.
 
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
@@ -8,26 +8,26 @@ use nvme_driver::{Controller, Error, Event};
 
 use super::{Condition, Drive};
 
-/// Between two questions after the namespaces and the health, which a drive should tell by itself.
+/// Time between two reads of namespaces and health, of whose changes a drive should send events.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
-/// The same while something is wrong: that it is well again no drive tells.
+/// Time between two reads of namespaces and health while something is wrong: no drive sends an event when that is over.
 const LOOK_INTERVAL_IN_TROUBLE: Duration = Duration::from_secs(1);
 
-/// What was told of a drive, so that it is told once.
+/// What was logged of a drive's reports, so that it is logged once.
 #[derive(Default)]
 pub(super) struct Reports {
-    /// What was last wrong with the drive's reports.
+    /// Why the reports could not be read last time.
     unreadable: Option<String>,
     /// Critical warnings, as the drive numbers them.
     warnings: u8,
-    /// When to ask again; `None`: it was never asked.
+    /// When to read again; `None`: never read.
     next_look: Option<Instant>,
     /// Error events so far.
     errors: u64,
 }
 
 impl Drive {
-    /// Looks what the controller reports.
+    /// Reads and logs what the controller reports.
     pub(super) fn check(&self) {
         let Ok(controller) = self.controller() else { return };
         let controller = controller.monitor(self.options.admin_timeout);
@@ -63,7 +63,7 @@ impl Drive {
         Ok(())
     }
 
-    /// The drive says how often it has lost its power. When it came back it may not have said so.
+    /// Compares the count of unsafe shutdowns if the controller did not tell it when the drive was reattached.
     fn settle_losses(&self, count: u128) {
         let mut state = self.state();
         let Condition::Attached(attached) = &mut state.condition else { return };
@@ -75,7 +75,7 @@ impl Drive {
         state.namespaces.iter().for_each(|namespace| namespace.lose_cache(&self.name, losses));
     }
 
-    /// Logs why the drive's reports cannot be read, once as long as the reason stays the same.
+    /// Logs why the drive's reports cannot be read, once for each new reason.
     fn complain(&self, why: String) {
         let last = &mut self.reports().unreadable;
         if last.as_ref() != Some(&why) {
@@ -84,7 +84,7 @@ impl Drive {
         }
     }
 
-    /// Logs critical warnings that have appeared or gone since the last time.
+    /// Logs critical warnings that have appeared or disappeared.
     fn tell_warnings(&self, health: &Health) {
         let now = health.critical_warning;
         let before = std::mem::replace(&mut self.reports().warnings, now);
@@ -97,7 +97,7 @@ impl Drive {
         }
     }
 
-    /// Logs what the drive tells without being asked.
+    /// Logs an asynchronous event.
     fn log_event(&self, event: &Event) {
         let name = &self.name;
         match event {
@@ -133,14 +133,14 @@ impl Drive {
 }
 
 impl Reports {
-    /// Counts an error event; how many there were.
+    /// Counts an error event; returns how many there were.
     fn count_error(&mut self) -> u64 {
         self.errors += 1;
         self.errors
     }
 }
 
-/// What an error event is about (NVMe Base 2.0, 5.2.1, figure of Error Status).
+/// The subject of an error event, in words that follow "reports" (NVMe Base 2.0, 5.2.1, figure of Error Status).
 fn error_event(information: u8) -> String {
     match information {
         0 => "a write to a doorbell that does not exist".into(),
@@ -153,7 +153,7 @@ fn error_event(information: u8) -> String {
     }
 }
 
-/// An entry of the drive's error log in words.
+/// Describes an entry of the drive's error log.
 fn error_entry(entry: &ErrorEntry) -> String {
     let command = match (entry.sq_id, entry.command_id) {
         (Some(queue), Some(id)) => format!("command {id} of queue {queue}"),
@@ -166,7 +166,7 @@ fn error_entry(entry: &ErrorEntry) -> String {
     format!("entry {} of its error log, {command}{place}: {}", entry.count, entry.status)
 }
 
-/// What a bit of Critical Warning (NVMe Base 2.0, 5.16.1.3) is about.
+/// The subject of a bit of Critical Warning (NVMe Base 2.0, 5.16.1.3), in words that follow "warns of".
 fn subject(bit: u8) -> String {
     match bit {
         0 => "too little spare".into(),
@@ -179,7 +179,7 @@ fn subject(bit: u8) -> String {
     }
 }
 
-/// What a bit of Critical Warning means, and what to do.
+/// The meaning of a bit of Critical Warning, and what to do about it.
 fn warning(bit: u8, health: &Health) -> String {
     let celsius = i32::from(health.temperature_kelvins) - 273;
     match bit {

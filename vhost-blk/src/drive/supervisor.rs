@@ -1,5 +1,5 @@
-//! The thread that looks after one drive: hears when it has to go, sees when it fails, and tries to get it back. It asks nothing of a
-//! drive that is there, so that it waits for no answer when it is needed; see `monitor` for that.
+//! The supervisor: a drive's thread that hears of removal requests, notices failures, and reattaches the drive. It asks an attached
+//! drive nothing, so that it never waits for an answer when it is needed; `monitor` asks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -15,22 +15,23 @@ use crate::fault_point::fault_point;
 
 /// Time between two looks at a controller: one that has failed is noticed within it, if no request was with it.
 const CHECK_INTERVAL: Duration = Duration::from_millis(50);
-/// Between a drive's going and the first attempt to get it back: a controller that only needs a reset is back at once.
+/// Between a detach and the first attempt to reattach: a controller that only needs a reset is ready at once.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
-/// Between two looks at an address where nothing is.
+/// Between two looks at an address where no device is.
 const LOOK_PAUSE: Duration = Duration::from_millis(250);
-/// A controller that fails again and again is reset less and less often, but no less often than this.
+/// The longest pause between two resets of a controller that fails again and again.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How long a controller may pause that does not say so (MTFA).
+/// The longest pause for a firmware activation if the controller does not tell one (MTFA).
 const UNKNOWN_PAUSE: Duration = Duration::from_secs(30);
-/// So often a drive may fail, without having recovered, before the pauses grow: by then a request that is the reason has its error.
+/// The failure limit: how often a drive may fail without having recovered before the pauses grow. By then a request that is the
+/// reason has failed.
 const QUICK_ATTEMPTS: u32 = 5;
-/// What works for this long has recovered.
+/// A drive that works for this long has recovered.
 const RECOVERED: Duration = Duration::from_secs(1);
-/// How long the program's end waits for what is under way.
+/// How long the end of the program waits for attempts under way.
 const STOP_LIMIT: Duration = Duration::from_secs(2);
 
-/// A drive's threads: this one, and its monitor. They end when this is dropped.
+/// A drive's two threads, supervisor and monitor. They end when this is dropped.
 pub struct Supervisor {
     drive: Arc<Drive>,
     stop: Arc<AtomicBool>,
@@ -38,7 +39,7 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Starts to look after a drive.
+    /// Starts both threads.
     ///
     /// # Errors
     /// The system has no thread for it.
@@ -67,7 +68,7 @@ impl Supervisor {
         Ok(())
     }
 
-    /// The drive, if nobody looks after it any more: a thread has panicked.
+    /// The drive, if one of its threads has panicked.
     pub fn bereft(&self) -> Option<&Drive> {
         let has_ended = |ended: &Receiver<()>| matches!(ended.try_recv(), Err(mpsc::TryRecvError::Disconnected));
         self.ended.iter().any(has_ended).then_some(&*self.drive)
@@ -84,7 +85,10 @@ impl Drop for Supervisor {
             let left = deadline.saturating_duration_since(Instant::now());
             if let Err(mpsc::RecvTimeoutError::Timeout) = ended.recv_timeout(left) {
                 // It ends when the controller has answered, or its deadline has passed; what it opened is closed then.
-                log::debug!("{}: it is still being asked, or got back", self.drive);
+                log::debug!(
+                    "{}: its threads still wait for the controller; they end with its answer or its deadline",
+                    self.drive
+                );
             }
         }
     }
@@ -124,7 +128,7 @@ fn run(drive: &Drive, stop: &AtomicBool) {
     }
 }
 
-/// Waits until something is told about the drive, for `time` at most.
+/// Waits for a notice from the device or a wake-up, for `time` at most.
 fn wait(drive: &Drive, time: Duration) {
     let device = match &drive.state().condition {
         Condition::Attached(attached) => Some(attached.device.clone()),
@@ -143,14 +147,14 @@ fn wait(drive: &Drive, time: Duration) {
 /// Commands that were not answered in time.
 pub(super) struct Expired {
     pub why: String,
-    /// When that was noticed.
+    /// When the worker noticed.
     pub at: Instant,
     /// When the controller was last seen to pause since then.
     pub paused: Option<Instant>,
 }
 
 impl Drive {
-    /// Why the drive has to go away, if it has to.
+    /// Why the drive has to be detached; `None`: it need not.
     fn trouble(&self) -> Option<DetachCause> {
         let expired = self.expired.lock().unwrap_or_else(PoisonError::into_inner).take();
         let notice = match &mut self.state().condition {
@@ -179,8 +183,8 @@ impl Drive {
         self.still_expired(&controller, expired).map(DetachCause::Failed)
     }
 
-    /// A controller that activates firmware may pause (CSTS.PP): what it does not answer meanwhile is not lost. After that it has as long as
-    /// any command has.
+    /// Why overdue commands are lost; `None`: they are not. A controller that activates firmware may pause (CSTS.PP); after that it
+    /// has the usual time for a command.
     fn still_expired(&self, controller: &Controller, expired: Expired) -> Option<String> {
         let longest = controller.identity().activation_time.unwrap_or(UNKNOWN_PAUSE);
         let waits = match expired.paused {
@@ -197,7 +201,7 @@ impl Drive {
         None
     }
 
-    /// Is anything with the drive for longer than a command may take?
+    /// Whether the controller holds a command for longer than the time for a command.
     fn has_overdue(&self) -> bool {
         let places = self.shares().places().to_vec();
         let mut ages = places.iter().filter_map(|place| self.pool.oldest(place.id).ok().flatten());
@@ -205,14 +209,14 @@ impl Drive {
     }
 }
 
-/// The next one of the pauses that grow.
+/// Doubles a pause, within bounds, and returns it.
 pub(crate) fn longer(pause: &mut Duration) -> Duration {
     *pause = (*pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
     *pause
 }
 
 impl OpenError {
-    /// How long it is before the next attempt. `growing`: the pause between attempts at what is there and does not work.
+    /// The pause before the next attempt. `growing`: the pause between attempts at a controller that does not work; it is doubled.
     pub(crate) fn pause(&self, growing: &mut Duration) -> Duration {
         match self {
             OpenError::Absent(_) | OpenError::Denied(_) => LOOK_PAUSE,
@@ -221,20 +225,20 @@ impl OpenError {
     }
 }
 
-/// When the next attempt is made, and what the last one said.
+/// The attempts to reattach a drive: when the next one is due, and what the last one said.
 #[derive(Default)]
 struct Attempts {
-    /// `None`: the drive is there.
+    /// `None`: the drive is attached.
     next: Option<Instant>,
-    /// After a failure.
+    /// The pause after a failure.
     pause: Duration,
-    /// How often it was back, and had not recovered.
+    /// How often the drive was reattached and failed before it had recovered.
     times: u32,
     told: Option<String>,
 }
 
 impl Attempts {
-    /// The drive has been there for this long.
+    /// Notes that the drive has been attached for this long.
     fn works(&mut self, time: Duration) {
         (self.next, self.told) = (None, None);
         if time >= RECOVERED {
@@ -242,12 +246,12 @@ impl Attempts {
         }
     }
 
-    /// How long it is before the first attempt. What is `kept` has been reset already, and has all the time it needs.
+    /// The pause before the first attempt; none for a device that was `kept` open, whose function has been reset already.
     fn first(&self, kept: bool) -> Duration {
         if kept && self.pause <= FIRST_PAUSE { Duration::ZERO } else { self.pause.max(FIRST_PAUSE) }
     }
 
-    /// Chooses the time of the next attempt. Tells why this one failed if it is something new.
+    /// Notes how an attempt has ended, and chooses the time of the next. Logs the reason of a failure if it is a new one.
     fn tried(&mut self, drive: &Drive, result: Result<(), OpenError>) {
         let (why, pause) = match result {
             Ok(()) => {
