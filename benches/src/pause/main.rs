@@ -104,8 +104,8 @@ fn measure(memory: u64, times: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
         while guest.collect() == 0 {
             // What the program's own thread does.
             for event in pool.events() {
-                if let WorkerEvent::Expired { pair, count, at } = event {
-                    drive.report_expired(pair, count, at);
+                if let WorkerEvent::Expired { slot, count, at } = event {
+                    drive.report_expired(slot, count, at);
                 }
             }
             if start.elapsed() > DEADLINE {

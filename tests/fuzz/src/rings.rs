@@ -12,9 +12,9 @@ use std::sync::Arc;
 use nvme_driver::testing::namespace;
 use nvme_driver::{Namespace, Segment};
 use vhost_blk::blk::disk::Disk;
-use vhost_blk::blk::request::{Operation, Parsed, Parser, Request, peek_plain};
+use vhost_blk::blk::request::{Operation, Parsed, Parser, Request, peek_simple};
 use vhost_blk::virtio::memory::{GuestMemory, GuestView, Reach, RegionDescription};
-use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring, RingSetup, TripleRing};
+use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring, RingSetup, SimpleChainRing};
 
 use crate::input::Input;
 use crate::memory::{Region, file};
@@ -180,7 +180,7 @@ impl Bench {
             4 => self.offer(input),
             5 | 6 => self.offer_request(input),
             7..=9 => self.pop(),
-            10 => self.take_plain(),
+            10 => self.take_simple(),
             11 => {
                 if !self.out.is_empty() {
                     let (head, written) = self.out.swap_remove(usize::from(input.u8()) % self.out.len());
@@ -376,8 +376,8 @@ impl Bench {
     fn peek(&mut self) -> Option<(Request, Segment)> {
         let (view, disk) = (&mut self.view, &self.disk);
         let (_, request, segment) = match self.ring.as_mut()? {
-            Ring::Split(ring) => peek_plain(ring, view, disk, &disk.geometry()),
-            Ring::Packed(ring) => peek_plain(ring, view, disk, &disk.geometry()),
+            Ring::Split(ring) => peek_simple(ring, view, disk, &disk.geometry()),
+            Ring::Packed(ring) => peek_simple(ring, view, disk, &disk.geometry()),
         }?;
         self.on_disk(&request).then_some((request, segment))
     }
@@ -406,14 +406,14 @@ impl Bench {
     }
 
     /// The short way, for good.
-    fn take_plain(&mut self) {
+    fn take_simple(&mut self) {
         if self.out.len() == MOST {
             return;
         }
         let (view, disk) = (&mut self.view, &self.disk);
         let taken = match &mut self.ring {
-            Some(Ring::Split(ring)) => take_plain(ring, view, disk),
-            Some(Ring::Packed(ring)) => take_plain(ring, view, disk),
+            Some(Ring::Split(ring)) => take_simple(ring, view, disk),
+            Some(Ring::Packed(ring)) => take_simple(ring, view, disk),
             None => None,
         };
         self.out.extend(taken);
@@ -458,9 +458,9 @@ impl Bench {
 }
 
 /// The next chain, if the short way takes it, and what its used element says.
-fn take_plain(ring: &mut impl TripleRing, view: &mut GuestView, disk: &Disk) -> Option<(Head, u32)> {
-    let (triple, request, _) = peek_plain(ring, view, disk, &disk.geometry())?;
-    let head = ring.accept(triple.head);
+fn take_simple(ring: &mut impl SimpleChainRing, view: &mut GuestView, disk: &Disk) -> Option<(Head, u32)> {
+    let (simple, request, _) = peek_simple(ring, view, disk, &disk.geometry())?;
+    let head = ring.accept(simple.head);
     ring.commit();
     Some((head, request.written))
 }

@@ -11,8 +11,8 @@ use crate::datapath::lane::Lane;
 /// lanes are the owners between whom long requests share the queue pair.
 const LANE_SHIFT: u32 = OWNER_SHIFT;
 
-/// The way to the drive.
-pub struct Way {
+/// What leads to the drive: a queue pair and the bounce pool that belongs to it.
+pub struct QueueResources {
     /// The queue pair.
     pub pair: QueuePair,
     /// For data the drive cannot reach where it lies.
@@ -24,7 +24,7 @@ pub struct Way {
 ///
 /// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
 pub struct PollGroup {
-    way: Option<Way>,
+    resources: Option<QueueResources>,
     /// The same, while it is for requests that are tried alone.
     on_trial: Option<Box<OnTrial>>,
     answered: Answered,
@@ -40,13 +40,13 @@ pub struct PollGroup {
 impl PollGroup {
     /// A queue pair without lanes. `pool` is for the same device; it has to have a block at least.
     pub fn new(pair: QueuePair, pool: BouncePool) -> Self {
-        PollGroup { way: Some(Way { pair, pool }), ..PollGroup::without_drive(false) }
+        PollGroup { resources: Some(QueueResources { pair, pool }), ..PollGroup::without_drive(false) }
     }
 
-    /// A place for a queue pair that is not there yet.
+    /// A group whose queue pair is not there yet.
     pub fn without_drive(given_up: bool) -> Self {
         let answered = Answered::default();
-        PollGroup { way: None, on_trial: None, answered, given_up, lanes: Vec::new(), first: 0 }
+        PollGroup { resources: None, on_trial: None, answered, given_up, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
@@ -76,7 +76,7 @@ impl PollGroup {
     /// allocate. It can be called without a worker, which is how its cost is measured.
     #[inline(never)]
     pub fn poll(&mut self) -> usize {
-        let Some(Way { pair, pool }) = &mut self.way else { return self.poll_specially() };
+        let Some(QueueResources { pair, pool }) = &mut self.resources else { return self.poll_slow_path() };
         let PollGroup { lanes, first, .. } = self;
         let mut moved = 0;
         let mut index = *first;
@@ -101,12 +101,12 @@ impl PollGroup {
 
     /// The queue pair, unless the drive is away.
     pub fn pair(&self) -> Option<&QueuePair> {
-        let way = self.way.as_ref().or_else(|| self.on_trial.as_ref().map(|on_trial| &on_trial.way));
-        way.map(|way| &way.pair)
+        let resources = self.resources.as_ref().or_else(|| self.on_trial.as_ref().map(|on_trial| &on_trial.resources));
+        resources.map(|resources| &resources.pair)
     }
 
-    fn way_mut(&mut self) -> Option<&mut Way> {
-        self.way.as_mut().or(self.on_trial.as_mut().map(|on_trial| &mut on_trial.way))
+    fn resources_mut(&mut self) -> Option<&mut QueueResources> {
+        self.resources.as_mut().or(self.on_trial.as_mut().map(|on_trial| &mut on_trial.resources))
     }
 
     /// The lane with this index.
@@ -130,7 +130,7 @@ impl PollGroup {
     /// Takes a lane out of which the drive has nothing.
     pub(crate) fn remove(&mut self, index: usize) -> Option<Lane> {
         let lane = self.lanes.get_mut(index)?.take()?;
-        if let Some(Way { pool, .. }) = self.way_mut() {
+        if let Some(QueueResources { pool, .. }) = self.resources_mut() {
             pool.leave((index as u64) << LANE_SHIFT);
         }
         Some(lane)
@@ -152,17 +152,17 @@ impl PollGroup {
 
     /// The queue pair alone.
     pub(crate) fn into_pair(self) -> Option<QueuePair> {
-        self.way.or(self.on_trial.map(|on_trial| on_trial.way)).map(|way| way.pair)
+        self.resources.or(self.on_trial.map(|on_trial| on_trial.resources)).map(|resources| resources.pair)
     }
 
     /// Lets commands age; returns how many requests have just been out for too long.
     pub(crate) fn tick(&mut self, now: Instant) -> usize {
         let mut expired = 0;
-        let PollGroup { way, on_trial, lanes, answered, .. } = self;
-        let way = way.as_mut().or(on_trial.as_mut().map(|on_trial| &mut on_trial.way));
-        let Some(way) = way else { return 0 };
-        answered.look(&way.pair, now);
-        way.pair.tick(now, |token| {
+        let PollGroup { resources, on_trial, lanes, answered, .. } = self;
+        let resources = resources.as_mut().or(on_trial.as_mut().map(|on_trial| &mut on_trial.resources));
+        let Some(resources) = resources else { return 0 };
+        answered.look(&resources.pair, now);
+        resources.pair.tick(now, |token| {
             expired += 1;
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
                 lane.expired(token);
@@ -174,33 +174,35 @@ impl PollGroup {
     /// The drive is about to go: it is given nothing more before the seat's trial is over, and what it has is still answered. Returns
     /// how many commands that is.
     pub(crate) fn pause(&mut self, seat: Seat) -> usize {
-        let Some(mut way) = self.way.take().or_else(|| self.on_trial.take().map(|on_trial| on_trial.way)) else {
+        let Some(mut resources) =
+            self.resources.take().or_else(|| self.on_trial.take().map(|on_trial| on_trial.resources))
+        else {
             return 0;
         };
-        way.pair.hold();
-        let out = way.pair.outstanding();
-        self.on_trial = Some(Box::new(OnTrial { way, seat }));
+        resources.pair.hold();
+        let out = resources.pair.outstanding();
+        self.on_trial = Some(Box::new(OnTrial { resources, seat }));
         out
     }
 
     /// The controller is stopped and touches no memory any more: what is in flight waits for [`PollGroup::regain_drive`], as does
     /// everything that comes. Returns what leads to the controller, and what it had.
     pub(crate) fn lose_drive(&mut self) -> Option<Lost> {
-        let PollGroup { way, on_trial, lanes, answered, .. } = self;
-        let mut way = way.take().or_else(|| on_trial.take().map(|on_trial| on_trial.way))?;
-        answered.look(&way.pair, Instant::now());
+        let PollGroup { resources, on_trial, lanes, answered, .. } = self;
+        let mut resources = resources.take().or_else(|| on_trial.take().map(|on_trial| on_trial.resources))?;
+        answered.look(&resources.pair, Instant::now());
         let (mut in_flight, mut expired) = (0, 0);
-        way.pair.drain_after_reset(|token| {
+        resources.pair.drain_after_reset(|token| {
             in_flight += 1;
             if let Some(Some(lane)) = lanes.get_mut((token >> LANE_SHIFT) as usize) {
                 expired += usize::from(lane.unanswered(token));
             }
         });
         for lane in lanes.iter_mut().flatten() {
-            lane.lose_drive(Some(&mut way.pool));
+            lane.lose_drive(Some(&mut resources.pool));
             lane.publish();
         }
-        Some(Lost { way, in_flight, expired, answered: std::mem::take(answered).at })
+        Some(Lost { resources, in_flight, expired, answered: std::mem::take(answered).at })
     }
 
     /// Says what the failure means for what was in flight then, see [`Lane::judge`].
@@ -227,10 +229,10 @@ impl PollGroup {
     }
 
     /// The drive is back: the lanes go on with it; with a seat, when the trial is over.
-    pub(crate) fn regain_drive(&mut self, way: Way, seat: Option<Seat>) {
+    pub(crate) fn regain_drive(&mut self, resources: QueueResources, seat: Option<Seat>) {
         match seat {
-            Some(seat) => self.on_trial = Some(Box::new(OnTrial { way, seat })),
-            None => self.way = Some(way),
+            Some(seat) => self.on_trial = Some(Box::new(OnTrial { resources, seat })),
+            None => self.resources = Some(resources),
         }
         self.answered = Answered::default();
         self.given_up = false;
@@ -240,10 +242,10 @@ impl PollGroup {
     /// A turn while the drive is away, or requests are tried alone.
     #[cold]
     #[inline(never)]
-    fn poll_specially(&mut self) -> usize {
+    fn poll_slow_path(&mut self) -> usize {
         let PollGroup { on_trial, lanes, .. } = self;
         let mut moved = 0;
-        let Some(OnTrial { way: Way { pair, pool }, seat }) = on_trial.as_deref_mut() else {
+        let Some(OnTrial { resources: QueueResources { pair, pool }, seat }) = on_trial.as_deref_mut() else {
             for lane in lanes.iter_mut().flatten() {
                 moved += lane.refuse();
                 lane.publish();
@@ -267,7 +269,7 @@ impl PollGroup {
         }
         lanes.iter_mut().flatten().for_each(Lane::publish);
         if seat.is_over() && pair.outstanding() == 0 {
-            self.way = on_trial.take().map(|on_trial| on_trial.way);
+            self.resources = on_trial.take().map(|on_trial| on_trial.resources);
         }
         moved
     }
@@ -275,7 +277,7 @@ impl PollGroup {
 
 /// A queue pair on which requests are tried alone, for now.
 struct OnTrial {
-    way: Way,
+    resources: QueueResources,
     seat: Seat,
 }
 
@@ -296,10 +298,10 @@ impl Answered {
     }
 }
 
-/// What a place had, when the controller was stopped.
+/// What a poll group had when its controller was stopped.
 pub struct Lost {
     /// The queue pair.
-    pub way: Way,
+    pub resources: QueueResources,
     /// Requests that the controller had.
     pub in_flight: usize,
     /// How many of them it had not answered in time.

@@ -39,37 +39,37 @@ impl Suspicion {
     }
 }
 
-/// The places of a drive take turns to try their requests alone; until all have, none does anything else. Nobody waits for
+/// The poll groups of a drive take turns to try their requests alone; until all have, none does anything else. Nobody waits for
 /// another: each looks in its own turns.
 #[derive(Debug, Default)]
 pub struct Trial {
-    /// A place has the drive for itself.
+    /// A poll group has the drive for itself.
     busy: AtomicBool,
-    /// Places that have not had it yet.
+    /// Poll groups that have not had it yet.
     left: AtomicUsize,
 }
 
 impl Trial {
-    /// A seat for a place that may have requests to try. All seats are to be there before the first is used.
+    /// A seat for a poll group that may have requests to try. All seats are to be there before the first is used.
     pub fn seat(self: &Arc<Self>) -> Seat {
         // Relaxed: the seat is handed over by a lock.
         self.left.fetch_add(1, Ordering::Relaxed);
         Seat { trial: self.clone(), has_drive: false, done: false }
     }
 
-    /// A seat for a place that has none, and waits for the end.
+    /// A seat for a poll group that has none, and waits for the end.
     pub fn onlooker(self: &Arc<Self>) -> Seat {
         Seat { trial: self.clone(), has_drive: false, done: true }
     }
 
-    /// Every place is done.
+    /// Every poll group is done.
     pub fn is_over(&self) -> bool {
         // Acquire: pairs with the Release in `Seat::finish`.
         self.left.load(Ordering::Acquire) == 0
     }
 }
 
-/// A place in a [`Trial`]; given up when dropped.
+/// The seat of a poll group in a [`Trial`]; given up when dropped.
 #[derive(Debug)]
 pub struct Seat {
     trial: Arc<Trial>,
@@ -78,20 +78,20 @@ pub struct Seat {
 }
 
 impl Seat {
-    /// Has the place the drive for itself now? It may be asked any number of times.
+    /// Has the group the drive for itself now? It may be asked any number of times.
     pub(super) fn has_drive(&mut self) -> bool {
         if !self.done && !self.has_drive {
-            // Acquire and Release: what another place's request has done happened before this one's.
+            // Acquire and Release: what another group's request has done happened before this one's.
             let free = self.trial.busy.compare_exchange(false, true, Ordering::AcqRel, Ordering::Relaxed);
             self.has_drive = free.is_ok();
         }
         self.has_drive
     }
 
-    /// Nothing of this place is with the drive, or is to be tried alone.
+    /// Nothing of this group is with the drive, or is to be tried alone.
     pub(super) fn finish(&mut self) {
         if std::mem::take(&mut self.has_drive) {
-            // Release: pairs with the Acquire of the next place's `has_drive`.
+            // Release: pairs with the Acquire of the next group's `has_drive`.
             self.trial.busy.store(false, Ordering::Release);
         }
         if !std::mem::replace(&mut self.done, true) {
@@ -117,14 +117,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_place_after_the_other_has_the_drive() {
+    fn one_group_after_the_other_has_the_drive() {
         let trial = Arc::new(Trial::default());
         let [mut first, mut second, third] = [trial.seat(), trial.seat(), trial.seat()];
         let mut onlooker = trial.onlooker();
         assert!(second.has_drive() && !first.has_drive() && second.has_drive() && !onlooker.has_drive());
         second.finish();
         assert!(first.has_drive() && !second.has_drive() && !second.is_over());
-        // A place that goes is not waited for.
+        // A group that goes is not waited for.
         drop(third);
         assert!(!trial.is_over());
         drop(first);

@@ -58,7 +58,7 @@ pub enum Failure {
     Queue(Error),
     /// The guests' memory cannot be mapped.
     #[error(transparent)]
-    Memory(memory::Error),
+    Memory(memory::MemoryError),
     /// The process has no eventfd left.
     #[error("cannot make an eventfd: {0}")]
     EventFd(io::Error),

@@ -10,8 +10,8 @@ use super::error::Error;
 use super::shares::{DiskNumber, LeaseNumber, Shares};
 use super::{Condition, DetachCause, Drive, State};
 use crate::datapath::lane::Lane;
-use crate::datapath::poll_group::Way;
-use crate::datapath::worker::{self, LaneHandle, PairId, StopError, StoppedLane, StoppingLane};
+use crate::datapath::poll_group::QueueResources;
+use crate::datapath::worker::{self, LaneHandle, QueueSlotId, StopError, StoppedLane, StoppingLane};
 use crate::log_limit::Kind;
 
 /// Entries of a queue pair, whatever the ring's size: enough to keep a drive busy, and no more memory than that is worth
@@ -57,7 +57,7 @@ impl Share {
                         None => state.granted,
                     },
                     Condition::Detached(detached) if drive.shares().places().len() < usize::from(state.granted) => {
-                        let id = drive.pool.add_place(worker, detached.hold_expired);
+                        let id = drive.pool.add_empty_slot(worker, detached.hold_expired);
                         drive.pairs().insert(id);
                         break drive.shares().add(*disk, entries, id);
                     }
@@ -121,7 +121,12 @@ impl Drive {
     }
 
     /// A queue pair on the controller, and what belongs to it.
-    pub(super) fn make_way(&self, device: &Device, controller: &Controller, entries: u16) -> Result<Way, Error> {
+    pub(super) fn make_way(
+        &self,
+        device: &Device,
+        controller: &Controller,
+        entries: u16,
+    ) -> Result<QueueResources, Error> {
         let options = QueuePairOptions { entries: Some(entries), ..QueuePairOptions::default() };
         let pair = controller.create_queue_pair(options).map_err(|error| match error {
             DriverError::NoQueuePairsLeft { .. } => {
@@ -131,7 +136,7 @@ impl Drive {
         })?;
         let pool = BouncePool::new(device.dma(), BOUNCE_BYTES)
             .map_err(|source| Error::BounceBuffers { drive: self.name.clone(), source })?;
-        Ok(Way { pair, pool })
+        Ok(QueueResources { pair, pool })
     }
 
     /// The same on the controller that is there just now; `None`: there is none. The controller is asked without a lock: a drive
@@ -153,7 +158,7 @@ impl Drive {
     }
 
     /// Puts a queue pair on a worker, in a new place, and has that noted. `None`: its controller is not there any more.
-    fn add_way<T>(&self, worker: usize, new: NewWay, note: impl FnOnce(&mut Shares, PairId) -> T) -> Option<T> {
+    fn add_way<T>(&self, worker: usize, new: NewWay, note: impl FnOnce(&mut Shares, QueueSlotId) -> T) -> Option<T> {
         let state = self.state();
         let there = matches!(&state.condition, Condition::Attached(attached) if attached.since == new.since);
         if !there {
@@ -178,7 +183,7 @@ impl Drive {
                 }
                 let taken = match self.pool.take_queue_pair(id) {
                     Ok(taken) => taken,
-                    Err(worker::Error::InUse) => continue,
+                    Err(worker::WorkerError::InUse) => continue,
                     Err(error) => {
                         log::error!("{}: {error}", self.name);
                         None
@@ -257,7 +262,7 @@ impl Drive {
 
 /// A queue pair that has no place yet.
 struct NewWay {
-    way: Way,
+    way: QueueResources,
     /// Names the controller: since when it is there.
     since: Instant,
 }
@@ -305,7 +310,7 @@ impl Lease {
             Err(StopError::StillBusy(busy)) => busy.lane,
             stopped => return Self::stopped(stopped),
         };
-        lane.end_long();
+        lane.end_multi_command();
         match lane.wait(until(deadline)) {
             Ok(stopped) => Some(stopped),
             Err(StopError::StillBusy(mut busy)) => {

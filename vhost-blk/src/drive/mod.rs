@@ -35,7 +35,7 @@ use nvme_driver::{Controller, Error as DriverError, Options};
 use vfio::{Device, DmaAddresses, OpenOptions};
 
 use crate::datapath::trial::Trial;
-use crate::datapath::worker::{PairId, RingWorkers, WorkerPool};
+use crate::datapath::worker::{QueueSlotId, RingWorkers, WorkerPool};
 use crate::event::EventFd;
 use crate::log_limit::LogLimit;
 use crate::virtio::memory::Reach;
@@ -84,7 +84,7 @@ pub struct Drive {
     /// Wakes whoever deals out queue pairs.
     monitor_event: EventFd,
     /// The places in use, for whoever must not wait for `state`.
-    pairs: Mutex<HashSet<PairId>>,
+    pairs: Mutex<HashSet<QueueSlotId>>,
     /// Commands that were not answered in time; the supervisor takes them.
     expired: Mutex<Option<Expired>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
@@ -321,14 +321,14 @@ impl Drive {
         Ok(exported)
     }
 
-    fn pairs(&self) -> MutexGuard<'_, HashSet<PairId>> {
+    fn pairs(&self) -> MutexGuard<'_, HashSet<QueueSlotId>> {
         self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Commands of a queue pair were not answered in time. If it is this drive's, its supervisor stops the controller: Abort is only
     /// advisory. Waits for nothing.
-    pub fn report_expired(&self, pair: PairId, count: usize, at: Instant) {
-        if self.pairs().contains(&pair) {
+    pub fn report_expired(&self, slot: QueueSlotId, count: usize, at: Instant) {
+        if self.pairs().contains(&slot) {
             let why = format!("{count} commands were not answered in time");
             *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some(Expired { why, at, paused: None });
             self.supervisor_event.notify();

@@ -8,7 +8,7 @@
 //!
 //! Here is only decided; see `leases` for what is done.
 
-use crate::datapath::worker::{LaneNumber, PairId};
+use crate::datapath::worker::{LaneNumber, QueueSlotId};
 
 /// Names a disk.
 pub(super) type DiskNumber = u64;
@@ -18,7 +18,7 @@ pub(super) type LeaseNumber = u64;
 /// A place for a queue pair on a worker.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
-    pub id: PairId,
+    pub id: QueueSlotId,
     pub entries: u16,
     /// The disk that it counts for.
     owner: DiskNumber,
@@ -32,7 +32,7 @@ pub(super) struct Place {
 struct Leased {
     number: LeaseNumber,
     disk: DiskNumber,
-    place: PairId,
+    place: QueueSlotId,
     entries: u16,
     /// What runs there.
     lane: Option<LaneNumber>,
@@ -66,14 +66,14 @@ pub(super) struct Gift {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Merger {
     pub lanes: Vec<LaneNumber>,
-    pub into: PairId,
+    pub into: QueueSlotId,
 }
 
 /// A place that is not there any more, while the drive is away; its lanes are to go on at another.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Fold {
-    pub from: PairId,
-    pub into: PairId,
+    pub from: QueueSlotId,
+    pub into: QueueSlotId,
 }
 
 /// See the module.
@@ -109,7 +109,7 @@ impl Shares {
     }
 
     /// A lease of a place of its own.
-    pub(super) fn add(&mut self, disk: DiskNumber, entries: u16, id: PairId) -> LeaseNumber {
+    pub(super) fn add(&mut self, disk: DiskNumber, entries: u16, id: QueueSlotId) -> LeaseNumber {
         self.places.push(Place { id, entries, owner: disk, leaving: false, surrendered: false });
         let number = self.number();
         self.leases.push(Leased { number, disk, place: id, entries, lane: None });
@@ -161,7 +161,7 @@ impl Shares {
     }
 
     /// Where a lease's lane is started.
-    pub(super) fn place_of(&self, lease: LeaseNumber) -> Option<PairId> {
+    pub(super) fn place_of(&self, lease: LeaseNumber) -> Option<QueueSlotId> {
         self.leases.iter().find(|leased| leased.number == lease).map(|leased| leased.place)
     }
 
@@ -171,7 +171,7 @@ impl Shares {
     }
 
     /// The lease ends. Returns its place if nobody has that any more: it is to go.
-    pub(super) fn remove(&mut self, lease: LeaseNumber) -> Option<PairId> {
+    pub(super) fn remove(&mut self, lease: LeaseNumber) -> Option<QueueSlotId> {
         let at = self.leases.iter().position(|leased| leased.number == lease)?;
         let id = self.leases.swap_remove(at).place;
         let heirs: Vec<DiskNumber> = self.leases_at(id).map(|leased| leased.disk).collect();
@@ -187,21 +187,21 @@ impl Shares {
     }
 
     /// A place is not there any more.
-    pub(super) fn forget(&mut self, id: PairId) {
+    pub(super) fn forget(&mut self, id: QueueSlotId) {
         self.places.retain(|place| place.id != id);
     }
 
     /// Is this place still to go?
-    pub(super) fn is_leaving(&self, id: PairId) -> bool {
+    pub(super) fn is_leaving(&self, id: QueueSlotId) -> bool {
         self.places.iter().any(|place| place.id == id && place.leaving)
     }
 
     /// Places that are to go when their lanes have gone.
-    pub(super) fn leaving(&self) -> Vec<PairId> {
+    pub(super) fn leaving(&self) -> Vec<QueueSlotId> {
         self.places.iter().filter(|place| place.leaving).map(|place| place.id).collect()
     }
 
-    fn leases_at(&self, id: PairId) -> impl Iterator<Item = &Leased> {
+    fn leases_at(&self, id: QueueSlotId) -> impl Iterator<Item = &Leased> {
         self.leases.iter().filter(move |leased| leased.place == id)
     }
 
@@ -228,7 +228,7 @@ impl Shares {
     }
 
     /// The first of them: where among the places it is, and which other one takes its lanes.
-    fn next_fold(&self, granted: u16) -> Option<(usize, PairId)> {
+    fn next_fold(&self, granted: u16) -> Option<(usize, QueueSlotId)> {
         let counts: Vec<usize> = self.places.iter().map(|place| self.leases_at(place.id).count()).collect();
         let surplus = |place: &Place| i32::from(self.pairs(place.owner)) - i32::from(self.share(place.owner, granted));
         let surplus: Vec<i32> = self.places.iter().map(surplus).collect();
@@ -287,7 +287,7 @@ impl Shares {
     }
 
     /// The gift is made: this place. Returns what has to move there, and a line for the log.
-    pub(super) fn give(&mut self, gift: Gift, id: PairId) -> (Option<LaneNumber>, Option<String>) {
+    pub(super) fn give(&mut self, gift: Gift, id: QueueSlotId) -> (Option<LaneNumber>, Option<String>) {
         let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == gift.lease) else {
             return (None, None);
         };
@@ -384,9 +384,9 @@ mod tests {
             Bench { shares: Shares::default(), granted, made: 0, workers }
         }
 
-        fn pair(&mut self, worker: usize) -> PairId {
+        fn pair(&mut self, worker: usize) -> QueueSlotId {
             self.made += 1;
-            PairId::made_up(worker, self.made)
+            QueueSlotId::made_up(worker, self.made)
         }
 
         fn is_free(&self) -> bool {

@@ -8,7 +8,7 @@ use super::leases::STOP_MARGIN;
 use super::*;
 use crate::blk::disk::Disk;
 use crate::blk::request::{IOERR, OK};
-use crate::datapath::lane::testing::{Client, DATA, LAYOUT, disk, until};
+use crate::datapath::lane::testing::{DATA, LAYOUT, TestClient, disk, until};
 use crate::virtio::ring::model::{Guest, writable};
 
 /// A drive on a controller of this process, and a guest's memory. Nobody looks after the drive.
@@ -35,7 +35,7 @@ impl OneDrive {
     }
 }
 
-fn read(client: &mut Client, guest: &Guest) {
+fn read(client: &mut TestClient, guest: &Guest) {
     client.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     rustix::io::write(&client.kick, &1u64.to_ne_bytes()).unwrap();
 }
@@ -50,7 +50,7 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
         // So there is something under way, and something new, at each moment.
         let late = Duration::ZERO..=Duration::from_millis(2);
         simulator.faults().add(FaultRule { action: FaultAction::Delay(late), when: FaultMatch::default() });
-        let mut client = Client::new(guest, 0, false, 16);
+        let mut client = TestClient::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
         let handle = lease.start(client.lane(guest, disk));
@@ -96,7 +96,7 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
 fn a_device_that_is_let_go_is_closed() {
     for failures in 0..3 {
         let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(Config::default(), &Options::default());
-        let mut client = Client::new(guest, 0, false, 16);
+        let mut client = TestClient::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
         let handle = lease.start(client.lane(guest, disk));
@@ -125,7 +125,7 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(Config::default(), &options);
 
         simulator.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
-        let mut client = Client::new(guest, 0, false, 16);
+        let mut client = TestClient::new(guest, 0, false, 16);
         let share = drive.share("test".into(), None);
         let lease = share.lease(0, 16).unwrap();
         let handle = lease.start(client.lane(guest, disk));
@@ -143,7 +143,7 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         drive.reattach().unwrap();
         let lease = share.lease(0, 16).unwrap();
         if forsaken {
-            client = Client::new(guest, 0, false, 16);
+            client = TestClient::new(guest, 0, false, 16);
         }
         let base = if forsaken { 0 } else { stopped.base };
         let handle = lease.start(client.lane_at(guest, disk, base));

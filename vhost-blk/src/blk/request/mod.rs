@@ -13,7 +13,7 @@ use virtio_bindings::virtio_blk::{
 use crate::blk::config::{MAX_RANGES, RangeLimits};
 use crate::blk::disk::{Disk, Geometry};
 use crate::virtio::memory::GuestView;
-use crate::virtio::ring::{Buffer, Chain, MAX_CHAIN, Triple, TripleRing};
+use crate::virtio::ring::{Buffer, Chain, MAX_CHAIN, SimpleChain, SimpleChainRing};
 
 /// Status byte: the request was carried out.
 pub const OK: u8 = VIRTIO_BLK_S_OK as u8;
@@ -79,33 +79,33 @@ pub enum Parsed {
 
 /// The next chain, if it is a read or write of header, data in one region and status: it needs no storage. Whether the disk
 /// has these blocks is left to the queue pair, which refuses them otherwise. The chain stays available;
-/// [`TripleRing::accept`] takes it. `None`: anything else, [`Parser::parse`] finds out what.
+/// [`SimpleChainRing::accept`] takes it. `None`: anything else, [`Parser::parse`] finds out what.
 #[inline(always)]
-pub fn peek_plain(
-    ring: &mut impl TripleRing,
+pub fn peek_simple(
+    ring: &mut impl SimpleChainRing,
     view: &mut GuestView,
     disk: &Disk,
     geometry: &Geometry,
-) -> Option<(Triple, Request, Segment)> {
-    let triple = ring.peek_triple::<HEADER_BYTES, 1>(view)?;
-    let [kind, sector] = view.read_words(triple.first).ok()?;
-    let Buffer { address, bytes } = triple.middle;
+) -> Option<(SimpleChain, Request, Segment)> {
+    let simple = ring.peek_simple_chain::<HEADER_BYTES, 1>(view)?;
+    let [kind, sector] = view.read_words(simple.first).ok()?;
+    let Buffer { address, bytes } = simple.middle;
     if bytes == 0 {
         return None;
     }
     let (operation, written) = match kind as u32 {
         // A multiple of the block size, see below: no overflow.
-        VIRTIO_BLK_T_IN if triple.middle_writable => (Operation::Read, bytes.wrapping_add(1)),
-        VIRTIO_BLK_T_OUT if !triple.middle_writable && !disk.read_only => (Operation::Write, 1),
+        VIRTIO_BLK_T_IN if simple.middle_writable => (Operation::Read, bytes.wrapping_add(1)),
+        VIRTIO_BLK_T_OUT if !simple.middle_writable && !disk.read_only => (Operation::Write, 1),
         _ => return None,
     };
     let lba = geometry.first_block(sector, bytes)?;
     let segment = view.segment(address, bytes)?;
-    let status = triple.last;
+    let status = simple.last;
     if !view.contains(status) {
         return None;
     }
-    Some((triple, Request { operation, lba, bytes, status, written }, segment))
+    Some((simple, Request { operation, lba, bytes, status, written }, segment))
 }
 
 /// Turns chains into requests. Its storage is made once.
@@ -132,10 +132,10 @@ impl Default for Parser {
 }
 
 /// Why a request is answered without the drive.
-struct Refused(u8);
+struct Refusal(u8);
 
-const FAILED: Refused = Refused(IOERR);
-const UNSUPPORTED: Refused = Refused(UNSUPP);
+const FAILED: Refusal = Refusal(IOERR);
+const UNSUPPORTED: Refusal = Refusal(UNSUPP);
 
 impl Parser {
     /// A parser with room for the largest request.
@@ -159,7 +159,7 @@ impl Parser {
         self.request = Request { operation: Operation::Flush, lba: 0, bytes: 0, status, written };
         match self.parse_body(chain.readable(), writable, tail, view, disk) {
             Ok(parsed) => parsed,
-            Err(Refused(code)) => Parsed::Answer(code),
+            Err(Refusal(code)) => Parsed::Answer(code),
         }
     }
 
@@ -171,7 +171,7 @@ impl Parser {
         tail: Buffer,
         view: &mut GuestView,
         disk: &Disk,
-    ) -> Result<Parsed, Refused> {
+    ) -> Result<Parsed, Refusal> {
         let ([kind, sector], head, readable) = header(readable, view)?;
         match kind as u32 {
             VIRTIO_BLK_T_IN => {
@@ -208,7 +208,7 @@ impl Parser {
         }
     }
 
-    fn transfer(&mut self, operation: Operation, sector: u64, bytes: u32, disk: &Disk) -> Result<Parsed, Refused> {
+    fn transfer(&mut self, operation: Operation, sector: u64, bytes: u32, disk: &Disk) -> Result<Parsed, Refusal> {
         self.request.lba = disk.geometry().block(sector, bytes).ok_or(FAILED)?;
         self.request.operation = operation;
         self.request.bytes = bytes;
@@ -216,7 +216,7 @@ impl Parser {
         Ok(if bytes == 0 { Parsed::Answer(OK) } else { Parsed::Submit })
     }
 
-    fn get_id(&self, writable: &[Buffer], tail: Buffer, view: &mut GuestView, disk: &Disk) -> Result<Parsed, Refused> {
+    fn get_id(&self, writable: &[Buffer], tail: Buffer, view: &mut GuestView, disk: &Disk) -> Result<Parsed, Refusal> {
         let mut written = 0;
         for buffer in writable.iter().chain([&tail]) {
             let rest = &disk.serial[written..];
@@ -238,7 +238,7 @@ impl Parser {
         buffers: &[Buffer],
         last: Option<Buffer>,
         view: &mut GuestView,
-    ) -> Result<u32, Refused> {
+    ) -> Result<u32, Refusal> {
         let mut total = 0u64;
         self.segments.clear();
         let segments = &mut self.segments;
@@ -276,7 +276,7 @@ impl Parser {
         limits: RangeLimits,
         view: &mut GuestView,
         disk: &Disk,
-    ) -> Result<u32, Refused> {
+    ) -> Result<u32, Refusal> {
         self.ranges.clear();
         self.payload.clear();
         for buffer in head.iter().chain(readable) {
@@ -330,10 +330,10 @@ pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> impl Iterator
 }
 
 /// A request's header as two words, what is left of the buffer it ends in, and the buffers after that.
-type Header<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
+type RequestHeader<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
 
 /// Takes the header off the readable part.
-fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>, Refused> {
+fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, Refusal> {
     let (first, rest) = readable.split_first().ok_or(FAILED)?;
     if first.bytes == HEADER_BYTES {
         return Ok((view.read_words(first.address).map_err(|_| FAILED)?, None, rest));
@@ -343,7 +343,7 @@ fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>
 
 /// A header that shares a buffer with data, or is spread over several.
 #[cold]
-fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<Header<'a>, Refused> {
+fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, Refusal> {
     let mut bytes = [0u8; HEADER_BYTES as usize];
     let mut filled = 0;
     for (index, buffer) in readable.iter().enumerate() {

@@ -22,7 +22,7 @@ pub(crate) fn header(kind: u32, sector: u64) -> [u8; 16] {
     raw
 }
 
-struct Bench {
+struct RequestBench {
     guest: Guest,
     driver: Driver,
     ring: Ring,
@@ -34,8 +34,8 @@ struct Bench {
 /// What the short way makes of the next chain; nothing where the queue pair would refuse it, for the disk has no such blocks.
 fn short_way(ring: &mut Ring, view: &mut GuestView, disk: &Disk) -> Option<(Request, Segment)> {
     let next = match ring {
-        Ring::Split(ring) => peek_plain(ring, view, disk, &disk.geometry()),
-        Ring::Packed(ring) => peek_plain(ring, view, disk, &disk.geometry()),
+        Ring::Split(ring) => peek_simple(ring, view, disk, &disk.geometry()),
+        Ring::Packed(ring) => peek_simple(ring, view, disk, &disk.geometry()),
     };
     let (_, request, segment) = next?;
     let blocks = u64::from(request.bytes) >> disk.namespace.block_shift;
@@ -43,13 +43,13 @@ fn short_way(ring: &mut Ring, view: &mut GuestView, disk: &Disk) -> Option<(Requ
         .then_some((request, segment))
 }
 
-impl Bench {
-    fn new() -> Bench {
+impl RequestBench {
+    fn new() -> RequestBench {
         let guest = Guest::new(&[(0, 0x10_0000), (DATA, 0x20_0000), (0x1_0000_0000, 0x1000)], None);
         let driver = Driver::new(&guest, false, 64, RING, false);
         let ring = Ring::new(&guest.memory, &driver.setup).unwrap();
         let view = GuestView::new(guest.memory.clone());
-        Bench { guest, driver, ring, view, chain: Chain::new(), parser: Parser::new() }
+        RequestBench { guest, driver, ring, view, chain: Chain::new(), parser: Parser::new() }
     }
 
     fn parse(&mut self, disk: &Disk, pieces: &[Piece]) -> Seen {
@@ -112,7 +112,7 @@ fn bare(operation: Operation) -> Seen {
 
 #[test]
 fn reads_and_writes_become_blocks_and_segments() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     for (shift, sectors_per_block) in [(9, 1), (12, 8)] {
         let disk = disk(shift, 1000);
         let data = [writable(DATA + 3, 4095), writable(DATA + 0x3000, 4097)];
@@ -130,7 +130,7 @@ fn reads_and_writes_become_blocks_and_segments() {
 
 #[test]
 fn only_whole_blocks_within_the_disk() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     for (shift, blocks) in [(9, 1000), (12, 125)] {
         let disk = disk(shift, blocks);
         let block = 1u32 << shift;
@@ -174,7 +174,7 @@ fn any_layout_means_the_same() {
     let seed = 0x1a_10;
     println!("seed {seed:#x}");
     let mut random = Random(seed);
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let disk = disk(9, 100_000);
     for round in 0..3000 {
         let kind = random.below(2) as u32;
@@ -225,7 +225,7 @@ fn any_layout_means_the_same() {
 
 #[test]
 fn read_only_disks_take_no_writes() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let disk = Disk { read_only: true, ..disk(9, 1000) };
     assert_eq!(bench.request(&disk, 1, 0, &[readable(DATA, 512)]), answer(IOERR));
     assert_eq!(bench.request(&disk, 11, 0, &[readable(DATA, 16)]), answer(IOERR));
@@ -236,7 +236,7 @@ fn read_only_disks_take_no_writes() {
 
 #[test]
 fn flush_is_for_drives_with_a_cache() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let mut disk = disk(9, 1000);
     assert_eq!(bench.request(&disk, 4, 0, &[]), bare(Operation::Flush));
     disk.namespace.volatile_write_cache = false;
@@ -245,7 +245,7 @@ fn flush_is_for_drives_with_a_cache() {
 
 #[test]
 fn the_serial_fills_what_there_is() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let disk = disk(9, 1000);
     for room in [20, 30, 5, 0] {
         bench.guest.write(DATA, &[0xee; 40]);
@@ -268,7 +268,7 @@ fn range(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
 
 #[test]
 fn ranges_of_discard_and_write_zeroes() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let (small, large) = (disk(9, 1000), disk(12, 125));
     let zeroes = |unmap| bare(if unmap { Operation::WriteZeroesUnmap } else { Operation::WriteZeroes });
     let discard = || bare(Operation::Discard);
@@ -318,7 +318,7 @@ fn ranges_of_discard_and_write_zeroes() {
 
 #[test]
 fn ranges_beyond_what_the_configuration_space_says_fail() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let mut disk = disk(9, 100_000);
     disk.namespace.max_write_zeroes_blocks = 64;
     (disk.namespace.max_discard_ranges, disk.namespace.max_discard_range_blocks) = (3, 1000);
@@ -344,7 +344,7 @@ fn ranges_beyond_what_the_configuration_space_says_fail() {
 
 #[test]
 fn what_is_not_understood_is_answered_where_it_can_be() {
-    let mut bench = Bench::new();
+    let mut bench = RequestBench::new();
     let disk = disk(9, 1000);
     for kind in [2, 3, 5, 14, 15, 0x8000_0000, u32::MAX] {
         assert_eq!(bench.request(&disk, kind, 0, &[writable(DATA, 512)]), answer(UNSUPP), "type {kind}");

@@ -80,8 +80,8 @@ impl Registry {
     /// Something that a worker has told.
     pub(super) fn handle(&self, event: WorkerEvent) {
         match event {
-            WorkerEvent::Expired { pair, count, at } => {
-                self.served().drives.iter().for_each(|drive| drive.report_expired(pair, count, at));
+            WorkerEvent::Expired { slot, count, at } => {
+                self.served().drives.iter().for_each(|drive| drive.report_expired(slot, count, at));
             }
             WorkerEvent::WorkerDied { worker, message } => {
                 self.termination.fatal(format!("worker {worker} died: {message}"));

@@ -45,7 +45,7 @@ impl Unserved {
     }
 
     /// Tells the log of CPUs that cannot be had.
-    pub(super) fn lacks_workers(&mut self, unpinned: &[worker::Error]) {
+    pub(super) fn lacks_workers(&mut self, unpinned: &[worker::WorkerError]) {
         for error in unpinned {
             log::error!("{error}; the other workers do its work until that is mended and the program is started again");
             self.reasons.push(error.to_string());

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use nvme_driver::{BouncePool, Namespace};
 
-use super::{Drive, Lane, Mode};
+use super::{DriveAccess, Lane, Mode};
 use crate::blk::disk::Disk;
 use crate::virtio::memory::GuestMemory;
 
@@ -71,7 +71,7 @@ impl Lane {
 
     /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back.
     pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) {
-        self.drive = Drive::Held;
+        self.drive = DriveAccess::Held;
         if let Some(pool) = pool {
             self.hold_bounced(pool);
         }
@@ -81,11 +81,11 @@ impl Lane {
     /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
     pub(crate) fn abandon(&mut self, answer: bool) {
         self.abandoned = Some(answer);
-        self.turns.over = true;
+        self.multi_command.over = true;
         match self.drive {
-            Drive::Present => self.end_waiting(),
-            Drive::Held => self.end_if_abandoned(),
-            Drive::Lost => {}
+            DriveAccess::Present => self.end_waiting(),
+            DriveAccess::Held => self.end_if_abandoned(),
+            DriveAccess::Lost => {}
         }
         self.publish();
     }
@@ -103,8 +103,8 @@ impl Lane {
         if self.is_out_of_reach() {
             return self.stay_away();
         }
-        self.drive = Drive::Present;
-        self.again.write_protected = false;
+        self.drive = DriveAccess::Present;
+        self.retries.write_protected = false;
         self.view.forget_device();
         self.find_pending();
     }
@@ -117,7 +117,7 @@ impl Lane {
     /// The drive gets nothing of it any more, whatever its addresses would mean there: what waits is answered with an error, and
     /// nothing more is taken.
     pub(crate) fn stay_away(&mut self) {
-        self.drive = Drive::Held;
+        self.drive = DriveAccess::Held;
         self.give_up();
         self.begin_stop();
         (self.resuming, self.pending) = (false, None);
@@ -125,7 +125,7 @@ impl Lane {
 
     /// Does it take what the driver makes available?
     fn runs(&self) -> bool {
-        self.mode == Mode::Running && self.drive != Drive::Held
+        self.mode == Mode::Running && self.drive != DriveAccess::Held
     }
 
     /// Uses a table with more regions from now on; false if it lacks one of the present ones.
@@ -139,7 +139,7 @@ impl Lane {
     pub(crate) fn set_disk(&mut self, disk: Arc<Disk>) {
         self.geometry = disk.geometry();
         self.disk = disk;
-        self.again.write_protected = false;
+        self.retries.write_protected = false;
     }
 
     /// The same disk, whose namespace has become another meanwhile. Its front-end hears of it later.
@@ -158,7 +158,7 @@ impl Lane {
     /// Asks the driver for notifications. True: there is work already, do not sleep.
     #[must_use]
     pub(crate) fn prepare_sleep(&mut self) -> bool {
-        let work = self.drive != Drive::Held && self.resuming || self.runs() && self.ring.enable_notifications();
+        let work = self.drive != DriveAccess::Held && self.resuming || self.runs() && self.ring.enable_notifications();
         if !work && self.runs() {
             self.note_empty();
         }

@@ -1,6 +1,6 @@
 //! What a lane does for the promise that a flush is: see [`FlushPromise`](crate::blk::disk::FlushPromise).
 
-use super::{Drive, Lane};
+use super::{DriveAccess, Lane};
 use crate::blk::request::Operation;
 use crate::log_limit::Kind;
 
@@ -49,11 +49,11 @@ impl Lane {
     #[inline(never)]
     fn look_for_changes(&mut self, all: u64, now: u64) {
         // Without the drive nothing is done.
-        if self.drive != Drive::Present {
+        if self.drive != DriveAccess::Present {
             return;
         }
         // Those that failed, too: they may have changed something.
-        if self.slots.freed().any(|(_, slot)| slot.kept.changes()) {
+        if self.slots.freed().any(|(_, slot)| slot.record.changes()) {
             return self.tell_changes(now);
         }
         let Lane { slots, changes, bounced, .. } = self;
@@ -62,7 +62,7 @@ impl Lane {
         }
         // Only some, and the same one first as long as it waits: a ring may have thousands of slots.
         let (mut waiting, end) = slots.waiting(changes.looked.1, LOOK);
-        let found = waiting.find(|(_, slot)| slot.kept.changes()).map(|(number, _)| number);
+        let found = waiting.find(|(_, slot)| slot.record.changes()).map(|(number, _)| number);
         changes.looked.1 = found.unwrap_or(end as u16);
         if found.is_none() && slots.is_end(end) && !bounced.any_changes() {
             changes.settled = all;
@@ -92,8 +92,8 @@ impl Lane {
     }
 
     /// The same for the flush in a slot, which the drive has not answered.
-    pub(super) fn begin_flush_again(&mut self, slot: u16) -> Option<u64> {
-        let before = self.slots.get_mut(slot)?.kept.lba;
+    pub(super) fn begin_flush_retry(&mut self, slot: u16) -> Option<u64> {
+        let before = self.slots.get_mut(slot)?.record.lba;
         let number = self.disk.flushes.begin_again(before);
         self.warn_of_loss(number)
     }
@@ -111,7 +111,7 @@ impl Lane {
     pub(super) fn flush_succeeded(&mut self, number: u16) {
         if let Some(slot) = self.slots.get_mut(number) {
             // It came from the drive that it was given to: nothing was lost meanwhile.
-            self.disk.flushes.succeed(slot.kept.lba);
+            self.disk.flushes.succeed(slot.record.lba);
         }
     }
 }
@@ -122,7 +122,7 @@ mod tests {
 
     use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
-    use super::super::testing::{Client, DATA, Machine, wait};
+    use super::super::testing::{DATA, Machine, TestClient, wait};
     use crate::blk::request::{IOERR, OK};
     use crate::datapath::poll_group::PollGroup;
     use crate::virtio::ring::model::{readable, writable};
@@ -149,7 +149,8 @@ mod tests {
         let machine = machine();
         let guest = &machine.guest;
         let disk = Arc::new(machine.disk());
-        let mut clients: Vec<Client> = (0..3).map(|number| Client::new(guest, number, number == 1, 16)).collect();
+        let mut clients: Vec<TestClient> =
+            (0..3).map(|number| TestClient::new(guest, number, number == 1, 16)).collect();
         let mut groups: Vec<PollGroup> = (0..3).map(|_| machine.group(64)).collect();
         for (client, group) in clients.iter_mut().zip(&mut groups) {
             group.add(client.lane(guest, &disk));
@@ -167,8 +168,8 @@ mod tests {
         assert!(disk.flushes.lose_cache(None));
         // Each is back before the lane with the write is.
         for ((client, group), mut lost) in clients.iter_mut().zip(&mut groups).zip(lost) {
-            machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-            group.regain_drive(lost.way, None);
+            machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
+            group.regain_drive(lost.resources, None);
             if client.in_flight() != 0 {
                 assert_eq!(wait(group, || client.answer(guest)).1, IOERR);
             }
@@ -184,7 +185,7 @@ mod tests {
             let machine = machine();
             let guest = &machine.guest;
             let disk = Arc::new(machine.disk());
-            let mut clients = [0, 1].map(|number| Client::new(guest, number, packed, 16));
+            let mut clients = [0, 1].map(|number| TestClient::new(guest, number, packed, 16));
             let mut groups = [(); 2].map(|()| machine.group(64));
             for (client, group) in clients.iter_mut().zip(&mut groups) {
                 group.add(client.lane(guest, &disk));
@@ -196,7 +197,7 @@ mod tests {
             }
             let [writer, flusher] = &mut clients;
             let [first, second] = &mut groups;
-            let read = |writer: &mut Client, first: &mut PollGroup| {
+            let read = |writer: &mut TestClient, first: &mut PollGroup| {
                 assert_eq!(writer.run(guest, first, IN, 0, &[writable(DATA, 4096)]), (OK, 4097));
             };
             let range = DATA + 0x2000;
@@ -232,7 +233,7 @@ mod tests {
         disk.features = 0;
         let disks = [Arc::new(machine.disk()), Arc::new(disk)];
         for (number, disk) in (0..).zip(&disks) {
-            let mut client = Client::new(guest, number, false, 16);
+            let mut client = TestClient::new(guest, number, false, 16);
             let mut group = machine.group(64);
             group.add(client.lane(guest, disk));
             // At an odd address: no data pointer can say where it is.

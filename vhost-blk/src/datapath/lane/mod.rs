@@ -8,16 +8,16 @@
 //! their order, the requests which that one has not answered.
 
 mod advice;
-mod again;
-mod bounced;
+mod bounce;
 mod control;
 mod events;
 mod flush;
-mod kept;
+mod multi_command;
+mod record;
+mod retry;
 mod sgls;
 mod slots;
 mod suspects;
-mod turns;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -27,20 +27,20 @@ use std::time::Duration;
 use nvme_driver::{BouncePool, QueuePair, Status, SubmitError};
 
 use advice::Advice;
-use again::{Again, work};
-use bounced::BouncedRequests;
+use bounce::BouncedRequests;
 use events::Events;
 use flush::Changes;
-use kept::{Kept, Longs};
+use multi_command::MultiCommand;
+use record::{DetailsBySlot, Record};
+use retry::{Retries, work};
 use slots::{Answer, Slot, Slots};
-use turns::Turns;
 
 use crate::blk::disk::{Disk, Geometry};
 use crate::blk::request::{self, Operation, Parsed, Parser, Request};
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::log_limit::{Kind, LogLimit};
 use crate::virtio::memory::{GuestMemory, GuestView};
-use crate::virtio::ring::{Chain, Head, Ring, TripleRing};
+use crate::virtio::ring::{Chain, Head, Ring, SimpleChainRing};
 
 /// Chains a lane takes in one turn, so that the lanes of a worker take turns.
 const BATCH: usize = 64;
@@ -100,7 +100,7 @@ enum Mode {
 
 /// Where the drive is. Without it there is no queue pair.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Drive {
+enum DriveAccess {
     /// There.
     Present,
     /// Away, and soon back perhaps: what it had waits, and nothing more is taken.
@@ -119,12 +119,12 @@ pub struct Lane {
     mode: Mode,
     /// Requests that an earlier process has not answered are done first.
     resuming: bool,
-    drive: Drive,
+    drive: DriveAccess,
     /// Whoever stops the lane waits only for what is with the drive; true: all else is still to be answered.
     abandoned: Option<bool>,
-    again: Again,
-    turns: Turns,
-    longs: Longs,
+    retries: Retries,
+    multi_command: MultiCommand,
+    details: DetailsBySlot,
     changes: Changes,
     /// The chain of the request that is still in the parser because it found the queue pair full.
     pending: Option<Head>,
@@ -157,11 +157,11 @@ impl Lane {
             slots: Slots::new(size),
             mode: Mode::Running,
             resuming,
-            drive: Drive::Present,
+            drive: DriveAccess::Present,
             abandoned: None,
-            again: Again::new(hold),
-            turns: Turns::default(),
-            longs: Longs::default(),
+            retries: Retries::new(hold),
+            multi_command: MultiCommand::default(),
+            details: DetailsBySlot::default(),
             changes: Changes::default(),
             pending: None,
             bounced: BouncedRequests::default(),
@@ -218,11 +218,11 @@ impl Lane {
             self.advance_bounced(pair, pool, tag);
         }
         // Before anything new.
-        if !self.again.is_empty() && !self.issue_again(pair, tag) {
+        if !self.retries.is_empty() && !self.issue_retries(pair, tag) {
             return 0;
         }
         if self.mode != Mode::Running || self.resuming {
-            return self.submit_specially(pair, tag);
+            return self.submit_when_not_running(pair, tag);
         }
         if let Some(head) = self.pending.take()
             && !self.submit_pending(pair, tag, head)
@@ -231,7 +231,7 @@ impl Lane {
         }
         let mut taken = 0;
         // Without a free slot the guest has more in flight than its ring holds: it has to wait.
-        while !self.submit_plain(pair, tag, &mut taken) && taken < BATCH && !self.slots.all_taken() {
+        while !self.submit_fast_path(pair, tag, &mut taken) && taken < BATCH && !self.slots.all_taken() {
             let head = match self.ring.pop(&mut self.view, &mut self.chain) {
                 Ok(Some(head)) => head,
                 Ok(None) => break,
@@ -264,20 +264,20 @@ impl Lane {
     /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. Adds how many
     /// it took. True: nothing is left; false: what is next is open.
     #[inline(always)]
-    fn submit_plain(&mut self, pair: &mut QueuePair, tag: u64, taken: &mut usize) -> bool {
+    fn submit_fast_path(&mut self, pair: &mut QueuePair, tag: u64, taken: &mut usize) -> bool {
         let Lane { ring, view, slots, tally, disk, geometry, .. } = self;
         // Once per format, so that it is not asked for each request.
-        let mut short = Short { view, slots, tally, disk, geometry, pair, tag };
+        let mut fast_path = FastPath { view, slots, tally, disk, geometry, pair, tag };
         match ring {
-            Ring::Split(ring) => short.submit(ring, taken),
-            Ring::Packed(ring) => short.submit(ring, taken),
+            Ring::Split(ring) => fast_path.submit(ring, taken),
+            Ring::Packed(ring) => fast_path.submit(ring, taken),
         }
     }
 
     /// Hands the request in the parser to the queue pair; false if there is no room: it is kept for the next time.
     fn submit_parsed(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
         let (buffers, ranges) = (self.chain.readable().len() + self.chain.writable().len(), self.parser.ranges.len());
-        if self.slots.all_taken() || !self.longs.has_room(buffers, ranges) {
+        if self.slots.all_taken() || !self.details.has_room(buffers, ranges) {
             self.pending = Some(head);
             return false;
         }
@@ -296,8 +296,8 @@ impl Lane {
         let Some(mut slot) = self.slots.reserve() else { return false };
         match pair.submit(&self.disk.namespace, work, tag | u64::from(slot.number())) {
             Ok(()) => {
-                self.longs.keep_parsed(slot.number(), request, &self.chain, ranges);
-                slot.fill(request.status, request.written | Slot::LONG, Kept::long(request.operation, flush));
+                self.details.keep_parsed(slot.number(), request, &self.chain, ranges);
+                slot.fill(request.status, request.written | Slot::LONG, Record::detailed(request.operation, flush));
                 slot.take(head);
                 count(&mut self.tally, request);
                 true
@@ -312,7 +312,7 @@ impl Lane {
     fn not_submitted(&mut self, error: SubmitError, head: Head) -> bool {
         match error {
             SubmitError::Full | SubmitError::Crowded => {
-                self.turns.crowded = error == SubmitError::Crowded;
+                self.multi_command.crowded = error == SubmitError::Crowded;
                 self.tally.full += 1;
                 self.pending = Some(head);
                 return false;
@@ -355,11 +355,11 @@ impl Lane {
     pub(crate) fn complete(&mut self, token: u64, status: Status) {
         let number = token as u16;
         if !status.is_success() {
-            return self.complete_badly(number, status);
+            return self.complete_failed(number, status);
         }
         // Also after the guest broke its ring: see `break_down`.
         let Some(Answer { status: address, head, written }) = self.slots.answer(number) else {
-            return self.complete_specially(number, status);
+            return self.complete_slow_path(number, status);
         };
         self.give_back(head, request::OK, address, written);
     }
@@ -367,13 +367,13 @@ impl Lane {
     /// A request from the parser, a piece of a bounced one, or a request of a guest that has broken its ring since.
     #[cold]
     #[inline(never)]
-    fn complete_specially(&mut self, number: u16, status: Status) {
-        if let Some((request, head)) = self.kept_request(number) {
+    fn complete_slow_path(&mut self, number: u16, status: Status) {
+        if let Some((request, head)) = self.recorded_request(number) {
             if request.operation == Operation::Flush {
                 self.flush_succeeded(number);
             }
             self.succeeds_without_sgl(number);
-            self.longs.drop_slot(number);
+            self.details.drop_slot(number);
             self.slots.answer_any(number);
             return self.give_back(head, request::OK, request.status, request.written);
         }
@@ -409,8 +409,8 @@ impl Lane {
     /// What [`Lane::submit`] does where things are not as usual; returns how many chains were taken.
     #[cold]
     #[inline(never)]
-    fn submit_specially(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
-        self.stop_long(pair, tag);
+    fn submit_when_not_running(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
+        self.stop_multi_command(pair, tag);
         if !self.resuming || self.mode == Mode::Moving {
             return 0;
         }
@@ -421,7 +421,7 @@ impl Lane {
     /// many.
     #[cold]
     pub(crate) fn refuse(&mut self) -> usize {
-        if self.drive != Drive::Lost || !self.takes_requests() {
+        if self.drive != DriveAccess::Lost || !self.takes_requests() {
             return 0;
         }
         self.take_all(|lane, head| {
@@ -489,17 +489,17 @@ impl Lane {
         self.resuming = false;
         self.pending = None;
         self.forget_waiting();
-        self.turns.over = true;
+        self.multi_command.over = true;
         // What the drive still has is waited for, and not answered.
         self.slots.orphan_all();
-        self.longs.drop_all();
+        self.details.drop_all();
         self.state.set_broken();
         self.events.tell_broken();
     }
 }
 
 /// What the short way needs of a lane and its queue pair.
-struct Short<'a> {
+struct FastPath<'a> {
     view: &'a mut GuestView,
     slots: &'a mut Slots,
     tally: &'a mut Tally,
@@ -509,10 +509,10 @@ struct Short<'a> {
     tag: u64,
 }
 
-impl Short<'_> {
-    /// See [`Lane::submit_plain`].
+impl FastPath<'_> {
+    /// See [`Lane::submit_fast_path`].
     #[inline(always)]
-    fn submit(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
+    fn submit(&mut self, ring: &mut impl SimpleChainRing, taken: &mut usize) -> bool {
         let before = *taken;
         let done = self.submit_accepted(ring, taken);
         if *taken != before {
@@ -523,16 +523,16 @@ impl Short<'_> {
 
     /// The same; what was accepted is to be committed.
     #[inline(always)]
-    fn submit_accepted(&mut self, ring: &mut impl TripleRing, taken: &mut usize) -> bool {
+    fn submit_accepted(&mut self, ring: &mut impl SimpleChainRing, taken: &mut usize) -> bool {
         while *taken < BATCH
             && let Some(mut slot) = self.slots.reserve()
         {
-            let plain = request::peek_plain(ring, self.view, self.disk, self.geometry);
+            let plain = request::peek_simple(ring, self.view, self.disk, self.geometry);
             let Some((triple, request, segment)) = plain else { return ring.is_empty() };
             let Request { operation, lba, bytes, status, written } = request;
             let write = operation == Operation::Write;
             // Now, while all of it is at hand.
-            slot.fill(status, written, Kept::transfer(write, lba, triple.middle.address, bytes));
+            slot.fill(status, written, Record::simple(write, lba, triple.middle.address, bytes));
             let work = work(&request, std::slice::from_ref(&segment), &[], write && self.disk.force_unit_access());
             // Refused, blocks the disk does not have among the reasons: the long way finds out why.
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(slot.number())).is_err() {
@@ -579,12 +579,12 @@ impl Drop for Lane {
 }
 
 #[cfg(test)]
-mod again_tests;
+mod bounce_tests;
+#[cfg(test)]
+mod multi_command_tests;
+#[cfg(test)]
+mod retry_tests;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
-#[cfg(test)]
-mod turns_tests;
-#[cfg(test)]
-mod waiting_tests;

@@ -7,8 +7,8 @@
 use nvme_driver::{QueuePair, Status};
 
 use super::Lane;
-use super::again::MOST_RETRIES;
-use super::kept::{NO_SGL, RETRY};
+use super::record::{NO_SGL, RETRY};
+use super::retry::MOST_RETRIES;
 use super::slots::Slot;
 use crate::blk::request::Operation;
 use crate::log_limit::Kind;
@@ -31,48 +31,48 @@ impl Default for Sgls {
 impl Lane {
     /// The drive has refused the request in a slot. Was it for its SGL, as far as that can be known? Then it is to be tried without.
     pub(super) fn tries_without_sgl(&mut self, number: u16, status: Status) -> bool {
-        let again = match status.concerns_sgl() {
+        let retries = match status.concerns_sgl() {
             true => {
-                let again = self.slots.kept_mut(number).is_some_and(|kept| kept.count(RETRY, MOST_RETRIES));
-                if again {
-                    self.again.refuse_sgls(status);
+                let retries = self.slots.record_mut(number).is_some_and(|kept| kept.count(RETRY, MOST_RETRIES));
+                if retries {
+                    self.retries.refuse_sgls(status);
                 }
-                again
+                retries
             }
             false => status.kind() == Status::INVALID_FIELD && self.doubt_sgl(number, status),
         };
-        if again {
-            self.again.push(number, 0);
+        if retries {
+            self.retries.push(number, 0);
             self.end_waiting();
         }
-        again
+        retries
     }
 
     /// The request in a slot is to be tried once more, without an SGL; false if it has been, or has no data.
     fn doubt_sgl(&mut self, number: u16, status: Status) -> bool {
-        let Some((request, _)) = self.kept_request(number) else { return false };
+        let Some((request, _)) = self.recorded_request(number) else { return false };
         let Some(slot) = self.slots.get_mut(number) else { return false };
-        if slot.kept.has(NO_SGL) || !matches!(request.operation, Operation::Read | Operation::Write) {
+        if slot.record.has(NO_SGL) || !matches!(request.operation, Operation::Read | Operation::Write) {
             return false;
         }
         // Its success is to be noticed, and that of plain requests is not.
-        if slot.kept.bytes() != 0 {
-            let buffer = Buffer { address: slot.kept.data, bytes: slot.kept.bytes() };
-            let long = self.longs.keep(request, std::iter::once(buffer), &[]);
-            self.longs.put(number, long);
+        if slot.record.bytes() != 0 {
+            let buffer = Buffer { address: slot.record.data, bytes: slot.record.bytes() };
+            let lists = self.details.keep(request, std::iter::once(buffer), &[]);
+            self.details.put(number, lists);
             slot.written |= Slot::LONG;
-            slot.kept.stands_elsewhere();
+            slot.record.move_to_details();
         }
-        slot.kept.acquit();
-        slot.kept.set(NO_SGL);
-        self.again.sgls.doubted = status;
+        slot.record.acquit();
+        slot.record.set(NO_SGL);
+        self.retries.sgls.doubted = status;
         true
     }
 
     /// The drive has done the request in a slot. Was it the SGL that it did not take before?
     pub(super) fn succeeds_without_sgl(&mut self, number: u16) {
-        if self.slots.kept_mut(number).is_some_and(|kept| kept.has(NO_SGL)) {
-            self.again.refuse_sgls(self.again.sgls.doubted);
+        if self.slots.record_mut(number).is_some_and(|kept| kept.has(NO_SGL)) {
+            self.retries.refuse_sgls(self.retries.sgls.doubted);
         }
     }
 

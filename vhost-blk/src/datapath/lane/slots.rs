@@ -1,6 +1,6 @@
 //! What a lane keeps of each request the drive works on.
 
-use super::kept::Kept;
+use super::record::Record;
 use crate::virtio::ring::Head;
 
 /// What is needed to answer a request.
@@ -16,7 +16,7 @@ pub(super) struct Slot {
     /// Of a free slot: the next free one. Of a slot that is taken while its `written` is 0: see [`Slots::elsewhere`].
     next: u16,
     /// What to ask the drive again, should it not answer.
-    pub kept: Kept,
+    pub record: Record,
 }
 
 impl Slot {
@@ -50,10 +50,10 @@ impl Reserved<'_> {
 
     /// Puts everything there but the chain.
     #[inline(always)]
-    pub(super) fn fill(&mut self, status: u64, written: u32, kept: Kept) {
+    pub(super) fn fill(&mut self, status: u64, written: u32, kept: Record) {
         self.slot.status = status;
         self.slot.written = written;
-        self.slot.kept = kept;
+        self.slot.record = kept;
     }
 
     /// It stays free.
@@ -180,8 +180,8 @@ impl Slots {
     }
 
     /// What is kept of the request in a slot that is taken, whatever its `written`.
-    pub(super) fn kept_mut(&mut self, number: u16) -> Option<&mut Kept> {
-        self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.kept)
+    pub(super) fn record_mut(&mut self, number: u16) -> Option<&mut Record> {
+        self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.record)
     }
 
     /// Where else the request is whose slot is taken and has a `written` of 0: its place among the bounced ones, or

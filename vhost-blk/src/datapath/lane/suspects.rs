@@ -3,7 +3,7 @@
 use nvme_driver::{BouncePool, QueuePair, Status};
 
 use super::Lane;
-use super::kept::{ALONE, EXPIRED, FAILURE, LOST};
+use super::record::{ALONE, EXPIRED, FAILURE, LOST};
 use super::slots::Slot;
 use crate::blk::request::Operation;
 use crate::datapath::trial::Suspicion;
@@ -14,7 +14,7 @@ const MOST_FAILURES: u8 = 5;
 impl Lane {
     /// The drive has not answered the request with this token in time.
     pub(crate) fn expired(&mut self, token: u64) {
-        if let Some(kept) = self.slots.kept_mut(token as u16) {
+        if let Some(kept) = self.slots.record_mut(token as u16) {
             kept.set(EXPIRED);
         }
     }
@@ -23,13 +23,13 @@ impl Lane {
     pub(crate) fn unanswered(&mut self, token: u64) -> bool {
         let number = token as u16;
         if self.slots.get_mut(number).is_some() {
-            self.again.push(number, 0);
+            self.retries.push(number, 0);
         } else if self.slots.elsewhere(number).is_none_or(|place| place == Slot::ORPHAN) {
-            let expired = self.slots.kept_mut(number).is_some_and(|kept| kept.has(EXPIRED));
-            self.complete_specially(number, Status::ABORTED_BY_HOST);
+            let expired = self.slots.record_mut(number).is_some_and(|kept| kept.has(EXPIRED));
+            self.complete_slow_path(number, Status::ABORTED_BY_HOST);
             return expired;
         }
-        self.slots.kept_mut(number).is_some_and(|kept| {
+        self.slots.record_mut(number).is_some_and(|kept| {
             kept.set(LOST);
             kept.has(EXPIRED)
         })
@@ -38,10 +38,10 @@ impl Lane {
     /// What the failure says in which these requests were lost: those that were a part of too many fail. True: some are to be given
     /// to the drive alone, the next time.
     pub(crate) fn judge(&mut self, suspicion: Suspicion) -> bool {
-        let waiting: Vec<u16> = self.again.ready().chain(self.bounced.slots()).collect();
+        let waiting: Vec<u16> = self.retries.ready().chain(self.bounced.slots()).collect();
         let (mut guilty, mut alone) = (Vec::new(), false);
         for slot in waiting {
-            let Some(kept) = self.slots.kept_mut(slot) else { continue };
+            let Some(kept) = self.slots.record_mut(slot) else { continue };
             let (lost, expired) = (kept.has(LOST), kept.has(EXPIRED));
             kept.clear(LOST | EXPIRED);
             let (suspected, certain) = match suspicion {
@@ -59,7 +59,7 @@ impl Lane {
                     _ => {}
                 }
             }
-            alone |= self.slots.kept_mut(slot).is_some_and(|kept| kept.has(ALONE));
+            alone |= self.slots.record_mut(slot).is_some_and(|kept| kept.has(ALONE));
         }
         guilty.into_iter().for_each(|slot| self.convict(slot));
         alone
@@ -67,7 +67,7 @@ impl Lane {
 
     /// Answers a request that makes the controller fail.
     fn convict(&mut self, slot: u16) {
-        let request = self.kept_request(slot).map(|(request, _)| request).or_else(|| self.bounced_request(slot));
+        let request = self.recorded_request(slot).map(|(request, _)| request).or_else(|| self.bounced_request(slot));
         let Some(request) = request else { return };
         let what = match request.operation {
             Operation::Read => "a read",
@@ -81,7 +81,7 @@ impl Lane {
             request.lba, request.bytes
         ));
         if !self.end_bounced_one(slot) {
-            self.again.forget(slot);
+            self.retries.forget(slot);
             self.fail_slot(slot);
         }
     }
@@ -89,11 +89,11 @@ impl Lane {
     /// Gives the drive one request that has to be alone there; false: there is none. Nothing of the lane is there now.
     pub(crate) fn submit_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
         let slots = &mut self.slots;
-        let is_alone = |slot: u16| slots.kept_mut(slot).is_some_and(|kept| kept.has(ALONE));
-        match self.again.take_one(is_alone) {
+        let is_alone = |slot: u16| slots.record_mut(slot).is_some_and(|kept| kept.has(ALONE));
+        match self.retries.take_one(is_alone) {
             Some(slot) => {
-                if !self.try_again(pair, tag, slot) {
-                    self.again.push(slot, 0);
+                if !self.retry(pair, tag, slot) {
+                    self.retries.push(slot, 0);
                 }
                 true
             }

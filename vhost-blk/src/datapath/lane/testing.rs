@@ -100,7 +100,7 @@ pub(crate) fn count(event: &File) -> u64 {
 }
 
 /// A guest's block driver on one ring.
-pub(crate) struct Client {
+pub(crate) struct TestClient {
     /// Of its lanes.
     pub name: &'static str,
     pub driver: Driver,
@@ -121,14 +121,14 @@ pub(crate) const CLIENT_BYTES: u64 = 0x40_0000;
 /// Room for an indirect table of 1100 descriptors.
 const TABLE_BYTES: u64 = 0x5000;
 
-impl Client {
-    pub(crate) fn new(guest: &Guest, index: u64, packed: bool, size: u16) -> Client {
+impl TestClient {
+    pub(crate) fn new(guest: &Guest, index: u64, packed: bool, size: u16) -> TestClient {
         let at = index * CLIENT_BYTES;
         let driver = Driver::new(guest, packed, size, at, true);
         driver.ask_for_calls(guest, false);
         let (kick, call, error) = (event(), event(), event());
         let counters = Arc::default();
-        Client {
+        TestClient {
             name: "test ring",
             driver,
             at,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
-use super::testing::{Client, DATA, DEADLINE, Machine, count, pattern, wait};
+use super::testing::{DATA, DEADLINE, Machine, TestClient, count, pattern, wait};
 use super::*;
 use crate::blk::request::{IOERR, OK, UNSUPP};
 use crate::datapath::poll_group::PollGroup;
@@ -56,7 +56,7 @@ fn what_was_written_is_read_whatever_its_layout() {
             println!("block {block_bytes}, sgl {sgl}, packed {packed}");
             let machine = Machine::new(Config { sgl, ..config(block_bytes) });
             let guest = &machine.guest;
-            let mut client = Client::new(guest, 0, packed, 16);
+            let mut client = TestClient::new(guest, 0, packed, 16);
             let mut group = machine.group(64);
             group.add(client.lane(guest, &Arc::new(machine.disk())));
             let layouts: Vec<Vec<u32>> = vec![
@@ -91,7 +91,7 @@ fn data_no_pointer_can_reach_is_copied() {
     for (block_bytes, pool) in [(512, 256 << 10), (4096, 4096)] {
         let machine = Machine::new(Config { sgl: false, ..config(block_bytes) });
         let guest = &machine.guest;
-        let mut client = Client::new(guest, 0, false, 16);
+        let mut client = TestClient::new(guest, 0, false, 16);
         let pair = machine.pair(64).0;
         let mut group = PollGroup::new(pair, BouncePool::new(machine.device.dma(), pool).unwrap());
         group.add(client.lane(guest, &Arc::new(machine.disk())));
@@ -132,7 +132,7 @@ fn data_no_pointer_can_reach_is_copied() {
 fn odd_requests_are_answered_without_the_drive() {
     let machine = Machine::new(config(4096));
     let guest = &machine.guest;
-    let mut client = Client::new(guest, 0, true, 16);
+    let mut client = TestClient::new(guest, 0, true, 16);
     let mut group = machine.group(64);
     group.add(client.lane(guest, &Arc::new(machine.disk())));
     assert_eq!(client.run(guest, &mut group, GET_ID, 0, &[writable(DATA, 20)]), (OK, 21));
@@ -151,7 +151,7 @@ fn odd_requests_are_answered_without_the_drive() {
 fn discarded_and_zeroed_blocks_read_as_zeroes() {
     let machine = Machine::new(config(512));
     let guest = &machine.guest;
-    let mut client = Client::new(guest, 0, false, 16);
+    let mut client = TestClient::new(guest, 0, false, 16);
     let mut group = machine.group(64);
     group.add(client.lane(guest, &Arc::new(machine.disk())));
     let range = |sector: u64, sectors: u32, flags: u32| {
@@ -183,7 +183,7 @@ fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool, la
     let data = pattern(9, 4096);
     {
         let guest = &machine.guest;
-        let mut client = Client::new(guest, 0, false, 16);
+        let mut client = TestClient::new(guest, 0, false, 16);
         let mut group = machine.group(64);
         let mut disk = machine.disk();
         disk.writeback = Arc::new(AtomicBool::new(writeback));
@@ -202,7 +202,7 @@ fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool, la
     }
     let machine = machine.reopened();
     let guest = &machine.guest;
-    let mut client = Client::new(guest, 0, false, 16);
+    let mut client = TestClient::new(guest, 0, false, 16);
     let mut group = machine.group(64);
     group.add(client.lane(guest, &Arc::new(machine.disk())));
     assert_eq!(client.run(guest, &mut group, IN, 8, &[writable(DATA, 4096)]), (OK, 4097));
@@ -227,7 +227,7 @@ fn a_small_queue_pair_serves_a_large_ring() {
     for packed in [false, true] {
         let machine = Machine::new(Config { sgl: false, ..config(512) });
         let guest = &machine.guest;
-        let mut client = Client::new(guest, 0, packed, 256);
+        let mut client = TestClient::new(guest, 0, packed, 256);
         let mut group = machine.group(4);
         group.add(client.lane(guest, &Arc::new(machine.disk())));
         let (mut sent, mut done) = (0, 0);
@@ -256,7 +256,7 @@ fn a_small_queue_pair_serves_a_large_ring() {
 fn the_drives_errors_reach_their_requests_only() {
     let machine = Machine::new(config(512));
     let guest = &machine.guest;
-    let mut client = Client::new(guest, 0, true, 64);
+    let mut client = TestClient::new(guest, 0, true, 64);
     let mut group = machine.group(64);
     group.add(client.lane(guest, &Arc::new(machine.disk())));
     machine.sim.faults().add(FaultRule {
@@ -280,7 +280,7 @@ fn lanes_that_share_a_queue_pair_get_their_own_answers() {
     let guest = &machine.guest;
     let mut group = machine.group(16);
     let disk = Arc::new(machine.disk());
-    let mut clients: Vec<Client> = (0..3).map(|k| Client::new(guest, k, k == 1, 32)).collect();
+    let mut clients: Vec<TestClient> = (0..3).map(|k| TestClient::new(guest, k, k == 1, 32)).collect();
     for client in &clients {
         group.add(client.lane(guest, &disk));
     }
@@ -319,7 +319,7 @@ fn one_call_per_batch_and_only_when_asked() {
     for packed in [false, true] {
         let machine = Machine::new(config(512));
         let guest = &machine.guest;
-        let mut client = Client::new(guest, 0, packed, 64);
+        let mut client = TestClient::new(guest, 0, packed, 64);
         let mut group = machine.group(64);
         group.add(client.lane(guest, &Arc::new(machine.disk())));
         assert_eq!(count(&client.call), 1, "at its start, for what the ring's last user may not have told");
@@ -348,7 +348,7 @@ fn a_broken_ring_stops_its_lane_and_no_other() {
         let guest = &machine.guest;
         let mut group = machine.group(16);
         let disk = Arc::new(machine.disk());
-        let (mut bad, mut good) = (Client::new(guest, 0, packed, 16), Client::new(guest, 1, packed, 16));
+        let (mut bad, mut good) = (TestClient::new(guest, 0, packed, 16), TestClient::new(guest, 1, packed, 16));
         let index = group.add(bad.lane(guest, &disk));
         let state = group.lane_mut(index).unwrap().state().clone();
         group.add(good.lane(guest, &disk));
@@ -379,7 +379,7 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     let guest = &machine.guest;
     let mut group = machine.group(64);
     let disk = Arc::new(machine.disk());
-    let mut sane = Client::new(guest, 2, false, 16);
+    let mut sane = TestClient::new(guest, 2, false, 16);
     group.add(sane.lane(guest, &disk));
     // The mad ones have their own memory, and their own tables do not know of the other's.
     let other = Guest::new(&[(0, 0x80_0000), (DATA, 0x10_0000)], Some(&Reach::new(machine.device.dma().clone())));
@@ -390,7 +390,7 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     for seed in 0..2500u64 {
         let mut random = Random(seed);
         let packed = random.one_in(2);
-        let mut mad = Client::new(&other, 0, packed, 8);
+        let mut mad = TestClient::new(&other, 0, packed, 8);
         let read_only = Arc::new(Disk { read_only: true, ..machine.disk() });
         let index = group.add(mad.lane(&other, &read_only));
         for _ in 0..6 {
@@ -437,7 +437,7 @@ fn a_busy_lane_does_not_starve_the_others_of_a_queue_pair() {
     let guest = &machine.guest;
     let mut group = machine.group(4);
     let disk = Arc::new(machine.disk());
-    let (mut busy, mut calm) = (Client::new(guest, 0, false, 64), Client::new(guest, 1, true, 64));
+    let (mut busy, mut calm) = (TestClient::new(guest, 0, false, 64), TestClient::new(guest, 1, true, 64));
     for client in [&busy, &calm] {
         group.add(client.lane(guest, &disk));
     }

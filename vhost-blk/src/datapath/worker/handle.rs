@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::mailbox::{LaneId, Mail, Mailbox};
-use super::{Error, LaneNumber, MAIL_DEADLINE, StillBusy, StopError};
+use super::{LaneNumber, MAIL_DEADLINE, StillBusy, StopError, WorkerError};
 use crate::blk::disk::Disk;
 use crate::datapath::lane::{Lane, LaneState};
 use crate::virtio::memory::GuestMemory;
@@ -86,7 +86,7 @@ impl LaneHandle {
     /// Asks for the lane back: it takes no more requests, and comes when those in flight are answered.
     pub fn begin_stop(self) -> StoppingLane {
         let (reply, lane) = mpsc::channel();
-        self.address.send(Mail::Stop { id: self.address.id, reply });
+        self.address.send(Mail::StopLane { id: self.address.id, reply });
         StoppingLane { address: self.address, name: self.name, lane, let_go: false, since: Instant::now() }
     }
 
@@ -94,13 +94,13 @@ impl LaneHandle {
     ///
     /// # Errors
     /// The table lacks a present region, or the worker is gone.
-    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), Error> {
+    pub fn set_memory(&self, memory: Arc<GuestMemory>) -> Result<(), WorkerError> {
         let (reply, answer) = mpsc::channel();
         let worker = self.address.send(Mail::SetMemory { id: self.address.id, memory, reply });
         match answer.recv_timeout(MAIL_DEADLINE) {
             Ok(true) => Ok(()),
-            Ok(false) => Err(Error::NotSuperset),
-            Err(_) => Err(Error::Gone { worker }),
+            Ok(false) => Err(WorkerError::NotSuperset),
+            Err(_) => Err(WorkerError::Gone { worker }),
         }
     }
 
@@ -109,10 +109,10 @@ impl LaneHandle {
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn set_disk(&self, disk: Arc<Disk>) -> Result<(), Error> {
+    pub fn set_disk(&self, disk: Arc<Disk>) -> Result<(), WorkerError> {
         let (reply, answer) = mpsc::channel();
         let worker = self.address.send(Mail::SetDisk { id: self.address.id, disk, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker })
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker })
     }
 
     /// Replaces the eventfd that notifies the driver. The new one is signalled once, lest a notification be lost between the two.
@@ -165,8 +165,8 @@ impl StoppingLane {
     }
 
     /// Has its requests of many commands end in the middle, with an error, when the drive has answered the commands that it has.
-    pub fn end_long(&self) {
-        self.address.send(Mail::EndLong { id: self.address.id });
+    pub fn end_multi_command(&self) {
+        self.address.send(Mail::EndMultiCommand { id: self.address.id });
     }
 
     /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been

@@ -11,21 +11,21 @@ use std::time::{Duration, Instant};
 use nvme_driver::{Namespace, QueuePair};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::PairId;
+use super::QueueSlotId;
 use crate::blk::disk::Disk;
 use crate::datapath::lane::Lane;
-use crate::datapath::poll_group::{Lost, PollGroup, Way};
+use crate::datapath::poll_group::{Lost, PollGroup, QueueResources};
 use crate::datapath::trial::{Seat, Suspicion};
 use crate::virtio::memory::GuestMemory;
 
 /// Names a lane on its worker; never used twice.
 pub(super) type LaneId = u64;
 
-/// A place that lanes use cannot be taken away.
+/// A queue slot that lanes use cannot be removed.
 pub(super) struct InUse;
 
-/// A lane on its way to another place.
-pub(super) struct Mover {
+/// A lane on its way to another queue slot.
+pub(super) struct MovingLane {
     pub id: LaneId,
     pub lane: Lane,
     /// Who waits for it to stop.
@@ -33,41 +33,41 @@ pub(super) struct Mover {
 }
 
 pub(super) enum Mail {
-    AddPair {
-        id: PairId,
+    AddGroup {
+        id: QueueSlotId,
         group: PollGroup,
     },
-    TakePair {
-        index: usize,
+    TakeQueuePair {
+        slot: usize,
         /// The queue pair, if there is one.
         reply: Sender<Result<Option<QueuePair>, InUse>>,
     },
-    Start {
+    StartLane {
         id: LaneId,
-        pair: usize,
+        slot: usize,
         lane: Box<Lane>,
     },
-    Stop {
+    StopLane {
         id: LaneId,
         reply: Sender<Lane>,
     },
-    Move {
+    MoveLane {
         id: LaneId,
-        to: usize,
+        to_slot: usize,
     },
-    /// All lanes of an empty place go on at another one.
-    Fold {
-        index: usize,
-        into: usize,
+    /// All lanes of a slot without a queue pair go on in another one.
+    FoldLanes {
+        slot: usize,
+        into_slot: usize,
         /// The mailbox of the worker that has the other one, if it is not the same.
         elsewhere: Option<Arc<Mailbox>>,
         /// The lanes that have gone.
         reply: Sender<Vec<LaneId>>,
     },
     /// Lanes come from another worker.
-    Arrive {
-        pair: usize,
-        lanes: Vec<Mover>,
+    ArriveLanes {
+        slot: usize,
+        lanes: Vec<MovingLane>,
     },
     SetMemory {
         id: LaneId,
@@ -91,44 +91,44 @@ pub(super) enum Mail {
         id: LaneId,
         error: Option<File>,
     },
-    Oldest {
-        index: usize,
+    OldestCommand {
+        slot: usize,
         reply: Sender<Option<Duration>>,
     },
-    Pause {
-        index: usize,
+    PauseGroup {
+        slot: usize,
         seat: Seat,
         reply: Sender<usize>,
     },
-    FailPair {
-        index: usize,
+    LoseDrive {
+        slot: usize,
         reply: Sender<Option<Lost>>,
     },
-    Judge {
-        index: usize,
+    JudgeFailure {
+        slot: usize,
         suspicion: Suspicion,
         reply: Sender<bool>,
     },
-    GiveUp {
-        index: usize,
+    GiveUpDrive {
+        slot: usize,
     },
     Abandon {
         id: LaneId,
         answer: bool,
     },
-    EndLong {
+    EndMultiCommand {
         id: LaneId,
     },
-    Learn {
-        index: usize,
+    UpdateNamespaces {
+        slot: usize,
         namespaces: Arc<[Namespace]>,
     },
-    RestorePair {
-        index: usize,
-        way: Way,
+    RegainDrive {
+        slot: usize,
+        resources: QueueResources,
         seat: Option<Seat>,
     },
-    End {
+    Shutdown {
         deadline: Instant,
     },
 }

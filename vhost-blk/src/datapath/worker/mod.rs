@@ -9,7 +9,7 @@ mod mailbox;
 mod placement;
 mod thread;
 
-use super::poll_group::{Lost, PollGroup, Way};
+use super::poll_group::{Lost, PollGroup, QueueResources};
 use super::trial::{Seat, Suspicion};
 
 use std::io;
@@ -35,21 +35,21 @@ pub use placement::{Cpus, Placement, RingWorkers};
 /// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
 const MAIL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A queue pair's place on a worker; it may be empty for a while.
+/// A queue slot: where a worker keeps a poll group and its queue pair. It has no queue pair while the drive is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct PairId {
+pub struct QueueSlotId {
     worker: usize,
-    /// Among the worker's places. Used again when the place was taken away, so that the worker has no more of them to look at
+    /// Among the worker's slots. Used again when the slot was removed, so that the worker has no more of them to look at
     /// than are in use.
     index: usize,
     /// Never used twice.
     number: u64,
 }
 
-impl PairId {
+impl QueueSlotId {
     #[cfg(test)]
-    pub(crate) fn made_up(worker: usize, number: usize) -> PairId {
-        PairId { worker, index: number, number: number as u64 }
+    pub(crate) fn made_up(worker: usize, number: usize) -> QueueSlotId {
+        QueueSlotId { worker, index: number, number: number as u64 }
     }
 
     /// The worker it is on.
@@ -70,7 +70,7 @@ pub enum WorkerEvent {
     /// their memory: stop the controller, then call [`WorkerPool::fail_queue_pair`].
     Expired {
         /// The queue pair they were given to.
-        pair: PairId,
+        slot: QueueSlotId,
         /// How many have just expired.
         count: usize,
         /// When that was noticed.
@@ -88,7 +88,7 @@ pub enum WorkerEvent {
 /// What goes wrong between control threads and workers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Error {
+pub enum WorkerError {
     /// A worker cannot run on the CPU it was given.
     #[error(
         "cannot pin a worker to CPU {cpu}: {source}; see /proc/self/status, Cpus_allowed_list, for the CPUs this process may use"
@@ -113,8 +113,8 @@ pub enum Error {
         /// Number of the worker.
         worker: usize,
     },
-    /// Lanes use the place of a queue pair.
-    #[error("a queue pair's place is still in use")]
+    /// Lanes use the queue slot.
+    #[error("a queue slot is still in use")]
     InUse,
     /// The new memory table lacks a region of the present one, into which requests may point.
     #[error("the new memory table lacks a region that the running ring may use; stop the ring first")]
@@ -152,7 +152,7 @@ pub enum StopError {
     },
 }
 
-/// The indexes of a worker's places.
+/// The indexes of a worker's slots.
 #[derive(Default)]
 struct Indexes {
     /// All below were used.
@@ -162,13 +162,13 @@ struct Indexes {
 
 struct Thread {
     mailbox: Arc<Mailbox>,
-    places: Mutex<Indexes>,
+    slots: Mutex<Indexes>,
     join: Mutex<Option<JoinHandle<usize>>>,
 }
 
 impl Thread {
-    fn places(&self) -> MutexGuard<'_, Indexes> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slots(&self) -> MutexGuard<'_, Indexes> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -178,7 +178,7 @@ pub struct WorkerPool {
     next_lane: AtomicU64,
     next_pair: AtomicU64,
     events: Mutex<Receiver<WorkerEvent>>,
-    unpinned: Vec<Error>,
+    unpinned: Vec<WorkerError>,
     placement: Placement,
     homes: Arc<Homes>,
 }
@@ -189,12 +189,12 @@ impl WorkerPool {
     ///
     /// # Errors
     /// There is no such CPU at all, or no resources for a thread.
-    pub fn start(cpus: &[usize]) -> Result<WorkerPool, Error> {
+    pub fn start(cpus: &[usize]) -> Result<WorkerPool, WorkerError> {
         let (events, receiver) = mpsc::channel();
-        let places: Vec<Option<usize>> =
+        let wanted: Vec<Option<usize>> =
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         // Whoever drives the workers and the drive needs a core, too.
-        let crowded = std::thread::available_parallelism().map_or(1, usize::from) < places.len() + 2;
+        let crowded = std::thread::available_parallelism().map_or(1, usize::from) < wanted.len() + 2;
         let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
         let mut pool = WorkerPool {
             threads: Vec::new(),
@@ -206,13 +206,13 @@ impl WorkerPool {
             homes: Arc::default(),
         };
         let mut taken = Vec::new();
-        for cpu in places {
+        for cpu in wanted {
             match Self::start_thread(pool.threads.len(), cpu, crowded, events.clone()) {
                 Ok(thread) => {
                     pool.threads.push(thread);
                     taken.push(cpu);
                 }
-                Err(error @ Error::Pin { .. }) => pool.unpinned.push(error),
+                Err(error @ WorkerError::Pin { .. }) => pool.unpinned.push(error),
                 Err(error) => return Err(error),
             }
         }
@@ -224,7 +224,7 @@ impl WorkerPool {
     }
 
     /// Why there is no worker on some of the CPUs.
-    pub fn unpinned(&self) -> &[Error] {
+    pub fn unpinned(&self) -> &[WorkerError] {
         &self.unpinned
     }
 
@@ -233,14 +233,14 @@ impl WorkerPool {
         cpu: Option<usize>,
         crowded: bool,
         events: Sender<WorkerEvent>,
-    ) -> Result<Thread, Error> {
-        let failed = move |source| Error::Start { worker: number, source };
+    ) -> Result<Thread, WorkerError> {
+        let failed = move |source| WorkerError::Start { worker: number, source };
         let mailbox = Arc::new(Mailbox::new().map_err(failed)?);
         let mut worker = Worker::new(number, mailbox.clone(), events.clone(), crowded).map_err(failed)?;
         let (started, start) = mpsc::sync_channel(1);
         let mine = mailbox.clone();
         let body = move || {
-            let pinned = cpu.map_or(Ok(()), |cpu| pin(cpu).map_err(|source| Error::Pin { cpu, source }));
+            let pinned = cpu.map_or(Ok(()), |cpu| pin(cpu).map_err(|source| WorkerError::Pin { cpu, source }));
             let ready = pinned.and_then(|()| event::prepare().map_err(failed));
             let go = ready.is_ok();
             // The starter waits for this.
@@ -262,7 +262,7 @@ impl WorkerPool {
         if let Ok(Err(error)) = start.recv() {
             return Err(error);
         }
-        Ok(Thread { mailbox, places: Mutex::default(), join: Mutex::new(Some(join)) })
+        Ok(Thread { mailbox, slots: Mutex::default(), join: Mutex::new(Some(join)) })
     }
 
     /// Where the workers are.
@@ -290,74 +290,79 @@ impl WorkerPool {
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_queue_pair(&self, worker: usize, way: Way) -> PairId {
-        self.add(worker, PollGroup::new(way.pair, way.pool))
+    pub fn add_queue_pair(&self, worker: usize, resources: QueueResources) -> QueueSlotId {
+        self.add(worker, PollGroup::new(resources.pair, resources.pool))
     }
 
-    /// Makes a place for a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with an
+    /// Makes a queue slot without a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with an
     /// error until [`WorkerPool::restore_queue_pair`].
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_place(&self, worker: usize, given_up: bool) -> PairId {
+    pub fn add_empty_slot(&self, worker: usize, given_up: bool) -> QueueSlotId {
         self.add(worker, PollGroup::without_drive(given_up))
     }
 
-    /// A place whose lanes go on when the trial is over.
+    /// Makes a queue slot whose lanes go on when the trial is over.
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_on_trial(&self, worker: usize, way: Way, seat: Seat) -> PairId {
+    pub fn add_on_trial(&self, worker: usize, resources: QueueResources, seat: Seat) -> QueueSlotId {
         let mut group = PollGroup::without_drive(false);
-        group.regain_drive(way, Some(seat));
+        group.regain_drive(resources, Some(seat));
         self.add(worker, group)
     }
 
-    fn add(&self, worker: usize, group: PollGroup) -> PairId {
+    fn add(&self, worker: usize, group: PollGroup) -> QueueSlotId {
         let thread = &self.threads[worker];
         let index = {
-            let mut places = thread.places();
-            places.free.pop().unwrap_or_else(|| {
-                places.next += 1;
-                places.next - 1
+            let mut slots = thread.slots();
+            slots.free.pop().unwrap_or_else(|| {
+                slots.next += 1;
+                slots.next - 1
             })
         };
         // Relaxed: a number, ordered with nothing.
-        let id = PairId { worker, index, number: self.next_pair.fetch_add(1, Ordering::Relaxed) };
-        thread.mailbox.send(Mail::AddPair { id, group });
+        let id = QueueSlotId { worker, index, number: self.next_pair.fetch_add(1, Ordering::Relaxed) };
+        thread.mailbox.send(Mail::AddGroup { id, group });
         id
     }
 
     /// Moves a lane to the worker that has this queue pair; it is polled from now on.
-    pub fn start_lane(&self, pair: PairId, lane: Lane) -> LaneHandle {
+    pub fn start_lane(&self, slot: QueueSlotId, lane: Lane) -> LaneHandle {
         // Relaxed: a number, ordered with nothing.
         let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
-        let mailbox = &self.threads[pair.worker].mailbox;
-        let address = Address::new(id, pair.worker, mailbox.clone(), self.homes.clone());
+        let mailbox = &self.threads[slot.worker].mailbox;
+        let address = Address::new(id, slot.worker, mailbox.clone(), self.homes.clone());
         let handle = LaneHandle::new(address, &lane);
-        mailbox.send(Mail::Start { id, pair: pair.index, lane: Box::new(lane) });
+        mailbox.send(Mail::StartLane { id, slot: slot.index, lane: Box::new(lane) });
         handle
     }
 
-    /// Has a lane go on at another place of its worker. Its driver notices nothing: it takes no more requests, and moves when those
+    /// Has a lane go on in another queue slot of its worker. Its driver notices nothing: it takes no more requests, and moves when those
     /// that it has are answered. Where it is not any more, or has to stop before, nothing happens.
-    pub fn move_lane(&self, lane: LaneNumber, to: PairId) {
-        self.threads[to.worker].mailbox.send(Mail::Move { id: lane.0, to: to.index });
+    pub fn move_lane(&self, lane: LaneNumber, to: QueueSlotId) {
+        self.threads[to.worker].mailbox.send(Mail::MoveLane { id: lane.0, to_slot: to.index });
     }
 
-    /// Has all lanes of an empty place go on at another one, of any worker, with the requests that wait for the drive: there will be
+    /// Has all lanes of a queue slot without a queue pair go on in another one, of any worker, with the requests that wait for the drive: there will be
     /// no queue pair for the first. Neither has one; the lanes' handles go on working. In force on return.
     ///
     /// # Errors
     /// A worker is gone.
-    pub fn fold(&self, from: PairId, into: PairId) -> Result<(), Error> {
+    pub fn fold(&self, from: QueueSlotId, into: QueueSlotId) -> Result<(), WorkerError> {
         // Whoever writes to one of the lanes waits, and finds it where it is then.
         let mut homes = self.homes.lanes();
         let mailbox = &self.threads[into.worker].mailbox;
         let elsewhere = (into.worker != from.worker).then(|| mailbox.clone());
         let (reply, answer) = mpsc::channel();
-        self.threads[from.worker].mailbox.send(Mail::Fold { index: from.index, into: into.index, elsewhere, reply });
-        let lanes = answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: from.worker })?;
+        self.threads[from.worker].mailbox.send(Mail::FoldLanes {
+            slot: from.index,
+            into_slot: into.index,
+            elsewhere,
+            reply,
+        });
+        let lanes = answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: from.worker })?;
         for lane in lanes {
             if let Some(home) = homes.get_mut(&lane) {
                 *home = (into.worker, mailbox.clone());
@@ -366,43 +371,43 @@ impl WorkerPool {
         Ok(())
     }
 
-    /// Removes a place that no lane uses, and returns the queue pair that is there.
+    /// Removes a queue slot that no lane uses, and returns its queue pair.
     ///
     /// # Errors
     /// A lane uses it, or the worker is gone.
-    pub fn take_queue_pair(&self, pair: PairId) -> Result<Option<QueuePair>, Error> {
+    pub fn take_queue_pair(&self, slot: QueueSlotId) -> Result<Option<QueuePair>, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        let thread = &self.threads[pair.worker];
-        thread.mailbox.send(Mail::TakePair { index: pair.index, reply });
+        let thread = &self.threads[slot.worker];
+        thread.mailbox.send(Mail::TakeQueuePair { slot: slot.index, reply });
         match answer.recv_timeout(MAIL_DEADLINE) {
             Ok(Ok(taken)) => {
-                thread.places().free.push(pair.index);
+                thread.slots().free.push(slot.index);
                 Ok(taken)
             }
-            Ok(Err(InUse)) => Err(Error::InUse),
-            Err(_) => Err(Error::Gone { worker: pair.worker }),
+            Ok(Err(InUse)) => Err(WorkerError::InUse),
+            Err(_) => Err(WorkerError::Gone { worker: slot.worker }),
         }
     }
 
-    /// How long the oldest command is with the drive on the queue pair of a place, roughly; `None`: there is none, or no queue pair.
+    /// How long the oldest command is with the drive on the queue pair of a slot, roughly; `None`: there is none, or no queue pair.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn oldest(&self, pair: PairId) -> Result<Option<Duration>, Error> {
+    pub fn oldest(&self, slot: QueueSlotId) -> Result<Option<Duration>, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::Oldest { index: pair.index, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+        self.threads[slot.worker].mailbox.send(Mail::OldestCommand { slot: slot.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Gives nothing more to the queue pair of a place until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
+    /// Gives nothing more to the queue pair of a slot until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
     /// Returns how many commands the controller still has; what it answers is passed on.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn pause(&self, pair: PairId, seat: Seat) -> Result<usize, Error> {
+    pub fn pause(&self, slot: QueueSlotId, seat: Seat) -> Result<usize, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::Pause { index: pair.index, seat, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+        self.threads[slot.worker].mailbox.send(Mail::PauseGroup { slot: slot.index, seat, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
     /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
@@ -411,51 +416,51 @@ impl WorkerPool {
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, pair: PairId) -> Result<Option<Lost>, Error> {
+    pub fn fail_queue_pair(&self, slot: QueueSlotId) -> Result<Option<Lost>, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::FailPair { index: pair.index, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+        self.threads[slot.worker].mailbox.send(Mail::LoseDrive { slot: slot.index, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Says what the failure means in which an empty place has lost its queue pair: requests that had a part in too many fail. True:
+    /// Says what the failure means in which a slot has lost its queue pair: requests that had a part in too many fail. True:
     /// some are to be tried alone when the drive is back ([`WorkerPool::restore_on_trial`]).
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn judge(&self, pair: PairId, suspicion: Suspicion) -> Result<bool, Error> {
+    pub fn judge(&self, slot: QueueSlotId, suspicion: Suspicion) -> Result<bool, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        self.threads[pair.worker].mailbox.send(Mail::Judge { index: pair.index, suspicion, reply });
-        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| Error::Gone { worker: pair.worker })
+        self.threads[slot.worker].mailbox.send(Mail::JudgeFailure { slot: slot.index, suspicion, reply });
+        answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Has everything that waits in an empty place answered with an error, and from then on everything its lanes are asked.
-    pub fn give_up(&self, pair: PairId) {
-        self.threads[pair.worker].mailbox.send(Mail::GiveUp { index: pair.index });
+    /// Has everything that waits in a slot without a queue pair answered with an error, and from then on everything its lanes are asked.
+    pub fn give_up(&self, slot: QueueSlotId) {
+        self.threads[slot.worker].mailbox.send(Mail::GiveUpDrive { slot: slot.index });
     }
 
-    /// Tells the lanes of a place how their namespaces are now, before they go on with another queue pair.
-    pub fn learn(&self, pair: PairId, namespaces: Arc<[Namespace]>) {
-        self.threads[pair.worker].mailbox.send(Mail::Learn { index: pair.index, namespaces });
+    /// Tells the lanes of a slot how their namespaces are now, before they go on with another queue pair.
+    pub fn learn(&self, slot: QueueSlotId, namespaces: Arc<[Namespace]>) {
+        self.threads[slot.worker].mailbox.send(Mail::UpdateNamespaces { slot: slot.index, namespaces });
     }
 
-    /// Puts a queue pair into an empty place; its lanes go on with it.
-    pub fn restore_queue_pair(&self, pair: PairId, way: Way) {
-        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: None });
+    /// Puts a queue pair into a slot that has none; its lanes go on with it.
+    pub fn restore_queue_pair(&self, slot: QueueSlotId, resources: QueueResources) {
+        self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: None });
     }
 
     /// The same; its lanes go on when the trial is over.
-    pub fn restore_on_trial(&self, pair: PairId, way: Way, seat: Seat) {
-        self.threads[pair.worker].mailbox.send(Mail::RestorePair { index: pair.index, way, seat: Some(seat) });
+    pub fn restore_on_trial(&self, slot: QueueSlotId, resources: QueueResources, seat: Seat) {
+        self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: Some(seat) });
     }
 
     /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.
     ///
     /// # Errors
     /// Requests were not answered in time; their guest memory stays mapped until the process ends.
-    pub fn shutdown(&self, deadline: Duration) -> Result<(), Error> {
+    pub fn shutdown(&self, deadline: Duration) -> Result<(), WorkerError> {
         let deadline = Instant::now() + deadline;
         for thread in &self.threads {
-            thread.mailbox.send(Mail::End { deadline });
+            thread.mailbox.send(Mail::Shutdown { deadline });
         }
         let mut requests = 0;
         for thread in &self.threads {
@@ -463,7 +468,7 @@ impl WorkerPool {
             // A panic of the thread has been reported when it happened.
             requests += join.map_or(0, |join| join.join().unwrap_or(0));
         }
-        if requests != 0 { Err(Error::Undrained { requests }) } else { Ok(()) }
+        if requests != 0 { Err(WorkerError::Undrained { requests }) } else { Ok(()) }
     }
 }
 
@@ -488,10 +493,10 @@ fn pin(cpu: usize) -> io::Result<()> {
 ///
 /// # Errors
 /// It does not exist, or is not allowed to this process.
-pub fn try_cpu(cpu: usize) -> Result<(), Error> {
+pub fn try_cpu(cpu: usize) -> Result<(), WorkerError> {
     let tried = std::thread::Builder::new().name("try CPU".into()).spawn(move || pin(cpu));
     let pinned = tried.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread died"))));
-    pinned.map_err(|source| Error::Pin { cpu, source })
+    pinned.map_err(|source| WorkerError::Pin { cpu, source })
 }
 
 /// What a thread has panicked with.

@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use nvme_driver::QueuePair;
 use rustix::event::epoll;
 
-use super::mailbox::{InUse, LaneId, Mail, Mailbox, Mover};
-use super::{PairId, WorkerEvent};
+use super::mailbox::{InUse, LaneId, Mail, Mailbox, MovingLane};
+use super::{QueueSlotId, WorkerEvent};
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::PollGroup;
 use crate::fault_point::fault_point;
@@ -34,18 +34,18 @@ const MAILBOX: LaneId = 0;
 
 /// Where a lane is.
 #[derive(Clone, Copy)]
-struct Place {
-    pair: usize,
+struct LaneLocation {
+    slot: usize,
     index: usize,
     /// Its kick eventfd is being watched while asleep.
     watched: bool,
 }
 
-/// What a lane leaves its place for.
+/// Why a lane leaves its queue slot.
 enum Departure {
     /// It stops; who waits for it.
     Stops(Sender<Lane>),
-    /// It goes on at another place.
+    /// It goes on in another queue slot.
     Moves(usize),
 }
 
@@ -56,9 +56,9 @@ pub(super) struct Worker {
     epoll: OwnedFd,
     groups: Vec<Option<PollGroup>>,
     /// Of the groups, by the same index.
-    ids: Vec<PairId>,
-    lanes: HashMap<LaneId, Place>,
-    /// Lanes on their way out of their place.
+    ids: Vec<QueueSlotId>,
+    lanes: HashMap<LaneId, LaneLocation>,
+    /// Lanes on their way out of their queue slot.
     departing: Vec<(LaneId, Departure)>,
     /// Set by the last mail: the worker ends when everything in flight is answered, at this time at the latest.
     ending: Option<Instant>,
@@ -135,12 +135,12 @@ impl Worker {
             return;
         }
         self.last_tick = now;
-        for (group, &pair) in self.groups.iter_mut().zip(&self.ids) {
+        for (group, &slot) in self.groups.iter_mut().zip(&self.ids) {
             let Some(group) = group else { continue };
             let expired = group.tick(now);
             if expired != 0 {
                 // Nobody listens any more when the program ends.
-                let _ = self.events.send(WorkerEvent::Expired { pair, count: expired, at: now });
+                let _ = self.events.send(WorkerEvent::Expired { slot, count: expired, at: now });
             }
         }
     }
@@ -168,9 +168,9 @@ impl Worker {
 
     /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
     fn sleep(&mut self) {
-        let unwatched = self.lanes.values().any(|place| {
-            let lane = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index));
-            lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !place.watched))
+        let unwatched = self.lanes.values().any(|location| {
+            let lane = self.groups[location.slot].as_mut().and_then(|group| group.lane_mut(location.index));
+            lane.is_some_and(|lane| lane.needs_polling() || (lane.kick().is_some() && !location.watched))
         });
         if unwatched {
             std::thread::yield_now();
@@ -200,8 +200,9 @@ impl Worker {
                 self.mailbox.clear_event();
                 continue;
             }
-            let Some(place) = self.lanes.get(&id) else { continue };
-            let Some(lane) = self.groups[place.pair].as_mut().and_then(|group| group.lane_mut(place.index)) else {
+            let Some(location) = self.lanes.get(&id) else { continue };
+            let Some(lane) = self.groups[location.slot].as_mut().and_then(|group| group.lane_mut(location.index))
+            else {
                 continue;
             };
             // The kick is not read: the front-end may have made that block, or have given it to another ring, too.
@@ -236,15 +237,15 @@ impl Worker {
     }
 
     fn lane_mut(&mut self, id: LaneId) -> Option<&mut Lane> {
-        let place = self.lanes.get(&id)?;
-        self.groups.get_mut(place.pair)?.as_mut()?.lane_mut(place.index)
+        let location = self.lanes.get(&id)?;
+        self.groups.get_mut(location.slot)?.as_mut()?.lane_mut(location.index)
     }
 
     fn read_mail(&mut self) {
         for mail in self.mailbox.take() {
             // A reply that nobody waits for any more is dropped.
             match mail {
-                Mail::AddPair { id, group } => {
+                Mail::AddGroup { id, group } => {
                     // Indexes come from 0 on.
                     if self.groups.len() <= id.index {
                         self.groups.resize_with(id.index + 1, || None);
@@ -253,33 +254,33 @@ impl Worker {
                     self.groups[id.index] = Some(group);
                     self.ids[id.index] = id;
                 }
-                Mail::TakePair { index, reply } => {
-                    let _ = reply.send(self.take_pair(index));
+                Mail::TakeQueuePair { slot, reply } => {
+                    let _ = reply.send(self.take_queue_pair(slot));
                 }
-                Mail::Start { id, pair, lane } => self.start(id, pair, *lane),
-                Mail::Stop { id, reply } => {
+                Mail::StartLane { id, slot, lane } => self.start(id, slot, *lane),
+                Mail::StopLane { id, reply } => {
                     if let Some(lane) = self.lane_mut(id) {
                         lane.begin_stop();
                         self.departing.push((id, Departure::Stops(reply)));
                     }
                 }
-                Mail::Move { id, to } => {
+                Mail::MoveLane { id, to_slot } => {
                     if self.lane_mut(id).is_some_and(Lane::begin_move) {
                         // It goes where it was told last.
                         self.departing.retain(|(other, why)| *other != id || matches!(why, Departure::Stops(_)));
-                        self.departing.push((id, Departure::Moves(to)));
+                        self.departing.push((id, Departure::Moves(to_slot)));
                     }
                 }
-                Mail::Fold { index, into, elsewhere, reply } => {
-                    let movers = self.take_out(index);
+                Mail::FoldLanes { slot, into_slot, elsewhere, reply } => {
+                    let movers = self.take_out(slot);
                     let ids = movers.iter().map(|mover| mover.id).collect();
                     match elsewhere {
-                        Some(mailbox) => mailbox.send(Mail::Arrive { pair: into, lanes: movers }),
-                        None => self.take_in(into, movers),
+                        Some(mailbox) => mailbox.send(Mail::ArriveLanes { slot: into_slot, lanes: movers }),
+                        None => self.take_in(into_slot, movers),
                     }
                     let _ = reply.send(ids);
                 }
-                Mail::Arrive { pair, lanes } => self.take_in(pair, lanes),
+                Mail::ArriveLanes { slot, lanes } => self.take_in(slot, lanes),
                 Mail::SetMemory { id, memory, reply } => {
                     if let Some(lane) = self.lane_mut(id) {
                         let _ = reply.send(lane.set_memory(memory));
@@ -303,32 +304,32 @@ impl Worker {
                     }
                 }
                 Mail::SetKick { id, kick } => self.set_kick(id, kick),
-                Mail::Oldest { index, reply } => {
-                    let pair = self.group_mut(index).and_then(|group| group.pair());
+                Mail::OldestCommand { slot, reply } => {
+                    let pair = self.group_mut(slot).and_then(|group| group.pair());
                     let _ = reply.send(pair.and_then(QueuePair::oldest));
                 }
-                Mail::Pause { index, seat, reply } => {
-                    let _ = reply.send(self.group_mut(index).map_or(0, |group| group.pause(seat)));
+                Mail::PauseGroup { slot, seat, reply } => {
+                    let _ = reply.send(self.group_mut(slot).map_or(0, |group| group.pause(seat)));
                 }
-                Mail::FailPair { index, reply } => {
-                    let _ = reply.send(self.group_mut(index).and_then(PollGroup::lose_drive));
+                Mail::LoseDrive { slot, reply } => {
+                    let _ = reply.send(self.group_mut(slot).and_then(PollGroup::lose_drive));
                 }
-                Mail::Judge { index, suspicion, reply } => {
-                    let _ = reply.send(self.group_mut(index).is_some_and(|group| group.judge(suspicion)));
+                Mail::JudgeFailure { slot, suspicion, reply } => {
+                    let _ = reply.send(self.group_mut(slot).is_some_and(|group| group.judge(suspicion)));
                 }
-                Mail::GiveUp { index } => self.group_mut(index).into_iter().for_each(PollGroup::give_up),
+                Mail::GiveUpDrive { slot } => self.group_mut(slot).into_iter().for_each(PollGroup::give_up),
                 Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
-                Mail::EndLong { id } => self.lane_mut(id).into_iter().for_each(Lane::end_long),
-                Mail::Learn { index, namespaces } => {
-                    let lanes = self.group_mut(index).into_iter().flat_map(PollGroup::lanes_mut);
+                Mail::EndMultiCommand { id } => self.lane_mut(id).into_iter().for_each(Lane::end_multi_command),
+                Mail::UpdateNamespaces { slot, namespaces } => {
+                    let lanes = self.group_mut(slot).into_iter().flat_map(PollGroup::lanes_mut);
                     lanes.for_each(|lane| lane.learn(&namespaces));
                 }
-                Mail::RestorePair { index, way, seat } => {
-                    if let Some(group) = self.group_mut(index) {
-                        group.regain_drive(way, seat);
+                Mail::RegainDrive { slot, resources, seat } => {
+                    if let Some(group) = self.group_mut(slot) {
+                        group.regain_drive(resources, seat);
                     }
                 }
-                Mail::End { deadline } => {
+                Mail::Shutdown { deadline } => {
                     self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut).for_each(Lane::begin_stop);
                     self.ending = Some(deadline);
                 }
@@ -336,41 +337,41 @@ impl Worker {
         }
     }
 
-    fn group_mut(&mut self, index: usize) -> Option<&mut PollGroup> {
-        self.groups.get_mut(index)?.as_mut()
+    fn group_mut(&mut self, slot: usize) -> Option<&mut PollGroup> {
+        self.groups.get_mut(slot)?.as_mut()
     }
 
-    fn take_pair(&mut self, index: usize) -> Result<Option<QueuePair>, InUse> {
-        let Some(place) = self.groups.get_mut(index) else { return Ok(None) };
-        if place.as_ref().is_some_and(PollGroup::has_lanes) {
+    fn take_queue_pair(&mut self, slot: usize) -> Result<Option<QueuePair>, InUse> {
+        let Some(location) = self.groups.get_mut(slot) else { return Ok(None) };
+        if location.as_ref().is_some_and(PollGroup::has_lanes) {
             return Err(InUse);
         }
-        Ok(place.take().and_then(PollGroup::into_pair))
+        Ok(location.take().and_then(PollGroup::into_pair))
     }
 
-    fn start(&mut self, id: LaneId, pair: usize, lane: Lane) {
-        let Some(Some(group)) = self.groups.get_mut(pair) else {
-            // The caller has a PairId whose queue pair was taken back meanwhile.
+    fn start(&mut self, id: LaneId, slot: usize, lane: Lane) {
+        let Some(Some(group)) = self.groups.get_mut(slot) else {
+            // The caller has a QueueSlotId whose queue pair was taken back meanwhile.
             log::error!("{}: there is no such queue pair on worker {}", lane.name(), self.number);
             lane.state().set_broken();
             return;
         };
         let watched = Self::watch(&self.epoll, id, &lane);
         let index = group.add(lane);
-        self.lanes.insert(id, Place { pair, index, watched });
+        self.lanes.insert(id, LaneLocation { slot, index, watched });
     }
 
-    /// Takes all lanes out of a place without a queue pair, with what waits there for the drive.
-    fn take_out(&mut self, pair: usize) -> Vec<Mover> {
+    /// Takes all lanes out of a queue slot without a queue pair, with what waits there for the drive.
+    fn take_out(&mut self, slot: usize) -> Vec<MovingLane> {
         // Those that were to go elsewhere do.
         self.let_depart();
         let Worker { lanes, groups, departing, epoll, .. } = self;
-        let Some(group) = groups.get_mut(pair).and_then(Option::as_mut).filter(|group| group.pair().is_none()) else {
+        let Some(group) = groups.get_mut(slot).and_then(Option::as_mut).filter(|group| group.pair().is_none()) else {
             return Vec::new();
         };
-        let leaving = lanes.extract_if(|_, place| place.pair == pair);
-        let movers = leaving.filter_map(|(id, place)| {
-            let mut lane = group.remove(place.index)?;
+        let leaving = lanes.extract_if(|_, location| location.slot == slot);
+        let movers = leaving.filter_map(|(id, location)| {
+            let mut lane = group.remove(location.index)?;
             Self::unwatch(epoll, &lane);
             lane.end_move();
             let departures = departing.extract_if(.., |(other, _)| *other == id);
@@ -378,43 +379,43 @@ impl Worker {
                 Departure::Stops(reply) => Some(reply),
                 Departure::Moves(_) => None,
             });
-            Some(Mover { id, lane, waiting: waiting.collect() })
+            Some(MovingLane { id, lane, waiting: waiting.collect() })
         });
         movers.collect()
     }
 
     /// Puts them into another one.
-    fn take_in(&mut self, pair: usize, movers: Vec<Mover>) {
-        for Mover { id, lane, waiting } in movers {
-            self.start(id, pair, lane);
+    fn take_in(&mut self, slot: usize, movers: Vec<MovingLane>) {
+        for MovingLane { id, lane, waiting } in movers {
+            self.start(id, slot, lane);
             self.departing.extend(waiting.into_iter().map(|reply| (id, Departure::Stops(reply))));
         }
     }
 
     fn set_kick(&mut self, id: LaneId, kick: Option<File>) {
-        let Some(place) = self.lanes.get_mut(&id) else { return };
-        let group = self.groups.get_mut(place.pair).and_then(Option::as_mut);
-        let Some(lane) = group.and_then(|group| group.lane_mut(place.index)) else { return };
+        let Some(location) = self.lanes.get_mut(&id) else { return };
+        let group = self.groups.get_mut(location.slot).and_then(Option::as_mut);
+        let Some(lane) = group.and_then(|group| group.lane_mut(location.index)) else { return };
         Self::unwatch(&self.epoll, lane);
         lane.set_kick(kick);
-        place.watched = Self::watch(&self.epoll, id, lane);
+        location.watched = Self::watch(&self.epoll, id, lane);
     }
 
-    /// Lanes whose requests have been answered leave their places.
+    /// Lanes whose requests have been answered leave their queue slots.
     fn let_depart(&mut self) {
         let Worker { departing, lanes, groups, epoll, .. } = self;
         departing.retain(|(id, departure)| {
-            let Some(place) = lanes.get_mut(id) else { return false };
-            let has_drive = |index: usize| Some(groups.get(index)?.as_ref()?.pair().is_some());
+            let Some(location) = lanes.get_mut(id) else { return false };
+            let has_drive = |slot: usize| Some(groups.get(slot)?.as_ref()?.pair().is_some());
             let there = match departure {
-                Departure::Moves(to) if *to != place.pair => has_drive(*to),
+                Departure::Moves(to) if *to != location.slot => has_drive(*to),
                 _ => None,
             };
-            let here = has_drive(place.pair);
-            let from = groups.get_mut(place.pair).and_then(Option::as_mut);
+            let here = has_drive(location.slot);
+            let from = groups.get_mut(location.slot).and_then(Option::as_mut);
             match departure {
                 Departure::Stops(reply) => {
-                    let Some(lane) = from.and_then(|group| group.remove_drained(place.index)) else { return true };
+                    let Some(lane) = from.and_then(|group| group.remove_drained(location.index)) else { return true };
                     Self::unwatch(epoll, &lane);
                     lanes.remove(id);
                     // Whoever has given up waiting does not want the lane: it is dropped, drained.
@@ -422,7 +423,7 @@ impl Worker {
                     false
                 }
                 Departure::Moves(to) => {
-                    let Some(lane) = from.and_then(|group| group.lane_mut(place.index)) else { return false };
+                    let Some(lane) = from.and_then(|group| group.lane_mut(location.index)) else { return false };
                     if !lane.is_moving() {
                         // It has been told to stop.
                         return false;
@@ -431,15 +432,15 @@ impl Worker {
                         lane.end_move();
                         return false;
                     }
-                    // The drive may be going, or coming back: soon both places have it, or neither. Without it what waits goes along.
+                    // The drive may be going, or coming back: soon both slots have it, or neither. Without it what waits goes along.
                     let holds = here == Some(true) && !lane.may_move();
                     if holds || there != here {
                         return true;
                     }
-                    let lane = groups[place.pair].as_mut().and_then(|group| group.remove(place.index));
+                    let lane = groups[location.slot].as_mut().and_then(|group| group.remove(location.index));
                     if let (Some(mut lane), Some(target)) = (lane, groups[*to].as_mut()) {
                         lane.end_move();
-                        (place.pair, place.index) = (*to, target.add(lane));
+                        (location.slot, location.index) = (*to, target.add(lane));
                     }
                     false
                 }

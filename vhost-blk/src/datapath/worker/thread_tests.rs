@@ -5,7 +5,7 @@ use std::sync::mpsc;
 use nvme_sim::{Config, NamespaceConfig};
 
 use super::*;
-use crate::datapath::lane::testing::{Client, DATA, DEADLINE, Machine};
+use crate::datapath::lane::testing::{DATA, DEADLINE, Machine, TestClient};
 use crate::virtio::ring::model::writable;
 
 /// A driver that was told not to kick puts a request on its ring just before the worker asks for kicks: nobody would wake it.
@@ -14,11 +14,11 @@ fn a_request_from_before_the_sleep_is_seen() {
     for packed in [false, true] {
         let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
         let machine = Machine::new(Config { namespaces: vec![namespace], ..Config::default() });
-        let mut client = Client::new(&machine.guest, 0, packed, 16);
+        let mut client = TestClient::new(&machine.guest, 0, packed, 16);
         let (events, _receiver) = mpsc::channel();
         let mut worker = Worker::new(0, Arc::new(Mailbox::new().unwrap()), events, false).unwrap();
         worker.groups.push(Some(machine.group(64)));
-        worker.ids.push(PairId { worker: 0, index: 0, number: 0 });
+        worker.ids.push(QueueSlotId { worker: 0, index: 0, number: 0 });
         worker.start(1, 0, client.lane(&machine.guest, &Arc::new(machine.disk())));
         client.send(&machine.guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
         assert!(!client.driver.kick_wanted(&machine.guest), "its ring is polled");

@@ -62,7 +62,7 @@ impl std::fmt::Display for RegionDescription {
 /// A region that was refused.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
-pub enum Error {
+pub enum MemoryError {
     /// A region without bytes.
     #[error("{0} is empty")]
     Empty(RegionDescription),
@@ -119,11 +119,11 @@ pub enum Error {
     NoSuchRegion(RegionDescription),
 }
 
-impl Error {
+impl MemoryError {
     /// Is it the drive that does not answer, whatever it is asked for?
     fn is_the_drives(&self) -> bool {
         use vfio::Error::{Disconnected, GivenUp, Timeout};
-        matches!(self, Error::Dma { source: Disconnected { .. } | GivenUp { .. } | Timeout { .. }, .. })
+        matches!(self, MemoryError::Dma { source: Disconnected { .. } | GivenUp { .. } | Timeout { .. }, .. })
     }
 }
 
@@ -160,14 +160,14 @@ impl Region {
     }
 
     /// Lets a device reach it, in place of the one before.
-    fn attach(&self, dma: &DmaSpace) -> Result<(), Error> {
+    fn attach(&self, dma: &DmaSpace) -> Result<(), MemoryError> {
         let file = self.mapping.file_offset().expect("made from a file in Region::map").file();
         let bytes = self.dma_bytes();
         // SAFETY: `host()..host() + bytes` is a shared mapping of `file` at `file_offset`, made by `Region::map`, which
         // maps whole pages; or its guard has found it lost. The DmaMapping lives in the same Region, before the mapping, so it
         // is dropped first; nothing else unmaps either.
         let mapped = unsafe { dma.map_raw(file, self.description.file_offset, self.host(), bytes) };
-        let mapped = mapped.map_err(|source| Error::Dma { region: self.description, source })?;
+        let mapped = mapped.map_err(|source| MemoryError::Dma { region: self.description, source })?;
         self.iova.store(mapped.iova(), Ordering::Relaxed);
         *self.dma.lock().unwrap_or_else(PoisonError::into_inner) = Some(mapped);
         Ok(())
@@ -179,9 +179,9 @@ impl Region {
     }
 
     /// Could a device with these limits be given access?
-    fn check(&self, limits: &DmaLimits) -> Result<(), Error> {
+    fn check(&self, limits: &DmaLimits) -> Result<(), MemoryError> {
         let result = limits.check(self.description.file_offset, self.host(), self.dma_bytes());
-        result.map_err(|source| Error::Dma { region: self.description, source })
+        result.map_err(|source| MemoryError::Dma { region: self.description, source })
     }
 
     /// Takes the device's access away.
@@ -190,11 +190,11 @@ impl Region {
     }
 
     /// Maps the file into this process, at the account's expense. The checks of `description` are done.
-    fn map(description: RegionDescription, file: File, account: &Arc<Account>) -> Result<Region, Error> {
-        let failed = |attempt, source| Error::File { region: description, attempt, source };
+    fn map(description: RegionDescription, file: File, account: &Arc<Account>) -> Result<Region, MemoryError> {
+        let failed = |attempt, source| MemoryError::File { region: description, attempt, source };
         let metadata = file.metadata().map_err(|e| failed("look at", e))?;
         if description.file_offset.checked_add(description.bytes).is_none_or(|end| end > metadata.len()) {
-            return Err(Error::FileTooShort { region: description, file_bytes: metadata.len() });
+            return Err(MemoryError::FileTooShort { region: description, file_bytes: metadata.len() });
         }
         // Hugepage files can be mapped in whole hugepages only, yet a region may begin within one: map from the page below.
         let mut page = rustix::param::page_size() as u64;
@@ -204,9 +204,11 @@ impl Region {
         }
         let start = description.file_offset & !(page - 1);
         let offset = description.file_offset - start;
-        let bytes = (offset + description.bytes).checked_next_multiple_of(page).ok_or(Error::Overflow(description))?;
-        let bytes = usize::try_from(bytes).map_err(|_| Error::Overflow(description))?;
-        let grant = account.grant(bytes as u64).map_err(|reason| Error::Budget { region: description, reason })?;
+        let bytes =
+            (offset + description.bytes).checked_next_multiple_of(page).ok_or(MemoryError::Overflow(description))?;
+        let bytes = usize::try_from(bytes).map_err(|_| MemoryError::Overflow(description))?;
+        let grant =
+            account.grant(bytes as u64).map_err(|reason| MemoryError::Budget { region: description, reason })?;
         let mapping = MmapRegion::from_file(FileOffset::new(file, start), bytes)
             .map_err(|e| failed("map", io::Error::other(e.to_string())))?;
         let file = mapping.file_offset().expect("it was made from one").file();
@@ -281,7 +283,12 @@ impl GuestMemory {
     /// # Errors
     /// The region is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
     /// be mapped. This table stays as it is.
-    pub fn with_region(&self, reach: &Reach, region: RegionDescription, file: File) -> Result<GuestMemory, Error> {
+    pub fn with_region(
+        &self,
+        reach: &Reach,
+        region: RegionDescription,
+        file: File,
+    ) -> Result<GuestMemory, MemoryError> {
         self.with_region_like(self, reach, region, file)
     }
 
@@ -295,7 +302,7 @@ impl GuestMemory {
         reach: &Reach,
         region: RegionDescription,
         file: File,
-    ) -> Result<GuestMemory, Error> {
+    ) -> Result<GuestMemory, MemoryError> {
         if self.find_same(&region, &file).is_some() {
             return Ok(GuestMemory { regions: self.regions.clone(), account: self.account.clone() });
         }
@@ -311,14 +318,14 @@ impl GuestMemory {
     ///
     /// # Errors
     /// No region has these addresses.
-    pub fn without_region(&self, region: &RegionDescription) -> Result<GuestMemory, Error> {
+    pub fn without_region(&self, region: &RegionDescription) -> Result<GuestMemory, MemoryError> {
         let same = |r: &Arc<Region>| {
             let there = &r.description;
             there.guest_address == region.guest_address
                 && there.bytes == region.bytes
                 && there.user_address == region.user_address
         };
-        let at = self.regions.iter().position(same).ok_or(Error::NoSuchRegion(*region))?;
+        let at = self.regions.iter().position(same).ok_or(MemoryError::NoSuchRegion(*region))?;
         let mut regions = self.regions.clone();
         regions.remove(at);
         Ok(GuestMemory { regions, account: self.account.clone() })
@@ -330,7 +337,7 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`with_region`](Self::with_region), for any of the regions.
-    pub fn replaced(&self, reach: &Reach, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, Error> {
+    pub fn replaced(&self, reach: &Reach, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, MemoryError> {
         let mut table = self.emptied();
         for (description, file) in regions {
             table.check(&description)?;
@@ -380,32 +387,32 @@ impl GuestMemory {
     }
 
     /// Checks what can be checked without the file.
-    fn check(&self, new: &RegionDescription) -> Result<(), Error> {
+    fn check(&self, new: &RegionDescription) -> Result<(), MemoryError> {
         if new.bytes == 0 {
-            return Err(Error::Empty(*new));
+            return Err(MemoryError::Empty(*new));
         }
-        let end = |start: u64, bytes: u64| start.checked_add(bytes).ok_or(Error::Overflow(*new));
+        let end = |start: u64, bytes: u64| start.checked_add(bytes).ok_or(MemoryError::Overflow(*new));
         let guest_end = end(new.guest_address, new.bytes)?;
         let user_end = end(new.user_address, new.bytes)?;
         // Also what an isize can say: the length of a Rust slice.
         if isize::try_from(new.bytes).is_err() {
-            return Err(Error::Overflow(*new));
+            return Err(MemoryError::Overflow(*new));
         }
         if !(new.guest_address | new.file_offset).is_multiple_of(PAGE) {
-            return Err(Error::Unaligned(*new));
+            return Err(MemoryError::Unaligned(*new));
         }
         for old in self.regions() {
             let apart = |start: u64, end: u64, old_start: u64| end <= old_start || start >= old_start + old.bytes;
             if !apart(new.guest_address, guest_end, old.guest_address)
                 || !apart(new.user_address, user_end, old.user_address)
             {
-                return Err(Error::Overlap { new: *new, old: *old });
+                return Err(MemoryError::Overlap { new: *new, old: *old });
             }
         }
         let before = self.regions.iter().map(|region| region.mapping.size() as u64).sum::<u64>();
         self.account
             .check(before.saturating_add(new.bytes), self.regions.len() + 1)
-            .map_err(|reason| Error::Budget { region: *new, reason })
+            .map_err(|reason| MemoryError::Budget { region: *new, reason })
     }
 
     fn insert(&self, region: Arc<Region>) -> GuestMemory {
@@ -416,7 +423,12 @@ impl GuestMemory {
         GuestMemory { regions, account: self.account.clone() }
     }
 
-    fn map_for_dma(&self, reach: &Reach, description: RegionDescription, file: File) -> Result<Arc<Region>, Error> {
+    fn map_for_dma(
+        &self,
+        reach: &Reach,
+        description: RegionDescription,
+        file: File,
+    ) -> Result<Arc<Region>, MemoryError> {
         let region = Arc::new(Region::map(description, file, &self.account)?);
         reach.add(&region)?;
         Ok(region)
@@ -435,7 +447,7 @@ impl GuestMemory {
         description: RegionDescription,
         file: File,
         iova_offset: u64,
-    ) -> Result<GuestMemory, Error> {
+    ) -> Result<GuestMemory, MemoryError> {
         self.check(&description)?;
         let region = Region::map(description, file, &self.account)?;
         region.iova.store(description.guest_address + iova_offset, Ordering::Relaxed);

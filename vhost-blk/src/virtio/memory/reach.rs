@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use vfio::{DmaLimits, DmaSpace};
 
-use super::{Error, Region};
+use super::{MemoryError, Region};
 
 /// The memory of all guests that use a drive. The default is for a drive that is away, and of which nothing is known.
 #[derive(Default)]
@@ -55,7 +55,7 @@ impl Reach {
     ///
     /// # Errors
     /// The drive does not answer; then nothing is mapped.
-    pub fn attach(&self, dma: DmaSpace) -> Result<Vec<Error>, Error> {
+    pub fn attach(&self, dma: DmaSpace) -> Result<Vec<MemoryError>, MemoryError> {
         let mut inner = self.inner();
         inner.regions.retain(|region| region.strong_count() > 0);
         let mut refused = Vec::new();
@@ -75,7 +75,7 @@ impl Reach {
     }
 
     /// One region more, mapped if the drive is there. If it is not, what is known of it has to allow for the region.
-    pub(super) fn add(&self, region: &Arc<Region>) -> Result<(), Error> {
+    pub(super) fn add(&self, region: &Arc<Region>) -> Result<(), MemoryError> {
         let mut inner = self.inner();
         match &inner.dma {
             Some(dma) => region.attach(dma)?,
@@ -111,7 +111,7 @@ mod tests {
         take(&knows(4096, 0x8000), 0x8000).unwrap();
         for (reach, bytes) in [(knows(4096, 0x8000), 0x9000), (knows(0x1000_0000, 1 << 40), 0x9000)] {
             let error = take(&reach, bytes).unwrap_err();
-            assert!(matches!(error, Error::Dma { source: vfio::Error::BadMemory { .. }, .. }), "{error}");
+            assert!(matches!(error, MemoryError::Dma { source: vfio::Error::BadMemory { .. }, .. }), "{error}");
             assert!(reach.inner().regions.is_empty(), "it would be mapped when the drive is back");
         }
         take(&away(None), 0x9000).unwrap();

@@ -18,7 +18,7 @@ fn file(bytes: u64) -> File {
     file
 }
 
-fn add(table: &GuestMemory, region: RegionDescription, file_bytes: u64) -> Result<GuestMemory, Error> {
+fn add(table: &GuestMemory, region: RegionDescription, file_bytes: u64) -> Result<GuestMemory, MemoryError> {
     table.with_region_without_device(region, file(file_bytes), IOVA_OFFSET)
 }
 
@@ -26,19 +26,19 @@ fn add(table: &GuestMemory, region: RegionDescription, file_bytes: u64) -> Resul
 fn regions_that_make_no_sense_are_refused() {
     let empty = GuestMemory::new();
     let one = add(&empty, region(0x10_0000, 0x10_0000), 0x10_0000).unwrap();
-    assert!(matches!(add(&empty, region(0, 0), 0x1000), Err(Error::Empty(_))));
+    assert!(matches!(add(&empty, region(0, 0), 0x1000), Err(MemoryError::Empty(_))));
     for (guest, user, bytes) in [(u64::MAX - 0xfff, 0, 0x1000), (0, u64::MAX - 0xfff, 0x1000), (0, 0, 1 << 63)] {
         let bad = RegionDescription { guest_address: guest, bytes, user_address: user, file_offset: 0 };
-        assert!(matches!(add(&empty, bad, 0x1000), Err(Error::Overflow(_))), "{bad}");
+        assert!(matches!(add(&empty, bad, 0x1000), Err(MemoryError::Overflow(_))), "{bad}");
     }
     for bad in [region(0x800, 0x1000), RegionDescription { file_offset: 8, ..region(0, 0x1000) }] {
-        assert!(matches!(add(&empty, bad, 0x10000), Err(Error::Unaligned(_))), "{bad}");
+        assert!(matches!(add(&empty, bad, 0x10000), Err(MemoryError::Unaligned(_))), "{bad}");
     }
     for (guest, bytes) in [(0x10_0000, 0x1000), (0xf_f000, 0x2000), (0x1f_f000, 0x2000), (0, 0x100_0000)] {
         let apart_for_the_user = RegionDescription { user_address: 0x1000, ..region(guest, bytes) };
-        assert!(matches!(add(&one, apart_for_the_user, bytes), Err(Error::Overlap { .. })));
+        assert!(matches!(add(&one, apart_for_the_user, bytes), Err(MemoryError::Overlap { .. })));
         let apart_for_the_guest = RegionDescription { guest_address: 0x1000_0000, ..region(guest, bytes) };
-        assert!(matches!(add(&one, apart_for_the_guest, bytes), Err(Error::Overlap { .. })));
+        assert!(matches!(add(&one, apart_for_the_guest, bytes), Err(MemoryError::Overlap { .. })));
     }
     // Neighbours do not overlap.
     let two = add(&one, region(0x20_0000, 0x1000), 0x1000).unwrap();
@@ -61,7 +61,7 @@ fn a_file_has_to_be_as_long_as_its_region() {
     for (offset, length) in [(0, 0x1fff), (0, 0), (0x1000, 0x2fff), (0x7fff_ffff_ffff_f000, 0x10000)] {
         let bad = RegionDescription { file_offset: offset, ..region(0, 0x2000) };
         match add(&empty, bad, length) {
-            Err(Error::FileTooShort { file_bytes, .. }) => assert_eq!(file_bytes, length),
+            Err(MemoryError::FileTooShort { file_bytes, .. }) => assert_eq!(file_bytes, length),
             other => panic!("{offset:#x} {length:#x}: {other:?}"),
         }
     }
@@ -86,7 +86,7 @@ fn regions_are_removed_by_their_addresses() {
     let table = add(&table, region(0x1000, 0x1000), 0x1000).unwrap();
     for wrong in [region(0x2000, 0x1000), region(0, 0x2000), RegionDescription { user_address: 1, ..region(0, 0x1000) }]
     {
-        assert!(matches!(table.without_region(&wrong), Err(Error::NoSuchRegion(_))));
+        assert!(matches!(table.without_region(&wrong), Err(MemoryError::NoSuchRegion(_))));
     }
     let other_offset = RegionDescription { file_offset: 0x5000, ..region(0, 0x1000) };
     let rest = table.without_region(&other_offset).unwrap();
@@ -245,7 +245,7 @@ fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
     // One bad region, and the old table is what it was.
     assert!(matches!(
         old.replaced(reach, vec![(one, again(&first)), (one, again(&first))]),
-        Err(Error::Overlap { .. })
+        Err(MemoryError::Overlap { .. })
     ));
     // The last user unmaps: the addresses are there for the next one.
     let was = iova(&old, 0).unwrap();

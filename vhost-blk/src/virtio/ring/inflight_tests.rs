@@ -53,7 +53,7 @@ fn killed_at(step: u32, work: impl FnOnce()) -> bool {
 }
 
 /// A device's process: what dies.
-struct Device {
+struct LoggedDevice {
     ring: Ring,
     view: GuestView,
     chain: Chain,
@@ -63,11 +63,11 @@ struct Device {
     last: Option<Head>,
 }
 
-impl Device {
-    fn new(guest: &Guest, setup: &RingSetup, log: &InflightMemory) -> Device {
+impl LoggedDevice {
+    fn new(guest: &Guest, setup: &RingSetup, log: &InflightMemory) -> LoggedDevice {
         let mut ring = Ring::new(&guest.memory, setup).unwrap();
         ring.set_log(&log.queue(0).unwrap()).unwrap();
-        let mut device = Device {
+        let mut device = LoggedDevice {
             ring,
             view: GuestView::new(guest.memory.clone()),
             chain: Chain::new(),
@@ -81,10 +81,10 @@ impl Device {
     }
 
     /// Takes chains by the short way, as long as it can and `most` at most.
-    fn take_triples(&mut self, most: u64) {
+    fn take_simple_chains(&mut self, most: u64) {
         match &mut self.ring {
-            Ring::Split(ring) => take_triples(ring, most, &mut self.view, &mut self.held, &mut self.last),
-            Ring::Packed(ring) => take_triples(ring, most, &mut self.view, &mut self.held, &mut self.last),
+            Ring::Split(ring) => take_simple_chains(ring, most, &mut self.view, &mut self.held, &mut self.last),
+            Ring::Packed(ring) => take_simple_chains(ring, most, &mut self.view, &mut self.held, &mut self.last),
         }
     }
 
@@ -102,22 +102,22 @@ impl Device {
     }
 }
 
-fn take_triples(
-    ring: &mut impl TripleRing,
+fn take_simple_chains(
+    ring: &mut impl SimpleChainRing,
     most: u64,
     view: &mut GuestView,
     held: &mut Vec<(Head, String)>,
     last: &mut Option<Head>,
 ) {
     for _ in 0..most {
-        let Some(triple) = ring.peek_triple::<16, 1>(view) else { break };
+        let Some(simple) = ring.peek_simple_chain::<16, 1>(view) else { break };
         let mut chain = Chain::new();
-        let Buffer { address, bytes } = triple.middle;
-        let flags = if triple.middle_writable { WRITE } else { 0 };
-        for (address, bytes, flags) in [(triple.first, 16, 0), (address, bytes, flags), (triple.last, 1, WRITE)] {
+        let Buffer { address, bytes } = simple.middle;
+        let flags = if simple.middle_writable { WRITE } else { 0 };
+        for (address, bytes, flags) in [(simple.first, 16, 0), (address, bytes, flags), (simple.last, 1, WRITE)] {
             chain.push(Descriptor { address, bytes, flags, link: 0 }, 0).unwrap();
         }
-        let head = ring.accept(triple.head);
+        let head = ring.accept(simple.head);
         held.push((head, told(&chain)));
         *last = Some(head);
     }
@@ -138,15 +138,15 @@ struct Front {
     waiting: Vec<(u16, String)>,
     made: u64,
     /// What its chains are like.
-    kind: Kind,
+    kind: ChainKind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum ChainKind {
     /// Of everything some.
     Any,
     /// Triples in the ring itself.
-    Triples,
+    Simple,
     /// Triples in indirect tables.
     Indirect,
 }
@@ -161,27 +161,27 @@ impl Front {
             log: InflightMemory::create(1, size).unwrap(),
             waiting: Vec::new(),
             made: 0,
-            kind: Kind::Any,
+            kind: ChainKind::Any,
         }
     }
 
-    fn device(&self) -> Device {
+    fn device(&self) -> LoggedDevice {
         // What a front-end says after a crash may be long out of date: the log knows better.
-        Device::new(&self.guest, &self.driver.setup, &self.log)
+        LoggedDevice::new(&self.guest, &self.driver.setup, &self.log)
     }
 
     fn add(&mut self, random: &mut Random) -> bool {
         self.made += 1;
         let at = DATA + self.made % 0x1000 * 0x40;
-        let pieces: Vec<_> = match if self.kind == Kind::Any { random.below(4) } else { 2 + random.below(2) } {
+        let pieces: Vec<_> = match if self.kind == ChainKind::Any { random.below(4) } else { 2 + random.below(2) } {
             0 => vec![writable(at, 16)],
             1 => vec![readable(at, 16), writable(at + 16, 512 + self.made as u32 % 100)],
             2 => vec![readable(at, 16), writable(at + 16, 8), writable(at + 24, 1)],
             _ => vec![readable(at, 16), readable(at + 16, 8), writable(at + 24, 1)],
         };
         let indirect = match self.kind {
-            Kind::Any => random.one_in(2),
-            kind => kind == Kind::Indirect,
+            ChainKind::Any => random.one_in(2),
+            kind => kind == ChainKind::Indirect,
         };
         let table = indirect.then_some(0x20_0000 + self.made % 0x1000 * 0x40);
         let Some(id) = self.driver.add(&self.guest, &pieces, table) else { return false };
@@ -284,7 +284,7 @@ fn by_the_letter(front: &Front) -> Vec<u16> {
 
 /// The next process has exactly what the driver still waits for, each as it was sent: first, in their order, those that were
 /// taken, then those that were not.
-fn check_successor(front: &mut Front) -> Device {
+fn check_successor(front: &mut Front) -> LoggedDevice {
     let in_flight = by_the_letter(front);
     let mut device = front.device();
     let resumed = device.held.len();
@@ -296,7 +296,7 @@ fn check_successor(front: &mut Front) -> Device {
     device
 }
 
-fn any_step(packed: bool, kind: Kind, seed: u64) {
+fn any_step(packed: bool, kind: ChainKind, seed: u64) {
     println!("packed {packed}, {kind:?}, seed {seed}");
     let mut random = Random(seed);
     let mut deaths = 0;
@@ -307,12 +307,12 @@ fn any_step(packed: bool, kind: Kind, seed: u64) {
         for _ in 0..random.below(8) {
             front.add(&mut random);
         }
-        let (triples, pops, pushes) = (random.below(8), random.below(8), random.below(8));
+        let (simple_chains, pops, pushes) = (random.below(8), random.below(8), random.below(8));
         let step = random.below(120) as u32;
         let order: Vec<u64> = (0..pushes).map(|_| random.next()).collect();
         let unpop = random.one_in(4);
         let died = killed_at(step, || {
-            device.take_triples(triples);
+            device.take_simple_chains(simple_chains);
             for _ in 0..pops {
                 device.pop();
             }
@@ -330,7 +330,7 @@ fn any_step(packed: bool, kind: Kind, seed: u64) {
                 device.give_back((pick % device.held.len() as u64) as usize);
                 // Before it shows them, it may take more.
                 if pick % 7 == 0 {
-                    device.take_triples(1);
+                    device.take_simple_chains(1);
                 }
             }
             device.ring.publish();
@@ -363,32 +363,32 @@ fn any_step(packed: bool, kind: Kind, seed: u64) {
 
 #[test]
 fn a_split_ring_survives_death_at_any_step() {
-    any_step(false, Kind::Any, 0x5b11);
+    any_step(false, ChainKind::Any, 0x5b11);
 }
 
 #[test]
-fn a_split_ring_of_triples_survives_death_at_any_step() {
-    any_step(false, Kind::Triples, 0x5b12);
+fn a_split_ring_of_simple_chains_survives_death_at_any_step() {
+    any_step(false, ChainKind::Simple, 0x5b12);
 }
 
 #[test]
 fn a_split_ring_of_indirect_descriptors_survives_death_at_any_step() {
-    any_step(false, Kind::Indirect, 0x5b13);
+    any_step(false, ChainKind::Indirect, 0x5b13);
 }
 
 #[test]
 fn a_packed_ring_survives_death_at_any_step() {
-    any_step(true, Kind::Any, 0xbac6);
+    any_step(true, ChainKind::Any, 0xbac6);
 }
 
 #[test]
-fn a_packed_ring_of_triples_survives_death_at_any_step() {
-    any_step(true, Kind::Triples, 0xbac7);
+fn a_packed_ring_of_simple_chains_survives_death_at_any_step() {
+    any_step(true, ChainKind::Simple, 0xbac7);
 }
 
 #[test]
 fn a_packed_ring_of_indirect_descriptors_survives_death_at_any_step() {
-    any_step(true, Kind::Indirect, 0xbac8);
+    any_step(true, ChainKind::Indirect, 0xbac8);
 }
 
 fn formats() -> [(bool, u16); 2] {
@@ -447,13 +447,13 @@ fn indexes_that_have_wrapped_are_resumed() {
 #[test]
 fn indirect_descriptors_are_resumed() {
     for (packed, size) in formats() {
-        let mut front = Front { kind: Kind::Indirect, ..Front::new(packed, size) };
+        let mut front = Front { kind: ChainKind::Indirect, ..Front::new(packed, size) };
         let mut random = Random(7);
         for _ in 0..5 {
             assert!(front.add(&mut random));
         }
         let mut device = front.device();
-        device.take_triples(2);
+        device.take_simple_chains(2);
         assert!(device.pop());
         drop(device);
         assert_eq!(front.device().held.len(), 3, "packed {packed}");
@@ -466,13 +466,13 @@ fn indirect_descriptors_are_resumed() {
 #[test]
 fn what_completed_out_of_order_is_not_done_again() {
     for (packed, size) in [(false, 16), (true, 16)] {
-        let mut front = Front { kind: Kind::Triples, ..Front::new(packed, size) };
+        let mut front = Front { kind: ChainKind::Simple, ..Front::new(packed, size) };
         let mut random = Random(8);
         for _ in 0..5 {
             assert!(front.add(&mut random));
         }
         let mut device = front.device();
-        device.take_triples(3);
+        device.take_simple_chains(3);
         assert!(device.pop() && device.pop());
         // The fourth, the last, the second.
         for number in [3, 3, 1] {
@@ -505,12 +505,12 @@ fn a_device_that_was_reset_begins_anew() {
 /// A guest that makes available what the device still has: the chain has no place in the log, and takes nobody's.
 #[test]
 fn a_chain_in_no_log_frees_no_other_chain() {
-    let mut front = Front { kind: Kind::Indirect, ..Front::new(true, 4) };
+    let mut front = Front { kind: ChainKind::Indirect, ..Front::new(true, 4) };
     for _ in 0..4 {
         assert!(front.add(&mut Random(9)));
     }
     let mut device = front.device();
-    device.take_triples(4);
+    device.take_simple_chains(4);
     let in_flight = by_the_letter(&front);
     assert_eq!((device.held.len(), in_flight.len()), (4, 4));
     // The first descriptor once more, as it would be available in the ring's second round.
@@ -519,7 +519,7 @@ fn a_chain_in_no_log_frees_no_other_chain() {
         if long {
             assert!(device.pop());
         } else {
-            device.take_triples(1);
+            device.take_simple_chains(1);
         }
         let (head, text) = device.held.pop().unwrap();
         assert_eq!(device.held.len(), 4, "it was taken");
@@ -627,7 +627,7 @@ fn a_log_that_is_changed_while_the_ring_runs_does_no_harm() {
     let mut random = Random(seed);
     for round in 0..400 {
         let (packed, size) = (round % 2 == 0, [1, 4, 16][round % 3]);
-        let kind = [Kind::Any, Kind::Triples, Kind::Indirect][round / 2 % 3];
+        let kind = [ChainKind::Any, ChainKind::Simple, ChainKind::Indirect][round / 2 % 3];
         let mut front = Front { kind, ..Front::new(packed, size) };
         let mut device = front.device();
         for _ in 0..random.below(8) {
@@ -666,8 +666,8 @@ fn a_log_that_is_changed_while_the_ring_runs_does_no_harm() {
                 }
                 let (mut popped, mut last) = (Vec::new(), None);
                 match &mut ring {
-                    Ring::Split(ring) => take_triples(ring, 2, &mut view, &mut popped, &mut last),
-                    Ring::Packed(ring) => take_triples(ring, 2, &mut view, &mut popped, &mut last),
+                    Ring::Split(ring) => take_simple_chains(ring, 2, &mut view, &mut popped, &mut last),
+                    Ring::Packed(ring) => take_simple_chains(ring, 2, &mut view, &mut popped, &mut last),
                 }
                 held.extend(popped.into_iter().map(|(head, _)| head));
                 while !held.is_empty() && !random.one_in(4) {
@@ -692,7 +692,7 @@ fn a_log_that_is_changed_while_the_ring_runs_does_no_harm() {
 fn a_chain_of_the_log_is_as_long_as_it_was_when_it_was_checked() {
     use std::os::unix::fs::FileExt;
     let size = 256;
-    let mut front = Front { kind: Kind::Indirect, ..Front::new(true, size) };
+    let mut front = Front { kind: ChainKind::Indirect, ..Front::new(true, size) };
     let mut random = Random(12);
     let mut device = front.device();
     for _ in 0..200 {

@@ -43,7 +43,7 @@ pub const MAX_CHAIN: usize = 2304;
 const DESCRIPTOR_BYTES: u64 = 16;
 
 /// Bytes of an indirect table of three descriptors.
-const TRIPLE_TABLE: u32 = 3 * DESCRIPTOR_BYTES as u32;
+const SIMPLE_TABLE: u32 = 3 * DESCRIPTOR_BYTES as u32;
 
 const NEXT: u16 = VRING_DESC_F_NEXT as u16;
 const WRITE: u16 = VRING_DESC_F_WRITE as u16;
@@ -369,7 +369,7 @@ impl std::fmt::Debug for Head {
 ///
 /// What a driver says in it is not checked yet, as with any [`Chain`]. The middle one may be empty.
 #[derive(Clone, Copy, Debug)]
-pub struct Triple {
+pub struct SimpleChain {
     /// For giving it back.
     pub head: Head,
     /// Guest address of the first buffer, which is readable.
@@ -382,11 +382,11 @@ pub struct Triple {
     pub last: u64,
 }
 
-impl Triple {
+impl SimpleChain {
     /// Everything but WRITE of the middle one has been checked.
     #[inline(always)]
-    fn new(head: Head, [first, middle, last]: [Descriptor; 3]) -> Triple {
-        Triple {
+    fn new(head: Head, [first, middle, last]: [Descriptor; 3]) -> SimpleChain {
+        SimpleChain {
             head,
             first: first.address,
             middle: Buffer { address: middle.address, bytes: middle.bytes },
@@ -397,16 +397,16 @@ impl Triple {
 }
 
 /// The short way of a ring format, for code that is compiled once per format.
-pub trait TripleRing {
-    /// The next available chain, if it is a [`Triple`] with these lengths of its first and last buffer; it stays available.
+pub trait SimpleChainRing {
+    /// The next available chain, if it is a [`SimpleChain`] with these lengths of its first and last buffer; it stays available.
     /// `None`: it is something else, or there is none, or the ring is corrupt; [`Ring::pop`] knows.
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple>;
+    fn peek_simple_chain<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<SimpleChain>;
 
     /// Is there no chain? False also if the ring is corrupt.
     fn is_empty(&mut self) -> bool;
 
     /// Takes the chain that was peeked at last, which has this head; gives the head to be kept. To be followed by
-    /// [`TripleRing::commit`] before anything else is done with the ring, and before the drive hears of the chain.
+    /// [`SimpleChainRing::commit`] before anything else is done with the ring, and before the drive hears of the chain.
     fn accept(&mut self, head: Head) -> Head;
 
     /// The accepted chains are in the ring's log from here on, if it has one.

@@ -11,8 +11,8 @@ use virtio_bindings::virtio_ring::{
 use super::inflight::{PackedLog, PackedState};
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
-    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, endless, event_passed, indirect_entries,
-    longest,
+    Part, RingError, RingSetup, SIMPLE_TABLE, SimpleChain, SimpleChainRing, WRITE, endless, event_passed,
+    indirect_entries, longest,
 };
 use crate::virtio::memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -120,12 +120,12 @@ pub struct PackedRing {
     new: bool,
 }
 
-impl TripleRing for PackedRing {
+impl SimpleChainRing for PackedRing {
     #[inline(always)]
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
+    fn peek_simple_chain<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<SimpleChain> {
         let entry = self.descriptors.get(usize::from(self.next_avail.index))?;
         let word = self.available_word(entry)?;
-        self.triple::<FIRST, LAST>(entry, word, view)
+        self.simple_chain::<FIRST, LAST>(entry, word, view)
     }
 
     #[inline(always)]
@@ -135,7 +135,7 @@ impl TripleRing for PackedRing {
 
     #[inline(always)]
     fn accept(&mut self, head: Head) -> Head {
-        let head = self.note_triple(head);
+        let head = self.note_simple_chain(head);
         // No overflow, see `advanced`. Once a round the rest is needed.
         self.next_avail.index += head.entries();
         if self.next_avail.index >= self.size {
@@ -270,7 +270,7 @@ impl PackedRing {
     #[inline(always)]
     fn note(&mut self, head: Head) -> Head {
         if head.entries() == 1 {
-            return self.note_triple(head);
+            return self.note_simple_chain(head);
         }
         let Some(log) = &mut self.log else { return head };
         let (at, entries) = (usize::from(self.next_avail.index), usize::from(head.entries()));
@@ -278,9 +278,9 @@ impl PackedRing {
         log.take_any(head, &self.descriptors[at..at + before_end], &self.descriptors[..entries - before_end])
     }
 
-    /// The same of a [`Triple`].
+    /// The same of a [`SimpleChain`].
     #[inline(always)]
-    fn note_triple(&mut self, head: Head) -> Head {
+    fn note_simple_chain(&mut self, head: Head) -> Head {
         let Some(log) = &mut self.log else { return head };
         let at = usize::from(self.next_avail.index);
         // It has 1 descriptor or 3, see `triple`: one bit tells.
@@ -317,12 +317,12 @@ impl PackedRing {
 
     /// The chain that begins with this available descriptor, whose second word is `word`, if it is a triple.
     #[inline(always)]
-    fn triple<const FIRST: u32, const LAST: u32>(
+    fn simple_chain<const FIRST: u32, const LAST: u32>(
         &self,
         entry: &[AtomicU64; 2],
         word: u64,
         view: &mut GuestView,
-    ) -> Option<Triple> {
+    ) -> Option<SimpleChain> {
         // Relaxed, here and in `words`: ordered by the Acquire in `available_word`, which the whole chain precedes.
         let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
         if is(first, FIRST, NEXT) {
@@ -333,12 +333,12 @@ impl PackedRing {
             if (middle[1] >> 48) as u16 & (NEXT | INDIRECT) != NEXT || !is(last, LAST, WRITE) {
                 return None;
             }
-            return Some(Triple::new(
+            return Some(SimpleChain::new(
                 Head::new((last[1] >> 32) as u16, 3),
                 [first, middle, last].map(Descriptor::packed),
             ));
         }
-        if is(first, TRIPLE_TABLE, INDIRECT) && self.indirect {
+        if is(first, SIMPLE_TABLE, INDIRECT) && self.indirect {
             let words: [u64; 6] = view.read_words(first[0]).ok()?;
             let all = [0, 2, 4].map(|at| [words[at], words[at + 1]]);
             // NEXT means nothing in a table; a driver that sets it anyway goes the long way.
@@ -346,7 +346,7 @@ impl PackedRing {
                 return None;
             }
             let head = Head::new((word >> 32) as u16, 1);
-            return Some(Triple::new(head, all.map(Descriptor::packed)));
+            return Some(SimpleChain::new(head, all.map(Descriptor::packed)));
         }
         None
     }

@@ -8,8 +8,8 @@ use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_USED_F_NO_N
 use super::inflight::SplitLog;
 use super::{
     Chain, DESCRIPTOR_BYTES, Descriptor, Head, INDIRECT, InflightError, InflightQueue, MAX_CHAIN, MAX_QUEUE_SIZE, NEXT,
-    Part, RingError, RingSetup, TRIPLE_TABLE, Triple, TripleRing, WRITE, endless, event_passed, indirect_entries,
-    longest,
+    Part, RingError, RingSetup, SIMPLE_TABLE, SimpleChain, SimpleChainRing, WRITE, endless, event_passed,
+    indirect_entries, longest,
 };
 use crate::virtio::memory::{GuestMemory, GuestSlice, GuestView};
 
@@ -49,13 +49,13 @@ pub struct SplitRing {
     unfinished: Vec<u16>,
 }
 
-impl TripleRing for SplitRing {
+impl SimpleChainRing for SplitRing {
     #[inline(always)]
-    fn peek_triple<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<Triple> {
+    fn peek_simple_chain<const FIRST: u32, const LAST: u32>(&mut self, view: &mut GuestView) -> Option<SimpleChain> {
         if self.next_avail == self.seen_avail && !self.look().ok()? {
             return None;
         }
-        self.triple::<FIRST, LAST>(view)
+        self.simple_chain::<FIRST, LAST>(view)
     }
 
     #[inline(always)]
@@ -193,13 +193,13 @@ impl SplitRing {
 
     /// The chain at the next entry of the available ring, if it is a triple.
     #[inline(always)]
-    fn triple<const FIRST: u32, const LAST: u32>(&self, view: &mut GuestView) -> Option<Triple> {
+    fn simple_chain<const FIRST: u32, const LAST: u32>(&self, view: &mut GuestView) -> Option<SimpleChain> {
         let id = self.offered();
         let first = self.descriptor(id).ok()?;
         let all = if first.is(FIRST, NEXT) {
             let middle = self.descriptor(first.link).ok()?;
             [first, middle, self.descriptor(middle.link).ok()?]
-        } else if first.is(TRIPLE_TABLE, INDIRECT) && self.indirect {
+        } else if first.is(SIMPLE_TABLE, INDIRECT) && self.indirect {
             let words: [u64; 6] = view.read_words(first.address).ok()?;
             let all = [0, 2, 4].map(|at| Descriptor::split([words[at], words[at + 1]]));
             if !all[0].is(FIRST, NEXT) || all[0].link != 1 || all[1].link != 2 {
@@ -210,7 +210,7 @@ impl SplitRing {
             return None;
         };
         let good = all[1].flags & !WRITE == NEXT && all[2].is(LAST, WRITE);
-        good.then(|| Triple::new(Head::new(id, 1), all))
+        good.then(|| SimpleChain::new(Head::new(id, 1), all))
     }
 
     /// The head the driver has put into the next entry of the available ring.

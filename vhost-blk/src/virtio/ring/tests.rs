@@ -11,16 +11,16 @@ fn guest() -> Guest {
     Guest::new(&[(0, 0x40_0000), (0x40_0000, 0x10_0000), (0x1_0000_0000, 0x1_0000)], None)
 }
 
-struct Device {
+struct RingDevice {
     ring: Ring,
     view: GuestView,
     chain: Chain,
 }
 
-impl Device {
-    fn new(guest: &Guest, setup: &RingSetup) -> Device {
+impl RingDevice {
+    fn new(guest: &Guest, setup: &RingSetup) -> RingDevice {
         let ring = Ring::new(&guest.memory, setup).unwrap();
-        Device { ring, view: GuestView::new(guest.memory.clone()), chain: Chain::new() }
+        RingDevice { ring, view: GuestView::new(guest.memory.clone()), chain: Chain::new() }
     }
 
     fn pop(&mut self) -> Result<Option<Head>, RingError> {
@@ -36,7 +36,7 @@ fn a_new_packed_ring_may_have_waited() {
         let mut driver = Driver::new(&guest, true, 16, RING, false);
         let setup = RingSetup { base: 0, ..driver.setup };
         let mut early = waited.then(|| driver.add(&guest, &[writable(DATA, 1)], None).unwrap());
-        let mut device = Device::new(&guest, &setup);
+        let mut device = RingDevice::new(&guest, &setup);
         if early.is_none() {
             early = Some(driver.add(&guest, &[writable(DATA, 1)], None).unwrap());
         }
@@ -58,7 +58,7 @@ fn chains_arrive_as_sent_and_go_back_in_any_order() {
         // Packed rings need not be a power of two.
         let size = if packed { 19 } else { 16 };
         let mut driver = Driver::new(&guest, packed, size, RING, event_idx);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         let mut sent = std::collections::HashMap::new();
         let mut held: Vec<Head> = Vec::new();
         let mut returned = Vec::new();
@@ -119,7 +119,7 @@ fn nothing_is_seen_before_publication() {
     for (packed, event_idx) in formats() {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, event_idx);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         for _ in 0..3 {
             driver.add(&guest, &[writable(DATA, 1)], None).unwrap();
         }
@@ -140,7 +140,7 @@ fn the_driver_is_called_only_when_it_asked() {
         println!("packed {packed}, event_idx {event_idx}");
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, event_idx);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         let mut random = Random(7);
         for round in 0..1000 {
             let asked = random.one_in(2);
@@ -164,7 +164,7 @@ fn an_event_further_on_waits_for_its_chain() {
     for packed in [false, true] {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 4, RING, true);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         // After each chain: the driver wants to hear of the third one from here, which wraps in the ring of four.
         for _ in 0..50 {
             let at = driver.position_ahead(2);
@@ -191,7 +191,7 @@ fn the_device_is_kicked_only_when_it_asked() {
         println!("packed {packed}, event_idx {event_idx}");
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, event_idx);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         for _ in 0..100 {
             device.ring.disable_notifications();
             driver.add(&guest, &[writable(DATA, 1)], None).unwrap();
@@ -217,7 +217,7 @@ fn a_ring_goes_on_from_its_base() {
         let mut driver = Driver::new(&guest, packed, 8, RING, event_idx);
         let mut setup = driver.setup;
         for _ in 0..40 {
-            let mut device = Device::new(&guest, &setup);
+            let mut device = RingDevice::new(&guest, &setup);
             for _ in 0..3 {
                 driver.add(&guest, &[writable(DATA, 1), writable(DATA, 1)], None).unwrap();
             }
@@ -230,7 +230,7 @@ fn a_ring_goes_on_from_its_base() {
             device.ring.unpop(third);
             device.ring.publish();
             setup.base = device.ring.base();
-            device = Device::new(&guest, &setup);
+            device = RingDevice::new(&guest, &setup);
             assert_eq!(device.pop().unwrap(), Some(third));
             device.ring.push_used(third, 1);
             device.ring.publish();
@@ -253,14 +253,14 @@ fn a_new_packed_ring_may_be_given_base_0() {
     let mut driver = Driver::new(&guest, true, 8, RING, false);
     let mut setup = driver.setup;
     setup.base = 0;
-    let mut device = Device::new(&guest, &setup);
+    let mut device = RingDevice::new(&guest, &setup);
     assert_eq!(device.ring.base(), 0x8000_8000);
     driver.add(&guest, &[writable(DATA, 1)], None).unwrap();
     let head = device.pop().unwrap().unwrap();
     device.ring.push_used(head, 1);
     device.ring.publish();
     // One that was used means what it says.
-    assert_eq!(Device::new(&guest, &setup).ring.base(), 0);
+    assert_eq!(RingDevice::new(&guest, &setup).ring.base(), 0);
 }
 
 #[test]
@@ -304,7 +304,7 @@ fn the_largest_rings_work() {
     for packed in [false, true] {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 32768, RING, true);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         for round in 0..3 {
             for _ in 0..32768 {
                 driver.add(&guest, &[writable(DATA, 1)], None).expect("room for as many chains as descriptors");
@@ -345,7 +345,7 @@ fn handmade(packed: bool, descriptors: &[(u64, u32, u16)], indirect: bool) -> Re
         };
         guest.write(DATA + 16 * index as u64, &raw);
     }
-    let mut device = Device::new(&guest, &driver.setup);
+    let mut device = RingDevice::new(&guest, &driver.setup);
     let head = device.pop()?;
     Ok((device.chain, head))
 }
@@ -392,7 +392,7 @@ fn tables_at_odd_places_and_across_regions_are_read() {
     for packed in [false, true] {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, false);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         for table in [0x3f_fff8, 0x3f_fff1, 0x30_0001, 0x30_0008] {
             let chain = [readable(DATA, 16), writable(DATA + 512, 512), writable(DATA + 5, 1)];
             driver.add(&guest, &chain, Some(table)).unwrap();
@@ -412,7 +412,7 @@ fn loops_and_wild_indexes_are_found() {
         guest.write(RING, &descriptor(DATA, 1, 1, 1));
         guest.write(RING + 16, &descriptor(DATA, 1, 1, link));
         driver.offer(&guest, 0);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         assert_eq!(device.pop(), Err(expected));
         assert_eq!(device.pop(), Err(expected), "and it stays so");
     }
@@ -424,25 +424,25 @@ fn loops_and_wild_indexes_are_found() {
         guest.write(DATA, &descriptor(DATA, 1, 1, 1));
         guest.write(DATA + 16, &descriptor(DATA, 0, 1, link));
         driver.offer(&guest, 0);
-        assert_eq!(Device::new(&guest, &driver.setup).pop(), Err(expected));
+        assert_eq!(RingDevice::new(&guest, &driver.setup).pop(), Err(expected));
     }
     // A head outside of the table.
     let guest = guest();
     let mut driver = Driver::new(&guest, false, 8, RING, false);
     driver.offer(&guest, 8);
-    let mut device = Device::new(&guest, &driver.setup);
+    let mut device = RingDevice::new(&guest, &driver.setup);
     assert_eq!(device.pop(), Err(RingError::DescriptorIndex { index: 8, size: 8 }));
     // An available index that has jumped.
     let driver = Driver::new(&guest, false, 8, RING, false);
     guest.write_u16(driver.setup.driver + 2, 9);
-    let mut device = Device::new(&guest, &driver.setup);
+    let mut device = RingDevice::new(&guest, &driver.setup);
     assert_eq!(device.pop(), Err(RingError::AvailableIndex { from: 0, to: 9, size: 8 }));
     // Packed: NEXT all around the ring.
     let driver = Driver::new(&guest, true, 8, RING, false);
     for index in 0..8 {
         guest.write(RING + 16 * index, &descriptor(DATA, 1, 0, 1 | 1 << 7));
     }
-    assert_eq!(Device::new(&guest, &driver.setup).pop(), Err(RingError::Loop { head: 0 }));
+    assert_eq!(RingDevice::new(&guest, &driver.setup).pop(), Err(RingError::Loop { head: 0 }));
 }
 
 /// Empty descriptors say nothing, and yet take their time: a ring may be large, and each of its chains all of it.
@@ -462,7 +462,11 @@ fn chains_of_empty_descriptors_have_a_limit() {
         if !packed {
             driver.offer(&guest, 0);
         }
-        assert_eq!(Device::new(&guest, &driver.setup).pop(), Err(RingError::TooLong { head: 0 }), "packed {packed}");
+        assert_eq!(
+            RingDevice::new(&guest, &driver.setup).pop(),
+            Err(RingError::TooLong { head: 0 }),
+            "packed {packed}"
+        );
     }
 }
 
@@ -471,7 +475,7 @@ fn long_chains_are_taken_up_to_the_limit() {
     for packed in [false, true] {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, false);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         let chain = vec![writable(DATA, 512); MAX_CHAIN];
         driver.add(&guest, &chain, Some(0x10_0000)).unwrap();
         device.pop().unwrap().unwrap();
@@ -482,14 +486,14 @@ fn long_chains_are_taken_up_to_the_limit() {
         // A chain may use the whole ring, and an indirect chain its whole table.
         for table in [None, Some(0x30_0000)] {
             let mut driver = Driver::new(&guest, packed, 8, RING, false);
-            let mut device = Device::new(&guest, &driver.setup);
+            let mut device = RingDevice::new(&guest, &driver.setup);
             driver.add(&guest, &[writable(DATA, 512); 8], table).unwrap();
             assert!(device.pop().unwrap().is_some(), "table {table:?}");
             assert_eq!(device.chain.writable().len(), 8);
         }
         // Empty descriptors do not hide a long walk.
         let mut driver = Driver::new(&guest, packed, 8, RING, false);
-        let mut device = Device::new(&guest, &driver.setup);
+        let mut device = RingDevice::new(&guest, &driver.setup);
         driver.add(&guest, &vec![writable(DATA, 0); MAX_CHAIN + 2], Some(0x20_0000)).unwrap();
         device.pop().unwrap_err();
     }
@@ -549,7 +553,7 @@ fn the_split_ring_agrees_with_virtio_queue() {
             device: mock.used_addr().0,
             base: 0,
         };
-        let mut device = Device::new(&guest, &setup);
+        let mut device = RingDevice::new(&guest, &setup);
         for expected in queue.iter(&theirs).unwrap() {
             let head = device.pop().unwrap().expect("as many chains as theirs");
             assert_eq!(head.id(), expected.head_index());

@@ -9,10 +9,10 @@ fn an_eventfd_that_blocks_stops_nobody() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut odd = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
-    let mut neighbour = Running::start(&pool, pair, guest, Client::new(guest, 1, true, 16), &disk);
+    let mut odd = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
+    let mut neighbour = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 1, true, 16), &disk);
     until("the start", || (count(&odd.client.call) == 1).then_some(()));
     let flags = rustix::fs::fcntl_getfl(&odd.client.call).unwrap();
     assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK), "the front-end's flags are left alone");
@@ -51,13 +51,13 @@ fn one_kick_may_wake_two_rings() {
         let pool = WorkerPool::start(workers).unwrap();
         let disk = Arc::new(machine.disk());
         let kick = event();
-        let mut rings: Vec<Running> = (0..2)
+        let mut rings: Vec<RunningLane> = (0..2)
             .map(|k| {
                 let (pair, bounce) = machine.pair(16);
-                let pair = pool.add_queue_pair(k % workers.len(), Way { pair, pool: bounce });
-                let mut client = Client::new(guest, k as u64, k == 1, 16);
+                let pair = pool.add_queue_pair(k % workers.len(), QueueResources { pair, pool: bounce });
+                let mut client = TestClient::new(guest, k as u64, k == 1, 16);
                 client.kick = kick.try_clone().unwrap();
-                Running::start(&pool, pair, guest, client, &disk)
+                RunningLane::start(&pool, pair, guest, client, &disk)
             })
             .collect();
         for round in 0..50 {

@@ -11,13 +11,13 @@ fn lanes_without_a_drive_go_on_at_another_place_of_any_worker() {
         let pool = WorkerPool::start(&[0, 1]).unwrap();
         let [mut from, mut into] = [0, to].map(|worker| {
             let (pair, bounce) = machine.pair(32);
-            pool.add_queue_pair(worker, Way { pair, pool: bounce })
+            pool.add_queue_pair(worker, QueueResources { pair, pool: bounce })
         });
         let disk = Arc::new(machine.disk());
-        let mut lanes: Vec<Running> = (0..3)
+        let mut lanes: Vec<RunningLane> = (0..3)
             .map(|k| {
                 let place = if k < 2 { from } else { into };
-                Running::start(&pool, place, guest, Client::new(guest, k, packed, 32), &disk)
+                RunningLane::start(&pool, place, guest, TestClient::new(guest, k, packed, 32), &disk)
             })
             .collect();
         for round in 0..3 {
@@ -33,7 +33,8 @@ fn lanes_without_a_drive_go_on_at_another_place_of_any_worker() {
             until("the drive has all", || (machine.sim.faults().fired() == lost + 9).then_some(()));
             machine.sim.faults().clear();
             machine.controller.reset().unwrap();
-            let mut ways = [from, into].map(|place| pool.fail_queue_pair(place).unwrap().expect("it was there").way);
+            let mut ways =
+                [from, into].map(|place| pool.fail_queue_pair(place).unwrap().expect("it was there").resources);
             let stopping = (round == 2).then(|| lanes[1].handle.take().unwrap().begin_stop());
             for lane in &mut lanes {
                 // What has come since.
@@ -89,19 +90,20 @@ fn a_move_is_done_while_the_drive_is_away() {
     let pool = WorkerPool::start(&[]).unwrap();
     let [from, into] = [(); 2].map(|()| {
         let (pair, bounce) = machine.pair(32);
-        pool.add_queue_pair(0, Way { pair, pool: bounce })
+        pool.add_queue_pair(0, QueueResources { pair, pool: bounce })
     });
-    let mut running = Running::start(&pool, from, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
+    let mut running =
+        RunningLane::start(&pool, from, guest, TestClient::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     machine.sim.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() == 1).then_some(()));
     pool.move_lane(running.handle().number(), into);
-    assert!(matches!(pool.take_queue_pair(from), Err(Error::InUse)));
+    assert!(matches!(pool.take_queue_pair(from), Err(WorkerError::InUse)));
     machine.sim.faults().clear();
     machine.controller.reset().unwrap();
     let [_, mut lost] = [from, into].map(|place| pool.fail_queue_pair(place).unwrap());
     until("the place it left", || pool.take_queue_pair(from).ok());
-    let mut way = lost.take().expect("it was there").way;
+    let mut way = lost.take().expect("it was there").resources;
     machine.controller.recreate_queue_pair(&mut way.pair).unwrap();
     pool.restore_queue_pair(into, way);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);

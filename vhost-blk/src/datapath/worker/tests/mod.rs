@@ -8,7 +8,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 use super::*;
 use crate::blk::disk::Disk;
 use crate::blk::request::{IOERR, OK};
-use crate::datapath::lane::testing::{CLIENT_BYTES, Client, DATA, DEADLINE, Machine, count, event, pattern, until};
+use crate::datapath::lane::testing::{CLIENT_BYTES, DATA, DEADLINE, Machine, TestClient, count, event, pattern, until};
 use crate::virtio::memory::Reach;
 use crate::virtio::ring::model::{Guest, Random, readable, writable};
 
@@ -21,15 +21,15 @@ fn config() -> Config {
 }
 
 /// A guest's driver that kicks when it is asked to.
-struct Running {
-    client: Client,
+struct RunningLane {
+    client: TestClient,
     handle: Option<LaneHandle>,
 }
 
-impl Running {
-    fn start(pool: &WorkerPool, pair: PairId, guest: &Guest, client: Client, disk: &Arc<Disk>) -> Running {
+impl RunningLane {
+    fn start(pool: &WorkerPool, pair: QueueSlotId, guest: &Guest, client: TestClient, disk: &Arc<Disk>) -> RunningLane {
         let handle = pool.start_lane(pair, client.lane(guest, disk));
-        Running { client, handle: Some(handle) }
+        RunningLane { client, handle: Some(handle) }
     }
 
     fn send(
@@ -77,21 +77,24 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     let data = pattern(1, 4096);
     guest.write(DATA, &data);
     assert_eq!(running.run(guest, 1, 8, &[readable(DATA, 4096)]), (OK, 1));
     assert_eq!(running.run(guest, 0, 8, &[writable(DATA + 8192, 4096)]), (OK, 4097));
     assert!(guest.read(DATA + 8192, 4096) == data);
-    assert!(matches!(pool.take_queue_pair(pair), Err(Error::InUse)));
+    assert!(matches!(pool.take_queue_pair(pair), Err(WorkerError::InUse)));
     let stopped = running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert_eq!((stopped.base, stopped.broken), (2, false));
     let pair = pool.take_queue_pair(pair).expect("nobody uses it").expect("it is there");
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
-    assert!(matches!(pool.fail_queue_pair(PairId { worker: 0, index: 0, number: 0 }), Err(Error::Gone { worker: 0 })));
+    assert!(matches!(
+        pool.fail_queue_pair(QueueSlotId { worker: 0, index: 0, number: 0 }),
+        Err(WorkerError::Gone { worker: 0 })
+    ));
 }
 
 #[test]
@@ -101,9 +104,9 @@ fn a_lane_sleeps_when_nothing_happens_and_a_kick_wakes_it() {
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
         let (pair, bounce) = machine.pair(64);
-        let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+        let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
         let disk = Arc::new(machine.disk());
-        let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, packed, 16), &disk);
+        let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, packed, 16), &disk);
         for round in 1..=20 {
             until("sleep", || running.asleep(guest).then_some(()));
             // It may be on its way: between asking for kicks and the last look. Either way it has to see this.
@@ -123,9 +126,9 @@ fn busy_lanes_need_no_kicks() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, true, 64), &disk);
+    let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, true, 64), &disk);
     let mut done = 0;
     until("20000 answers", || {
         for k in 0..32 {
@@ -153,10 +156,10 @@ fn memory_is_added_while_the_ring_runs() {
     let mut machine = Machine::new(config());
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let client = Client::new(&machine.guest, 0, false, 16);
-    let mut running = Running::start(&pool, pair, &machine.guest, client, &disk);
+    let client = TestClient::new(&machine.guest, 0, false, 16);
+    let mut running = RunningLane::start(&pool, pair, &machine.guest, client, &disk);
     let new = 0x1_0000_0000;
     for round in 0..20u64 {
         let at = new + round * 0x10_0000;
@@ -170,7 +173,7 @@ fn memory_is_added_while_the_ring_runs() {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
         assert_eq!(running.run(guest, 0, 0, &[writable(at + 0xf_f000, 4096)]), (OK, 4097));
         assert_eq!(running.run(guest, 0, 0, &[writable(at + 0xf_f000, 8192)]).0, IOERR, "beyond the region");
-        assert!(matches!(running.handle().set_memory(before), Err(Error::NotSuperset)));
+        assert!(matches!(running.handle().set_memory(before), Err(WorkerError::NotSuperset)));
     }
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
 }
@@ -182,9 +185,9 @@ fn stopping_waits_for_the_drive_and_the_ring_goes_on_from_its_base() {
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
         let (pair, bounce) = machine.pair(4);
-        let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+        let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
         let disk = Arc::new(machine.disk());
-        let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, packed, 16), &disk);
+        let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, packed, 16), &disk);
         let mut random = Random(5);
         let (mut sent, mut done) = (0, 0);
         for round in 0..50 {
@@ -229,11 +232,11 @@ fn a_lane_moves_to_another_queue_pair_while_it_runs() {
         let pool = WorkerPool::start(&[]).unwrap();
         let places = [(); 2].map(|()| {
             let (pair, bounce) = machine.pair(32);
-            pool.add_queue_pair(0, Way { pair, pool: bounce })
+            pool.add_queue_pair(0, QueueResources { pair, pool: bounce })
         });
         let disk = Arc::new(machine.disk());
-        let client = Client::new(guest, 0, packed, 32);
-        let mut running = Running::start(&pool, places[0], guest, client, &disk);
+        let client = TestClient::new(guest, 0, packed, 32);
+        let mut running = RunningLane::start(&pool, places[0], guest, client, &disk);
         let lane = running.handle().number();
         let (mut sent, mut done, mut moves) = (0, 0, 0);
         until("200 moves", || {
@@ -276,12 +279,12 @@ fn a_lane_moves_to_another_queue_pair_while_it_runs() {
 fn a_place_that_was_taken_away_is_used_again() {
     let machine = Machine::new(config());
     let pool = WorkerPool::start(&[]).unwrap();
-    let kept = pool.add_place(0, false);
+    let kept = pool.add_empty_slot(0, false);
     let mut earlier = kept;
     for _ in 0..1000 {
         let (pair, bounce) = machine.pair(2);
-        let first = pool.add_queue_pair(0, Way { pair, pool: bounce });
-        let second = pool.add_place(0, false);
+        let first = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+        let second = pool.add_empty_slot(0, false);
         assert!(first.index != second.index && kept.index < 3 && first.index < 3 && second.index < 3);
         assert_ne!(first, earlier, "the same index is not the same place");
         earlier = first;
@@ -301,8 +304,9 @@ fn a_slow_drive_keeps_its_lane_until_it_has_answered() {
     });
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let mut running =
+        RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
     let busy = match running.handle.take().unwrap().stop(Duration::from_millis(20)) {
@@ -321,9 +325,9 @@ fn a_dead_drive_is_told_and_waited_for() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
     machine.sim.faults().add(FaultRule {
         action: FaultAction::LoseCompletion,
@@ -339,7 +343,7 @@ fn a_dead_drive_is_told_and_waited_for() {
     until("the expiry", || {
         for event in pool.events() {
             match event {
-                WorkerEvent::Expired { pair: which, count, .. } => {
+                WorkerEvent::Expired { slot: which, count, .. } => {
                     assert_eq!(which, pair);
                     told += count;
                 }
@@ -355,8 +359,8 @@ fn a_dead_drive_is_told_and_waited_for() {
     // What the guest has said stays said: its buffers' content and place count, not what its ring says now.
     running.send(guest, 0, 8, &[writable(DATA + 8192, 8192)]).unwrap();
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive is away");
-    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.way);
+    machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.resources);
     for _ in 0..4 {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
     }
@@ -373,8 +377,8 @@ fn a_dead_drive_is_told_and_waited_for() {
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     // The same controller is back, and the lane goes on without having been touched.
-    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.way);
+    machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.resources);
     until("the drive", || (running.run(guest, 0, 8, &[writable(DATA, 4096)]).0 == OK).then_some(()));
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert!(pool.take_queue_pair(pair).unwrap().is_some());
@@ -386,9 +390,9 @@ fn nothing_of_a_guest_that_the_drive_cannot_reach_goes_to_it() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
     machine.sim.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
@@ -399,11 +403,11 @@ fn nothing_of_a_guest_that_the_drive_cannot_reach_goes_to_it() {
     machine.sim.faults().clear();
     let commands = machine.sim.counters().commands.load(Ordering::Relaxed);
     guest.memory.refuse();
-    machine.controller.recreate_queue_pair(&mut lost.way.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.way);
+    machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
+    pool.restore_queue_pair(pair, lost.resources);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     // What starts now, before the session has ended, is no better off.
-    let mut other = Running::start(&pool, pair, guest, Client::new(guest, 1, false, 16), &disk);
+    let mut other = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 1, false, 16), &disk);
     other.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     for running in [&mut running, &mut other] {
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
@@ -418,9 +422,9 @@ fn a_lane_may_start_before_its_drive_is_there() {
         let machine = Machine::new(config());
         let guest = &machine.guest;
         let pool = WorkerPool::start(&[]).unwrap();
-        let place = pool.add_place(0, true);
+        let place = pool.add_empty_slot(0, true);
         let disk = Arc::new(machine.disk());
-        let mut running = Running::start(&pool, place, guest, Client::new(guest, 0, packed, 16), &disk);
+        let mut running = RunningLane::start(&pool, place, guest, TestClient::new(guest, 0, packed, 16), &disk);
         for _ in 0..3 {
             assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
             // It sleeps and is woken as with a drive.
@@ -432,11 +436,11 @@ fn a_lane_may_start_before_its_drive_is_there() {
             "the serial number is known without the drive"
         );
         let (pair, bounce) = machine.pair(64);
-        pool.restore_queue_pair(place, Way { pair, pool: bounce });
+        pool.restore_queue_pair(place, QueueResources { pair, pool: bounce });
         until("the drive", || (running.run(guest, 0, 0, &[writable(DATA, 4096)]).0 == OK).then_some(()));
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
         assert!(pool.take_queue_pair(place).unwrap().is_some());
-        let empty = pool.add_place(0, false);
+        let empty = pool.add_empty_slot(0, false);
         assert!(pool.take_queue_pair(empty).unwrap().is_none(), "nothing was put there");
     }
 }
@@ -447,8 +451,9 @@ fn eventfds_can_be_replaced() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &Arc::new(machine.disk()));
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let mut running =
+        RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     until("the eventfd is signalled at the start", || (count(&running.client.call) == 1).then_some(()));
     let call = event();
     running.handle().set_call(Some(call.try_clone().unwrap()));
@@ -477,16 +482,16 @@ fn broken_rings_are_told() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
     let disk = Arc::new(machine.disk());
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     guest.write_u16(running.client.driver.setup.driver + 2, 1000);
     rustix::io::write(&running.client.kick, &1u64.to_ne_bytes()).unwrap();
     until("the error eventfd is written", || (count(&running.client.error) == 1).then_some(()));
     assert!(running.handle().broken());
     assert!(running.handle.take().unwrap().stop(DEADLINE).unwrap().broken);
     // After a reset of the device the ring is served again.
-    let mut again = Running::start(&pool, pair, guest, Client::new(guest, 0, false, 16), &disk);
+    let mut again = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     assert_eq!(again.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
 }
 
@@ -500,8 +505,9 @@ fn shutdown_answers_what_is_in_flight() {
     });
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
-    let mut running = Running::start(&pool, pair, guest, Client::new(guest, 0, true, 16), &Arc::new(machine.disk()));
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let mut running =
+        RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, true, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
     let handle = running.handle.take().unwrap();
@@ -516,24 +522,24 @@ fn a_panic_is_not_silent() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[]).unwrap();
     let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, Way { pair, pool: bounce });
-    let mut client = Client::new(guest, 0, true, 16);
+    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let mut client = TestClient::new(guest, 0, true, 16);
     client.name = "worker panics";
-    let running = Running::start(&pool, pair, guest, client, &Arc::new(machine.disk()));
+    let running = RunningLane::start(&pool, pair, guest, client, &Arc::new(machine.disk()));
     running.handle().set_call(None);
     match until("the event", || pool.events().pop()) {
         WorkerEvent::WorkerDied { worker: 0, message } => assert_eq!(message, "asked to by a test"),
         other => panic!("{other:?}"),
     }
     assert!(running.handle().broken());
-    assert!(matches!(running.handle().set_memory(guest.memory.clone()), Err(Error::Gone { worker: 0 })));
+    assert!(matches!(running.handle().set_memory(guest.memory.clone()), Err(WorkerError::Gone { worker: 0 })));
     assert!(matches!(running.handle.unwrap().stop(DEADLINE), Err(StopError::Gone { .. })));
 }
 
 #[test]
 fn workers_are_pinned_to_cpus_that_exist() {
     match WorkerPool::start(&[100_000]) {
-        Err(Error::Pin { cpu: 100_000, .. }) => {}
+        Err(WorkerError::Pin { cpu: 100_000, .. }) => {}
         other => panic!("{:?}", other.map(|pool| pool.len())),
     }
     // One that is there does the work of one that is not.
@@ -554,15 +560,15 @@ fn many_lanes_on_two_workers() {
     let guest = &machine.guest;
     let pool = WorkerPool::start(&[0, 1]).unwrap();
     let disk = Arc::new(Disk { writeback: Arc::new(AtomicBool::new(true)), ..machine.disk() });
-    let pairs: Vec<PairId> = (0..2)
+    let pairs: Vec<QueueSlotId> = (0..2)
         .map(|worker| {
             let (pair, bounce) = machine.pair(32);
-            pool.add_queue_pair(worker, Way { pair, pool: bounce })
+            pool.add_queue_pair(worker, QueueResources { pair, pool: bounce })
         })
         .collect();
     const { assert!(4 * CLIENT_BYTES <= DATA) };
-    let mut lanes: Vec<Running> = (0..4)
-        .map(|k| Running::start(&pool, pairs[k as usize % 2], guest, Client::new(guest, k, k < 2, 32), &disk))
+    let mut lanes: Vec<RunningLane> = (0..4)
+        .map(|k| RunningLane::start(&pool, pairs[k as usize % 2], guest, TestClient::new(guest, k, k < 2, 32), &disk))
         .collect();
     for sector in 0..200u64 {
         guest.write(DATA + 512 * sector, &pattern(sector, 512));

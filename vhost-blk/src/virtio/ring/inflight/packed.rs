@@ -20,7 +20,7 @@ type Words = [AtomicU64; 2];
 
 /// DescStatePacked.
 #[repr(C)]
-struct Entry {
+struct PackedEntry {
     inflight: AtomicU8,
     _padding: AtomicU8,
     next: AtomicU16,
@@ -33,9 +33,9 @@ struct Entry {
 }
 
 // SAFETY: nothing but atomics, without a gap between them; any bytes are valid.
-unsafe impl DmaElement for Entry {}
+unsafe impl DmaElement for PackedEntry {}
 
-impl Entry {
+impl PackedEntry {
     /// In the ring: length, id, flags. In the log: id, flags, length.
     #[inline(always)]
     fn copy(&self, [address, rest]: &Words) {
@@ -47,7 +47,7 @@ impl Entry {
 
 /// Bytes of the region of a ring of this size.
 pub(super) fn bytes(size: u16) -> usize {
-    8 * HEADER + size_of::<Entry>() * usize::from(size)
+    8 * HEADER + size_of::<PackedEntry>() * usize::from(size)
 }
 
 /// Index and wrap counter of the next used descriptor.
@@ -71,7 +71,7 @@ pub(in super::super) struct PackedState {
 ///   `inflight` only; `id` is 0;
 /// - any other: `entries` is 0, and `id` is how many there are.
 pub(in super::super) struct PackedLog {
-    entries: GuestSlice<Entry>,
+    entries: GuestSlice<PackedEntry>,
     header: Header,
     /// The stack: the run at the bottom is an empty one that says how the list in the log ends.
     free: Box<[Head]>,
@@ -110,7 +110,7 @@ impl PackedLog {
             0 => None,
             _ if new => None,
             VERSION if count == size => log.recover(state, is_available),
-            VERSION if is_empty(queue, HEADER, count, |entry: &Entry| &entry.inflight) => None,
+            VERSION if is_empty(queue, HEADER, count, |entry: &PackedEntry| &entry.inflight) => None,
             _ => return Err(InflightError::Foreign { version, entries: count, size }),
         };
         if state.is_none() {
@@ -163,8 +163,9 @@ impl PackedLog {
         self.save_free(free);
         let taken = (0..).zip(self.entries.iter()).filter(|(_, entry)| entry.inflight.get() == IN_FLIGHT);
         // How long each chain is counts from here on as it was read here, whatever becomes of the log.
-        let chain =
-            |(first, entry): (u16, &Entry)| (entry.counter.get(), Head::logged(0, entry.num.get(), first, Self::NONE));
+        let chain = |(first, entry): (u16, &PackedEntry)| {
+            (entry.counter.get(), Head::logged(0, entry.num.get(), first, Self::NONE))
+        };
         let found: Vec<_> = taken.map(chain).collect();
         if found.iter().any(|(_, head)| head.entries() == 0) {
             return None;

@@ -14,7 +14,7 @@ const STATE: usize = 1;
 
 /// DescStateSplit.
 #[repr(C)]
-struct Entry {
+struct SplitEntry {
     inflight: AtomicU8,
     _padding: [AtomicU8; 5],
     /// Given back before this one, in the same batch.
@@ -23,13 +23,13 @@ struct Entry {
 }
 
 // SAFETY: nothing but atomics, without a gap between them; any bytes are valid.
-unsafe impl DmaElement for Entry {}
+unsafe impl DmaElement for SplitEntry {}
 
 /// The log of a split ring.
 pub(in super::super) struct SplitLog {
     header: Header,
     /// By index of a chain's first descriptor.
-    entries: GuestSlice<Entry>,
+    entries: GuestSlice<SplitEntry>,
     /// One less than there are entries, which are a power of two.
     mask: u16,
     counter: u64,
@@ -54,7 +54,7 @@ impl SplitLog {
         let unfinished = match version {
             0 => None,
             VERSION if count == size => log.recover(state, used, available),
-            VERSION if is_empty(queue, HEADER, count, |entry: &Entry| &entry.inflight) => None,
+            VERSION if is_empty(queue, HEADER, count, |entry: &SplitEntry| &entry.inflight) => None,
             _ => return Err(InflightError::Foreign { version, entries: count, size }),
         };
         if unfinished.is_none() {
@@ -69,7 +69,7 @@ impl SplitLog {
 
     /// The entry of a head, which is below the ring's size: the mask only spares the check.
     #[inline(always)]
-    fn entry(&self, head: u16) -> &Entry {
+    fn entry(&self, head: u16) -> &SplitEntry {
         // SAFETY: `mask` is one less than there are entries.
         unsafe { self.entries.get_unchecked(usize::from(head & self.mask)) }
     }

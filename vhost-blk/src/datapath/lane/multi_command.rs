@@ -12,7 +12,7 @@ const LONG_BYTES: u32 = 2 << 20;
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Turns {
+pub(super) struct MultiCommand {
     /// The pending request is one more of many commands than the queue pair takes of the lane.
     pub crowded: bool,
     /// No request of many commands goes on: when what the drive has of it is answered, it ends.
@@ -22,8 +22,8 @@ pub(super) struct Turns {
 impl Lane {
     /// Nobody waits for requests of many commands any longer: they end with an error as soon as the drive has answered what it
     /// has of them. The lane is stopping.
-    pub(crate) fn end_long(&mut self) {
-        self.turns.over = true;
+    pub(crate) fn end_multi_command(&mut self) {
+        self.multi_command.over = true;
     }
 
     /// As [`Lane::submit_parsed`], for a request that had to wait. As long as it has to, it costs next to nothing, however long
@@ -35,17 +35,17 @@ impl Lane {
             Operation::Read | Operation::Write | Operation::Flush => self.parser.segments.len(),
             Operation::Discard | Operation::WriteZeroes | Operation::WriteZeroesUnmap => self.parser.ranges.len(),
         };
-        if self.turns.crowded && !pair.admits(tag, entries) {
+        if self.multi_command.crowded && !pair.admits(tag, entries) {
             self.pending = Some(head);
             return false;
         }
-        self.turns.crowded = false;
+        self.multi_command.crowded = false;
         self.submit_parsed(pair, tag, head)
     }
 
     /// In a lane that stops: has the queue pair issue nothing more of its requests of many commands, if they are over.
-    pub(super) fn stop_long(&mut self, pair: &mut QueuePair, tag: u64) {
-        if !self.turns.over {
+    pub(super) fn stop_multi_command(&mut self, pair: &mut QueuePair, tag: u64) {
+        if !self.multi_command.over {
             return;
         }
         let owner = tag >> OWNER_SHIFT;
@@ -57,18 +57,18 @@ impl Lane {
         ended.iter().for_each(|done| self.complete(done.token, done.status));
     }
 
-    /// Was this request given up by [`Lane::stop_long`]? Then it ends here.
+    /// Was this request given up by [`Lane::stop_multi_command`]? Then it ends here.
     pub(super) fn ends_given_up(&mut self, number: u16, status: Status) -> bool {
-        if !self.turns.over || status.kind() != Status::ABORTED_BY_HOST {
+        if !self.multi_command.over || status.kind() != Status::ABORTED_BY_HOST {
             return false;
         }
         if self.abandoned == Some(false) {
             // In the ring, and in its log, it is as before.
-            self.longs.drop_slot(number);
+            self.details.drop_slot(number);
             self.slots.answer_any(number);
             return true;
         }
-        if self.kept_request(number).is_some_and(|(request, _)| flush::changes(request.operation)) {
+        if self.recorded_request(number).is_some_and(|(request, _)| flush::changes(request.operation)) {
             // A part of it may have been done.
             self.note_change();
         }
@@ -82,7 +82,7 @@ impl Lane {
         match self.mode {
             // Nothing more from a guest that broke its ring.
             Mode::Broken => Some(false),
-            _ => self.abandoned.or((self.turns.over && bytes > LONG_BYTES).then_some(true)),
+            _ => self.abandoned.or((self.multi_command.over && bytes > LONG_BYTES).then_some(true)),
         }
     }
 }

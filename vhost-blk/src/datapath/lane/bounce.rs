@@ -9,8 +9,8 @@ use std::time::Instant;
 
 use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
-use super::again::{Paused, Wait};
-use super::kept::{ALONE, Kept, Long};
+use super::record::{ALONE, Details, Record};
+use super::retry::{Paused, Wait};
 use super::{Lane, Mode, count, flush};
 use crate::blk::request::{self, Operation, Request};
 use crate::virtio::memory::OutsideMemory;
@@ -21,22 +21,22 @@ use crate::virtio::ring::Head;
 const PIECE: u64 = 64 << 10;
 
 /// A request that is being copied through the pool. It has a slot, whose `written` is 0 and which says where it is among all.
-struct Bounced {
+struct BouncedRequest {
     slot: u16,
     head: Head,
-    long: Box<Long>,
+    details: Box<Details>,
     /// Bytes done.
     done: u64,
     /// Where the next piece begins: a buffer, and an offset in it.
     at: (usize, u64),
     /// What comes after them, if it has a buffer.
-    piece: Option<Piece>,
+    piece: Option<BouncePiece>,
     /// The drive was given it before, and is to be given it once more.
-    again: bool,
+    reissued: bool,
 }
 
 /// A part of the data, in a buffer.
-struct Piece {
+struct BouncePiece {
     bounce: Bounce,
     bytes: u64,
     /// Where the next one begins.
@@ -51,7 +51,7 @@ struct Piece {
 /// queues, by its slot.
 #[derive(Default)]
 pub(super) struct BouncedRequests {
-    all: Vec<Bounced>,
+    all: Vec<BouncedRequest>,
     /// How many of them change the disk.
     changes: usize,
     /// The drive has answered.
@@ -72,14 +72,14 @@ pub(super) struct BouncedRequests {
 }
 
 /// How a request ended.
-enum End {
+enum BounceEnd {
     Done,
     /// The drive has failed it.
     Refused(Status),
     /// For another reason.
     Failed(String),
     /// Without an answer.
-    LetGo,
+    LeftInLog,
 }
 
 impl BouncedRequests {
@@ -98,7 +98,7 @@ impl BouncedRequests {
         self.changes != 0
     }
 
-    fn get_mut(&mut self, place: u16, slot: u16) -> Option<&mut Bounced> {
+    fn get_mut(&mut self, place: u16, slot: u16) -> Option<&mut BouncedRequest> {
         self.all.get_mut(usize::from(place)).filter(|bounced| bounced.slot == slot)
     }
 
@@ -138,21 +138,21 @@ impl Lane {
         // It was for this slot that the queue pair was asked.
         let Some(mut slot) = self.slots.reserve() else { return };
         let number = slot.number();
-        slot.fill(request.status, 0, Kept::default());
+        slot.fill(request.status, 0, Record::default());
         slot.take(head);
-        let long = self.longs.keep(request, request::data_buffers(&self.chain, request.operation), &[]);
-        self.bounce_in(number, head, long, false);
+        let details = self.details.keep(request, request::data_buffers(&self.chain, request.operation), &[]);
+        self.bounce_in(number, head, details, false);
     }
 
-    /// The same for one that has a slot, whose `written` is 0. What its slot has counted goes on. `again`: the drive was given
+    /// The same for one that has a slot, whose `written` is 0. What its slot has counted goes on. `reissued`: the drive was given
     /// it before.
-    pub(super) fn bounce_in(&mut self, slot: u16, head: Head, long: Box<Long>, again: bool) {
+    pub(super) fn bounce_in(&mut self, slot: u16, head: Head, details: Box<Details>, reissued: bool) {
         self.tally.copies += 1;
         // There are fewer than slots.
         self.slots.set_elsewhere(slot, self.bounced.all.len() as u16);
-        self.bounced.changes += usize::from(flush::changes(long.request.operation));
-        self.bounced.wait(slot, u64::from(long.request.bytes) > PIECE);
-        self.bounced.all.push(Bounced { slot, head, long, done: 0, at: (0, 0), piece: None, again });
+        self.bounced.changes += usize::from(flush::changes(details.request.operation));
+        self.bounced.wait(slot, u64::from(details.request.bytes) > PIECE);
+        self.bounced.all.push(BouncedRequest { slot, head, details, done: 0, at: (0, 0), piece: None, reissued });
     }
 
     /// The drive is away: the pieces it had are done again when it is back.
@@ -161,9 +161,9 @@ impl Lane {
         for index in 0..self.bounced.all.len() {
             let bounced = &mut self.bounced.all[index];
             let (slot, is_long) = (bounced.slot, bounced.is_long());
-            if let Some(Piece { bounce, out, .. }) = bounced.piece.take() {
+            if let Some(BouncePiece { bounce, out, .. }) = bounced.piece.take() {
                 pool.give_back(bounce);
-                bounced.again |= out;
+                bounced.reissued |= out;
             }
             self.bounced.wait(slot, is_long);
         }
@@ -174,18 +174,18 @@ impl Lane {
 
     /// Ends every bounced request, with an error or without an answer; the drive has no piece of any.
     pub(super) fn end_bounced(&mut self, answer: bool) {
-        for Bounced { slot, head, long, .. } in std::mem::take(&mut self.bounced).all {
+        for BouncedRequest { slot, head, details, .. } in std::mem::take(&mut self.bounced).all {
             self.slots.free(slot);
             if answer {
-                self.give_back(head, request::IOERR, long.request.status, long.request.written);
+                self.give_back(head, request::IOERR, details.request.status, details.request.written);
             }
-            self.longs.release(long);
+            self.details.release(details);
         }
     }
 
     /// The drive has answered the piece of the bounced request with this slot, which is at this place.
     pub(super) fn bounced_piece_done(&mut self, place: u16, slot: u16, status: Status) {
-        if let Some(Bounced { piece: Some(piece), .. }) = self.bounced.get_mut(place, slot) {
+        if let Some(BouncedRequest { piece: Some(piece), .. }) = self.bounced.get_mut(place, slot) {
             piece.status = Some(status);
             self.bounced.back.push_back(slot);
         }
@@ -217,7 +217,7 @@ impl Lane {
         let slots = &self.slots;
         paused.look(|slot| {
             let place = slots.elsewhere(slot).map_or(usize::MAX, usize::from);
-            let is_long = all.get(place).is_some_and(Bounced::is_long);
+            let is_long = all.get(place).is_some_and(BouncedRequest::is_long);
             if is_long {
                 long.push_back(slot)
             } else {
@@ -259,11 +259,11 @@ impl Lane {
     }
 
     /// How the request with this slot ends now, if it does: nothing of it is with the drive.
-    fn end_of_copied(&mut self, slot: u16) -> Option<End> {
-        let bytes = self.bounced_mut(slot)?.long.request.bytes;
+    fn end_of_copied(&mut self, slot: u16) -> Option<BounceEnd> {
+        let bytes = self.bounced_mut(slot)?.details.request.bytes;
         self.ends_copied(bytes).map(|answer| match answer {
-            true => End::Failed("nobody waits for it".to_owned()),
-            false => End::LetGo,
+            true => BounceEnd::Failed("nobody waits for it".to_owned()),
+            false => BounceEnd::LeftInLog,
         })
     }
 
@@ -287,7 +287,7 @@ impl Lane {
     }
 
     /// The bounced request with this slot.
-    fn bounced_mut(&mut self, slot: u16) -> Option<&mut Bounced> {
+    fn bounced_mut(&mut self, slot: u16) -> Option<&mut BouncedRequest> {
         let place = self.slots.elsewhere(slot)?;
         self.bounced.get_mut(place, slot)
     }
@@ -304,7 +304,7 @@ impl Lane {
         let place = self.slots.elsewhere(slot)?;
         let Lane { bounced: requests, view, disk, .. } = self;
         let bounced = requests.get_mut(place, slot)?;
-        let request = &bounced.long.request;
+        let request = &bounced.details.request;
         let whole_blocks = pool.capacity() & !u64::from(disk.namespace.block_bytes() - 1);
         let bytes = (u64::from(request.bytes) - bounced.done).min(PIECE).min(whole_blocks);
         // Not enough is left: pieces in flight will give some back.
@@ -319,17 +319,17 @@ impl Lane {
         let copied = if copy.is_some() { bytes } else { 0 };
         let walked = bounced.stretches(bytes, copy);
         let is_long = bounced.is_long();
-        bounced.piece = Some(Piece { bounce, bytes, end: bounced.at, status: None, out: false });
+        bounced.piece = Some(BouncePiece { bounce, bytes, end: bounced.at, status: None, out: false });
         requests.waits_no_longer(slot, is_long);
         requests.long_first = !is_long;
         match walked {
             Ok(end) => {
-                if let Some(Bounced { piece: Some(piece), .. }) = self.bounced_mut(slot) {
+                if let Some(BouncedRequest { piece: Some(piece), .. }) = self.bounced_mut(slot) {
                     piece.end = end;
                 }
                 self.submit_piece(slot, pair, pool, tag);
             }
-            Err(outside) => self.end_one(slot, pool, End::Failed(outside.to_string())),
+            Err(outside) => self.end_one(slot, pool, BounceEnd::Failed(outside.to_string())),
         }
         Some(copied)
     }
@@ -340,38 +340,38 @@ impl Lane {
         let Lane { bounced: requests, disk, tally, .. } = self;
         let Some(bounced) = requests.get_mut(place, slot) else { return };
         let Some(piece) = &mut bounced.piece else { return };
-        let request = &bounced.long.request;
+        let request = &bounced.details.request;
         let lba = request.lba + (bounced.done >> disk.namespace.block_shift);
         let segments = piece.bounce.segments();
         let work = match request.operation {
             Operation::Write => Work::Write { lba, segments, fua: disk.force_unit_access() },
             Operation::Read => Work::Read { lba, segments },
-            _ => return self.end_one(slot, pool, End::Failed("only reads and writes have data".to_owned())),
+            _ => return self.end_one(slot, pool, BounceEnd::Failed("only reads and writes have data".to_owned())),
         };
         match pair.submit(&disk.namespace, work, tag | u64::from(slot)) {
             Ok(()) => {
                 piece.out = true;
-                tally.again += u64::from(std::mem::take(&mut bounced.again));
+                tally.again += u64::from(std::mem::take(&mut bounced.reissued));
             }
             // In the next turn, as it is.
             Err(SubmitError::Full | SubmitError::Crowded) => requests.filled.push_back(slot),
-            Err(error) => self.end_one(slot, pool, End::Failed(error.to_string())),
+            Err(error) => self.end_one(slot, pool, BounceEnd::Failed(error.to_string())),
         }
     }
 
     /// The drive is done with a piece, which may be the end of the request; returns how many bytes were copied.
     fn take_back(&mut self, slot: u16, pair: &QueuePair, pool: &mut BouncePool) -> u64 {
         let Some(piece) = self.bounced_mut(slot).and_then(|bounced| bounced.piece.take()) else { return 0 };
-        let Piece { bounce, bytes, end, status, .. } = piece;
+        let BouncePiece { bounce, bytes, end, status, .. } = piece;
         let status = status.unwrap_or(Status::SUCCESS);
         if !status.is_success() {
             pool.give_back(bounce);
-            let Some(wait) = self.another_try(slot, status) else {
-                self.end_one(slot, pool, End::Refused(status));
+            let Some(wait) = self.plan_retry(slot, status) else {
+                self.end_one(slot, pool, BounceEnd::Refused(status));
                 return 0;
             };
             let Some(bounced) = self.bounced_mut(slot) else { return 0 };
-            bounced.again = true;
+            bounced.reissued = true;
             let is_long = bounced.is_long();
             if let Some(end) = self.end_of_copied(slot) {
                 self.end_one(slot, pool, end);
@@ -387,7 +387,7 @@ impl Lane {
         let Some(place) = self.slots.elsewhere(slot) else { return 0 };
         let Lane { bounced: requests, view, .. } = self;
         let Some(bounced) = requests.get_mut(place, slot) else { return 0 };
-        let is_read = bounced.long.request.operation == Operation::Read;
+        let is_read = bounced.details.request.operation == Operation::Read;
         let copied = match is_read {
             true => bounced.stretches(
                 bytes,
@@ -399,13 +399,13 @@ impl Lane {
             false => Ok(end),
         };
         pool.give_back(bounce);
-        self.slots.kept_mut(slot).into_iter().for_each(|kept| kept.acquit());
+        self.slots.record_mut(slot).into_iter().for_each(|kept| kept.acquit());
         bounced.done += bytes;
         bounced.at = end;
-        let (done, is_long) = (bounced.done == u64::from(bounced.long.request.bytes), bounced.is_long());
+        let (done, is_long) = (bounced.done == u64::from(bounced.details.request.bytes), bounced.is_long());
         match copied {
-            Err(outside) => self.end_one(slot, pool, End::Failed(outside.to_string())),
-            Ok(_) if done => self.end_one(slot, pool, End::Done),
+            Err(outside) => self.end_one(slot, pool, BounceEnd::Failed(outside.to_string())),
+            Ok(_) if done => self.end_one(slot, pool, BounceEnd::Done),
             // Behind those that wait.
             Ok(_) => match self.end_of_copied(slot) {
                 None => self.bounced.wait(slot, is_long),
@@ -417,16 +417,16 @@ impl Lane {
 
     /// What the bounced request in this slot asks for, if there is one.
     pub(super) fn bounced_request(&mut self, slot: u16) -> Option<Request> {
-        self.bounced_mut(slot).map(|bounced| bounced.long.request)
+        self.bounced_mut(slot).map(|bounced| bounced.details.request)
     }
 
     /// Answers the bounced request in this slot with an error, while the drive is away; false if there is none.
     pub(super) fn end_bounced_one(&mut self, slot: u16) -> bool {
         let Some(is_long) = self.bounced_mut(slot).map(|bounced| bounced.is_long()) else { return false };
         self.bounced.waits_no_longer(slot, is_long);
-        if let Some(Bounced { head, long, .. }) = self.remove_bounced(slot) {
-            let request = long.request;
-            self.longs.release(long);
+        if let Some(BouncedRequest { head, details, .. }) = self.remove_bounced(slot) {
+            let request = details.request;
+            self.details.release(details);
             self.give_back(head, request::IOERR, request.status, request.written);
         }
         true
@@ -439,12 +439,12 @@ impl Lane {
         }
         let slots = &mut self.slots;
         let mut waiting = self.bounced.short.iter().chain(&self.bounced.long).copied();
-        let alone = waiting.find(|slot| slots.kept_mut(*slot).is_some_and(|kept| kept.has(ALONE)));
+        let alone = waiting.find(|slot| slots.record_mut(*slot).is_some_and(|kept| kept.has(ALONE)));
         alone.is_some_and(|slot| self.fill(slot, pair, pool, tag).is_some())
     }
 
     /// Takes a request out that is in no queue; its slot is free then.
-    fn remove_bounced(&mut self, slot: u16) -> Option<Bounced> {
+    fn remove_bounced(&mut self, slot: u16) -> Option<BouncedRequest> {
         let place = self.slots.elsewhere(slot)?;
         self.bounced.get_mut(place, slot)?;
         let removed = self.bounced.all.swap_remove(usize::from(place));
@@ -452,20 +452,20 @@ impl Lane {
             self.slots.set_elsewhere(moved.slot, place);
         }
         self.slots.free(slot);
-        self.bounced.changes -= usize::from(flush::changes(removed.long.request.operation));
+        self.bounced.changes -= usize::from(flush::changes(removed.details.request.operation));
         Some(removed)
     }
 
     /// A request ends that is in no queue and has no piece with the drive.
-    fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: End) {
-        if let End::Done = end {
+    fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: BounceEnd) {
+        if let BounceEnd::Done = end {
             self.succeeds_without_sgl(slot);
         }
-        let Some(Bounced { head, long, piece, .. }) = self.remove_bounced(slot) else { return };
+        let Some(BouncedRequest { head, details, piece, .. }) = self.remove_bounced(slot) else { return };
         piece.into_iter().for_each(|piece| pool.give_back(piece.bounce));
-        let request = long.request;
-        self.longs.release(long);
-        if self.mode == Mode::Broken || matches!(end, End::LetGo) {
+        let request = details.request;
+        self.details.release(details);
+        if self.mode == Mode::Broken || matches!(end, BounceEnd::LeftInLog) {
             return;
         }
         count(&mut self.tally, &request);
@@ -473,19 +473,19 @@ impl Lane {
             self.note_change();
         }
         match &end {
-            End::Refused(status) => self.warn_of(*status),
-            End::Failed(why) => self.warn(&format_args!("a request whose data is copied failed: {why}")),
-            End::Done | End::LetGo => {}
+            BounceEnd::Refused(status) => self.warn_of(*status),
+            BounceEnd::Failed(why) => self.warn(&format_args!("a request whose data is copied failed: {why}")),
+            BounceEnd::Done | BounceEnd::LeftInLog => {}
         }
-        let code = if let End::Done = end { request::OK } else { request::IOERR };
+        let code = if let BounceEnd::Done = end { request::OK } else { request::IOERR };
         self.give_back(head, code, request.status, request.written);
     }
 }
 
-impl Bounced {
+impl BouncedRequest {
     /// Does it need a buffer more than once?
     fn is_long(&self) -> bool {
-        u64::from(self.long.request.bytes) > PIECE
+        u64::from(self.details.request.bytes) > PIECE
     }
 
     /// Calls `copy` with each stretch of the piece that comes next: its guest address, its place in the piece, and a space of its
@@ -498,7 +498,7 @@ impl Bounced {
         let mut space = [0; 4096];
         let ((mut index, mut offset), mut at) = (self.at, 0);
         while at < bytes
-            && let Some(buffer) = self.long.buffers.get(index)
+            && let Some(buffer) = self.details.buffers.get(index)
         {
             let left = (u64::from(buffer.bytes) - offset).min(bytes - at);
             let piece = if copy.is_some() { left.min(space.len() as u64) } else { left };

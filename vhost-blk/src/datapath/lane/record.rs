@@ -22,13 +22,13 @@ const STEP: usize = 16;
 
 /// What a slot keeps of a request, besides what its answer takes.
 #[derive(Clone, Copy, Default)]
-pub(super) struct Kept {
+pub(super) struct Record {
     /// First logical block; of a flush: its number.
     pub lba: u64,
     /// Guest address of the data.
     pub data: u64,
     /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
-    /// kept as a [`Long`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
+    /// kept as a [`Details`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
     /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
     word: u64,
 }
@@ -40,30 +40,30 @@ pub(super) const LOST: u64 = 1 << 33;
 pub(super) const EXPIRED: u64 = 1 << 34;
 /// Nothing else may be with the drive when it is given this once more.
 pub(super) const ALONE: u64 = 1 << 35;
-/// It is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It is a [`Long`] one.
+/// It is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It is a [`Details`] one.
 pub(super) const NO_SGL: u64 = 1 << 36;
 pub(super) const RETRY: u64 = 1 << 40;
 pub(super) const FAILURE: u64 = 1 << 48;
 
-impl Kept {
+impl Record {
     /// A read or write.
     #[inline(always)]
-    pub(super) fn transfer(write: bool, lba: u64, data: u64, bytes: u32) -> Kept {
-        Kept { lba, data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
+    pub(super) fn simple(write: bool, lba: u64, data: u64, bytes: u32) -> Record {
+        Record { lba, data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
     }
 
     /// Another request; `number`: of a flush.
-    pub(super) fn long(operation: Operation, number: u64) -> Kept {
-        Kept { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
+    pub(super) fn detailed(operation: Operation, number: u64) -> Record {
+        Record { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
     }
 
-    /// What the request is has been kept as a [`Long`] one.
-    pub(super) fn stands_elsewhere(&mut self) {
+    /// What the request is has been kept as a [`Details`] one.
+    pub(super) fn move_to_details(&mut self) {
         self.data = 0;
         self.word &= !u64::from(u32::MAX);
     }
 
-    /// Of the data in one place; 0: see [`Long`].
+    /// Of the data in one place; 0: see [`Details`].
     pub(super) fn bytes(&self) -> u32 {
         self.word as u32
     }
@@ -111,7 +111,7 @@ impl Kept {
 }
 
 /// A request that is not a read or write of data in one place.
-pub(super) struct Long {
+pub(super) struct Details {
     pub request: Request,
     /// Where the data of a read or write lies in guest memory, in order.
     pub buffers: Vec<Buffer>,
@@ -119,7 +119,7 @@ pub(super) struct Long {
     pub ranges: Vec<LbaRange>,
 }
 
-impl Long {
+impl Details {
     fn bytes(&self) -> usize {
         bytes(self.buffers.capacity(), self.ranges.capacity())
     }
@@ -127,55 +127,55 @@ impl Long {
 
 /// What a request with lists of this many entries takes.
 fn bytes(buffers: usize, ranges: usize) -> usize {
-    size_of::<Long>() + buffers * size_of::<Buffer>() + ranges * size_of::<LbaRange>()
+    size_of::<Details>() + buffers * size_of::<Buffer>() + ranges * size_of::<LbaRange>()
 }
 
 /// The long requests of a lane.
 #[derive(Default)]
-pub(super) struct Longs {
+pub(super) struct DetailsBySlot {
     /// Of those that the drive has, or is to be given: by slot, as far as there were any.
-    by_slot: Vec<Option<Box<Long>>>,
+    by_slot: Vec<Option<Box<Details>>>,
     /// What all of them take that were not released yet.
     used: usize,
     /// Of requests that are done, for others; the boxes, too.
     #[allow(clippy::vec_box)]
-    spare: Vec<Box<Long>>,
+    spare: Vec<Box<Details>>,
     /// What these take.
     spared: usize,
 }
 
-impl Longs {
+impl DetailsBySlot {
     /// May a request with so many buffers and ranges be kept now?
     pub(super) fn has_room(&self, buffers: usize, ranges: usize) -> bool {
         self.used == 0 || self.used + bytes(grown(buffers), grown(ranges)) <= MOST_BYTES
     }
 
-    /// Keeps lists, for [`Longs::put`] or whoever gives them to [`Longs::release`] in the end.
+    /// Keeps lists, for [`DetailsBySlot::put`] or whoever gives them to [`DetailsBySlot::release`] in the end.
     pub(super) fn keep(
         &mut self,
         request: Request,
         buffers: impl Iterator<Item = Buffer>,
         ranges: &[LbaRange],
-    ) -> Box<Long> {
-        let mut long = match self.spare.pop() {
-            Some(mut long) => {
-                self.spared -= long.bytes();
-                long.request = request;
-                long
+    ) -> Box<Details> {
+        let mut lists = match self.spare.pop() {
+            Some(mut lists) => {
+                self.spared -= lists.bytes();
+                lists.request = request;
+                lists
             }
-            None => Box::new(Long { request, buffers: Vec::new(), ranges: Vec::new() }),
+            None => Box::new(Details { request, buffers: Vec::new(), ranges: Vec::new() }),
         };
-        long.buffers.reserve_exact(grown(buffers.size_hint().1.unwrap_or(0)));
-        long.buffers.extend(buffers);
-        long.ranges.reserve_exact(grown(ranges.len()));
-        long.ranges.extend_from_slice(ranges);
-        self.used += long.bytes();
-        long
+        lists.buffers.reserve_exact(grown(buffers.size_hint().1.unwrap_or(0)));
+        lists.buffers.extend(buffers);
+        lists.ranges.reserve_exact(grown(ranges.len()));
+        lists.ranges.extend_from_slice(ranges);
+        self.used += lists.bytes();
+        lists
     }
 
     /// Keeps a request from a parser for its slot.
     pub(super) fn keep_parsed(&mut self, slot: u16, request: &Request, chain: &Chain, ranges: &[LbaRange]) {
-        let long = match request.operation {
+        let lists = match request.operation {
             Operation::Read | Operation::Write => {
                 self.keep(*request, request::data_buffers(chain, request.operation), &[])
             }
@@ -184,56 +184,56 @@ impl Longs {
                 self.keep(*request, std::iter::empty(), ranges)
             }
         };
-        self.put(slot, long);
+        self.put(slot, lists);
     }
 
     /// Has it stand for the request in a slot, for which nothing is kept yet.
-    pub(super) fn put(&mut self, slot: u16, long: Box<Long>) {
+    pub(super) fn put(&mut self, slot: u16, lists: Box<Details>) {
         let index = usize::from(slot);
         if self.by_slot.len() <= index {
             self.by_slot.resize_with(index + 1, || None);
         }
-        self.by_slot[index] = Some(long);
+        self.by_slot[index] = Some(lists);
     }
 
     /// What is kept for this slot.
-    pub(super) fn get(&self, slot: u16) -> Option<&Long> {
+    pub(super) fn get(&self, slot: u16) -> Option<&Details> {
         self.by_slot.get(usize::from(slot))?.as_deref()
     }
 
     /// How many buffers or ranges are kept for this slot; 1 if it is not a long request's.
     pub(super) fn entries(&self, slot: u16) -> usize {
-        self.get(slot).map_or(1, |long| long.buffers.len().max(long.ranges.len()))
+        self.get(slot).map_or(1, |lists| lists.buffers.len().max(lists.ranges.len()))
     }
 
     /// Takes what is kept for this slot.
-    pub(super) fn take(&mut self, slot: u16) -> Option<Box<Long>> {
+    pub(super) fn take(&mut self, slot: u16) -> Option<Box<Details>> {
         self.by_slot.get_mut(usize::from(slot))?.take()
     }
 
     /// The request in this slot is done.
     pub(super) fn drop_slot(&mut self, slot: u16) {
-        if let Some(long) = self.take(slot) {
-            self.release(long);
+        if let Some(lists) = self.take(slot) {
+            self.release(lists);
         }
     }
 
     /// None of the requests that have slots is asked again.
     pub(super) fn drop_all(&mut self) {
         for slot in std::mem::take(&mut self.by_slot) {
-            slot.into_iter().for_each(|long| self.release(long));
+            slot.into_iter().for_each(|lists| self.release(lists));
         }
     }
 
     /// Takes lists back.
-    pub(super) fn release(&mut self, mut long: Box<Long>) {
-        let bytes = long.bytes();
+    pub(super) fn release(&mut self, mut lists: Box<Details>) {
+        let bytes = lists.bytes();
         self.used -= bytes;
         if self.spared + bytes <= MOST_SPARE {
-            long.buffers.clear();
-            long.ranges.clear();
+            lists.buffers.clear();
+            lists.ranges.clear();
             self.spared += bytes;
-            self.spare.push(long);
+            self.spare.push(lists);
         }
     }
 
@@ -253,31 +253,31 @@ fn grown(entries: usize) -> usize {
 mod tests {
     use super::*;
 
-    fn keep(longs: &mut Longs, buffers: usize) -> Box<Long> {
+    fn keep(details: &mut DetailsBySlot, buffers: usize) -> Box<Details> {
         let request = Request { operation: Operation::Read, lba: 0, bytes: 1, status: 0, written: 1 };
-        longs.keep(request, (0..buffers as u64).map(|address| Buffer { address, bytes: 1 }), &[])
+        details.keep(request, (0..buffers as u64).map(|address| Buffer { address, bytes: 1 }), &[])
     }
 
     #[test]
     fn lists_are_bounded_and_most_of_them_are_given_back() {
-        let mut longs = Longs::default();
+        let mut details = DetailsBySlot::default();
         let mut kept = Vec::new();
-        while longs.has_room(1022, 0) {
-            kept.push(keep(&mut longs, 1022));
+        while details.has_room(1022, 0) {
+            kept.push(keep(&mut details, 1022));
             assert!(kept.last().unwrap().buffers.iter().zip(0..).all(|(buffer, address)| buffer.address == address));
         }
-        assert!(longs.allocated() <= MOST_BYTES && kept.len() >= 16, "{} requests", kept.len());
-        kept.into_iter().for_each(|long| longs.release(long));
-        assert!(longs.allocated() <= MOST_SPARE);
-        assert_eq!(longs.used, 0);
+        assert!(details.allocated() <= MOST_BYTES && kept.len() >= 16, "{} requests", kept.len());
+        kept.into_iter().for_each(|lists| details.release(lists));
+        assert!(details.allocated() <= MOST_SPARE);
+        assert_eq!(details.used, 0);
         // However long a request is, it is taken when it is alone.
-        assert!(longs.has_room(1 << 20, 0));
+        assert!(details.has_room(1 << 20, 0));
         // What is kept serves requests that are as usual, without another allocation.
-        let kept: Vec<_> = (0..4).map(|_| keep(&mut longs, 16)).collect();
-        let allocated = longs.allocated();
-        kept.into_iter().for_each(|long| longs.release(long));
-        let kept: Vec<_> = (0..4).map(|_| keep(&mut longs, 16)).collect();
-        assert_eq!(longs.allocated(), allocated);
+        let kept: Vec<_> = (0..4).map(|_| keep(&mut details, 16)).collect();
+        let allocated = details.allocated();
+        kept.into_iter().for_each(|lists| details.release(lists));
+        let kept: Vec<_> = (0..4).map(|_| keep(&mut details, 16)).collect();
+        assert_eq!(details.allocated(), allocated);
         drop(kept);
     }
 }

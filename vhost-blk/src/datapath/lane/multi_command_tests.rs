@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
-use super::testing::{Client, DATA, DEADLINE, Machine, wait};
+use super::testing::{DATA, DEADLINE, Machine, TestClient, wait};
 use super::*;
 use crate::blk::request::{IOERR, OK};
 use crate::datapath::poll_group::PollGroup;
@@ -31,7 +31,7 @@ fn commands(group: &PollGroup) -> u64 {
 }
 
 /// Polls until the lane can be taken out; the answers until then.
-fn take_out(machine: &Machine, group: &mut PollGroup, client: &mut Client, index: usize) -> (Lane, Vec<u8>) {
+fn take_out(machine: &Machine, group: &mut PollGroup, client: &mut TestClient, index: usize) -> (Lane, Vec<u8>) {
     let deadline = Instant::now() + DEADLINE;
     let lane = loop {
         group.poll();
@@ -51,7 +51,7 @@ fn small_requests_wait_for_a_few_commands_of_long_ones_and_not_for_their_end() {
         let guest = &machine.guest;
         let disk = Arc::new(machine.disk());
         let mut group = machine.group(64);
-        let (mut busy, mut calm) = (Client::new(guest, 0, packed, 128), Client::new(guest, 1, packed, 128));
+        let (mut busy, mut calm) = (TestClient::new(guest, 0, packed, 128), TestClient::new(guest, 1, packed, 128));
         let lanes = [&busy, &calm].map(|client| group.add(client.lane(guest, &disk)));
         for _ in 0..16 {
             busy.send(guest, IN, 0, &long()).unwrap();
@@ -69,7 +69,7 @@ fn small_requests_wait_for_a_few_commands_of_long_ones_and_not_for_their_end() {
         }
         let lane = group.lane_mut(lanes[0]).unwrap();
         lane.begin_stop();
-        lane.end_long();
+        lane.end_multi_command();
         let before = commands(&group);
         let (_, answers) = take_out(&machine, &mut group, &mut busy, lanes[0]);
         assert!(commands(&group) - before < 100, "nothing more is issued");
@@ -86,7 +86,7 @@ fn a_lane_with_many_long_requests_leaves_the_others_their_part() {
     let guest = &machine.guest;
     let disk = Arc::new(machine.disk());
     let mut group = machine.group(64);
-    let (mut busy, mut calm) = (Client::new(guest, 0, false, 128), Client::new(guest, 1, true, 128));
+    let (mut busy, mut calm) = (TestClient::new(guest, 0, false, 128), TestClient::new(guest, 1, true, 128));
     let lanes = [&busy, &calm].map(|client| group.add(client.lane(guest, &disk)));
     while busy.in_flight() < 30 {
         busy.send(guest, IN, 0, &long()).unwrap();
@@ -100,7 +100,7 @@ fn a_lane_with_many_long_requests_leaves_the_others_their_part() {
     let lane = group.lane_mut(lanes[0]).unwrap();
     assert_eq!(lane.in_flight(), 16);
     lane.begin_stop();
-    lane.end_long();
+    lane.end_multi_command();
     let (lane, answers) = take_out(&machine, &mut group, &mut busy, lanes[0]);
     assert_eq!((answers, lane.base()), (vec![IOERR; 16], 16));
     group.add(busy.lane_at(guest, &disk, lane.base()));
@@ -121,7 +121,7 @@ fn a_long_request_ends_at_any_point_as_whoever_ends_it_wants() {
     for ((kind, data), turns) in requests.iter().flat_map(|request| [0, 1, 5].map(|turns| (request, turns))) {
         for answer in [Some(true), Some(false), None] {
             let mut group = machine.group(64);
-            let mut client = Client::new(guest, 0, false, 8);
+            let mut client = TestClient::new(guest, 0, false, 8);
             let index = group.add(client.lane(guest, &disk));
             client.send(guest, *kind, 0, data).unwrap();
             client.send(guest, *kind, 0, data).unwrap();
@@ -134,7 +134,7 @@ fn a_long_request_ends_at_any_point_as_whoever_ends_it_wants() {
             lane.begin_stop();
             match answer {
                 Some(answer) => lane.abandon(answer),
-                None => lane.end_long(),
+                None => lane.end_multi_command(),
             }
             let (lane, answers) = take_out(&machine, &mut group, &mut client, index);
             let expected = if answer == Some(false) { vec![] } else { vec![IOERR; 2] };
@@ -161,7 +161,7 @@ fn errors_and_broken_rings_end_long_requests_too() {
     let guest = &machine.guest;
     let disk = Arc::new(machine.disk());
     let mut group = machine.group(64);
-    let mut client = Client::new(guest, 0, false, 8);
+    let mut client = TestClient::new(guest, 0, false, 8);
     let index = group.add(client.lane(guest, &disk));
     let action = FaultAction::Fail(nvme_sim::Status::new(2, 0x81).not_to_be_retried());
     let when = FaultMatch { blocks: Some(3000..=3000), limit: Some(1), ..FaultMatch::default() };

@@ -6,7 +6,7 @@ use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig};
 
 use std::time::Duration;
 
-use super::testing::{Client, DATA, DEADLINE, Machine, log_lines};
+use super::testing::{DATA, DEADLINE, Machine, TestClient, log_lines};
 use super::*;
 use crate::blk::request::{IOERR, OK};
 use crate::virtio::ring::InflightMemory;
@@ -22,8 +22,8 @@ const WRITE_PROTECTED: nvme_sim::Status = nvme_sim::Status::new(0, 0x20);
 const ODD: u64 = 2;
 
 /// A lane whose ring has a log, and its queue pair.
-struct Bench {
-    client: Client,
+struct RetryBench {
+    client: TestClient,
     lane: Lane,
     pair: QueuePair,
     pool: BouncePool,
@@ -31,14 +31,14 @@ struct Bench {
     machine: Machine,
 }
 
-impl Bench {
-    fn new(packed: bool, entries: u16) -> Bench {
+impl RetryBench {
+    fn new(packed: bool, entries: u16) -> RetryBench {
         let namespace = NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() };
         // Longer than a test may take.
         let retry_delays = [600, 0, 0];
         let machine =
             Machine::new(Config { namespaces: vec![namespace], sgl: false, retry_delays, ..Config::default() });
-        let client = Client::new(&machine.guest, 0, packed, 64);
+        let client = TestClient::new(&machine.guest, 0, packed, 64);
         let log = InflightMemory::create(1, 64).unwrap();
         let (pair, pool) = machine.pair(entries);
         let lane = Lane::new(LaneSetup {
@@ -53,7 +53,7 @@ impl Bench {
             log: Arc::default(),
             hold: Duration::ZERO,
         });
-        Bench { client, lane, pair, pool, log, machine }
+        RetryBench { client, lane, pair, pool, log, machine }
     }
 
     fn fault(&self, status: nvme_sim::Status) {
@@ -72,13 +72,13 @@ impl Bench {
 
     fn turn(&mut self) {
         self.submit();
-        let Bench { lane, pair, .. } = self;
+        let RetryBench { lane, pair, .. } = self;
         pair.reap(|done| lane.complete(done.token, done.status));
         lane.publish();
     }
 
     /// Makes turns until this is so.
-    fn until(&mut self, what: &str, condition: impl Fn(&Bench) -> bool) {
+    fn until(&mut self, what: &str, condition: impl Fn(&RetryBench) -> bool) {
         let deadline = Instant::now() + DEADLINE;
         while !condition(self) {
             assert!(Instant::now() < deadline, "{what}");
@@ -105,7 +105,7 @@ impl Bench {
     }
 }
 
-fn ring(machine: &Machine, client: &Client, log: &InflightMemory) -> Ring {
+fn ring(machine: &Machine, client: &TestClient, log: &InflightMemory) -> Ring {
     let mut ring = Ring::new(&machine.guest.memory, &client.driver.setup).unwrap();
     ring.set_log(&log.queue(0).unwrap()).unwrap();
     ring
@@ -128,7 +128,7 @@ fn an_abandoned_lane_does_not_wait_for_the_time_of_a_retry() {
         (true, DATA + ODD, false, true),
     ] {
         println!("packed {packed}, address {address:#x}, waits {waits}, answer {answer}");
-        let mut bench = Bench::new(packed, 64);
+        let mut bench = RetryBench::new(packed, 64);
         bench.fault(INTERNAL_ERROR.with_retry_delay(1));
         bench.read(address);
         if waits {
@@ -157,7 +157,7 @@ fn an_abandoned_lane_does_not_wait_for_the_time_of_a_retry() {
 
 #[test]
 fn a_piece_that_finds_no_room_is_copied_once() {
-    let mut bench = Bench::new(false, 4);
+    let mut bench = RetryBench::new(false, 4);
     let write = [readable(DATA + ODD, 4096)];
     bench.client.send(&bench.machine.guest, OUT, 0, &write).unwrap();
     // They take the queue pair's three slots.
@@ -175,7 +175,7 @@ fn a_piece_that_finds_no_room_is_copied_once() {
 #[test]
 fn a_burst_of_answers_that_allow_another_try_does_not_fill_the_log() {
     let before = log_lines();
-    let mut bench = Bench::new(true, 64);
+    let mut bench = RetryBench::new(true, 64);
     bench.fault(INTERNAL_ERROR.with_retry_delay(1));
     (0..24).for_each(|k| bench.read(DATA + 0x1000 * k));
     bench.until_answered(24);
@@ -188,9 +188,9 @@ fn a_burst_of_answers_that_allow_another_try_does_not_fill_the_log() {
 #[test]
 fn write_protection_is_logged_when_it_begins() {
     let before = log_lines();
-    let mut bench = Bench::new(false, 64);
+    let mut bench = RetryBench::new(false, 64);
     bench.fault(WRITE_PROTECTED.not_to_be_retried());
-    let fail = |bench: &mut Bench, addresses: &[u64]| {
+    let fail = |bench: &mut RetryBench, addresses: &[u64]| {
         for address in addresses {
             bench.client.send(&bench.machine.guest, OUT, 0, &[readable(*address, 4096)]).unwrap();
             bench.turn();

@@ -12,9 +12,9 @@ use std::time::{Duration, Instant};
 use nvme_driver::spec::status::Retry;
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::kept::{NO_SGL, RETRY};
+use super::record::{NO_SGL, RETRY};
 use super::sgls::Sgls;
-use super::{BATCH, Drive, Lane, Mode};
+use super::{BATCH, DriveAccess, Lane, Mode};
 use crate::blk::config;
 use crate::blk::request::{self, Operation, Request};
 use crate::log_limit::Kind;
@@ -37,7 +37,7 @@ pub(super) enum Wait {
 }
 
 /// A slot whose request is to be given to the drive.
-struct Waiting {
+struct ReadyRetry {
     slot: u16,
     /// Which of the controller's retry delays (NVMe Base 2.0, figure 94, CRD) comes first; 0: none.
     delay: u8,
@@ -45,7 +45,7 @@ struct Waiting {
 
 /// Requests to be given to the drive once more.
 #[derive(Default)]
-pub(super) struct Again {
+pub(super) struct Retries {
     /// How long a request is tried that the drive is not ready for.
     hold: Duration,
     /// Until when, by slot, of those that were tried for that reason.
@@ -55,7 +55,7 @@ pub(super) struct Again {
     /// How many there are, and one more while SGLs are to be refused.
     count: usize,
     /// In their order: as soon as the drive has room.
-    ready: VecDeque<Waiting>,
+    ready: VecDeque<ReadyRetry>,
     /// Of many commands, when the queue pair has room for one more of these.
     crowded: VecDeque<u16>,
     /// Not before it is time.
@@ -66,13 +66,13 @@ pub(super) struct Again {
     pub write_protected: bool,
 }
 
-impl Again {
+impl Retries {
     /// `hold`: how long a request is tried that the drive is not ready for.
-    pub(super) fn new(hold: Duration) -> Again {
-        Again { hold, ..Again::default() }
+    pub(super) fn new(hold: Duration) -> Retries {
+        Retries { hold, ..Retries::default() }
     }
 
-    /// The same as [`Again::push`], not before `due`.
+    /// The same as [`Retries::push`], not before `due`.
     fn push_at(&mut self, slot: u16, due: Instant) {
         self.count += 1;
         self.paused.push(due, slot);
@@ -93,7 +93,7 @@ impl Again {
     /// Adds one; `delay`: which of the controller's retry delays comes first, 0: none.
     pub(super) fn push(&mut self, slot: u16, delay: u8) {
         self.count += 1;
-        self.ready.push_back(Waiting { slot, delay });
+        self.ready.push_back(ReadyRetry { slot, delay });
     }
 
     /// Those that wait for nothing but the drive.
@@ -164,57 +164,57 @@ impl Lane {
     /// Gives the drive what waits for that, at most a batch; false if more is to come before anything else.
     #[cold]
     #[inline(never)]
-    pub(super) fn issue_again(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
-        if let Some(status) = self.again.sgls.refused.take() {
-            self.again.count -= 1;
+    pub(super) fn issue_retries(&mut self, pair: &mut QueuePair, tag: u64) -> bool {
+        if let Some(status) = self.retries.sgls.refused.take() {
+            self.retries.count -= 1;
             self.refuse_sgls(pair, status);
         }
-        let Again { ready, crowded, paused, .. } = &mut self.again;
-        paused.look(|slot| ready.push_back(Waiting { slot, delay: 0 }));
+        let Retries { ready, crowded, paused, .. } = &mut self.retries;
+        paused.look(|slot| ready.push_back(ReadyRetry { slot, delay: 0 }));
         // One is enough to look at.
         if let Some(&slot) = crowded.front()
-            && pair.admits(tag, self.longs.entries(slot))
+            && pair.admits(tag, self.details.entries(slot))
         {
             crowded.pop_front();
-            ready.push_front(Waiting { slot, delay: 0 });
+            ready.push_front(ReadyRetry { slot, delay: 0 });
         }
         for _ in 0..BATCH {
             // Before anything is done for it: it may wait for long.
             if pair.is_full() {
                 break;
             }
-            let Some(entry) = self.again.ready.pop_front() else { return true };
+            let Some(entry) = self.retries.ready.pop_front() else { return true };
             if entry.delay != 0 {
-                self.again.paused.push(Instant::now() + pair.retry_delay(entry.delay), entry.slot);
-            } else if self.try_again(pair, tag, entry.slot) {
-                self.again.count -= 1;
+                self.retries.paused.push(Instant::now() + pair.retry_delay(entry.delay), entry.slot);
+            } else if self.retry(pair, tag, entry.slot) {
+                self.retries.count -= 1;
             } else {
-                self.again.ready.push_front(entry);
+                self.retries.ready.push_front(entry);
                 break;
             }
         }
-        self.again.ready.is_empty()
+        self.retries.ready.is_empty()
     }
 
     /// Gives the drive the request in a slot once more; false if there is no room for it.
-    pub(super) fn try_again(&mut self, pair: &mut QueuePair, tag: u64, number: u16) -> bool {
-        let Some((request, head)) = self.kept_request(number) else { return true };
+    pub(super) fn retry(&mut self, pair: &mut QueuePair, tag: u64, number: u16) -> bool {
+        let Some((request, head)) = self.recorded_request(number) else { return true };
         if request.operation == Operation::Flush {
-            let begun = self.begin_flush_again(number);
+            let begun = self.begin_flush_retry(number);
             match (begun, self.slots.get_mut(number)) {
-                (Some(flush), Some(slot)) => slot.kept.lba = flush,
+                (Some(flush), Some(slot)) => slot.record.lba = flush,
                 _ => {
                     self.fail_slot(number);
                     return true;
                 }
             }
         }
-        let Lane { again: Again { segments, sgls, .. }, longs, slots, view, disk, .. } = self;
-        let kept = slots.get_mut(number).map(|slot| slot.kept).unwrap_or_default();
-        let long = longs.get(number);
+        let Lane { retries: Retries { segments, sgls, .. }, details, slots, view, disk, .. } = self;
+        let kept = slots.get_mut(number).map(|slot| slot.record).unwrap_or_default();
+        let lists = details.get(number);
         let one = [Buffer { address: kept.data, bytes: kept.bytes() }];
-        let buffers = if kept.bytes() != 0 { &one } else { long.map_or(&[][..], |long| &long.buffers) };
-        let ranges = long.map_or(&[][..], |long| &long.ranges);
+        let buffers = if kept.bytes() != 0 { &one } else { lists.map_or(&[][..], |lists| &lists.buffers) };
+        let ranges = lists.map_or(&[][..], |lists| &lists.ranges);
         let submitted = match find(view, buffers.iter().copied(), segments) {
             Some(()) => {
                 let work = work(&request, segments, ranges, disk.force_unit_access());
@@ -240,16 +240,16 @@ impl Lane {
             }
             Err(SubmitError::Full) => return false,
             Err(SubmitError::Crowded) => {
-                self.again.crowded.push_back(number);
-                self.again.count += 1;
+                self.retries.crowded.push_back(number);
+                self.retries.count += 1;
             }
             Err(SubmitError::NeedsBounce) => {
-                let long = longs.take(number).unwrap_or_else(|| longs.keep(request, one.into_iter(), &[]));
+                let lists = details.take(number).unwrap_or_else(|| details.keep(request, one.into_iter(), &[]));
                 // Its slot goes on as a bounced request's.
                 if let Some(slot) = self.slots.get_mut(number) {
                     slot.written = 0;
                 }
-                self.bounce_in(number, head, long, true);
+                self.bounce_in(number, head, lists, true);
             }
             Err(error) => {
                 self.warn(&format_args!("the drive cannot be given a request again: {error}"));
@@ -260,11 +260,11 @@ impl Lane {
     }
 
     /// The request in a slot that waits for an answer, and its chain.
-    pub(super) fn kept_request(&mut self, number: u16) -> Option<(Request, crate::virtio::ring::Head)> {
+    pub(super) fn recorded_request(&mut self, number: u16) -> Option<(Request, crate::virtio::ring::Head)> {
         let slot = *self.slots.get_mut(number)?;
-        let kept = slot.kept;
+        let kept = slot.record;
         if kept.bytes() == 0 {
-            return Some((self.longs.get(number)?.request, slot.head));
+            return Some((self.details.get(number)?.request, slot.head));
         }
         let operation = if kept.changes() { Operation::Write } else { Operation::Read };
         let (lba, bytes) = (kept.lba, kept.bytes());
@@ -277,8 +277,8 @@ impl Lane {
     }
 
     fn answer_slot(&mut self, number: u16, code: u8) {
-        if let Some((request, head)) = self.kept_request(number) {
-            self.longs.drop_slot(number);
+        if let Some((request, head)) = self.recorded_request(number) {
+            self.details.drop_slot(number);
             self.slots.answer_any(number);
             self.give_back(head, code, request.status, request.written);
         }
@@ -287,9 +287,9 @@ impl Lane {
     /// The drive has answered with an error.
     #[cold]
     #[inline(never)]
-    pub(super) fn complete_badly(&mut self, number: u16, status: Status) {
+    pub(super) fn complete_failed(&mut self, number: u16, status: Status) {
         if self.slots.get_mut(number).is_none() {
-            return self.complete_specially(number, status);
+            return self.complete_slow_path(number, status);
         }
         if self.ends_given_up(number, status) {
             return;
@@ -297,10 +297,10 @@ impl Lane {
         if self.tries_without_sgl(number, status) {
             return;
         }
-        if let Some(wait) = self.another_try(number, status) {
+        if let Some(wait) = self.plan_retry(number, status) {
             match wait {
-                Wait::Drives(delay) => self.again.push(number, delay),
-                Wait::Until(due) => self.again.push_at(number, due),
+                Wait::Drives(delay) => self.retries.push(number, delay),
+                Wait::Until(due) => self.retries.push_at(number, due),
             }
             return self.end_waiting();
         }
@@ -313,7 +313,7 @@ impl Lane {
 
     /// Does the drive refuse what it has announced? Drivers can do without, and the next ones are not offered it.
     fn announced_in_vain(&mut self, number: u16, status: Status) -> bool {
-        let operation = self.kept_request(number).map(|(request, _)| request.operation);
+        let operation = self.recorded_request(number).map(|(request, _)| request.operation);
         let (feature, what) = match operation {
             Some(Operation::Discard) => (config::F_DISCARD, "discards"),
             Some(Operation::WriteZeroes | Operation::WriteZeroesUnmap) => (config::F_WRITE_ZEROES, "writes of zeroes"),
@@ -338,7 +338,7 @@ impl Lane {
     pub(super) fn warn_of(&mut self, status: Status) {
         if status.kind() != Status::WRITE_PROTECTED {
             self.warn(&format_args!("the drive answered: {status}"));
-        } else if !std::mem::replace(&mut self.again.write_protected, true)
+        } else if !std::mem::replace(&mut self.retries.write_protected, true)
             && let Some(more) = self.log.admit(Kind::Drive)
         {
             log::error!("{}: the drive answered: {status}; writes fail, reads go on{more}", self.name);
@@ -346,8 +346,8 @@ impl Lane {
     }
 
     /// May the request in this slot be given to the drive once more, after this answer, and when? It will be, and is counted.
-    pub(super) fn another_try(&mut self, number: u16, status: Status) -> Option<Wait> {
-        let kept = self.slots.kept_mut(number)?;
+    pub(super) fn plan_retry(&mut self, number: u16, status: Status) -> Option<Wait> {
+        let kept = self.slots.record_mut(number)?;
         kept.acquit();
         let tries = kept.retries();
         let wait = match status.retry() {
@@ -355,12 +355,12 @@ impl Lane {
             Retry::AtOnce if tries < MOST_RETRIES => Wait::Drives(0),
             Retry::AtOnce => return None,
             Retry::OverTime => {
-                let (now, hold) = (Instant::now(), self.again.hold);
+                let (now, hold) = (Instant::now(), self.retries.hold);
                 // The first of this request; what is left of another that had this slot does not count.
                 if tries == 0 {
-                    self.again.deadlines.insert(number, now + hold);
+                    self.retries.deadlines.insert(number, now + hold);
                 }
-                let over = self.again.deadlines.get(&number).is_none_or(|deadline| now >= *deadline);
+                let over = self.retries.deadlines.get(&number).is_none_or(|deadline| now >= *deadline);
                 let pause = FIRST_PAUSE * 2u32.pow(u32::from(tries.clamp(1, 16) - 1));
                 match status.retry_delay() {
                     _ if over && tries >= MOST_RETRIES => return None,
@@ -372,8 +372,8 @@ impl Lane {
         };
         // Beyond as many they are not counted any more: time is.
         kept.count(RETRY, u8::MAX);
-        self.again.allowed += 1;
-        let answers = self.again.allowed;
+        self.retries.allowed += 1;
+        let answers = self.retries.allowed;
         // As in `warn`; but the number is the ring's, which a guest may begin anew.
         if answers.is_power_of_two()
             && let Some(more) = self.log.admit(Kind::Drive)
@@ -388,16 +388,16 @@ impl Lane {
 
     /// Answers all that waits for the drive with an error, and from now on everything, until it is back.
     pub(crate) fn give_up(&mut self) {
-        if self.drive == Drive::Present {
+        if self.drive == DriveAccess::Present {
             return;
         }
-        self.drive = Drive::Lost;
+        self.drive = DriveAccess::Lost;
         self.fail_waiting();
         self.end_bounced(self.mode != Mode::Broken);
     }
 
     fn fail_waiting(&mut self) {
-        for slot in self.again.take_all() {
+        for slot in self.retries.take_all() {
             self.fail_slot(slot);
         }
     }
@@ -427,8 +427,8 @@ impl Lane {
 
     /// What waits is not asked again.
     pub(super) fn forget_waiting(&mut self) {
-        for slot in self.again.take_all() {
-            self.longs.drop_slot(slot);
+        for slot in self.retries.take_all() {
+            self.details.drop_slot(slot);
             // Given back to nobody: the ring is not touched any more.
             self.slots.answer_any(slot);
         }

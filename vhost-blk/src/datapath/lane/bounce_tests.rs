@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use nvme_sim::{Config, NamespaceConfig};
 
-use super::kept::{MOST_BYTES, MOST_SPARE};
-use super::testing::{Client, DATA, DEADLINE, Machine};
+use super::record::{MOST_BYTES, MOST_SPARE};
+use super::testing::{DATA, DEADLINE, Machine, TestClient};
 use super::*;
 use crate::blk::request::OK;
 use crate::virtio::ring::model::{Piece, writable};
@@ -16,23 +16,23 @@ const IN: u32 = 0;
 const ODD: u64 = 2;
 
 /// Lanes on one queue pair, whose turns the test makes.
-struct Bench {
-    clients: Vec<Client>,
+struct BounceBench {
+    clients: Vec<TestClient>,
     lanes: Vec<Lane>,
     pair: QueuePair,
     pool: BouncePool,
     machine: Machine,
 }
 
-impl Bench {
-    fn new(lanes: u64) -> Bench {
+impl BounceBench {
+    fn new(lanes: u64) -> BounceBench {
         let namespaces = vec![NamespaceConfig { bytes: 64 << 20, ..NamespaceConfig::default() }];
         let machine = Machine::new(Config { namespaces, sgl: false, ..Config::default() });
         let (pair, pool) = machine.pair(64);
         let disk = Arc::new(machine.disk());
-        let clients: Vec<_> = (0..lanes).map(|k| Client::new(&machine.guest, k, k % 2 == 1, 64)).collect();
+        let clients: Vec<_> = (0..lanes).map(|k| TestClient::new(&machine.guest, k, k % 2 == 1, 64)).collect();
         let lanes = clients.iter().map(|client| client.lane(&machine.guest, &disk)).collect();
-        Bench { clients, lanes, pair, pool, machine }
+        BounceBench { clients, lanes, pair, pool, machine }
     }
 
     fn read(&mut self, lane: usize, data: &[Piece]) {
@@ -49,7 +49,7 @@ impl Bench {
     fn turn(&mut self) {
         self.submit();
         self.pair.ring();
-        let Bench { lanes, pair, .. } = self;
+        let BounceBench { lanes, pair, .. } = self;
         pair.reap(|done| lanes[(done.token >> 32) as usize].complete(done.token, done.status));
         lanes.iter_mut().for_each(Lane::publish);
     }
@@ -74,7 +74,7 @@ const LONG_ONES: usize = 16;
 /// Pieces of a long request.
 const PIECES: u64 = 16;
 
-fn read_long_ones(bench: &mut Bench) {
+fn read_long_ones(bench: &mut BounceBench) {
     for k in 0..LONG_ONES as u64 {
         bench.read(0, &[writable(DATA + ODD + k * u64::from(LONG), LONG)]);
     }
@@ -86,7 +86,7 @@ fn read_long_ones(bench: &mut Bench) {
 #[test]
 fn nobody_waits_for_somebody_elses_long_requests() {
     for lane in [0, 1] {
-        let mut bench = Bench::new(2);
+        let mut bench = BounceBench::new(2);
         read_long_ones(&mut bench);
         let before = bench.pool.counters().loans;
         bench.read(lane, &[writable(DATA + ODD + (20 << 20), 4096)]);
@@ -102,7 +102,7 @@ fn nobody_waits_for_somebody_elses_long_requests() {
 /// All long requests of a lane get on together.
 #[test]
 fn requests_of_a_lane_take_turns_for_buffers() {
-    let mut bench = Bench::new(1);
+    let mut bench = BounceBench::new(1);
     read_long_ones(&mut bench);
     let deadline = Instant::now() + DEADLINE;
     while bench.pool.counters().loans < LONG_ONES as u64 * (PIECES - 2) {
@@ -114,7 +114,7 @@ fn requests_of_a_lane_take_turns_for_buffers() {
 
 #[test]
 fn what_waits_for_room_is_not_looked_at_again_and_its_memory_is_given_back() {
-    let mut bench = Bench::new(1);
+    let mut bench = BounceBench::new(1);
     let scattered: Vec<_> = (0..1022).map(|k| writable(DATA + ODD + 1024 * k, 512)).collect();
     for _ in 0..40 {
         bench.read(0, &scattered);
@@ -123,20 +123,20 @@ fn what_waits_for_room_is_not_looked_at_again_and_its_memory_is_given_back() {
     let (taken, examined) = (bench.lanes[0].in_flight(), bench.pair.counters().needs_bounce);
     assert!((16..40).contains(&taken), "{taken} requests were taken");
     assert_eq!(examined, taken as u64);
-    assert!(bench.lanes[0].longs.allocated() <= MOST_BYTES);
+    assert!(bench.lanes[0].details.allocated() <= MOST_BYTES);
     let copied = bench.pool.counters().bytes;
     (0..1000).for_each(|_| bench.submit());
     assert_eq!((bench.pair.counters().needs_bounce, bench.pool.counters().bytes), (examined, copied));
     assert_eq!(bench.lanes[0].in_flight(), taken);
     bench.answers(0, 40);
     assert_eq!(bench.pair.counters().needs_bounce, 40);
-    assert!(bench.lanes[0].longs.allocated() <= MOST_SPARE);
+    assert!(bench.lanes[0].details.allocated() <= MOST_SPARE);
     // The same for such as need no copies.
     let scattered: Vec<_> = (0..60).map(|k| writable(DATA + 8192 * k, 4096)).collect();
     for _ in 0..10 {
         bench.read(0, &scattered);
         bench.answers(0, 1);
     }
-    let longs = &bench.lanes[0].longs;
-    assert!(longs.allocated() <= MOST_SPARE && longs.has_room(1 << 20, 0), "nothing is kept for them");
+    let details = &bench.lanes[0].details;
+    assert!(details.allocated() <= MOST_SPARE && details.has_room(1 << 20, 0), "nothing is kept for them");
 }
