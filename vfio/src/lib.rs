@@ -92,6 +92,7 @@ mod device;
 mod dma;
 mod error;
 mod guard;
+mod iova;
 
 pub use address::{Address, PciAddress};
 pub use backend::{Notice, ServerIdentity};
@@ -102,9 +103,9 @@ pub use config_space::{
 pub use device::{Device, OpenOptions};
 pub use dma::numa::numa_node_of_cpu;
 pub use dma::{
-    DmaAddresses, DmaBuffer, DmaElement, DmaLimits, DmaMapping, DmaSlice, DmaSpace, IovaRange, PlainMemory,
-    SharedMemory,
+    DmaAddresses, DmaBuffer, DmaElement, DmaLimits, DmaMapping, DmaSlice, DmaSpace, PlainMemory, SharedMemory,
 };
 pub use error::Error;
 pub use guard::{Guard, LossListener};
+pub use iova::IovaRange;
 pub use vmm_sys_util::eventfd::EventFd;

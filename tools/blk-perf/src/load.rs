@@ -10,7 +10,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::pace::Pace;
 use crate::plan::{Kind, Next, Plan, Request};
-use crate::report::{QueueStats, Totals};
+use crate::report::{Polls, QueueStats, Totals};
 use crate::{ClientOptions, Error};
 
 /// Loops between two looks at the clock while completions keep coming.
@@ -290,13 +290,6 @@ fn send(
         Kind::Discard => ring.discard(offset, length, context),
         Kind::WriteZeroes => ring.write_zeroes(offset, length, request.unmap, context),
     }
-}
-
-/// How often a client thread looked at its rings, and how often in vain.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Polls {
-    pub(crate) all: u64,
-    pub(crate) empty: u64,
 }
 
 /// Drives `queues` from the calling thread until their plans are done, `deadline` has passed or somebody

@@ -5,13 +5,19 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
-use crate::load::Polls;
 use crate::plan::{Kind, Mismatch, Request};
 
 /// Latencies are kept up to this many nanoseconds (ten minutes); longer ones count as this.
 const LONGEST_NS: u64 = 600_000_000_000;
 /// Wrong blocks and failed requests that are described one by one; all are counted.
 const DESCRIBED: usize = 16;
+
+/// How often a client thread looked at its rings, and how often in vain.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Polls {
+    pub(crate) all: u64,
+    pub(crate) empty: u64,
+}
 
 /// Sums over all kinds of request.
 #[derive(Clone, Copy, Debug, Default)]

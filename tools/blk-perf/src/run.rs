@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 use vfio::PlainMemory;
 
 use crate::client::{Connection, DiskInfo};
-use crate::load::{Buffers, Polls, QueueClient, QueueProgress, Ring, Shared, drive};
+use crate::load::{Buffers, QueueClient, QueueProgress, Ring, Shared, drive};
 use crate::model::{Limits, Mix, Model, ReadBack, VerifiedPlan, Window};
 use crate::options::Load;
 use crate::pace::Pace;
 use crate::pattern::Pattern;
 use crate::plan::{MAX_SHIFT, PlainPlan, Plan};
 use crate::random::Random;
-use crate::report::{Phase, Progress, QueueStats, Report};
+use crate::report::{Phase, Polls, Progress, QueueStats, Report};
 use crate::{ClientOptions, Error, Workload};
 
 /// Slots per queue that take long requests.

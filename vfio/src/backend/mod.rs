@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use memmap2::MmapRaw;
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::dma::RangeAllocator;
+use crate::iova::RangeAllocator;
 use crate::{Error, Guard, IovaRange};
 
 mod client;

@@ -9,10 +9,10 @@ use std::slice;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use super::iova::{IovaRange, RangeAllocator};
 use super::memory::{HUGE_2M, PAGE, round_up};
 use super::{DmaMapping, DmaSpace, SharedMemory, numa};
 use crate::Error;
+use crate::iova::{IovaRange, RangeAllocator};
 
 /// What DMA memory may be seen as.
 ///

@@ -6,17 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::Error;
 use crate::backend::Backend;
+use crate::iova::{IovaRange, RangeAllocator};
 
 mod buffer;
-mod iova;
 mod memory;
 pub(crate) mod numa;
 mod plain;
 
 use buffer::Pool;
 pub use buffer::{DmaBuffer, DmaElement, DmaSlice};
-pub use iova::IovaRange;
-pub(crate) use iova::RangeAllocator;
 pub use memory::SharedMemory;
 pub(crate) use memory::{RAISE_MEMLOCK, memlock_limit, page_size};
 pub use plain::PlainMemory;

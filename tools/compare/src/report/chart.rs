@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
+use super::escape::escape;
 use super::figures::{BASE, Measure, times};
-use super::html::escape;
 use crate::comparison::{Comparison, Results, Row, Side, Spread};
 use crate::job::Figure;
 

@@ -1,5 +1,6 @@
 //! The page with the charts: one file that needs nothing else, light or dark as its reader likes it.
 
+use super::escape::escape;
 use super::figures::{BASE, Measure, digits, remarks, short, times};
 use super::{chart, heading, settings_words};
 use crate::comparison::{Comparison, Results, Row, Side, Spread};
@@ -35,11 +36,6 @@ pub fn html(comparison: &Comparison) -> String {
     page += &list("Remarks on these rounds", &remarks(comparison));
     page += "</main>\n</body>\n</html>\n";
     page
-}
-
-/// Makes a text harmless in HTML and in SVG.
-pub(super) fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
 /// The legend, with what each side is.

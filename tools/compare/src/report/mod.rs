@@ -1,6 +1,7 @@
 //! The reports: a [`table`] for a terminal, [`json`] for programs, and an [`html`] page with a chart.
 
 mod chart;
+mod escape;
 mod figures;
 mod html;
 mod table;

@@ -34,7 +34,8 @@ use self::space::{OpenDevices, Space, Way};
 use self::sysfs::Roots;
 use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region, ServerIdentity};
 use crate::config_space::{self, CAPABILITY_MSIX};
-use crate::dma::{RangeAllocator, page_size};
+use crate::dma::page_size;
+use crate::iova::RangeAllocator;
 use crate::{Error, IovaRange, PciAddress};
 
 mod explain;

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use vfio_ioctls::{VfioContainer, VfioIommufd, VfioOps};
 
-use crate::dma::RangeAllocator;
+use crate::iova::RangeAllocator;
 use crate::{IovaRange, PciAddress};
 
 /// By which of the kernel's ways memory is mapped.
