@@ -2,17 +2,33 @@
 //!
 //! It drives controllers that follow the NVMe Base Specification 2.0 (and older ones back to 1.0) with the NVM Command Set, over
 //! PCI Express: a drive through the kernel's VFIO, or a software controller behind a vfio-user socket. The crate `vfio`
-//! reaches either one; nothing here is unsafe.
+//! reaches either one. Nothing here is unsafe.
+//!
+//! # What it owns
+//!
+//! A [`Controller`] owns the registers, the admin queue, and the list of queue pairs that the drive has granted. A [`QueuePair`] owns
+//! its submission and completion queue, the memory for data pointers, and the commands that are out. The memory that data comes from
+//! and goes to is the caller's.
+//!
+//! # What it must never do
+//!
+//! - Believe what a drive says: Identify data, log pages and completions are checked before they are used.
+//! - Wait without a deadline, or wait at all in a [`QueuePair`].
+//! - Let memory go, or be used again, while the drive may still write to it.
+//! - Use what a drive has not announced.
 //!
 //! # A block, the simple way
 //!
-//! ```no_run
+//! ```
 //! use std::time::Duration;
 //! use nvme_driver::{Controller, Options};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! // A drive that is bound to vfio-pci, or "vfio-user:/path/to.sock".
-//! let device = vfio::Device::open(&"0000:01:00.0".parse()?)?;
+//! # let folder = tempfile::tempdir()?;
+//! # let simulator = nvme_sim::Simulator::start(nvme_sim::Config::default(), &folder.path().join("nvme.sock"))?;
+//! # let address = format!("vfio-user:{}", simulator.socket().display());
+//! // The address is "0000:01:00.0", a drive that is bound to vfio-pci, or "vfio-user:/path/to.sock".
+//! let device = vfio::Device::open(&address.parse()?)?;
 //! let controller = Controller::open(&device, &Options::default())?;
 //! println!("{} {}", controller.identity().model, controller.identity().serial);
 //!
@@ -28,13 +44,15 @@
 //! # The fast way
 //!
 //! A [`QueuePair`] belongs to one thread. It takes requests on memory the device can reach, batches them behind one doorbell, and
-//! hands out their completions; there is no lock, no system call and no allocation on that path.
+//! hands out their completions. There is no lock, no system call and no allocation on that path.
 //!
-//! ```no_run
+//! ```
 //! use nvme_driver::{Controller, Options, QueuePairOptions, Segment, Work};
 //!
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
-//! # let device = vfio::Device::open(&"0000:01:00.0".parse()?)?;
+//! # let folder = tempfile::tempdir()?;
+//! # let simulator = nvme_sim::Simulator::start(nvme_sim::Config::default(), &folder.path().join("nvme.sock"))?;
+//! # let device = vfio::Device::open(&format!("vfio-user:{}", simulator.socket().display()).parse()?)?;
 //! let controller = Controller::open(&device, &Options::default())?;
 //! let namespace = controller.namespace(1)?;
 //! let mut pair = controller.create_queue_pair(QueuePairOptions::default())?;
@@ -74,10 +92,12 @@
 //! # Deadlines and recovery
 //!
 //! Every wait for the device has a deadline ([`Options`]; CAP.TO for becoming ready). Queue pairs do not read the clock:
-//! their owner calls [`QueuePair::tick`] now and then and learns which requests are overdue. Abort is only advice in NVMe, so what
-//! follows is [`Controller::reset`]; the owner of each pair then takes out what was outstanding
-//! ([`QueuePair::drain_after_reset`]), has the pair created again ([`Controller::recreate_queue_pair`]), and submits anew.
-//! Until the reset, the memory of an overdue request still belongs to the drive.
+//! their owner calls [`QueuePair::tick`] now and then, and learns which requests are overdue. Abort is only advice in NVMe, so the next
+//! step is a reset:
+//!
+//! 1. [`Controller::reset`]. Until then, the memory of an overdue request still belongs to the drive.
+//! 2. The owner of each pair takes out what was outstanding ([`QueuePair::drain_after_reset`]).
+//! 3. It has the pair created again ([`Controller::recreate_queue_pair`]), and submits anew.
 //!
 //! Whoever only wants to know how a drive is asks by [`Controller::monitor`]: a question that is not answered costs nothing else.
 //! An admin command that is under way keeps nobody waiting who resets or stops the controller.

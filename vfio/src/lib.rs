@@ -1,8 +1,22 @@
 //! Reaching a PCI device from user space: kernel VFIO and vfio-user behind one type.
 //!
 //! A driver in user space needs four things of a device: its registers, memory that both can reach, interrupts, and a
-//! reset. [`Device`] gives them in the same way, whether the device is a PCI function of this machine or is served by
-//! another program on a socket; a driver written on it runs on both.
+//! reset. [`Device`] gives them in one way, whether the device is a PCI function of this machine or is served by
+//! another program on a socket. A driver written on it runs on both.
+//!
+//! # What it owns
+//!
+//! The device's file or connection, its mapped registers, its IOVA space and every mapping in it, and the memory that
+//! [`DmaSpace::allocate`] has given out. Everything that is `unsafe` about devices and their memory is here.
+//!
+//! # What it must never do
+//!
+//! - Know a protocol above PCI: no NVMe, no virtio.
+//! - Give a device access to memory that was not mapped for it.
+//! - Wait without a deadline for a server.
+//! - Let the process end because somebody else has made a file shorter.
+//!
+//! # A device
 //!
 //! ```no_run
 //! use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,6 +41,8 @@
 //! # Ok::<(), vfio::Error>(())
 //! ```
 //!
+//! `examples/inspect.rs` shows what a device offers.
+//!
 //! # Registers
 //!
 //! A [`Bar`] is mapped where the device allows that, honouring the areas it names; there an access is one load or store.
@@ -35,16 +51,17 @@
 //!
 //! # Memory
 //!
-//! A device sees memory at DMA addresses (IOVAs) that [`DmaSpace`] hands out within the ranges the IOMMU reports,
+//! A device sees memory at DMA addresses (IOVAs). [`DmaSpace`] hands them out within the ranges that the IOMMU reports. They are
 //! congruent to the memory's place in its file modulo 2 MiB (up to 1 GiB for long memory), so that the IOMMU's large pages can
 //! be used. There are three ways to share memory:
+//!
 //! - [`DmaSpace::allocate`]: a driver's own queues and buffers. Small ones are cut from chunks of 2 MiB that are mapped
 //!   once. Hugepages are used where any are free.
 //! - [`DmaSpace::map`]: [`SharedMemory`], made here or of a file that came from elsewhere.
 //! - [`DmaSpace::map_raw`]: memory that somebody else has mapped.
 //!
 //! Mappings end when they are dropped. Memory is seen as atomics ([`DmaElement`]), as the device may change it at any
-//! time: a load with `Acquire` of what the device writes last (a phase bit, an index) orders the loads behind it, and
+//! time. A load with `Acquire` of what the device writes last (a phase bit, an index) orders the loads behind it;
 //! [`Doorbell::ring`] and [`Bar::write_u32`] order all stores before them.
 //!
 //! # Interrupts
@@ -61,11 +78,16 @@
 //! # vfio-user
 //!
 //! Requests of several threads go over the connection one after the other, each with a deadline from when it is sent
-//! ([`OpenOptions::request_timeout`]). What the server refuses is [`Error::Server`], which says what was asked for and what it
-//! answered; the connection stays as good as before. A server that does not answer in time gives [`Error::Timeout`] once and
-//! [`Error::GivenUp`] from then on, one that has closed the connection [`Error::Disconnected`]: it has ended, and what it held in
-//! memory is lost, whereas one that was given up may live on ([`Device::server`] tells whether it did). Nobody is held for longer.
-//! Mapped registers and memory stay valid meanwhile; the server just does not see them any more. Open the device again to go on.
+//! ([`OpenOptions::request_timeout`]). Three errors tell what happened:
+//!
+//! - [`Error::Server`]: the server has refused something. It says what was asked for and what the server answered. The connection stays
+//!   as good as before.
+//! - [`Error::Timeout`] once, and [`Error::GivenUp`] from then on: the server does not answer in time. It may live on;
+//!   [`Device::server`] tells whether it did.
+//! - [`Error::Disconnected`]: the server has closed the connection. It has ended, and what it held in memory is lost.
+//!
+//! Nobody is held for longer. Mapped registers and memory stay valid meanwhile; the server just does not see them any more. Open the
+//! device again to go on.
 //!
 //! # Kernel VFIO
 //!
@@ -76,11 +98,11 @@
 //!
 //! # Safety
 //!
-//! Everything that is `unsafe` about devices and their memory is in this crate; [`DmaSpace::map_raw`] and
-//! [`Guard::new`] are its only unsafe functions, and [`PlainMemory`] the one type whose rules the compiler cannot check (it is for clients, not for drivers). A device is trusted with the memory that was mapped for it, and with nothing else. The pages of a dropped
-//! buffer are given to the next one: drop a buffer after the commands that use it. Memory
-//! whose file somebody else makes shorter does not end the process (SIGBUS): it is replaced by memory of this process, see
-//! [`Guard`]; registers of a vfio-user server then read all ones, as those of a device that has gone.
+//! [`DmaSpace::map_raw`] and [`Guard::new`] are the only unsafe functions, and [`PlainMemory`] is the one type whose rules the compiler
+//! cannot check (it is for clients, not for drivers). A device is trusted with the memory that was mapped for it, and with nothing
+//! else. The pages of a dropped buffer are given to the next one: drop a buffer after the commands that use it. Memory whose file
+//! somebody else makes shorter does not end the process (SIGBUS): it is replaced by memory of this process, see [`Guard`]. Registers of a
+//! vfio-user server then read all ones, as those of a device that has gone.
 // The room for it: what the kernel maps, and what a device writes. Each block is justified.
 #![allow(unsafe_code)]
 

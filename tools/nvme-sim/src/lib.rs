@@ -2,7 +2,7 @@
 //!
 //! It takes the place of a drive where there is none: for tests, for trying things out, and for everything that must go
 //! wrong on demand. It follows the NVM Express Base Specification 2.0 and the NVM Command Set Specification 1.0, not any
-//! driver: what they forbid is refused with the status they name, and so is what Identify does not offer, also where a
+//! driver. What they forbid is refused with the status they name. What Identify does not offer is refused, too, also where a
 //! test has it say something else ([`IdentifyPatch`]). The log says so (`RUST_LOG=nvme_sim=warn`).
 //!
 //! ```
@@ -17,24 +17,37 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
+//! # What it owns
+//!
+//! The controller's registers and doorbells, its queues' state, the blocks of its namespaces, and the table of the memory that the
+//! front-end has mapped for DMA. [`Simulator`] is the handle: dropping it stops the controller and removes the socket.
+//!
+//! # What it must never do
+//!
+//! - Use a crate of the driver or the target: what they have misread would then be misread here, too.
+//! - Reach memory that the front-end has not mapped for it, or touch any after a reset; unless a test asks for that
+//!   ([`FaultAction::Stray`]).
+//! - Do something at random that cannot be repeated: everything random comes from [`FaultPlan::seed`].
+//!
 //! # How it works
 //!
-//! Two threads. One answers the messages of the front-end (`server`): register and configuration space accesses, DMA maps,
-//! interrupt eventfds. The other (`controller`) owns queues and namespaces and polls the doorbells. These are in a memory
-//! file that the front-end may map (BAR0 from 0x1000), so that the data path needs no message; front-ends that do not map
-//! it write doorbells by message. Data are copied once, between the memory that the front-end has mapped for DMA and the
-//! blocks. Host addresses are looked up in the table of those mappings; what lies outside is a Data Transfer Error, or for
+//! Two threads. One (`server`) answers the messages of the front-end: register and configuration space accesses, DMA maps,
+//! interrupt eventfds. The other (`controller`) owns queues and namespaces, and polls the doorbells. These are in a memory
+//! file that the front-end may map (BAR0 from 0x1000), so that the data path needs no message. Front-ends that do not map
+//! it write doorbells by message. Data is copied once, between the memory that the front-end has mapped for DMA and the
+//! blocks. Host addresses are looked up in the table of those mappings. What lies outside is a Data Transfer Error, or for
 //! queues a fatal status.
 //!
 //! # Cost
 //!
 //! A 4 KiB read takes about 170 ns of processor time. An idle controller yields the processor for 2 ms, then sleeps in naps of at most
-//! 1 ms: the first command after a pause waits that long, since doorbells in memory wake nobody.
+//! 1 ms. So the first command after a pause waits up to 1 ms, since doorbells in memory wake nobody.
 //!
 //! # Limits
 //!
-//! - One front-end at a time; the next is accepted when it has gone, and finds the controller as after power-on.
-//! - One admin and up to 2047 I/O queue pairs, MSI-X only (delivered by eventfd; the masks in the MSI-X table are not looked at).
+//! - One front-end at a time. The next is accepted when it has gone, and finds the controller as after power-on.
+//! - One admin and up to 2047 I/O queue pairs. Interrupts are MSI-X only, delivered by eventfd; the masks in the MSI-X table are not
+//!   looked at.
 //! - No metadata or protection information, fused commands, namespace management, firmware update, controller memory buffer.
 //!   Namespaces with a metadata format refuse I/O.
 //! - DMA needs file descriptors: regions of memory without one are refused. A front-end that truncates a file it has mapped kills the
