@@ -6,7 +6,7 @@
 macro_rules! fault_point {
     ($step:ident) => {
         #[cfg(test)]
-        $crate::fault_point::reach($crate::fault_point::Step::$step);
+        $crate::fault_point::reach($crate::fault_point::FaultStep::$step);
     };
     ($panics:literal, $name:expr) => {
         #[cfg(test)]
@@ -16,7 +16,7 @@ macro_rules! fault_point {
 pub(crate) use fault_point;
 
 #[cfg(test)]
-pub(crate) use steps::{Step, reach, set};
+pub(crate) use steps::{FaultStep, reach, set};
 
 #[cfg(test)]
 mod steps {
@@ -24,7 +24,7 @@ mod steps {
 
     /// What is just about to happen.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-    pub(crate) enum Step {
+    pub(crate) enum FaultStep {
         /// A field of the log of requests in flight is read.
         Load,
         /// A field of the log of requests in flight is written.
@@ -34,15 +34,15 @@ mod steps {
     }
 
     thread_local! {
-        static HOOK: Cell<Option<fn(Step)>> = const { Cell::new(None) };
+        static HOOK: Cell<Option<fn(FaultStep)>> = const { Cell::new(None) };
     }
 
     /// Has `hook` called at every step on this thread.
-    pub(crate) fn set(hook: fn(Step)) {
+    pub(crate) fn set(hook: fn(FaultStep)) {
         HOOK.set(Some(hook));
     }
 
-    pub(crate) fn reach(step: Step) {
+    pub(crate) fn reach(step: FaultStep) {
         if let Some(hook) = HOOK.get() {
             hook(step);
         }

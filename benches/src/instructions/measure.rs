@@ -11,7 +11,7 @@ use vhost_blk::blk::disk::Disk;
 use vhost_blk::datapath::counters::LaneCounters;
 use vhost_blk::datapath::lane::{Lane, LaneSetup};
 use vhost_blk::datapath::poll_group::PollGroup;
-use vhost_blk::virtio::memory::{GuestMemory, GuestView, Reach};
+use vhost_blk::virtio::memory::{DmaScope, GuestMemory, GuestView};
 use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
@@ -28,7 +28,7 @@ struct Drive {
     device: Device,
     controller: Controller,
     namespace: Namespace,
-    reach: Reach,
+    scope: DmaScope,
 }
 
 impl Drive {
@@ -38,7 +38,7 @@ impl Drive {
         let options = Options { shadow_doorbells: false, ..Default::default() };
         let controller = Controller::open(&device, &options).expect("the simulator comes up");
         let namespace = controller.namespace(1).expect("it has one namespace");
-        Drive { reach: Reach::new(device.dma().clone()), device, controller, namespace }
+        Drive { scope: DmaScope::new(device.dma().clone()), device, controller, namespace }
     }
 
     fn pair(&self) -> QueuePair {
@@ -63,7 +63,7 @@ pub(crate) fn measure(row: &Row, socket: &Path, simulator: u32) {
 /// that neither finds less or more to do from one run to the next.
 fn lane(row: &Row, drive: &Drive, simulator: u32, layout: Layout, logged: bool) {
     let mut guest = Guest::new(layout);
-    let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
+    let memory = GuestMemory::new().replaced(&drive.scope, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let disk = Disk::new(drive.namespace.clone());
     let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
@@ -168,7 +168,7 @@ fn counted_reap(pair: &mut QueuePair) -> u64 {
 /// Our ring alone: chains popped and walked, given back, published.
 fn ring(row: &Row, drive: &Drive, layout: Layout) {
     let mut guest = Guest::new(layout);
-    let memory = GuestMemory::new().replaced(&drive.reach, guest.regions()).expect("plain memory");
+    let memory = GuestMemory::new().replaced(&drive.scope, guest.regions()).expect("plain memory");
     let memory = Arc::new(memory);
     let mut ring = Ring::new(&memory, &guest.ring()).expect("a valid ring");
     let mut view = GuestView::new(memory);

@@ -13,7 +13,7 @@ use nvme_driver::testing::namespace;
 use nvme_driver::{Namespace, Segment};
 use vhost_blk::blk::disk::Disk;
 use vhost_blk::blk::request::{Operation, Parsed, Parser, Request, peek_simple};
-use vhost_blk::virtio::memory::{GuestMemory, GuestView, Reach, RegionDescription};
+use vhost_blk::virtio::memory::{DmaScope, GuestMemory, GuestView, RegionDescription};
 use vhost_blk::virtio::ring::{Chain, Head, InflightMemory, Ring, RingSetup, SimpleChainRing};
 
 use crate::input::Input;
@@ -49,12 +49,12 @@ fn disk(read_only: bool, block_shift: u8) -> Disk {
 
 /// All of a guest's memory. `None`: a file is too short for its region by now.
 fn map(regions: &[Region]) -> Option<GuestMemory> {
-    let reach = Reach::default();
+    let scope = DmaScope::default();
     regions.iter().try_fold(GuestMemory::new(), |memory, region| {
         let (guest_address, bytes) = (region.guest, region.bytes);
         let description = RegionDescription { guest_address, bytes, user_address: guest_address, file_offset: 0 };
         let file = region.file.try_clone().expect("a descriptor to spare");
-        memory.with_region(&reach, description, file).ok()
+        memory.with_region(&scope, description, file).ok()
     })
 }
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use nvme_driver::{BouncePool, OWNER_SHIFT, QueuePair};
 
-use super::trial::{Seat, Suspicion};
+use super::trial::{Outstanding, Seat, Suspicion};
 use crate::datapath::lane::Lane;
 
 /// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot. So the
@@ -202,7 +202,8 @@ impl PollGroup {
             lane.lose_drive(Some(&mut resources.pool));
             lane.publish();
         }
-        Some(Lost { resources, in_flight, expired, answered: std::mem::take(answered).at })
+        let outstanding = Outstanding { requests: in_flight, expired, last_answer: std::mem::take(answered).at };
+        Some(Lost { resources, outstanding })
     }
 
     /// Says what the failure means for what was in flight then, see [`Lane::judge`].
@@ -302,10 +303,6 @@ impl Answered {
 pub struct Lost {
     /// The queue pair.
     pub resources: QueueResources,
-    /// Requests that the controller had.
-    pub in_flight: usize,
-    /// How many of them it had not answered in time.
-    pub expired: usize,
-    /// When it was last seen to answer one, roughly; `None`: it never was.
-    pub answered: Option<Instant>,
+    /// What the controller had not answered.
+    pub outstanding: Outstanding,
 }

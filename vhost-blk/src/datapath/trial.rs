@@ -8,7 +8,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use super::poll_group::Lost;
+/// The requests that a controller had of one queue pair when it was stopped.
+#[derive(Clone, Copy, Debug)]
+pub struct Outstanding {
+    /// How many there were.
+    pub requests: usize,
+    /// How many of them the controller had not answered in time.
+    pub expired: usize,
+    /// When the controller was last seen to answer a request of this queue pair, roughly; `None`: never.
+    pub last_answer: Option<Instant>,
+}
 
 /// What a failure of the controller says of the requests that it had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,12 +34,12 @@ pub enum Suspicion {
 
 impl Suspicion {
     /// By what the controller had at `now`, when it was about to be stopped because it had failed. `timeout`: of a command.
-    pub fn of(lost: &[Lost], now: Instant, timeout: Duration) -> Suspicion {
-        let expired: usize = lost.iter().map(|lost| lost.expired).sum();
-        let in_flight: usize = lost.iter().map(|lost| lost.in_flight).sum();
+    pub fn of(outstanding: &[Outstanding], now: Instant, timeout: Duration) -> Suspicion {
+        let expired: usize = outstanding.iter().map(|outstanding| outstanding.expired).sum();
+        let in_flight: usize = outstanding.iter().map(|outstanding| outstanding.requests).sum();
         // What has expired was out for longer than the timeout: it was there long before this answer.
         let answering = |at: Instant| now.saturating_duration_since(at) < timeout / 2;
-        let alive = lost.iter().filter_map(|lost| lost.answered).any(answering);
+        let alive = outstanding.iter().filter_map(|outstanding| outstanding.last_answer).any(answering);
         match (expired, in_flight) {
             (1.., _) if alive => Suspicion::Expired,
             (_, 1) => Suspicion::Only,

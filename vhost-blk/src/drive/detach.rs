@@ -125,7 +125,10 @@ impl Drive {
         }
         drop(seat);
         let suspicion = match failed {
-            true => Suspicion::of(&lost, since, self.options.io_timeout),
+            true => {
+                let outstanding: Vec<_> = lost.iter().map(|lost| lost.outstanding).collect();
+                Suspicion::of(&outstanding, since, self.options.io_timeout)
+            }
             false => Suspicion::Nobody,
         };
         // All of them are asked.

@@ -13,14 +13,14 @@ use crate::virtio::memory;
 pub enum OpenError {
     /// Nothing is at its address.
     #[error(transparent)]
-    Absent(Failure),
+    Absent(Box<Failure>),
     /// This machine is set up in such a way that the drive cannot be had: another driver or program has it, or a permission or memory
     /// is missing.
     #[error(transparent)]
-    Denied(Failure),
+    Denied(Box<Failure>),
     /// Something is at its address, but it does not work, or it is not the drive that was there.
     #[error(transparent)]
-    Unusable(Failure),
+    Unusable(Box<Failure>),
 }
 
 /// The step that failed while a drive was opened or reattached.
@@ -76,7 +76,7 @@ impl OpenError {
     /// The device could not be opened.
     pub(super) fn device(address: &str, source: vfio::Error) -> OpenError {
         let is_denied = is_denied(&source);
-        let failure = Failure::Device { address: address.to_owned(), source };
+        let failure = Box::new(Failure::Device { address: address.to_owned(), source });
         if is_denied { OpenError::Denied(failure) } else { OpenError::Absent(failure) }
     }
 
@@ -86,7 +86,7 @@ impl OpenError {
         let is_gone = source.is_gone();
         // Memory for its queues may be denied, too.
         let is_denied = matches!(&source, Device { source, .. } if is_denied(source));
-        let failure = Failure::Controller { address: address.to_owned(), source };
+        let failure = Box::new(Failure::Controller { address: address.to_owned(), source });
         match (is_gone, is_denied) {
             (true, _) => OpenError::Absent(failure),
             (false, true) => OpenError::Denied(failure),

@@ -38,7 +38,7 @@ use crate::datapath::trial::Trial;
 use crate::datapath::worker::{QueueSlotId, RingWorkers, WorkerPool};
 use crate::event::EventFd;
 use crate::log_limit::LogLimit;
-use crate::virtio::memory::Reach;
+use crate::virtio::memory::DmaScope;
 pub use address::{DeviceAddress, socket_path};
 pub use detach::DetachCause;
 use detach::Detached;
@@ -71,7 +71,7 @@ pub struct Drive {
     serial: String,
     model: String,
     /// The guests' memory.
-    memory: Reach,
+    memory: DmaScope,
     /// Taken before anything else that locks.
     state: Mutex<State>,
     /// Who has which place. Taken after `state`.
@@ -184,7 +184,8 @@ impl Drive {
         let (device_address, embedded) = match address {
             DeviceAddress::Vfio(address) => (address.clone(), None),
             DeviceAddress::Sim(sim) => {
-                let embedded = Embedded::start(sim).map_err(|error| OpenError::Denied(Failure::Embedded(error)))?;
+                let embedded =
+                    Embedded::start(sim).map_err(|error| OpenError::Denied(Failure::Embedded(error).into()))?;
                 (embedded.address(), Some(embedded))
             }
         };
@@ -200,7 +201,7 @@ impl Drive {
             pool,
             serial: identity.serial.clone(),
             model: identity.model.clone(),
-            memory: Reach::new(attached.device.dma().clone()),
+            memory: DmaScope::new(attached.device.dma().clone()),
             state: Mutex::new(State {
                 granted: attached.controller.max_queue_pairs(),
                 condition: Condition::Attached(attached),
@@ -244,7 +245,7 @@ impl Drive {
 
     /// The guests' memory, for more of it. A controller that is gone is noticed here, so that a guest's memory does not have to
     /// be refused.
-    pub fn memory(&self) -> &Reach {
+    pub fn memory(&self) -> &DmaScope {
         self.look();
         &self.memory
     }
@@ -379,7 +380,7 @@ impl Drive {
 }
 
 fn new_event() -> Result<EventFd, OpenError> {
-    EventFd::new().map_err(|error| OpenError::Unusable(Failure::EventFd(error)))
+    EventFd::new().map_err(|error| OpenError::Unusable(Failure::EventFd(error).into()))
 }
 
 impl fmt::Display for Drive {

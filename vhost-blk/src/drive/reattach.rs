@@ -60,12 +60,12 @@ impl Drive {
         let ways = match ways.collect::<Result<Vec<_>, _>>() {
             Ok(ways) => ways,
             Err(error) => {
-                return Err(OpenError::Unusable(Failure::Queue(error)));
+                return Err(OpenError::Unusable(Failure::Queue(error).into()));
             }
         };
         if !self.memory.is_attached() {
             let refused = self.memory.attach(attached.device.dma().clone());
-            let refused = refused.map_err(|error| OpenError::Unusable(Failure::Memory(error)))?;
+            let refused = refused.map_err(|error| OpenError::Unusable(Failure::Memory(error).into()))?;
             for error in &refused {
                 log::error!("{}: {error}; the session that has it ends, all others go on", self.name);
             }
@@ -149,9 +149,12 @@ impl Drive {
         if (&identity.serial, &identity.model) == (&self.serial, &self.model) {
             return Ok(());
         }
-        Err(OpenError::Unusable(Failure::OtherDrive {
-            found: format!("{} {}", identity.model, identity.serial),
-            expected: format!("{} {}", self.model, self.serial),
-        }))
+        Err(OpenError::Unusable(
+            Failure::OtherDrive {
+                found: format!("{} {}", identity.model, identity.serial),
+                expected: format!("{} {}", self.model, self.serial),
+            }
+            .into(),
+        ))
     }
 }

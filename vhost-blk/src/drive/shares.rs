@@ -38,7 +38,7 @@ struct Leased {
     lane: Option<LaneNumber>,
 }
 
-struct Disk {
+struct DiskShare {
     number: DiskNumber,
     name: String,
     /// Its share, if it is configured.
@@ -81,7 +81,7 @@ pub(super) struct Fold {
 pub(super) struct Shares {
     places: Vec<Place>,
     leases: Vec<Leased>,
-    disks: Vec<Disk>,
+    disks: Vec<DiskShare>,
     next: u64,
 }
 
@@ -94,7 +94,7 @@ impl Shares {
     /// A disk is there. `wanted`: its share, if it is configured.
     pub(super) fn add_disk(&mut self, name: String, wanted: Option<u16>) -> DiskNumber {
         let number = self.number();
-        self.disks.push(Disk { number, name, wanted, told: Told::default() });
+        self.disks.push(DiskShare { number, name, wanted, told: Told::default() });
         number
     }
 
@@ -248,7 +248,7 @@ impl Shares {
 
     /// How many queue pairs a disk may count on.
     fn share(&self, disk: DiskNumber, granted: u16) -> u16 {
-        let wanted = |disk: &Disk| disk.wanted;
+        let wanted = |disk: &DiskShare| disk.wanted;
         if let Some(wanted) = self.disks.iter().find(|known| known.number == disk).and_then(wanted) {
             return wanted;
         }
@@ -324,7 +324,7 @@ impl Shares {
 
     /// A place that a disk has beyond its share, while another has less and wants it: its lanes are to move. And a line for the log.
     pub(super) fn next_merger(&mut self, granted: u16) -> Option<(Merger, Option<String>)> {
-        let missing = |disk: &Disk| {
+        let missing = |disk: &DiskShare| {
             let short = self.share(disk.number, granted).saturating_sub(self.pairs(disk.number));
             usize::from(short).min(self.sharing(disk.number).count())
         };
@@ -332,7 +332,7 @@ impl Shares {
         if self.disks.iter().map(missing).sum::<usize>() <= self.leaving().len() {
             return None;
         }
-        let surplus = |disk: &Disk| self.pairs(disk.number).saturating_sub(self.share(disk.number, granted));
+        let surplus = |disk: &DiskShare| self.pairs(disk.number).saturating_sub(self.share(disk.number, granted));
         let mut givers: Vec<_> = self.disks.iter().filter(|disk| surplus(disk) > 0).collect();
         givers.sort_by_key(|disk| std::cmp::Reverse(surplus(disk)));
         let (owner, from, into) = givers.into_iter().find_map(|disk| {

@@ -202,7 +202,7 @@ impl PendingDrive {
         std::thread::Builder::new()
             .name("open-drive".into())
             .spawn(run)
-            .map_err(|source| OpenError::Unusable(Failure::Thread { address: self.address.clone(), source }))?;
+            .map_err(|source| OpenError::Unusable(Failure::Thread { address: self.address.clone(), source }.into()))?;
         self.next = Step::Attempting { began: Instant::now(), result: receiver };
         Ok(())
     }

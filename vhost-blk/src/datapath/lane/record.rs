@@ -45,6 +45,9 @@ pub(super) const NO_SGL: u64 = 1 << 36;
 pub(super) const RETRY: u64 = 1 << 40;
 pub(super) const FAILURE: u64 = 1 << 48;
 
+/// How often a request is tried again because the drive's answer allows it; more often only if what it names passes with time.
+pub(super) const MOST_RETRIES: u8 = 5;
+
 impl Record {
     /// A read or write.
     #[inline(always)]

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::spec::status::Retry;
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
-use super::record::{NO_SGL, RETRY};
+use super::record::{MOST_RETRIES, NO_SGL, RETRY};
 use super::sgls::Sgls;
 use super::{BATCH, DriveAccess, Lane, Mode};
 use crate::blk::config;
@@ -21,8 +21,6 @@ use crate::log_limit::Kind;
 use crate::virtio::memory::GuestView;
 use crate::virtio::ring::Buffer;
 
-/// How often a request is tried again because the drive's answer allows it; more often only if what it names passes with time.
-pub(super) const MOST_RETRIES: u8 = 5;
 /// Before the second try of a request that the drive is not ready for; each time twice as long.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 const LONGEST_PAUSE: Duration = Duration::from_millis(500);

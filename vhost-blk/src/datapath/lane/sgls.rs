@@ -7,8 +7,7 @@
 use nvme_driver::{QueuePair, Status};
 
 use super::Lane;
-use super::record::{NO_SGL, RETRY};
-use super::retry::MOST_RETRIES;
+use super::record::{MOST_RETRIES, NO_SGL, RETRY};
 use super::slots::Slot;
 use crate::blk::request::Operation;
 use crate::log_limit::Kind;

@@ -12,7 +12,7 @@ use vfio::{Address, Device};
 use super::*;
 use crate::blk::request::tests::header;
 use crate::datapath::poll_group::PollGroup;
-use crate::virtio::memory::Reach;
+use crate::virtio::memory::DmaScope;
 use crate::virtio::ring::model::{Driver, Guest, Piece, Random, readable, writable};
 
 pub(crate) const DATA: u64 = 0x100_0000;
@@ -51,7 +51,7 @@ impl Machine {
         let device = Device::open_with(&Address::VfioUser(socket.to_owned()), &patience).unwrap();
         let controller = Controller::open(&device, options).unwrap();
         let namespace = controller.namespace(1).unwrap();
-        let guest = Guest::new(&LAYOUT, Some(&Reach::new(device.dma().clone())));
+        let guest = Guest::new(&LAYOUT, Some(&DmaScope::new(device.dma().clone())));
         Machine { guest, namespace, controller, device, sim, _directory: directory }
     }
 

@@ -10,7 +10,7 @@ use super::testing::{DATA, DEADLINE, Machine, TestClient, count, pattern, wait};
 use super::*;
 use crate::blk::request::{IOERR, OK, UNSUPP};
 use crate::datapath::poll_group::PollGroup;
-use crate::virtio::memory::Reach;
+use crate::virtio::memory::DmaScope;
 use crate::virtio::ring::model::{Driver, Guest, Piece, Random, readable, writable};
 
 fn config(block_bytes: u32) -> Config {
@@ -382,7 +382,7 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     let mut sane = TestClient::new(guest, 2, false, 16);
     group.add(sane.lane(guest, &disk));
     // The mad ones have their own memory, and their own tables do not know of the other's.
-    let other = Guest::new(&[(0, 0x80_0000), (DATA, 0x10_0000)], Some(&Reach::new(machine.device.dma().clone())));
+    let other = Guest::new(&[(0, 0x80_0000), (DATA, 0x10_0000)], Some(&DmaScope::new(machine.device.dma().clone())));
     let data = pattern(1, 8192);
     guest.write(DATA, &data);
     assert_eq!(sane.run(guest, &mut group, OUT, 0, &[readable(DATA, 8192)]).0, OK);

@@ -4,7 +4,7 @@
 //! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. A region
 //! is unmapped, from the device first and from this process then, when the last table that names it is gone.
 //!
-//! Where the device sees a region is no part of the table: it changes when the device goes and comes back, see [`Reach`].
+//! Where the device sees a region is no part of the table: it changes when the device goes and comes back, see [`DmaScope`].
 //!
 //! A file is checked to be as long as its region when it arrives. A region whose file is shortened afterwards, or finds its file
 //! system full, is lost: it is replaced by memory of this process ([`vfio::Guard`]), and its session ends.
@@ -14,11 +14,11 @@
 //! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
 
 mod budget;
-mod reach;
+mod dma_scope;
 mod view;
 
 pub use budget::{Account, Budget, Exhausted, Grant, Limits, parse_bytes, parse_regions};
-pub use reach::Reach;
+pub use dma_scope::DmaScope;
 pub use view::{GuestSlice, GuestView, OutsideMemory};
 
 use std::fs::File;
@@ -285,11 +285,11 @@ impl GuestMemory {
     /// be mapped. This table stays as it is.
     pub fn with_region(
         &self,
-        reach: &Reach,
+        scope: &DmaScope,
         region: RegionDescription,
         file: File,
     ) -> Result<GuestMemory, MemoryError> {
-        self.with_region_like(self, reach, region, file)
+        self.with_region_like(self, scope, region, file)
     }
 
     /// The same; a region that is in `earlier` is shared with that table instead of mapped anew.
@@ -299,7 +299,7 @@ impl GuestMemory {
     pub fn with_region_like(
         &self,
         earlier: &GuestMemory,
-        reach: &Reach,
+        scope: &DmaScope,
         region: RegionDescription,
         file: File,
     ) -> Result<GuestMemory, MemoryError> {
@@ -309,7 +309,7 @@ impl GuestMemory {
         self.check(&region)?;
         let region = match earlier.find_same(&region, &file) {
             Some(region) => region,
-            None => self.map_for_dma(reach, region, file)?,
+            None => self.map_for_dma(scope, region, file)?,
         };
         Ok(self.insert(region))
     }
@@ -337,13 +337,17 @@ impl GuestMemory {
     ///
     /// # Errors
     /// As [`with_region`](Self::with_region), for any of the regions.
-    pub fn replaced(&self, reach: &Reach, regions: Vec<(RegionDescription, File)>) -> Result<GuestMemory, MemoryError> {
+    pub fn replaced(
+        &self,
+        scope: &DmaScope,
+        regions: Vec<(RegionDescription, File)>,
+    ) -> Result<GuestMemory, MemoryError> {
         let mut table = self.emptied();
         for (description, file) in regions {
             table.check(&description)?;
             let region = match self.find_same(&description, &file) {
                 Some(region) => region,
-                None => table.map_for_dma(reach, description, file)?,
+                None => table.map_for_dma(scope, description, file)?,
             };
             table = table.insert(region);
         }
@@ -425,12 +429,12 @@ impl GuestMemory {
 
     fn map_for_dma(
         &self,
-        reach: &Reach,
+        scope: &DmaScope,
         description: RegionDescription,
         file: File,
     ) -> Result<Arc<Region>, MemoryError> {
         let region = Arc::new(Region::map(description, file, &self.account)?);
-        reach.add(&region)?;
+        scope.add(&region)?;
         Ok(region)
     }
 

@@ -225,13 +225,13 @@ fn slices_are_aligned_and_within_one_region() {
 #[test]
 fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
     let machine = crate::datapath::lane::testing::Machine::new(nvme_sim::Config::default());
-    let reach = &Reach::new(machine.device.dma().clone());
+    let scope = &DmaScope::new(machine.device.dma().clone());
     let (one, two, three) = (region(0, 0x20_0000), region(0x20_0000, 0x1000), region(0x40_0000, 0x3000));
     let (first, second) = (file(0x20_0000), file(0x1000));
     let again = |file: &File| file.try_clone().unwrap();
-    let old = GuestMemory::new().replaced(reach, vec![(one, again(&first)), (two, again(&second))]).unwrap();
+    let old = GuestMemory::new().replaced(scope, vec![(one, again(&first)), (two, again(&second))]).unwrap();
     let all = vec![(three, file(0x3000)), (two, again(&second)), (one, again(&first))];
-    let new = old.replaced(reach, all).unwrap();
+    let new = old.replaced(scope, all).unwrap();
     assert!(new.is_superset_of(&old) && !old.is_superset_of(&new));
     let iova = |table: &GuestMemory, address| table.find(address).map(|region| region.iova());
     assert_eq!(iova(&new, 0x1000), iova(&old, 0x1000));
@@ -239,12 +239,12 @@ fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
     let starts: Vec<u64> = new.regions.iter().map(|region| region.iova()).collect();
     assert!(starts.iter().all(|iova| iova.is_multiple_of(0x20_0000)), "{starts:x?}");
     // The same addresses, but another file: other memory.
-    let other = old.replaced(reach, vec![(one, file(0x20_0000)), (two, again(&second))]).unwrap();
+    let other = old.replaced(scope, vec![(one, file(0x20_0000)), (two, again(&second))]).unwrap();
     assert!(!other.is_superset_of(&old));
     assert_ne!(iova(&other, 0), iova(&old, 0), "both are mapped at the same time");
     // One bad region, and the old table is what it was.
     assert!(matches!(
-        old.replaced(reach, vec![(one, again(&first)), (one, again(&first))]),
+        old.replaced(scope, vec![(one, again(&first)), (one, again(&first))]),
         Err(MemoryError::Overlap { .. })
     ));
     // The last user unmaps: the addresses are there for the next one.
@@ -254,7 +254,7 @@ fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
     assert!(region_of_old.upgrade().is_some(), "the new table still has it");
     drop(new);
     assert!(region_of_old.upgrade().is_none());
-    let next = GuestMemory::new().with_region(reach, one, file(0x20_0000)).unwrap();
+    let next = GuestMemory::new().with_region(scope, one, file(0x20_0000)).unwrap();
     assert_eq!(iova(&next, 0), Some(was));
 }
 
@@ -262,24 +262,24 @@ fn a_new_table_shares_the_regions_it_has_in_common_with_the_old_one() {
 fn a_device_that_leaves_and_comes_back_finds_the_same_memory() {
     let machine = crate::datapath::lane::testing::Machine::new(nvme_sim::Config::default());
     let dma = machine.device.dma();
-    let reach = Reach::new(dma.clone());
-    let table = GuestMemory::new().with_region(&reach, region(0, 0x20_0000), file(0x20_0000)).unwrap();
-    let dropped = GuestMemory::new().with_region(&reach, region(0, 0x1000), file(0x1000)).unwrap();
+    let scope = DmaScope::new(dma.clone());
+    let table = GuestMemory::new().with_region(&scope, region(0, 0x20_0000), file(0x20_0000)).unwrap();
+    let dropped = GuestMemory::new().with_region(&scope, region(0, 0x1000), file(0x1000)).unwrap();
     drop(dropped);
     let table = Arc::new(table);
     let mut view = GuestView::new(table.clone());
     let before = view.segment(0x1000, 8).unwrap().iova;
-    reach.detach();
+    scope.detach();
     // Its addresses are free again. Something else is there now, so that the region will have to lie elsewhere.
-    let elsewhere = Reach::new(dma.clone());
+    let elsewhere = DmaScope::new(dma.clone());
     let other = Arc::new(GuestMemory::new().with_region(&elsewhere, region(0, 0x20_0000), file(0x20_0000)).unwrap());
     assert_eq!(GuestView::new(other.clone()).segment(0x1000, 8).unwrap().iova, before);
     // Memory that comes while the device is away is good for this process, and mapped for the device later.
-    let table = Arc::new(table.with_region(&reach, region(0x40_0000, 0x1000), file(0x1000)).unwrap());
+    let table = Arc::new(table.with_region(&scope, region(0x40_0000, 0x1000), file(0x1000)).unwrap());
     view.write_byte(0x1000, 7).unwrap();
     assert!(view.extend(table));
     view.write_byte(0x40_0000, 8).unwrap();
-    assert!(reach.attach(dma.clone()).unwrap().is_empty());
+    assert!(scope.attach(dma.clone()).unwrap().is_empty());
     view.forget_device();
     let iovas = [0x1000, 0x40_0000].map(|address| view.segment(address, 8).unwrap().iova);
     assert!(iovas.iter().all(|iova| *iova != 0 && *iova != before), "{iovas:x?}, before {before:x}");

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::model::{Driver, Guest, Random, readable, writable};
 use super::*;
-use crate::fault_point::{self, Step};
+use crate::fault_point::{self, FaultStep};
 
 const RING: u64 = 0x1000;
 const DATA: u64 = 0x10_0000;
@@ -20,11 +20,11 @@ struct Killed;
 
 /// Between any two stores to the log, and before the guest is shown a batch, the device may die; between any two accesses to the
 /// log, that may change.
-fn at(step: Step) {
-    if step != Step::Load {
+fn at(step: FaultStep) {
+    if step != FaultStep::Load {
         may_die_here();
     }
-    if step != Step::Show {
+    if step != FaultStep::Show {
         may_change_here();
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU16, Ordering, fence};
 use vfio::SharedMemory;
 
 use super::RingSetup;
-use crate::virtio::memory::{GuestMemory, Reach, RegionDescription};
+use crate::virtio::memory::{DmaScope, GuestMemory, RegionDescription};
 
 /// Where a test's front-end says that its memory is: this much above the guest's addresses.
 pub(crate) const USER_OFFSET: u64 = 0x7000_0000_0000;
@@ -22,21 +22,21 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// Regions at these guest addresses, of these lengths; a device's too if there is one.
-    pub(crate) fn new(layout: &[(u64, u64)], reach: Option<&Reach>) -> Guest {
+    pub(crate) fn new(layout: &[(u64, u64)], scope: Option<&DmaScope>) -> Guest {
         let mut guest = Guest { memory: Arc::new(GuestMemory::new()), regions: Vec::new() };
         for &(address, bytes) in layout {
-            guest.add(address, bytes, reach);
+            guest.add(address, bytes, scope);
         }
         guest
     }
 
-    pub(crate) fn add(&mut self, guest_address: u64, bytes: u64, reach: Option<&Reach>) {
+    pub(crate) fn add(&mut self, guest_address: u64, bytes: u64, scope: Option<&DmaScope>) {
         let shared = SharedMemory::create(bytes as usize).unwrap();
         let user_address = guest_address + USER_OFFSET;
         let region = RegionDescription { guest_address, bytes, user_address, file_offset: 0 };
         let file = shared.file().try_clone().unwrap();
-        self.memory = Arc::new(match reach {
-            Some(reach) => self.memory.with_region(reach, region, file).unwrap(),
+        self.memory = Arc::new(match scope {
+            Some(scope) => self.memory.with_region(scope, region, file).unwrap(),
             None => self.memory.with_region_without_device(region, file, IOVA_OFFSET).unwrap(),
         });
         self.regions.push((region, shared));

@@ -9,7 +9,7 @@ use super::*;
 use crate::blk::disk::Disk;
 use crate::blk::request::{IOERR, OK};
 use crate::datapath::lane::testing::{CLIENT_BYTES, DATA, DEADLINE, Machine, TestClient, count, event, pattern, until};
-use crate::virtio::memory::Reach;
+use crate::virtio::memory::DmaScope;
 use crate::virtio::ring::model::{Guest, Random, readable, writable};
 
 mod events;
@@ -165,9 +165,9 @@ fn memory_is_added_while_the_ring_runs() {
         let at = new + round * 0x10_0000;
         // Not there yet, while another request is in flight.
         running.send(&machine.guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
-        let reach = Reach::new(machine.device.dma().clone());
+        let scope = DmaScope::new(machine.device.dma().clone());
         let before = machine.guest.memory.clone();
-        machine.guest.add(at, 0x10_0000, Some(&reach));
+        machine.guest.add(at, 0x10_0000, Some(&scope));
         running.handle().set_memory(machine.guest.memory.clone()).unwrap();
         let guest = &machine.guest;
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);

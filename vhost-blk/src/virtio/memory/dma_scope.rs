@@ -12,7 +12,7 @@ use super::{MemoryError, Region};
 
 /// The memory of all guests that use a drive. The default is for a drive that is away, and of which nothing is known.
 #[derive(Default)]
-pub struct Reach {
+pub struct DmaScope {
     inner: Mutex<Inner>,
 }
 
@@ -25,11 +25,11 @@ struct Inner {
     regions: Vec<Weak<Region>>,
 }
 
-impl Reach {
+impl DmaScope {
     /// For a drive that is there, and no memory yet.
-    pub fn new(dma: DmaSpace) -> Reach {
+    pub fn new(dma: DmaSpace) -> DmaScope {
         let limits = Some(dma.limits());
-        Reach { inner: Mutex::new(Inner { dma: Some(dma), limits, regions: Vec::new() }) }
+        DmaScope { inner: Mutex::new(Inner { dma: Some(dma), limits, regions: Vec::new() }) }
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -41,7 +41,7 @@ impl Reach {
         self.inner().dma.is_some()
     }
 
-    /// Takes the device's access to all memory away; what is added from now on waits for [`Reach::attach`].
+    /// Takes the device's access to all memory away; what is added from now on waits for [`DmaScope::attach`].
     ///
     /// The device must not be at work in it any more, or its addresses mean nothing from here on.
     pub fn detach(&self) {
@@ -100,19 +100,19 @@ mod tests {
 
     #[test]
     fn memory_that_comes_while_the_drive_is_away_is_checked_against_what_is_known_of_it() {
-        let take = |reach: &Reach, bytes| {
+        let take = |scope: &DmaScope, bytes| {
             let region = RegionDescription { guest_address: 0, bytes, user_address: 0, file_offset: 0 };
             let file = tempfile::tempfile().unwrap();
             file.set_len(bytes).unwrap();
-            GuestMemory::new().with_region(reach, region, file).map(drop)
+            GuestMemory::new().with_region(scope, region, file).map(drop)
         };
-        let away = |limits| Reach { inner: Mutex::new(Inner { limits, ..Inner::default() }) };
+        let away = |limits| DmaScope { inner: Mutex::new(Inner { limits, ..Inner::default() }) };
         let knows = |alignment, longest| away(Some(DmaLimits::new(alignment, longest)));
         take(&knows(4096, 0x8000), 0x8000).unwrap();
-        for (reach, bytes) in [(knows(4096, 0x8000), 0x9000), (knows(0x1000_0000, 1 << 40), 0x9000)] {
-            let error = take(&reach, bytes).unwrap_err();
+        for (scope, bytes) in [(knows(4096, 0x8000), 0x9000), (knows(0x1000_0000, 1 << 40), 0x9000)] {
+            let error = take(&scope, bytes).unwrap_err();
             assert!(matches!(error, MemoryError::Dma { source: vfio::Error::BadMemory { .. }, .. }), "{error}");
-            assert!(reach.inner().regions.is_empty(), "it would be mapped when the drive is back");
+            assert!(scope.inner().regions.is_empty(), "it would be mapped when the drive is back");
         }
         take(&away(None), 0x9000).unwrap();
     }
@@ -121,11 +121,11 @@ mod tests {
     fn what_a_drive_takes_is_known_when_it_has_gone() {
         let machine = crate::datapath::lane::testing::Machine::new(nvme_sim::Config::default());
         let known = machine.device.dma().limits();
-        let reach = Reach::new(machine.device.dma().clone());
+        let scope = DmaScope::new(machine.device.dma().clone());
         for _ in 0..2 {
-            reach.detach();
-            assert_eq!(reach.inner().limits, Some(known));
-            reach.attach(machine.device.dma().clone()).unwrap();
+            scope.detach();
+            assert_eq!(scope.inner().limits, Some(known));
+            scope.attach(machine.device.dma().clone()).unwrap();
         }
     }
 }
