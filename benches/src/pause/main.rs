@@ -17,6 +17,7 @@ use vfio::SharedMemory;
 use vhost_blk::blk::disk::Disk;
 use vhost_blk::datapath::counters::LaneCounters;
 use vhost_blk::datapath::lane::{Lane, LaneSetup};
+use vhost_blk::datapath::stop_policy::StopPolicy;
 use vhost_blk::datapath::worker::{WorkerEvent, WorkerPool};
 use vhost_blk::drive::DeviceAddress;
 use vhost_blk::drive::{Drive, Supervisor};
@@ -128,7 +129,7 @@ fn measure(memory: u64, times: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
             read()?;
         }
     }
-    let stopping = lease.begin_stop(handle, false);
+    let stopping = lease.begin_stop(handle, StopPolicy::AnswerAll);
     lease.finish_stop(stopping, lease.stop_deadline());
     Ok(pauses)
 }

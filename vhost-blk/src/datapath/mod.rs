@@ -7,8 +7,10 @@
 //! Nothing here blocks, takes a lock, allocates or makes a system call for a request. Control threads hand lanes and queue pairs over
 //! by value, and get them back the same way.
 
+mod admission;
 pub mod counters;
 pub mod lane;
 pub mod poll_group;
+pub mod stop_policy;
 pub mod trial;
 pub mod worker;

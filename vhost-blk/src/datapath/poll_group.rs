@@ -155,10 +155,11 @@ impl PollGroup {
         self.resources.or(self.on_trial.map(|on_trial| on_trial.resources)).map(|resources| resources.pair)
     }
 
-    /// Lets commands age; returns how many requests have just been out for too long.
+    /// Tells the lanes the time, and lets commands age; returns how many requests have just been out for too long.
     pub(crate) fn tick(&mut self, now: Instant) -> usize {
         let mut expired = 0;
         let PollGroup { resources, on_trial, lanes, answered, .. } = self;
+        lanes.iter_mut().flatten().for_each(|lane| lane.tick(now));
         let resources = resources.as_mut().or(on_trial.as_mut().map(|on_trial| &mut on_trial.resources));
         let Some(resources) = resources else { return 0 };
         answered.look(&resources.pair, now);

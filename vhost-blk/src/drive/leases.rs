@@ -11,6 +11,7 @@ use super::shares::{DiskNumber, LeaseNumber, Shares};
 use super::{Condition, DetachCause, Drive, State};
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::QueueResources;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::worker::{self, LaneHandle, QueueSlotId, StopError, StoppedLane, StoppingLane};
 use crate::log_limit::Kind;
 
@@ -23,7 +24,7 @@ const MAX_ENTRIES: u16 = 1024;
 const BOUNCE_BYTES: usize = 128 << 10;
 
 /// How long a worker may take to end what does not depend on the drive.
-const ABANDON_TURN: Duration = Duration::from_secs(1);
+const FAIL_WAITING_TURN: Duration = Duration::from_secs(1);
 
 /// How long a lane that stops goes on with requests of many commands. A guest that is paused does not see an error for a few of
 /// them; one that asks for terabytes of zeroes does.
@@ -283,15 +284,13 @@ impl Lease {
         handle
     }
 
-    /// Asks for a lane back, see [`Lease::finish_stop`]. `forsaken`: the front-end is gone, and nobody needs answers that the
-    /// drive has not given; should it be away, it is not waited for.
-    pub fn begin_stop(&self, handle: LaneHandle, forsaken: bool) -> StoppingLane {
+    /// Asks for a lane back, see [`Lease::finish_stop`]. `policy`: what becomes of its requests that wait
+    /// for the drive; [`StopPolicy::LeaveInLog`] when the front-end is gone, and nobody needs answers.
+    pub fn begin_stop(&self, handle: LaneHandle, policy: StopPolicy) -> StoppingLane {
         // From here on it is not moved any more.
         self.drive.shares().set_lane(self.number, None);
-        let mut lane = handle.begin_stop();
-        if forsaken {
-            lane.abandon(false);
-        }
+        let lane = handle.begin_stop();
+        lane.set_policy(policy);
         lane
     }
 
@@ -313,10 +312,10 @@ impl Lease {
         lane.end_multi_command();
         match lane.wait(until(deadline)) {
             Ok(stopped) => Some(stopped),
-            Err(StopError::StillBusy(mut busy)) => {
-                busy.lane.abandon(true);
+            Err(StopError::StillBusy(busy)) => {
+                busy.lane.set_policy(StopPolicy::FailWaiting);
                 // Requests that only wait to be tried again need no reset to end.
-                match busy.lane.wait(ABANDON_TURN) {
+                match busy.lane.wait(FAIL_WAITING_TURN) {
                     Err(StopError::StillBusy(busy)) => {
                         self.drive.detach(DetachCause::Failed(busy.to_string()));
                         // Nothing is left to wait for but the worker's turn.

@@ -9,6 +9,7 @@ use super::*;
 use crate::blk::disk::Disk;
 use crate::blk::request::{IOERR, OK};
 use crate::datapath::lane::testing::{DATA, LAYOUT, TestClient, disk, until};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::ring::model::{Guest, writable};
 
 /// A drive on a controller of this process, and a guest's memory. Nobody looks after the drive.
@@ -87,7 +88,7 @@ fn a_drive_that_is_wanted_back_has_answered_what_it_had_and_gets_nothing_more() 
         back.unwrap();
         assert_eq!(after, [0, 0], "commands after the shutdown; shutdowns without notice");
         assert_eq!(simulator.counters().commands_after_shutdown.load(Ordering::Relaxed), 0);
-        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+        assert!(lease.finish_stop(lease.begin_stop(handle, StopPolicy::AnswerAll), lease.stop_deadline()).is_some());
     }
 }
 
@@ -113,13 +114,14 @@ fn a_device_that_is_let_go_is_closed() {
         drive.reattach().unwrap();
         read(&mut client, guest);
         assert_eq!(until("an answer", || client.answer(guest)).1, OK);
-        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+        assert!(lease.finish_stop(lease.begin_stop(handle, StopPolicy::AnswerAll), lease.stop_deadline()).is_some());
     }
 }
 
 #[test]
 fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
-    for forsaken in [false, true] {
+    for policy in [StopPolicy::AnswerAll, StopPolicy::LeaveInLog] {
+        let answered = policy == StopPolicy::AnswerAll;
         // No command expires in time.
         let options = Options { io_timeout: Duration::from_secs(600), ..Options::default() };
         let OneDrive { drive, guest, disk, simulator, .. } = &OneDrive::new(Config::default(), &options);
@@ -132,23 +134,23 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         read(&mut client, guest);
         until("the drive has it", || (simulator.faults().fired() > 0).then_some(()));
         let start = Instant::now();
-        let stopped = lease.finish_stop(lease.begin_stop(handle, forsaken), start).expect("the lane is given back");
+        let stopped = lease.finish_stop(lease.begin_stop(handle, policy), start).expect("the lane is given back");
         assert!(start.elapsed() < STOP_MARGIN, "{:?}", start.elapsed());
         // Whoever has left gets no error later.
-        assert_eq!(client.answer(guest).map(|(_, status, _)| status), (!forsaken).then_some(IOERR));
+        assert_eq!(client.answer(guest).map(|(_, status, _)| status), answered.then_some(IOERR));
         assert!(matches!(drive.presence(), Presence::Detached(_)));
         drop(lease);
 
         simulator.faults().clear();
         drive.reattach().unwrap();
         let lease = share.lease(0, 16).unwrap();
-        if forsaken {
+        if !answered {
             client = TestClient::new(guest, 0, false, 16);
         }
-        let base = if forsaken { 0 } else { stopped.base };
+        let base = if answered { stopped.base } else { 0 };
         let handle = lease.start(client.lane_at(guest, disk, base));
         read(&mut client, guest);
         assert_eq!(until("an answer", || client.answer(guest)).1, OK);
-        assert!(lease.finish_stop(lease.begin_stop(handle, false), lease.stop_deadline()).is_some());
+        assert!(lease.finish_stop(lease.begin_stop(handle, StopPolicy::AnswerAll), lease.stop_deadline()).is_some());
     }
 }

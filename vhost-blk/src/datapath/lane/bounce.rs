@@ -11,8 +11,10 @@ use nvme_driver::{Bounce, BouncePool, QueuePair, Status, SubmitError, Work};
 
 use super::record::{ALONE, Details, Record};
 use super::retry::{Paused, Wait};
-use super::{Lane, Mode, count, flush};
+use super::slots::UsedLength;
+use super::{Lane, count, flush};
 use crate::blk::request::{self, Operation, Request};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::memory::OutsideMemory;
 use crate::virtio::ring::Head;
 
@@ -20,7 +22,8 @@ use crate::virtio::ring::Head;
 /// other lanes. A multiple of any block size.
 const PIECE: u64 = 64 << 10;
 
-/// A request that is being copied through the pool. It has a slot, whose `written` is 0 and which says where it is among all.
+/// A request that is being copied through the pool. It has a slot, which is in the state
+/// [`SlotState::Bounced`](super::slots::SlotState::Bounced).
 struct BouncedRequest {
     slot: u16,
     head: Head,
@@ -67,7 +70,7 @@ pub(super) struct BouncedRequests {
     paused: Paused,
     /// The lane waits for a buffer.
     in_line: bool,
-    /// Those that wait were ended as far as [`Lane::ends_copied`] said so, when it said it of so many.
+    /// Those that wait were ended as far as [`Lane::bounce_policy`] said so, when it said it of so many.
     swept: u8,
 }
 
@@ -138,7 +141,7 @@ impl Lane {
         // It was for this slot that the queue pair was asked.
         let Some(mut slot) = self.slots.reserve() else { return };
         let number = slot.number();
-        slot.fill(request.status, 0, Record::default());
+        slot.fill(request.status, UsedLength::NONE, Record::default());
         slot.take(head);
         let details = self.details.keep(request, request::data_buffers(&self.chain, request.operation), &[]);
         self.bounce_in(number, head, details, false);
@@ -149,7 +152,7 @@ impl Lane {
     pub(super) fn bounce_in(&mut self, slot: u16, head: Head, details: Box<Details>, reissued: bool) {
         self.tally.copies += 1;
         // There are fewer than slots.
-        self.slots.set_elsewhere(slot, self.bounced.all.len() as u16);
+        self.slots.set_bounced(slot, self.bounced.all.len() as u16);
         self.bounced.changes += usize::from(flush::changes(details.request.operation));
         self.bounced.wait(slot, u64::from(details.request.bytes) > PIECE);
         self.bounced.all.push(BouncedRequest { slot, head, details, done: 0, at: (0, 0), piece: None, reissued });
@@ -167,18 +170,27 @@ impl Lane {
             }
             self.bounced.wait(slot, is_long);
         }
-        if self.mode == Mode::Broken {
-            self.end_bounced(false);
+        if self.mode.is_broken() {
+            self.drop_bounced();
         }
     }
 
-    /// Ends every bounced request, with an error or without an answer; the drive has no piece of any.
-    pub(super) fn end_bounced(&mut self, answer: bool) {
+    /// Answers every bounced request with an error; the drive has no piece of any.
+    pub(super) fn fail_bounced(&mut self) {
+        self.end_bounced(|lane, head, request| {
+            lane.give_back(head, request::IOERR, request.status, request.written);
+        });
+    }
+
+    /// Ends every bounced request without an answer; the drive has no piece of any.
+    pub(super) fn drop_bounced(&mut self) {
+        self.end_bounced(|_, _, _| {});
+    }
+
+    fn end_bounced(&mut self, answer: impl Fn(&mut Lane, Head, &Request)) {
         for BouncedRequest { slot, head, details, .. } in std::mem::take(&mut self.bounced).all {
-            self.slots.free(slot);
-            if answer {
-                self.give_back(head, request::IOERR, details.request.status, details.request.written);
-            }
+            self.slots.free_empty(slot);
+            answer(self, head, &details.request);
             self.details.release(details);
         }
     }
@@ -216,7 +228,7 @@ impl Lane {
         let BouncedRequests { paused, all, short, long, .. } = &mut self.bounced;
         let slots = &self.slots;
         paused.look(|slot| {
-            let place = slots.elsewhere(slot).map_or(usize::MAX, usize::from);
+            let place = slots.bounced(slot).map_or(usize::MAX, usize::from);
             let is_long = all.get(place).is_some_and(BouncedRequest::is_long);
             if is_long {
                 long.push_back(slot)
@@ -249,22 +261,23 @@ impl Lane {
         }
     }
 
-    /// Of how many requests [`Lane::ends_copied`] says that they end: none, the long ones, all.
+    /// How many requests [`Lane::bounce_policy`] ends: none, the long ones, all.
     fn sweep(&self) -> u8 {
-        match (self.ends_copied(0), self.ends_copied(u32::MAX)) {
-            (None, None) => 0,
-            (None, Some(_)) => 1,
-            (Some(_), _) => 2,
+        match (self.bounce_policy(0), self.bounce_policy(u32::MAX)) {
+            (StopPolicy::AnswerAll, StopPolicy::AnswerAll) => 0,
+            (StopPolicy::AnswerAll, _) => 1,
+            _ => 2,
         }
     }
 
     /// How the request with this slot ends now, if it does: nothing of it is with the drive.
-    fn end_of_copied(&mut self, slot: u16) -> Option<BounceEnd> {
+    fn end_of_bounced(&mut self, slot: u16) -> Option<BounceEnd> {
         let bytes = self.bounced_mut(slot)?.details.request.bytes;
-        self.ends_copied(bytes).map(|answer| match answer {
-            true => BounceEnd::Failed("nobody waits for it".to_owned()),
-            false => BounceEnd::LeftInLog,
-        })
+        match self.bounce_policy(bytes) {
+            StopPolicy::AnswerAll => None,
+            StopPolicy::FailWaiting => Some(BounceEnd::Failed("nobody waits for it".to_owned())),
+            StopPolicy::LeaveInLog => Some(BounceEnd::LeftInLog),
+        }
     }
 
     /// Ends what is not with the drive, as far as it has to; what is ends when the drive has answered.
@@ -273,7 +286,7 @@ impl Lane {
         let paused = std::mem::take(paused).into_slots();
         let all: Vec<u16> = filled.drain(..).chain(short.drain(..)).chain(long.drain(..)).chain(paused).collect();
         for slot in all {
-            if let Some(end) = self.end_of_copied(slot) {
+            if let Some(end) = self.end_of_bounced(slot) {
                 self.end_one(slot, pool, end);
             } else if let Some(bounced) = self.bounced_mut(slot) {
                 // Its pause, if it had one, is cut short.
@@ -288,7 +301,7 @@ impl Lane {
 
     /// The bounced request with this slot.
     fn bounced_mut(&mut self, slot: u16) -> Option<&mut BouncedRequest> {
-        let place = self.slots.elsewhere(slot)?;
+        let place = self.slots.bounced(slot)?;
         self.bounced.get_mut(place, slot)
     }
 
@@ -301,7 +314,7 @@ impl Lane {
 
     /// The same for a request that waits.
     fn fill(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
-        let place = self.slots.elsewhere(slot)?;
+        let place = self.slots.bounced(slot)?;
         let Lane { bounced: requests, view, disk, .. } = self;
         let bounced = requests.get_mut(place, slot)?;
         let request = &bounced.details.request;
@@ -336,7 +349,7 @@ impl Lane {
 
     /// Gives a piece that is ready to the drive.
     fn submit_piece(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
-        let Some(place) = self.slots.elsewhere(slot) else { return };
+        let Some(place) = self.slots.bounced(slot) else { return };
         let Lane { bounced: requests, disk, tally, .. } = self;
         let Some(bounced) = requests.get_mut(place, slot) else { return };
         let Some(piece) = &mut bounced.piece else { return };
@@ -373,7 +386,7 @@ impl Lane {
             let Some(bounced) = self.bounced_mut(slot) else { return 0 };
             bounced.reissued = true;
             let is_long = bounced.is_long();
-            if let Some(end) = self.end_of_copied(slot) {
+            if let Some(end) = self.end_of_bounced(slot) {
                 self.end_one(slot, pool, end);
                 return 0;
             }
@@ -384,7 +397,7 @@ impl Lane {
             }
             return 0;
         }
-        let Some(place) = self.slots.elsewhere(slot) else { return 0 };
+        let Some(place) = self.slots.bounced(slot) else { return 0 };
         let Lane { bounced: requests, view, .. } = self;
         let Some(bounced) = requests.get_mut(place, slot) else { return 0 };
         let is_read = bounced.details.request.operation == Operation::Read;
@@ -407,7 +420,7 @@ impl Lane {
             Err(outside) => self.end_one(slot, pool, BounceEnd::Failed(outside.to_string())),
             Ok(_) if done => self.end_one(slot, pool, BounceEnd::Done),
             // Behind those that wait.
-            Ok(_) => match self.end_of_copied(slot) {
+            Ok(_) => match self.end_of_bounced(slot) {
                 None => self.bounced.wait(slot, is_long),
                 Some(end) => self.end_one(slot, pool, end),
             },
@@ -445,13 +458,13 @@ impl Lane {
 
     /// Takes a request out that is in no queue; its slot is free then.
     fn remove_bounced(&mut self, slot: u16) -> Option<BouncedRequest> {
-        let place = self.slots.elsewhere(slot)?;
+        let place = self.slots.bounced(slot)?;
         self.bounced.get_mut(place, slot)?;
         let removed = self.bounced.all.swap_remove(usize::from(place));
         if let Some(moved) = self.bounced.all.get(usize::from(place)) {
-            self.slots.set_elsewhere(moved.slot, place);
+            self.slots.set_bounced(moved.slot, place);
         }
-        self.slots.free(slot);
+        self.slots.free_empty(slot);
         self.bounced.changes -= usize::from(flush::changes(removed.details.request.operation));
         Some(removed)
     }
@@ -465,7 +478,7 @@ impl Lane {
         piece.into_iter().for_each(|piece| pool.give_back(piece.bounce));
         let request = details.request;
         self.details.release(details);
-        if self.mode == Mode::Broken || matches!(end, BounceEnd::LeftInLog) {
+        if self.mode.is_broken() || matches!(end, BounceEnd::LeftInLog) {
             return;
         }
         count(&mut self.tally, &request);

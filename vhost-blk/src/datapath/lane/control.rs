@@ -1,11 +1,14 @@
 //! What a worker does with a lane besides polling it: starting, sleeping, changing, ending.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use nvme_driver::{BouncePool, Namespace};
 
-use super::{DriveAccess, Lane, Mode};
+use super::Lane;
+use super::mode::{DriveAccess, Mode};
 use crate::blk::disk::Disk;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::memory::GuestMemory;
 
 impl Lane {
@@ -16,6 +19,11 @@ impl Lane {
         self.awake();
     }
 
+    /// Tells the time, every few milliseconds while the worker is awake.
+    pub(crate) fn tick(&mut self, now: Instant) {
+        self.admission.tick(now);
+    }
+
     /// Takes no more requests; those with the drive are still answered.
     pub(crate) fn begin_stop(&mut self) {
         if !self.resuming
@@ -24,8 +32,8 @@ impl Lane {
             // Nothing was popped after it: the ring's next user finds it where it was.
             self.ring.unpop(head);
         }
-        if self.mode != Mode::Broken {
-            self.mode = Mode::Stopping;
+        if let Mode::Running | Mode::Moving = self.mode {
+            self.mode = Mode::Stopping(StopPolicy::AnswerAll);
         }
     }
 
@@ -34,7 +42,7 @@ impl Lane {
         if self.mode == Mode::Running {
             self.mode = Mode::Moving;
         }
-        self.mode != Mode::Stopping
+        !matches!(self.mode, Mode::Stopping(_))
     }
 
     /// Is it on its way to another queue pair? What its guest has broken is, too.
@@ -61,7 +69,7 @@ impl Lane {
 
     /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
     pub(crate) fn end(&mut self) {
-        if self.mode != Mode::Broken {
+        if !self.mode.is_broken() {
             self.publish();
             // Whether there is work already is for the ring's next user to find out.
             let _ = self.ring.enable_notifications();
@@ -75,26 +83,32 @@ impl Lane {
         if let Some(pool) = pool {
             self.hold_bounced(pool);
         }
-        self.end_if_abandoned();
+        self.end_held();
     }
 
-    /// The lane's requests are waited for only while they are with the drive. `answer`: the others fail; else they are let go.
-    pub(crate) fn abandon(&mut self, answer: bool) {
-        self.abandoned = Some(answer);
+    /// What becomes of the requests of a lane that stops. A policy that is further down the list than this one stays in force.
+    pub(crate) fn set_stop_policy(&mut self, policy: StopPolicy) {
+        if policy == StopPolicy::AnswerAll {
+            return;
+        }
+        if let Mode::Stopping(current) = &mut self.mode {
+            *current = policy.max(*current);
+        }
         self.multi_command.over = true;
         match self.drive {
             DriveAccess::Present => self.end_waiting(),
-            DriveAccess::Held => self.end_if_abandoned(),
+            DriveAccess::Held => self.end_held(),
             DriveAccess::Lost => {}
         }
         self.publish();
     }
 
-    fn end_if_abandoned(&mut self) {
-        match self.abandoned {
-            Some(true) => self.give_up(),
-            Some(false) => self.let_go(),
-            None => {}
+    /// Ends what waits for a drive that is detached, as the stop policy says.
+    fn end_held(&mut self) {
+        match self.mode.stop_policy() {
+            StopPolicy::AnswerAll => {}
+            StopPolicy::FailWaiting => self.give_up(),
+            StopPolicy::LeaveInLog => self.leave_in_log(),
         }
     }
 
@@ -125,7 +139,7 @@ impl Lane {
 
     /// Does it take what the driver makes available?
     fn runs(&self) -> bool {
-        self.mode == Mode::Running && self.drive != DriveAccess::Held
+        self.mode.is_running() && self.drive != DriveAccess::Held
     }
 
     /// Uses a table with more regions from now on; false if it lacks one of the present ones.
@@ -167,7 +181,7 @@ impl Lane {
 
     /// Tells the driver that its ring is polled (again).
     pub(crate) fn awake(&mut self) {
-        if self.mode == Mode::Running {
+        if self.mode.is_running() {
             self.ring.disable_notifications();
         }
     }

@@ -1,6 +1,7 @@
 //! What a lane does for the promise that a flush is: see [`FlushPromise`](crate::blk::disk::FlushPromise).
 
-use super::{DriveAccess, Lane};
+use super::Lane;
+use super::mode::DriveAccess;
 use crate::blk::request::Operation;
 use crate::log_limit::Kind;
 
@@ -61,7 +62,7 @@ impl Lane {
             changes.looked = (all, 0);
         }
         // Only some, and the same one first as long as it waits: a ring may have thousands of slots.
-        let (mut waiting, end) = slots.waiting(changes.looked.1, LOOK);
+        let (mut waiting, end) = slots.held(changes.looked.1, LOOK);
         let found = waiting.find(|(_, slot)| slot.record.changes()).map(|(number, _)| number);
         changes.looked.1 = found.unwrap_or(end as u16);
         if found.is_none() && slots.is_end(end) && !bounced.any_changes() {
@@ -93,7 +94,7 @@ impl Lane {
 
     /// The same for the flush in a slot, which the drive has not answered.
     pub(super) fn begin_flush_retry(&mut self, slot: u16) -> Option<u64> {
-        let before = self.slots.get_mut(slot)?.record.lba;
+        let before = self.slots.held_mut(slot)?.record.flush_number();
         let number = self.disk.flushes.begin_again(before);
         self.warn_of_loss(number)
     }
@@ -109,9 +110,9 @@ impl Lane {
 
     /// The flush in this slot has succeeded.
     pub(super) fn flush_succeeded(&mut self, number: u16) {
-        if let Some(slot) = self.slots.get_mut(number) {
+        if let Some(slot) = self.slots.held_mut(number) {
             // It came from the drive that it was given to: nothing was lost meanwhile.
-            self.disk.flushes.succeed(slot.record.lba);
+            self.disk.flushes.succeed(slot.record.flush_number());
         }
     }
 }

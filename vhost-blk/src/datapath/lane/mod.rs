@@ -12,6 +12,7 @@ mod bounce;
 mod control;
 mod events;
 mod flush;
+mod mode;
 mod multi_command;
 mod record;
 mod retry;
@@ -30,20 +31,19 @@ use advice::Advice;
 use bounce::BouncedRequests;
 use events::Events;
 use flush::Changes;
+use mode::{DriveAccess, Mode};
 use multi_command::MultiCommand;
 use record::{DetailsBySlot, Record};
 use retry::{Retries, work};
-use slots::{Answer, Slot, Slots};
+use slots::{Answer, SlotState, Slots, UsedLength};
 
 use crate::blk::disk::{Disk, Geometry};
 use crate::blk::request::{self, Operation, Parsed, Parser, Request};
+use crate::datapath::admission::Admission;
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::log_limit::{Kind, LogLimit};
 use crate::virtio::memory::{GuestMemory, GuestView};
 use crate::virtio::ring::{Chain, Head, Ring, SimpleChainRing};
-
-/// Chains a lane takes in one turn, so that the lanes of a worker take turns.
-const BATCH: usize = 64;
 
 /// What a lane is made from.
 pub struct LaneSetup {
@@ -86,29 +86,6 @@ impl LaneState {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Mode {
-    /// Takes and answers requests.
-    Running,
-    /// Answers what is in flight, takes nothing: it is to go on with another queue pair.
-    Moving,
-    /// Answers what is in flight, takes nothing.
-    Stopping,
-    /// The guest broke its ring: touches it no more.
-    Broken,
-}
-
-/// Where the drive is. Without it there is no queue pair.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum DriveAccess {
-    /// There.
-    Present,
-    /// Away, and soon back perhaps: what it had waits, and nothing more is taken.
-    Held,
-    /// Away, and nobody waits for it any more: everything is answered with an error.
-    Lost,
-}
-
 /// A virtqueue being served.
 pub struct Lane {
     ring: Ring,
@@ -120,8 +97,7 @@ pub struct Lane {
     /// Requests that an earlier process has not answered are done first.
     resuming: bool,
     drive: DriveAccess,
-    /// Whoever stops the lane waits only for what is with the drive; true: all else is still to be answered.
-    abandoned: Option<bool>,
+    admission: Admission,
     retries: Retries,
     multi_command: MultiCommand,
     details: DetailsBySlot,
@@ -158,7 +134,7 @@ impl Lane {
             mode: Mode::Running,
             resuming,
             drive: DriveAccess::Present,
-            abandoned: None,
+            admission: Admission::default(),
             retries: Retries::new(hold),
             multi_command: MultiCommand::default(),
             details: DetailsBySlot::default(),
@@ -221,7 +197,7 @@ impl Lane {
         if !self.retries.is_empty() && !self.issue_retries(pair, tag) {
             return 0;
         }
-        if self.mode != Mode::Running || self.resuming {
+        if !self.mode.is_running() || self.resuming {
             return self.submit_when_not_running(pair, tag);
         }
         if let Some(head) = self.pending.take()
@@ -231,7 +207,7 @@ impl Lane {
         }
         let mut taken = 0;
         // Without a free slot the guest has more in flight than its ring holds: it has to wait.
-        while !self.submit_fast_path(pair, tag, &mut taken) && taken < BATCH && !self.slots.all_taken() {
+        while !self.submit_fast_path(pair, tag, &mut taken) && self.admission.admits(taken) && !self.slots.all_taken() {
             let head = match self.ring.pop(&mut self.view, &mut self.chain) {
                 Ok(Some(head)) => head,
                 Ok(None) => break,
@@ -265,9 +241,9 @@ impl Lane {
     /// it took. True: nothing is left; false: what is next is open.
     #[inline(always)]
     fn submit_fast_path(&mut self, pair: &mut QueuePair, tag: u64, taken: &mut usize) -> bool {
-        let Lane { ring, view, slots, tally, disk, geometry, .. } = self;
+        let Lane { ring, view, slots, admission, tally, disk, geometry, .. } = self;
         // Once per format, so that it is not asked for each request.
-        let mut fast_path = FastPath { view, slots, tally, disk, geometry, pair, tag };
+        let mut fast_path = FastPath { view, slots, admission, tally, disk, geometry, pair, tag };
         match ring {
             Ring::Split(ring) => fast_path.submit(ring, taken),
             Ring::Packed(ring) => fast_path.submit(ring, taken),
@@ -297,7 +273,7 @@ impl Lane {
         match pair.submit(&self.disk.namespace, work, tag | u64::from(slot.number())) {
             Ok(()) => {
                 self.details.keep_parsed(slot.number(), request, &self.chain, ranges);
-                slot.fill(request.status, request.written | Slot::LONG, Record::detailed(request.operation, flush));
+                slot.fill(request.status, UsedLength::detailed(), Record::detailed(request.operation, flush));
                 slot.take(head);
                 count(&mut self.tally, request);
                 true
@@ -374,13 +350,13 @@ impl Lane {
             }
             self.succeeds_without_sgl(number);
             self.details.drop_slot(number);
-            self.slots.answer_any(number);
+            self.slots.free_held(number);
             return self.give_back(head, request::OK, request.status, request.written);
         }
-        match self.slots.elsewhere(number) {
-            Some(Slot::ORPHAN) => self.slots.free(number),
-            Some(place) => self.bounced_piece_done(place, number, status),
-            None => {}
+        match self.slots.state(number) {
+            Some(SlotState::Orphaned) => self.slots.free_empty(number),
+            Some(SlotState::Bounced(index)) => self.bounced_piece_done(index, number, status),
+            _ => {}
         }
     }
 
@@ -395,7 +371,7 @@ impl Lane {
     /// Shows the driver everything answered since the last time, and notifies it if it asked for that.
     #[inline]
     pub(crate) fn publish(&mut self) {
-        if self.mode == Mode::Broken || !self.ring.unpublished() {
+        if self.mode.is_broken() || !self.ring.unpublished() {
             return;
         }
         self.note_changes();
@@ -435,7 +411,7 @@ impl Lane {
         match self.mode {
             Mode::Running => true,
             // What an earlier process has taken cannot be left in the ring.
-            Mode::Stopping => self.resuming,
+            Mode::Stopping(_) => self.resuming,
             Mode::Moving | Mode::Broken => false,
         }
     }
@@ -448,7 +424,8 @@ impl Lane {
         {
             return 0;
         }
-        for taken in 0..BATCH {
+        let mut taken = 0;
+        while self.admission.admits(taken) {
             let popped = match self.resuming {
                 true => self.ring.pop_unfinished(&mut self.view, &mut self.chain),
                 false => self.ring.pop(&mut self.view, &mut self.chain),
@@ -472,8 +449,9 @@ impl Lane {
                     return taken;
                 }
             }
+            taken += 1;
         }
-        BATCH
+        taken
     }
 
     /// The guest broke the rules: what was answered so far is shown, then the ring is left alone for good.
@@ -502,6 +480,7 @@ impl Lane {
 struct FastPath<'a> {
     view: &'a mut GuestView,
     slots: &'a mut Slots,
+    admission: &'a mut Admission,
     tally: &'a mut Tally,
     disk: &'a Disk,
     geometry: &'a Geometry,
@@ -524,7 +503,7 @@ impl FastPath<'_> {
     /// The same; what was accepted is to be committed.
     #[inline(always)]
     fn submit_accepted(&mut self, ring: &mut impl SimpleChainRing, taken: &mut usize) -> bool {
-        while *taken < BATCH
+        while self.admission.admits(*taken)
             && let Some(mut slot) = self.slots.reserve()
         {
             let plain = request::peek_simple(ring, self.view, self.disk, self.geometry);
@@ -532,7 +511,7 @@ impl FastPath<'_> {
             let Request { operation, lba, bytes, status, written } = request;
             let write = operation == Operation::Write;
             // Now, while all of it is at hand.
-            slot.fill(status, written, Record::simple(write, lba, triple.middle.address, bytes));
+            slot.fill(status, UsedLength::simple(written), Record::simple(write, lba, triple.middle.address, bytes));
             let work = work(&request, std::slice::from_ref(&segment), &[], write && self.disk.force_unit_access());
             // Refused, blocks the disk does not have among the reasons: the long way finds out why.
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(slot.number())).is_err() {

@@ -3,8 +3,9 @@
 
 use nvme_driver::{OWNER_SHIFT, QueuePair, Status};
 
-use super::{Lane, Mode, flush};
+use super::{Lane, flush};
 use crate::blk::request::Operation;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::ring::Head;
 
 /// A request that moves more bytes than this takes too long to be waited for.
@@ -52,7 +53,7 @@ impl Lane {
         let mut ended = Vec::new();
         let Lane { slots, mode, .. } = self;
         // Pieces of copied requests are small, and soon done.
-        let mut long = |token: u64| *mode == Mode::Broken || slots.get_mut(token as u16).is_some();
+        let mut long = |token: u64| mode.is_broken() || slots.held_mut(token as u16).is_some();
         pair.give_up(|token| token >> OWNER_SHIFT == owner && long(token), |done| ended.push(done));
         ended.iter().for_each(|done| self.complete(done.token, done.status));
     }
@@ -62,10 +63,10 @@ impl Lane {
         if !self.multi_command.over || status.kind() != Status::ABORTED_BY_HOST {
             return false;
         }
-        if self.abandoned == Some(false) {
+        if self.mode.stop_policy() == StopPolicy::LeaveInLog {
             // In the ring, and in its log, it is as before.
             self.details.drop_slot(number);
-            self.slots.answer_any(number);
+            self.slots.free_held(number);
             return true;
         }
         if self.recorded_request(number).is_some_and(|(request, _)| flush::changes(request.operation)) {
@@ -77,12 +78,12 @@ impl Lane {
         true
     }
 
-    /// Does a request of so many bytes whose data is copied end early? True: with an error; false: without an answer.
-    pub(super) fn ends_copied(&self, bytes: u32) -> Option<bool> {
-        match self.mode {
-            // Nothing more from a guest that broke its ring.
-            Mode::Broken => Some(false),
-            _ => self.abandoned.or((self.multi_command.over && bytes > LONG_BYTES).then_some(true)),
+    /// How a request of so many bytes ends whose data is copied, and of which the drive has nothing just now.
+    /// [`StopPolicy::AnswerAll`]: it goes on.
+    pub(super) fn bounce_policy(&self, bytes: u32) -> StopPolicy {
+        match self.mode.stop_policy() {
+            StopPolicy::AnswerAll if self.multi_command.over && bytes > LONG_BYTES => StopPolicy::FailWaiting,
+            policy => policy,
         }
     }
 }

@@ -8,6 +8,7 @@ use super::testing::{DATA, DEADLINE, Machine, TestClient, wait};
 use super::*;
 use crate::blk::request::{IOERR, OK};
 use crate::datapath::poll_group::PollGroup;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::ring::model::{Piece, readable, writable};
 
 const IN: u32 = 0;
@@ -119,7 +120,7 @@ fn a_long_request_ends_at_any_point_as_whoever_ends_it_wants() {
     guest.write(zeroes, &(0..256).flat_map(|at| range(at % 2 * 0x1_0000)).collect::<Vec<_>>());
     let requests = [(IN, long()), (OUT, [readable(DATA, LONG)]), (WRITE_ZEROES, [readable(zeroes, 4096)])];
     for ((kind, data), turns) in requests.iter().flat_map(|request| [0, 1, 5].map(|turns| (request, turns))) {
-        for answer in [Some(true), Some(false), None] {
+        for policy in [Some(StopPolicy::FailWaiting), Some(StopPolicy::LeaveInLog), None] {
             let mut group = machine.group(64);
             let mut client = TestClient::new(guest, 0, false, 8);
             let index = group.add(client.lane(guest, &disk));
@@ -132,13 +133,13 @@ fn a_long_request_ends_at_any_point_as_whoever_ends_it_wants() {
             }
             let lane = group.lane_mut(index).unwrap();
             lane.begin_stop();
-            match answer {
-                Some(answer) => lane.abandon(answer),
+            match policy {
+                Some(policy) => lane.set_stop_policy(policy),
                 None => lane.end_multi_command(),
             }
             let (lane, answers) = take_out(&machine, &mut group, &mut client, index);
-            let expected = if answer == Some(false) { vec![] } else { vec![IOERR; 2] };
-            assert_eq!(answers, expected, "kind {kind}, {turns} turns, {answer:?}");
+            let expected = if policy == Some(StopPolicy::LeaveInLog) { vec![] } else { vec![IOERR; 2] };
+            assert_eq!(answers, expected, "kind {kind}, {turns} turns, {policy:?}");
             assert_eq!((lane.in_flight(), group.pair().unwrap().outstanding()), (0, 0));
             drop(lane);
             machine.controller.delete_queue_pair(group.into_pair().unwrap()).unwrap();

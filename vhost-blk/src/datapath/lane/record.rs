@@ -23,14 +23,30 @@ const STEP: usize = 16;
 /// What a slot keeps of a request, besides what its answer takes.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Record {
-    /// First logical block; of a flush: its number.
-    pub lba: u64,
+    target: BlockOrFlush,
     /// Guest address of the data.
     pub data: u64,
     /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
     /// kept as a [`Details`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
     /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
     word: u64,
+}
+
+/// Which block a simple request begins at, or which flush a flush is. One word serves both, as it is written for each request;
+/// the request's operation says which it is.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+struct BlockOrFlush(u64);
+
+impl BlockOrFlush {
+    #[inline(always)]
+    fn block(lba: u64) -> BlockOrFlush {
+        BlockOrFlush(lba)
+    }
+
+    fn flush(number: u64) -> BlockOrFlush {
+        BlockOrFlush(number)
+    }
 }
 
 const CHANGES: u64 = 1 << 32;
@@ -52,18 +68,37 @@ impl Record {
     /// A read or write.
     #[inline(always)]
     pub(super) fn simple(write: bool, lba: u64, data: u64, bytes: u32) -> Record {
-        Record { lba, data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
+        Record { target: BlockOrFlush::block(lba), data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
     }
 
-    /// Another request; `number`: of a flush.
+    /// Of any other request, which has [`Details`]; `number`: of a flush, see [`FlushPromise`](crate::blk::disk::FlushPromise).
     pub(super) fn detailed(operation: Operation, number: u64) -> Record {
-        Record { lba: number, data: 0, word: if flush::changes(operation) { CHANGES } else { 0 } }
+        Record {
+            target: BlockOrFlush::flush(number),
+            data: 0,
+            word: if flush::changes(operation) { CHANGES } else { 0 },
+        }
     }
 
     /// What the request is has been kept as a [`Details`] one.
     pub(super) fn move_to_details(&mut self) {
         self.data = 0;
         self.word &= !u64::from(u32::MAX);
+    }
+
+    /// The first logical block of a simple request.
+    pub(super) fn first_block(&self) -> u64 {
+        self.target.0
+    }
+
+    /// The number of a flush.
+    pub(super) fn flush_number(&self) -> u64 {
+        self.target.0
+    }
+
+    /// The flush was given to the drive once more, as one with this number.
+    pub(super) fn set_flush_number(&mut self, number: u64) {
+        self.target = BlockOrFlush::flush(number);
     }
 
     /// Of the data in one place; 0: see [`Details`].

@@ -12,11 +12,14 @@ use std::time::{Duration, Instant};
 use nvme_driver::spec::status::Retry;
 use nvme_driver::{LbaRange, QueuePair, Segment, Status, SubmitError, Work};
 
+use super::Lane;
+use super::mode::DriveAccess;
 use super::record::{MOST_RETRIES, NO_SGL, RETRY};
 use super::sgls::Sgls;
-use super::{BATCH, DriveAccess, Lane, Mode};
 use crate::blk::config;
 use crate::blk::request::{self, Operation, Request};
+use crate::datapath::admission::BATCH;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::log_limit::Kind;
 use crate::virtio::memory::GuestView;
 use crate::virtio::ring::Buffer;
@@ -199,8 +202,8 @@ impl Lane {
         let Some((request, head)) = self.recorded_request(number) else { return true };
         if request.operation == Operation::Flush {
             let begun = self.begin_flush_retry(number);
-            match (begun, self.slots.get_mut(number)) {
-                (Some(flush), Some(slot)) => slot.record.lba = flush,
+            match (begun, self.slots.held_mut(number)) {
+                (Some(flush), Some(slot)) => slot.record.set_flush_number(flush),
                 _ => {
                     self.fail_slot(number);
                     return true;
@@ -208,7 +211,7 @@ impl Lane {
             }
         }
         let Lane { retries: Retries { segments, sgls, .. }, details, slots, view, disk, .. } = self;
-        let kept = slots.get_mut(number).map(|slot| slot.record).unwrap_or_default();
+        let kept = slots.held_mut(number).map(|slot| slot.record).unwrap_or_default();
         let lists = details.get(number);
         let one = [Buffer { address: kept.data, bytes: kept.bytes() }];
         let buffers = if kept.bytes() != 0 { &one } else { lists.map_or(&[][..], |lists| &lists.buffers) };
@@ -243,10 +246,6 @@ impl Lane {
             }
             Err(SubmitError::NeedsBounce) => {
                 let lists = details.take(number).unwrap_or_else(|| details.keep(request, one.into_iter(), &[]));
-                // Its slot goes on as a bounced request's.
-                if let Some(slot) = self.slots.get_mut(number) {
-                    slot.written = 0;
-                }
                 self.bounce_in(number, head, lists, true);
             }
             Err(error) => {
@@ -259,14 +258,14 @@ impl Lane {
 
     /// The request in a slot that waits for an answer, and its chain.
     pub(super) fn recorded_request(&mut self, number: u16) -> Option<(Request, crate::virtio::ring::Head)> {
-        let slot = *self.slots.get_mut(number)?;
+        let slot = *self.slots.held_mut(number)?;
         let kept = slot.record;
         if kept.bytes() == 0 {
             return Some((self.details.get(number)?.request, slot.head));
         }
         let operation = if kept.changes() { Operation::Write } else { Operation::Read };
-        let (lba, bytes) = (kept.lba, kept.bytes());
-        Some((Request { operation, lba, bytes, status: slot.status, written: slot.written }, slot.head))
+        let (lba, bytes) = (kept.first_block(), kept.bytes());
+        Some((Request { operation, lba, bytes, status: slot.status, written: slot.used.bytes() }, slot.head))
     }
 
     /// Answers the request in a slot with an error.
@@ -277,7 +276,7 @@ impl Lane {
     fn answer_slot(&mut self, number: u16, code: u8) {
         if let Some((request, head)) = self.recorded_request(number) {
             self.details.drop_slot(number);
-            self.slots.answer_any(number);
+            self.slots.free_held(number);
             self.give_back(head, code, request.status, request.written);
         }
     }
@@ -286,7 +285,7 @@ impl Lane {
     #[cold]
     #[inline(never)]
     pub(super) fn complete_failed(&mut self, number: u16, status: Status) {
-        if self.slots.get_mut(number).is_none() {
+        if self.slots.held_mut(number).is_none() {
             return self.complete_slow_path(number, status);
         }
         if self.ends_given_up(number, status) {
@@ -391,7 +390,10 @@ impl Lane {
         }
         self.drive = DriveAccess::Lost;
         self.fail_waiting();
-        self.end_bounced(self.mode != Mode::Broken);
+        match self.mode.is_broken() {
+            false => self.fail_bounced(),
+            true => self.drop_bounced(),
+        }
     }
 
     fn fail_waiting(&mut self) {
@@ -400,19 +402,19 @@ impl Lane {
         }
     }
 
-    /// Lets go of all that waits for the drive, without an answer: in the ring, and in its log, it is as before.
-    pub(super) fn let_go(&mut self) {
+    /// Ends all that waits for a drive that is detached, without an answer: in the ring, and in its log, it stays in flight.
+    pub(super) fn leave_in_log(&mut self) {
         self.forget_all();
-        self.end_bounced(false);
+        self.drop_bounced();
     }
 
-    /// Ends what is not with the drive, which is there, if whoever stops the lane does not wait for that. What is copied ends
-    /// in the next turn, which can give its buffer back.
+    /// Ends what waits for a drive that is attached, as the stop policy says. What is copied ends in the next turn, which can give
+    /// its buffer back.
     pub(super) fn end_waiting(&mut self) {
-        match self.abandoned {
-            Some(true) => self.fail_waiting(),
-            Some(false) => self.forget_all(),
-            None => {}
+        match self.mode.stop_policy() {
+            StopPolicy::AnswerAll => {}
+            StopPolicy::FailWaiting => self.fail_waiting(),
+            StopPolicy::LeaveInLog => self.forget_all(),
         }
     }
 
@@ -428,7 +430,7 @@ impl Lane {
         for slot in self.retries.take_all() {
             self.details.drop_slot(slot);
             // Given back to nobody: the ring is not touched any more.
-            self.slots.answer_any(slot);
+            self.slots.free_held(slot);
         }
     }
 

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::testing::{DATA, DEADLINE, Machine, TestClient, log_lines};
 use super::*;
 use crate::blk::request::{IOERR, OK};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::ring::InflightMemory;
 use crate::virtio::ring::model::{readable, writable};
 
@@ -114,7 +115,7 @@ fn ring(machine: &Machine, client: &TestClient, log: &InflightMemory) -> Ring {
 /// Whoever stops a lane does not wait until a request may be tried again: it fails at once, or, with nobody there to be
 /// answered, is left as it is.
 #[test]
-fn an_abandoned_lane_does_not_wait_for_the_time_of_a_retry() {
+fn a_lane_that_fails_or_leaves_requests_does_not_wait_for_the_time_of_a_retry() {
     for (packed, address, waits, answer) in [
         (false, DATA, true, false),
         (true, DATA, true, false),
@@ -142,7 +143,8 @@ fn an_abandoned_lane_does_not_wait_for_the_time_of_a_retry() {
         }
         assert_eq!((bench.lane.in_flight(), bench.answer()), (1, None));
         bench.lane.begin_stop();
-        bench.lane.abandon(answer);
+        let policy = if answer { StopPolicy::FailWaiting } else { StopPolicy::LeaveInLog };
+        bench.lane.set_stop_policy(policy);
         if waits {
             bench.turn();
             assert!(bench.lane.drained());
@@ -181,7 +183,7 @@ fn a_burst_of_answers_that_allow_another_try_does_not_fill_the_log() {
     bench.until_answered(24);
     assert_eq!(log_lines() - before, 5, "1, 2, 4, 8, 16");
     bench.lane.begin_stop();
-    bench.lane.abandon(false);
+    bench.lane.set_stop_policy(StopPolicy::LeaveInLog);
     assert!(bench.lane.drained());
 }
 

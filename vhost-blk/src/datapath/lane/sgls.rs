@@ -8,7 +8,7 @@ use nvme_driver::{QueuePair, Status};
 
 use super::Lane;
 use super::record::{MOST_RETRIES, NO_SGL, RETRY};
-use super::slots::Slot;
+use super::slots::UsedLength;
 use crate::blk::request::Operation;
 use crate::log_limit::Kind;
 use crate::virtio::ring::Buffer;
@@ -50,7 +50,7 @@ impl Lane {
     /// The request in a slot is to be tried once more, without an SGL; false if it has been, or has no data.
     fn doubt_sgl(&mut self, number: u16, status: Status) -> bool {
         let Some((request, _)) = self.recorded_request(number) else { return false };
-        let Some(slot) = self.slots.get_mut(number) else { return false };
+        let Some(slot) = self.slots.held_mut(number) else { return false };
         if slot.record.has(NO_SGL) || !matches!(request.operation, Operation::Read | Operation::Write) {
             return false;
         }
@@ -59,7 +59,7 @@ impl Lane {
             let buffer = Buffer { address: slot.record.data, bytes: slot.record.bytes() };
             let lists = self.details.keep(request, std::iter::once(buffer), &[]);
             self.details.put(number, lists);
-            slot.written |= Slot::LONG;
+            slot.used = UsedLength::detailed();
             slot.record.move_to_details();
         }
         slot.record.acquit();

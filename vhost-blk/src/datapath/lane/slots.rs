@@ -1,4 +1,4 @@
-//! What a lane keeps of each request the drive works on.
+//! What a lane keeps of each request the drive works on: a slot for each, and what state it is in.
 
 use super::record::Record;
 use crate::virtio::ring::Head;
@@ -10,24 +10,120 @@ pub(super) struct Slot {
     pub status: u64,
     /// The chain.
     pub head: Head,
-    /// Length for the used element, see [`crate::blk::request::Request::written`]; at least 1. With [`Slot::LONG`] it is not as usual
-    /// and stands elsewhere. 0: the slot is free, or its request is among the bounced ones or the orphans.
-    pub written: u32,
-    /// Of a free slot: the next free one. Of a slot that is taken while its `written` is 0: see [`Slots::elsewhere`].
-    next: u16,
+    /// Whether the slot holds a request, and which way it is answered.
+    pub used: UsedLength,
+    /// What else the slot is, if it holds no request.
+    link: Link,
     /// What to ask the drive again, should it not answer.
     pub record: Record,
 }
 
-impl Slot {
-    /// A bit of `written`: the answer takes more than usual.
-    pub(super) const LONG: u32 = 1 << 31;
-
-    /// See [`Slots::elsewhere`]. A ring has 32768 entries at most: no slot's number, nor a place among as many.
-    pub(super) const ORPHAN: u16 = u16::MAX - 1;
+/// The state of a slot. It is kept in [`UsedLength`] and [`Link`], words that the data path needs in any case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum SlotState {
+    /// The slot has no request.
+    Free,
+    /// The slot holds a request that the fast path answers.
+    Simple,
+    /// The slot holds a request whose answer takes more than that: most often because there are
+    /// [`Details`](super::record::Details) of it.
+    Detailed,
+    /// The slot's request is copied: it is at this index of the bounced ones.
+    Bounced(u16),
+    /// The slot's request gets no answer, for its guest broke its ring. The slot is taken until the drive is done with it.
+    Orphaned,
 }
 
-/// What is needed to answer a request: see [`Slot`].
+impl Slot {
+    fn state(&self) -> SlotState {
+        match self.used {
+            used if used.is_simple() => SlotState::Simple,
+            used if used.is_held() => SlotState::Detailed,
+            _ => self.link.state(),
+        }
+    }
+}
+
+/// The length for the used element, at least 1 ([`Request::written`](crate::blk::request::Request::written)), of a request that
+/// its slot holds. In the same word: whether the fast path may answer it.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+#[repr(transparent)]
+pub(super) struct UsedLength(u32);
+
+impl UsedLength {
+    /// The slot holds no request.
+    pub(super) const NONE: UsedLength = UsedLength(0);
+
+    /// Not for the fast path. A length of 2 GiB or more has this bit, too, and is answered as correctly, but more slowly.
+    const DETAILED: u32 = 1 << 31;
+
+    /// Of a request that the fast path answers.
+    #[inline(always)]
+    pub(super) fn simple(bytes: u32) -> UsedLength {
+        UsedLength(bytes)
+    }
+
+    /// Of a request whose length is in its details.
+    pub(super) fn detailed() -> UsedLength {
+        UsedLength(UsedLength::DETAILED)
+    }
+
+    /// May the fast path answer the request?
+    #[inline(always)]
+    fn is_simple(self) -> bool {
+        // Neither 0 nor with the highest bit: one comparison.
+        self.0 as i32 > 0
+    }
+
+    /// Does the slot hold a request?
+    #[inline(always)]
+    fn is_held(self) -> bool {
+        self.0 != 0
+    }
+
+    /// The length, in bytes. Not of a request that has details.
+    #[inline(always)]
+    pub(super) fn bytes(self) -> u32 {
+        self.0
+    }
+}
+
+/// What a slot is that holds no request. Bits 31:16: 0, the slot is free, [`Link::BOUNCED`] or [`Link::ORPHANED`]. Bits 15:0: the
+/// next free slot, or the index among the bounced requests.
+#[derive(Clone, Copy, Default)]
+#[repr(transparent)]
+struct Link(u32);
+
+impl Link {
+    const BOUNCED: u32 = 1 << 16;
+    const ORPHANED: u32 = 2 << 16;
+
+    /// Of a free slot, before this one in the list.
+    #[inline(always)]
+    fn free(next: u16) -> Link {
+        Link(u32::from(next))
+    }
+
+    fn bounced(index: u16) -> Link {
+        Link(Link::BOUNCED | u32::from(index))
+    }
+
+    /// Of a free slot: the next one.
+    #[inline(always)]
+    fn next_free(self) -> u16 {
+        self.0 as u16
+    }
+
+    fn state(self) -> SlotState {
+        match self.0 & !u32::from(u16::MAX) {
+            0 => SlotState::Free,
+            Link::BOUNCED => SlotState::Bounced(self.0 as u16),
+            _ => SlotState::Orphaned,
+        }
+    }
+}
+
+/// What is needed to answer a request that the fast path answers: see [`Slot`].
 pub(super) struct Answer {
     pub status: u64,
     pub head: Head,
@@ -50,21 +146,21 @@ impl Reserved<'_> {
 
     /// Puts everything there but the chain.
     #[inline(always)]
-    pub(super) fn fill(&mut self, status: u64, written: u32, kept: Record) {
+    pub(super) fn fill(&mut self, status: u64, used: UsedLength, record: Record) {
         self.slot.status = status;
-        self.slot.written = written;
-        self.slot.record = kept;
+        self.slot.used = used;
+        self.slot.record = record;
     }
 
     /// It stays free.
     pub(super) fn release(self) {
-        self.slot.written = 0;
+        self.slot.used = UsedLength::NONE;
     }
 
     /// It is taken by the request with this chain.
     #[inline(always)]
     pub(super) fn take(self, head: Head) {
-        *self.free = self.slot.next;
+        *self.free = self.slot.link.next_free();
         *self.taken += 1;
         self.slot.head = head;
     }
@@ -89,7 +185,7 @@ impl Slots {
     pub(super) fn new(size: u16) -> Slots {
         // A ring has 32768 entries at most: NO_SLOT names none.
         let next = |next| if next == size { NO_SLOT } else { next };
-        let slots = (1..=size).map(|number| Slot { next: next(number), ..Slot::default() }).collect();
+        let slots = (1..=size).map(|number| Slot { link: Link::free(next(number)), ..Slot::default() }).collect();
         Slots { slots, free: 0, marked: 0, taken: 0 }
     }
 
@@ -111,36 +207,36 @@ impl Slots {
         Some(Reserved { slot: slots.get_mut(usize::from(*free))?, free, taken })
     }
 
-    /// Frees a slot that is taken and gives what was in it. `None`: there is no such slot, or its `written` is 0 or has
-    /// [`Slot::LONG`], and the slot stays as it is.
+    /// Frees a slot in the state [`SlotState::Simple`] and gives what was in it. `None`: there is no such slot, or it is in another
+    /// state and stays so.
     #[inline(always)]
     pub(super) fn answer(&mut self, number: u16) -> Option<Answer> {
-        self.answer_if(number, |written| written as i32 > 0)
+        self.free_if(number, UsedLength::is_simple)
     }
 
-    /// The same; `None` only if `written` is 0, or there is no such slot.
-    pub(super) fn answer_any(&mut self, number: u16) -> Option<Answer> {
-        self.answer_if(number, |written| written != 0)
+    /// Frees a slot that holds a request, in the state [`SlotState::Simple`] or [`SlotState::Detailed`].
+    pub(super) fn free_held(&mut self, number: u16) {
+        self.free_if(number, UsedLength::is_held);
     }
 
     #[inline(always)]
-    fn answer_if(&mut self, number: u16, right: impl Fn(u32) -> bool) -> Option<Answer> {
+    fn free_if(&mut self, number: u16, right: impl Fn(UsedLength) -> bool) -> Option<Answer> {
         let slot = self.slots.get_mut(usize::from(number))?;
-        let Slot { status, head, written, .. } = *slot;
-        if !right(written) {
+        let Slot { status, head, used, .. } = *slot;
+        if !right(used) {
             return None;
         }
-        slot.written = 0;
-        slot.next = self.free;
+        slot.used = UsedLength::NONE;
+        slot.link = Link::free(self.free);
         self.free = number;
         self.taken -= 1;
-        Some(Answer { status, head, written })
+        Some(Answer { status, head, written: used.bytes() })
     }
 
-    /// Frees a slot whose `written` is 0 but which is taken.
-    pub(super) fn free(&mut self, number: u16) {
+    /// Frees a slot in the state [`SlotState::Bounced`] or [`SlotState::Orphaned`].
+    pub(super) fn free_empty(&mut self, number: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
-            *slot = Slot { next: self.free, ..Slot::default() };
+            *slot = Slot { link: Link::free(self.free), ..Slot::default() };
             self.free = number;
             self.taken -= 1;
         }
@@ -155,18 +251,17 @@ impl Slots {
     /// The slots that were freed since [`Slots::mark`], as they were, if none was taken since.
     pub(super) fn freed(&self) -> impl Iterator<Item = (u16, &Slot)> {
         let at = |number: u16| Some((number, self.slots.get(usize::from(number))?));
-        let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.next));
+        let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.link.next_free()));
         // Had any been taken, the mark might not be met.
         free.take_while(|(number, _)| *number != self.marked).take(self.slots.len())
     }
 
-    /// The slots that [`Slots::answer_any`] would free, from this number on, and `most` slots at most: those that are, and the
-    /// number after the last one looked at.
-    pub(super) fn waiting(&self, from: u16, most: usize) -> (impl Iterator<Item = (u16, &Slot)>, usize) {
+    /// The slots that hold a request, from this number on, and of `most` slots at most; and the number after the last one looked at.
+    pub(super) fn held(&self, from: u16, most: usize) -> (impl Iterator<Item = (u16, &Slot)>, usize) {
         let slots = self.slots.get(usize::from(from)..).unwrap_or_default();
         let slots = &slots[..slots.len().min(most)];
         let end = usize::from(from) + slots.len();
-        ((from..).zip(slots).filter(|(_, slot)| slot.written != 0), end)
+        ((from..).zip(slots).filter(|(_, slot)| slot.used.is_held()), end)
     }
 
     /// Is it the number after the last slot?
@@ -174,33 +269,40 @@ impl Slots {
         number >= self.slots.len()
     }
 
-    /// A slot that [`Slots::answer_any`] would free.
-    pub(super) fn get_mut(&mut self, number: u16) -> Option<&mut Slot> {
-        self.slots.get_mut(usize::from(number)).filter(|slot| slot.written != 0)
+    /// A slot that holds a request.
+    pub(super) fn held_mut(&mut self, number: u16) -> Option<&mut Slot> {
+        self.slots.get_mut(usize::from(number)).filter(|slot| slot.used.is_held())
     }
 
-    /// What is kept of the request in a slot that is taken, whatever its `written`.
+    /// The record of a request whose slot is in any state but [`SlotState::Free`].
     pub(super) fn record_mut(&mut self, number: u16) -> Option<&mut Record> {
         self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.record)
     }
 
-    /// Where else the request is whose slot is taken and has a `written` of 0: its place among the bounced ones, or
-    /// [`Slot::ORPHAN`]. `None`: the slot is not like that.
-    pub(super) fn elsewhere(&self, number: u16) -> Option<u16> {
-        self.slots.get(usize::from(number)).filter(|slot| slot.written == 0).map(|slot| slot.next)
+    /// The state of a slot; of none that does not exist.
+    pub(super) fn state(&self, number: u16) -> Option<SlotState> {
+        self.slots.get(usize::from(number)).map(Slot::state)
     }
 
-    /// Says where the request is whose slot has a `written` of 0.
-    pub(super) fn set_elsewhere(&mut self, number: u16, place: u16) {
-        if let Some(slot) = self.slots.get_mut(usize::from(number)) {
-            slot.next = place;
+    /// The index among the bounced requests of the one with this slot. `None`: it is not copied.
+    pub(super) fn bounced(&self, number: u16) -> Option<u16> {
+        match self.state(number)? {
+            SlotState::Bounced(index) => Some(index),
+            _ => None,
         }
     }
 
-    /// Nobody is to be given an answer in any slot that has a `written`.
+    /// The request with this slot is copied, and is at this index of the bounced ones.
+    pub(super) fn set_bounced(&mut self, number: u16, index: u16) {
+        if let Some(slot) = self.slots.get_mut(usize::from(number)) {
+            (slot.used, slot.link) = (UsedLength::NONE, Link::bounced(index));
+        }
+    }
+
+    /// No request that has a slot to itself is to be answered.
     pub(super) fn orphan_all(&mut self) {
-        for slot in self.slots.iter_mut().filter(|slot| slot.written != 0) {
-            (slot.written, slot.next) = (0, Slot::ORPHAN);
+        for slot in self.slots.iter_mut().filter(|slot| slot.used.is_held()) {
+            (slot.used, slot.link) = (UsedLength::NONE, Link(Link::ORPHANED));
         }
     }
 }

@@ -4,7 +4,6 @@ use nvme_driver::{BouncePool, QueuePair, Status};
 
 use super::Lane;
 use super::record::{ALONE, EXPIRED, FAILURE, LOST};
-use super::slots::Slot;
 use crate::blk::request::Operation;
 use crate::datapath::trial::Suspicion;
 
@@ -22,9 +21,9 @@ impl Lane {
     /// The controller was stopped before it answered the request with this token. True: it had not done so in time.
     pub(crate) fn unanswered(&mut self, token: u64) -> bool {
         let number = token as u16;
-        if self.slots.get_mut(number).is_some() {
+        if self.slots.held_mut(number).is_some() {
             self.retries.push(number, 0);
-        } else if self.slots.elsewhere(number).is_none_or(|place| place == Slot::ORPHAN) {
+        } else if self.slots.bounced(number).is_none() {
             let expired = self.slots.record_mut(number).is_some_and(|kept| kept.has(EXPIRED));
             self.complete_slow_path(number, Status::ABORTED_BY_HOST);
             return expired;

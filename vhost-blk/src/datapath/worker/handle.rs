@@ -10,6 +10,7 @@ use super::mailbox::{LaneId, Mail, Mailbox};
 use super::{LaneNumber, MAIL_DEADLINE, StillBusy, StopError, WorkerError};
 use crate::blk::disk::Disk;
 use crate::datapath::lane::{Lane, LaneState};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::memory::GuestMemory;
 
 /// Which worker has which lane: its number and mailbox. Only control threads look here, and no mail for a lane is sent without this
@@ -87,7 +88,7 @@ impl LaneHandle {
     pub fn begin_stop(self) -> StoppingLane {
         let (reply, lane) = mpsc::channel();
         self.address.send(Mail::StopLane { id: self.address.id, reply });
-        StoppingLane { address: self.address, name: self.name, lane, let_go: false, since: Instant::now() }
+        StoppingLane { address: self.address, name: self.name, lane, since: Instant::now() }
     }
 
     /// Gives the lane a memory table with more regions; its ring goes on meanwhile. In force on return.
@@ -146,8 +147,6 @@ pub struct StoppingLane {
     address: Address,
     name: String,
     lane: Receiver<Lane>,
-    /// Nobody is there for answers.
-    let_go: bool,
     /// When it was asked for.
     since: Instant,
 }
@@ -169,12 +168,10 @@ impl StoppingLane {
         self.address.send(Mail::EndMultiCommand { id: self.address.id });
     }
 
-    /// Waits for the drive no longer than it is there: what the lane has in flight ends as soon as the controller has been
-    /// stopped, with an error, or without `answer` as if it had never been taken; a log has it then as in flight. What was once
-    /// let go in this way is not answered later.
-    pub fn abandon(&mut self, answer: bool) {
-        self.let_go |= !answer;
-        self.address.send(Mail::Abandon { id: self.address.id, answer: !self.let_go });
+    /// Says what becomes of the requests that wait for the drive; what the drive has is waited for until the controller has been
+    /// stopped. After [`StopPolicy::LeaveInLog`] no other policy has an effect, and after [`StopPolicy::FailWaiting`] only that one.
+    pub fn set_policy(&self, policy: StopPolicy) {
+        self.address.send(Mail::SetStopPolicy { id: self.address.id, policy });
     }
 
     /// Waits for the requests in flight.

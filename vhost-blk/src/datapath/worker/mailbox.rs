@@ -15,6 +15,7 @@ use super::QueueSlotId;
 use crate::blk::disk::Disk;
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::{Lost, PollGroup, QueueResources};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::trial::{Seat, Suspicion};
 use crate::virtio::memory::GuestMemory;
 
@@ -112,9 +113,9 @@ pub(super) enum Mail {
     GiveUpDrive {
         slot: usize,
     },
-    Abandon {
+    SetStopPolicy {
         id: LaneId,
-        answer: bool,
+        policy: StopPolicy,
     },
     EndMultiCommand {
         id: LaneId,

@@ -251,7 +251,7 @@ impl WorkerPool {
             let result = catch_unwind(AssertUnwindSafe(|| worker.run()));
             mine.close();
             result.unwrap_or_else(|panic| {
-                worker.abandon();
+                worker.break_lanes();
                 let message = panic_message(panic.as_ref());
                 log::error!("worker {number} panicked, and the program ends for it: {message}");
                 let _ = events.send(WorkerEvent::WorkerDied { worker: number, message });

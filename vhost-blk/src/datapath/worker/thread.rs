@@ -318,7 +318,9 @@ impl Worker {
                     let _ = reply.send(self.group_mut(slot).is_some_and(|group| group.judge(suspicion)));
                 }
                 Mail::GiveUpDrive { slot } => self.group_mut(slot).into_iter().for_each(PollGroup::give_up),
-                Mail::Abandon { id, answer } => self.lane_mut(id).into_iter().for_each(|lane| lane.abandon(answer)),
+                Mail::SetStopPolicy { id, policy } => {
+                    self.lane_mut(id).into_iter().for_each(|lane| lane.set_stop_policy(policy));
+                }
                 Mail::EndMultiCommand { id } => self.lane_mut(id).into_iter().for_each(Lane::end_multi_command),
                 Mail::UpdateNamespaces { slot, namespaces } => {
                     let lanes = self.group_mut(slot).into_iter().flat_map(PollGroup::lanes_mut);
@@ -467,7 +469,7 @@ impl Worker {
     }
 
     /// After a panic: nobody serves these lanes any more.
-    pub(super) fn abandon(&mut self) {
+    pub(super) fn break_lanes(&mut self) {
         for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
             lane.state().set_broken();
         }

@@ -16,6 +16,7 @@ use super::connection::ConnectionHandler;
 use super::vring::{Addresses, Notifier, RingState};
 use super::{RING_FEATURES, Session};
 use crate::blk::config;
+use crate::datapath::stop_policy::StopPolicy;
 use crate::event::is_eventfd;
 use crate::vhost_user::export::Export;
 use crate::virtio::memory::RegionDescription;
@@ -301,7 +302,7 @@ impl Session {
     /// that the drive has not given yet.
     fn try_reset(&mut self) -> std::result::Result<(), String> {
         let running: Vec<usize> = self.running.keys().copied().collect();
-        self.pause_these(&running, true);
+        self.pause_these(&running, StopPolicy::LeaveInLog);
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
         if self.standing.serves {

@@ -19,6 +19,7 @@ use std::time::Instant;
 use crate::blk::config::{self, BlockConfig};
 use crate::blk::disk::Disk;
 use crate::datapath::lane::{Lane, LaneSetup};
+use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::worker::LaneHandle;
 use crate::drive::{Known, Lease};
 use crate::log_limit::Kind;
@@ -268,21 +269,21 @@ impl Session {
 
     /// Stops a ring if it runs, and keeps where it stopped. Its place stays with the caller.
     fn pause(&mut self, index: usize) -> Option<Lease> {
-        self.pause_these(&[index], false).pop().map(|(_, lease)| lease)
+        self.pause_these(&[index], StopPolicy::AnswerAll).pop().map(|(_, lease)| lease)
     }
 
     /// Stops every ring; what comes back is where each ran.
     fn pause_all(&mut self) -> Vec<(usize, Lease)> {
         let mut running: Vec<usize> = self.running.keys().copied().collect();
         running.sort_unstable();
-        self.pause_these(&running, false)
+        self.pause_these(&running, StopPolicy::AnswerAll)
     }
 
     /// Stops rings: all at once, so that a drive that does not answer is waited for once.
-    pub(super) fn pause_these(&mut self, rings: &[usize], forsaken: bool) -> Vec<(usize, Lease)> {
+    pub(super) fn pause_these(&mut self, rings: &[usize], policy: StopPolicy) -> Vec<(usize, Lease)> {
         let running = rings.iter().filter_map(|index| Some((*index, self.running.remove(index)?)));
         let stopping: Vec<_> = running
-            .map(|(index, RunningRing { handle, lease, .. })| (index, lease.begin_stop(handle, forsaken), lease))
+            .map(|(index, RunningRing { handle, lease, .. })| (index, lease.begin_stop(handle, policy), lease))
             .collect();
         let deadline = stopping.first().map_or_else(Instant::now, |(_, _, lease)| lease.stop_deadline());
         let mut paused = Vec::new();
@@ -331,7 +332,7 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         let running: Vec<usize> = self.running.keys().copied().collect();
-        self.pause_these(&running, true);
+        self.pause_these(&running, StopPolicy::LeaveInLog);
         if self.standing.serves {
             self.export.namespace.flushes.detach();
         }

@@ -1,0 +1,27 @@
+//! Whether a lane may take the next chain off its ring: the one place where that is decided.
+//!
+//! A chain that is not admitted stays in the guest's ring, where it costs nothing, and is asked for again in the lane's next turn.
+//! Every loop that takes chains asks here before each of them: the fast path, the slow path, and the one that does an earlier
+//! process's requests or refuses those of a lost drive. Requests that were taken already, and are tried again, are not asked for.
+
+use std::time::Instant;
+
+/// Chains that a lane takes in one turn, so that the lanes of a worker take turns.
+pub(crate) const BATCH: usize = 64;
+
+/// What one lane may take. Today that is [`BATCH`] chains in each turn, at any time.
+#[derive(Debug, Default)]
+pub(crate) struct Admission {}
+
+impl Admission {
+    /// Tells the time: every few milliseconds while the lane's worker is awake (`TICK` in `worker/thread.rs`), with a reading of
+    /// the clock that the worker has made anyway. No turn makes one for this.
+    #[inline(always)]
+    pub(crate) fn tick(&mut self, _now: Instant) {}
+
+    /// May the lane take one more chain, having taken `taken` in this turn?
+    #[inline(always)]
+    pub(crate) fn admits(&mut self, taken: usize) -> bool {
+        taken < BATCH
+    }
+}
