@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nvme_driver::{Controller, Error};
 use vfio::{Device, DmaAddresses, Notice, ServerIdentity};
 
-use super::shares::Place;
+use super::shares::LeasedSlot;
 use super::{Attached, Condition, Drive, State};
 use crate::datapath::trial::{Suspicion, Trial};
 
@@ -82,7 +82,7 @@ impl Drive {
     /// wait for the drive to be reattached. A device that is gone or cannot be reset is closed. Does nothing if the drive is
     /// detached already.
     pub fn detach(&self, cause: DetachCause) {
-        // With this lock no place appears that would be missed here.
+        // With this lock no slot appears that would be missed here.
         let mut state = self.state();
         let since = Instant::now();
         if !matches!(state.condition, Condition::Attached(_)) {
@@ -90,15 +90,15 @@ impl Drive {
         }
         let condition = std::mem::replace(&mut state.condition, Condition::Closed);
         let Condition::Attached(Attached { device, controller, unsafe_shutdowns, .. }) = condition else { return };
-        let places = self.shares().places().to_vec();
+        let slots = self.shares().slots().to_vec();
         // What disappears has lost its power.
         let mut cache_lost = matches!(cause, DetachCause::Gone(_));
         log::error!("{}: out of operation: {cause}; requests wait for it, {:?} at most", self.name, self.hold);
-        // As long as there is this seat, places that are paused wait.
+        // As long as there is this seat, slots that are paused wait.
         let pause = Arc::new(Trial::default());
         let seat = pause.seat();
         if let DetachCause::WantedBack = cause
-            && let Err(error) = self.shut_down(&controller, &places, &pause)
+            && let Err(error) = self.shut_down(&controller, &slots, &pause)
         {
             log::warn!("{}: it goes without having saved its cache: {error}", self.name);
             cache_lost = true;
@@ -117,9 +117,9 @@ impl Drive {
         let detached =
             Detached { cause, since, hold_expired: false, cache_lost, unsafe_shutdowns, addresses, server, kept: None };
         let mut lost = Vec::new();
-        for place in &places {
-            match self.pool.fail_queue_pair(place.id) {
-                Ok(place) => lost.extend(place),
+        for slot in &slots {
+            match self.pool.fail_queue_pair(slot.id) {
+                Ok(slot) => lost.extend(slot),
                 Err(error) => log::error!("{}: {error}", self.name),
             }
         }
@@ -132,7 +132,7 @@ impl Drive {
             false => Suspicion::Nobody,
         };
         // All of them are asked.
-        let judged = places.iter().map(|place| self.pool.judge(place.id, suspicion));
+        let judged = slots.iter().map(|slot| self.pool.judge(slot.id, suspicion));
         state.last_tries = judged.fold(false, |some, last_tries| some | last_tries.unwrap_or(false));
         state.trial = None;
         // The controller's own memory goes when it has been told to leave it alone, and before the device.
@@ -171,10 +171,10 @@ impl Drive {
 
     /// Shuts the controller down, so that it saves its cache: submission stops, outstanding commands are waited for, then CC.SHN is
     /// set (NVMe Base 2.0, 3.6.1).
-    fn shut_down(&self, controller: &Controller, places: &[Place], pause: &Arc<Trial>) -> Result<(), Error> {
+    fn shut_down(&self, controller: &Controller, slots: &[LeasedSlot], pause: &Arc<Trial>) -> Result<(), Error> {
         let deadline = Instant::now() + self.options.io_timeout;
         loop {
-            let out = places.iter().map(|place| self.pool.pause(place.id, pause.onlooker()));
+            let out = slots.iter().map(|slot| self.pool.pause(slot.id, pause.onlooker()));
             // A worker that is gone gives nothing to the drive either.
             let out: usize = out.map(|out| out.unwrap_or(0)).sum();
             if out == 0 {
@@ -206,6 +206,6 @@ impl Drive {
         let Condition::Detached(detached @ Detached { hold_expired: false, .. }) = &mut state.condition else { return };
         detached.hold_expired = true;
         log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
-        self.shares().places().iter().for_each(|place| self.pool.give_up(place.id));
+        self.shares().slots().iter().for_each(|slot| self.pool.give_up(slot.id));
     }
 }

@@ -1,4 +1,5 @@
-//! The places of lanes on a drive's queue pairs: how they are had, moved and given back. Who has which: see `shares`.
+//! Leases of queue slots: how rings get queue pairs of a drive, change them and give them back. `shares` decides which ring has
+//! which.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -40,8 +41,8 @@ pub struct Share {
 }
 
 impl Share {
-    /// A place for one lane: on a queue pair of its own on `worker`, or, when the controller grants no more, on one that it shares
-    /// until there is one. `ring_size` is in entries. There is a place also while the drive is away.
+    /// Leases a queue slot for a lane: one of its own on `worker` or, when the controller grants no more queue pairs, one that it
+    /// shares until another is free. `ring_size` is in entries. Works also while the drive is detached.
     ///
     /// # Errors
     /// The program ends, or there is no queue pair at all.
@@ -57,7 +58,7 @@ impl Share {
                         Some(number) => break number,
                         None => state.granted,
                     },
-                    Condition::Detached(detached) if drive.shares().places().len() < usize::from(state.granted) => {
+                    Condition::Detached(detached) if drive.shares().slots().len() < usize::from(state.granted) => {
                         let id = drive.pool.add_empty_slot(worker, detached.hold_expired);
                         drive.pairs().insert(id);
                         break drive.shares().add(*disk, entries, id);
@@ -66,9 +67,11 @@ impl Share {
                     Condition::Closed => return Err(Error::Closed { drive: drive.to_string() }),
                 }
             };
-            match drive.new_way(entries) {
-                Ok(Some(way)) => {
-                    if let Some(number) = drive.add_way(worker, way, |shares, id| shares.add(*disk, entries, id)) {
+            match drive.new_queue(entries) {
+                Ok(Some(resources)) => {
+                    if let Some(number) =
+                        drive.add_queue(worker, resources, |shares, id| shares.add(*disk, entries, id))
+                    {
                         break number;
                     }
                 }
@@ -90,7 +93,7 @@ impl Share {
         Ok(Lease { drive: drive.clone(), number })
     }
 
-    /// A place that others have, too.
+    /// Leases a queue slot that other rings have, too.
     fn join(&self, worker: usize, entries: u16, granted: u16) -> Result<LeaseNumber, Error> {
         let Share { drive, disk } = self;
         let joined = drive.shares().join(*disk, worker, entries, granted);
@@ -122,7 +125,7 @@ impl Drive {
     }
 
     /// A queue pair on the controller, and what belongs to it.
-    pub(super) fn make_way(
+    pub(super) fn make_queue(
         &self,
         device: &Device,
         controller: &Controller,
@@ -142,12 +145,12 @@ impl Drive {
 
     /// The same on the controller that is there just now; `None`: there is none. The controller is asked without a lock: a drive
     /// that does not answer can be taken away meanwhile.
-    fn new_way(&self, entries: u16) -> Result<Option<NewWay>, Error> {
+    fn new_queue(&self, entries: u16) -> Result<Option<NewQueue>, Error> {
         let (device, controller, since) = match &self.state().condition {
             Condition::Attached(attached) => (attached.device.clone(), attached.controller.clone(), attached.since),
             _ => return Ok(None),
         };
-        Ok(Some(NewWay { way: self.make_way(&device, &controller, entries)?, since }))
+        Ok(Some(NewQueue { resources: self.make_queue(&device, &controller, entries)?, since }))
     }
 
     /// An error if nothing can be asked of the controller that is there.
@@ -158,22 +161,28 @@ impl Drive {
         }
     }
 
-    /// Puts a queue pair on a worker, in a new place, and has that noted. `None`: its controller is not there any more.
-    fn add_way<T>(&self, worker: usize, new: NewWay, note: impl FnOnce(&mut Shares, QueueSlotId) -> T) -> Option<T> {
+    /// Puts a queue pair on a worker, in a new slot, and calls `note` with the slot's id. `None`: the queue pair's controller has been
+    /// detached meanwhile.
+    fn add_queue<T>(
+        &self,
+        worker: usize,
+        new: NewQueue,
+        note: impl FnOnce(&mut Shares, QueueSlotId) -> T,
+    ) -> Option<T> {
         let state = self.state();
         let there = matches!(&state.condition, Condition::Attached(attached) if attached.since == new.since);
         if !there {
             return None;
         }
         let id = match &state.trial {
-            Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, new.way, trial.onlooker()),
-            _ => self.pool.add_queue_pair(worker, new.way),
+            Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, new.resources, trial.onlooker()),
+            _ => self.pool.add_queue_pair(worker, new.resources),
         };
         self.pairs().insert(id);
         Some(note(&mut self.shares(), id))
     }
 
-    /// Gives the queue pairs of places that nobody has any more back to the controller, as far as their lanes have left.
+    /// Deletes the queue pairs of slots that no ring has any more and whose lanes have left.
     pub(super) fn take_away_leaving(&self) {
         let leaving = self.shares().leaving();
         for id in leaving {
@@ -226,9 +235,9 @@ impl Drive {
                 State { condition: Condition::Attached(_), granted, .. } => *granted,
                 _ => return false,
             };
-            let Some(gift) = self.shares().next_gift(granted) else { break };
-            let way = match self.new_way(gift.entries) {
-                Ok(Some(way)) => way,
+            let Some(grant) = self.shares().next_grant(granted) else { break };
+            let resources = match self.new_queue(grant.entries) {
+                Ok(Some(resources)) => resources,
                 Ok(None) => return false,
                 Err(Error::NoQueuePairsLeft { .. }) => break,
                 Err(error) => {
@@ -236,8 +245,8 @@ impl Drive {
                     break;
                 }
             };
-            let given = self.add_way(gift.worker, way, |shares, id| {
-                let (lane, line) = shares.give(gift, id);
+            let given = self.add_queue(grant.worker, resources, |shares, id| {
+                let (lane, line) = shares.give(grant, id);
                 line.into_iter().for_each(|line| log::info!("{line}"));
                 lane.into_iter().for_each(|lane| self.pool.move_lane(lane, id));
             });
@@ -250,25 +259,25 @@ impl Drive {
             return false;
         }
         let mut shares = self.shares();
-        while let Some(merger) = shares.next_return() {
-            merger.lanes.iter().for_each(|lane| self.pool.move_lane(*lane, merger.into));
+        while let Some(merge) = shares.next_return() {
+            merge.lanes.iter().for_each(|lane| self.pool.move_lane(*lane, merge.into));
         }
-        while let Some((merger, line)) = shares.next_merger(state.granted) {
+        while let Some((merge, line)) = shares.next_merge(state.granted) {
             line.into_iter().for_each(|line| log::info!("{line}"));
-            merger.lanes.iter().for_each(|lane| self.pool.move_lane(*lane, merger.into));
+            merge.lanes.iter().for_each(|lane| self.pool.move_lane(*lane, merge.into));
         }
         !shares.leaving().is_empty()
     }
 }
 
-/// A queue pair that has no place yet.
-struct NewWay {
-    way: QueueResources,
+/// A queue pair that is in no slot yet.
+struct NewQueue {
+    resources: QueueResources,
     /// Names the controller: since when it is there.
     since: Instant,
 }
 
-/// A lane's right to a place on a queue pair; given back when dropped. Which one may change while the lane runs.
+/// A lane's lease of a queue slot; it ends when this is dropped. The slot may change while the lane runs.
 pub struct Lease {
     drive: Arc<Drive>,
     number: LeaseNumber,
@@ -278,8 +287,8 @@ impl Lease {
     /// Puts a lane there.
     pub fn start(&self, lane: Lane) -> LaneHandle {
         let mut shares = self.drive.shares();
-        let place = shares.place_of(self.number).expect("a lease has a place until it is dropped");
-        let handle = self.drive.pool.start_lane(place, lane);
+        let slot = shares.slot_of(self.number).expect("a lease has a slot until it ends");
+        let handle = self.drive.pool.start_lane(slot, lane);
         shares.set_lane(self.number, Some(handle.number()));
         handle
     }

@@ -74,7 +74,7 @@ pub struct Drive {
     memory: DmaScope,
     /// Taken before anything else that locks.
     state: Mutex<State>,
-    /// Who has which place. Taken after `state`.
+    /// Which ring has which queue slot. Taken after `state`.
     shares: Mutex<Shares>,
     reports: Mutex<Reports>,
     /// Limits the log lines about queue pairs, which front-ends cause by starting and stopping rings.
@@ -83,7 +83,7 @@ pub struct Drive {
     supervisor_event: EventFd,
     /// Wakes whoever deals out queue pairs.
     monitor_event: EventFd,
-    /// The places in use, for whoever must not wait for `state`.
+    /// Ids of the queue slots in use, for those who must not wait for `state`.
     pairs: Mutex<HashSet<QueueSlotId>>,
     /// Commands that were not answered in time; the supervisor takes them.
     expired: Mutex<Option<Expired>>,

@@ -55,10 +55,10 @@ impl Drive {
         let cache_lost = detached.cache_lost || lost_power || !lived_on;
         self.fold(&attached.controller);
         // The drive's own memory first: however much guests have, it can be had.
-        let places = self.shares().places().to_vec();
-        let ways = places.iter().map(|place| self.make_way(&attached.device, &attached.controller, place.entries));
-        let ways = match ways.collect::<Result<Vec<_>, _>>() {
-            Ok(ways) => ways,
+        let slots = self.shares().slots().to_vec();
+        let queues = slots.iter().map(|slot| self.make_queue(&attached.device, &attached.controller, slot.entries));
+        let queues = match queues.collect::<Result<Vec<_>, _>>() {
+            Ok(queues) => queues,
             Err(error) => {
                 return Err(OpenError::Unusable(Failure::Queue(error).into()));
             }
@@ -83,14 +83,14 @@ impl Drive {
         // From here on what is reported concerns this life.
         attached.since = Instant::now();
         state.trial = state.last_tries.then(Arc::default);
-        // Before any place goes on: what lanes hold is for the namespaces as they are now.
+        // Before any slot goes on: what lanes hold is for the namespaces as they are now.
         let known: Arc<[_]> = state.namespaces.iter().map(|namespace| namespace.known().usable()).collect();
-        places.iter().for_each(|place| self.pool.learn(place.id, known.clone()));
-        let seats: Vec<_> = places.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
-        for ((place, way), seat) in places.iter().zip(ways).zip(seats) {
+        slots.iter().for_each(|slot| self.pool.learn(slot.id, known.clone()));
+        let seats: Vec<_> = slots.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
+        for ((slot, queue), seat) in slots.iter().zip(queues).zip(seats) {
             match seat {
-                Some(seat) => self.pool.restore_on_trial(place.id, way, seat),
-                None => self.pool.restore_queue_pair(place.id, way),
+                Some(seat) => self.pool.restore_on_trial(slot.id, queue, seat),
+                None => self.pool.restore_queue_pair(slot.id, queue),
             }
         }
         state.granted = attached.controller.max_queue_pairs();
@@ -101,13 +101,13 @@ impl Drive {
         Ok(())
     }
 
-    /// If the controller grants fewer queue pairs than there are places, rings share them until there are more (`deal`).
+    /// If the controller grants fewer queue pairs than there are slots, rings share them until there are more (`deal`).
     fn fold(&self, controller: &Controller) {
         let granted = controller.max_queue_pairs();
-        // Who starts a lane at a place has told the worker so before this, or finds another place afterwards.
+        // Who starts a lane at a slot has told the worker so before this, or finds another slot afterwards.
         let (wanted, folds) = {
             let mut shares = self.shares();
-            (shares.places().len(), shares.fold(granted))
+            (shares.slots().len(), shares.fold(granted))
         };
         if folds.is_empty() {
             return;

@@ -3,7 +3,7 @@
 //! Each disk has a share of what the controller grants: as configured, else an even part. As long as some are free a disk may have
 //! more than that. When another one wants its share, the surplus goes back: rings of the one disk move together, on their worker,
 //! and a ring of the other gets the queue pair that becomes free. Until then, and when all have their share, rings share one, those
-//! of one disk with each other if they can. A drive that comes back with fewer queue pairs takes places away (`Shares::fold`); their
+//! of one disk with each other if they can. A drive that comes back with fewer queue pairs takes slots away (`Shares::fold`); their
 //! rings share others until there are more.
 //!
 //! Here is only decided; see `leases` for what is done.
@@ -15,26 +15,26 @@ pub(super) type DiskNumber = u64;
 /// Names a lease.
 pub(super) type LeaseNumber = u64;
 
-/// A place for a queue pair on a worker.
+/// A queue slot that is leased, or that is about to go.
 #[derive(Clone, Copy)]
-pub(super) struct Place {
+pub(super) struct LeasedSlot {
     pub id: QueueSlotId,
     pub entries: u16,
     /// The disk that it counts for.
     owner: DiskNumber,
-    /// It has no leases any more, and goes when its lanes have moved to another.
+    /// No ring leases it any more; it is removed when its lanes have left.
     leaving: bool,
-    /// It goes because another disk wants it.
+    /// It is removed because another disk has a right to its queue pair.
     surrendered: bool,
 }
 
-/// A ring's right to a place.
+/// A ring's lease of a queue slot.
 struct Leased {
     number: LeaseNumber,
     disk: DiskNumber,
-    place: QueueSlotId,
+    slot: QueueSlotId,
     entries: u16,
-    /// What runs there.
+    /// The lane that runs there.
     lane: Option<LaneNumber>,
 }
 
@@ -46,7 +46,7 @@ struct DiskShare {
     told: Told,
 }
 
-/// What was logged, once.
+/// What was logged of a disk, so that it is logged once.
 #[derive(Default)]
 struct Told {
     shares: bool,
@@ -56,30 +56,30 @@ struct Told {
 
 /// A ring that is to have a queue pair of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Gift {
+pub(super) struct Grant {
     pub lease: LeaseNumber,
     pub worker: usize,
     pub entries: u16,
 }
 
-/// Lanes that are to move to another place, so that theirs is free.
+/// Lanes that are to move to another slot, so that their own becomes free.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Merger {
+pub(super) struct Merge {
     pub lanes: Vec<LaneNumber>,
     pub into: QueueSlotId,
 }
 
-/// A place that is not there any more, while the drive is away; its lanes are to go on at another.
+/// A slot that is removed while the drive is detached; its lanes go on at another.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Fold {
     pub from: QueueSlotId,
     pub into: QueueSlotId,
 }
 
-/// See the module.
+/// The leases of a drive's queue slots, and the disks that have them.
 #[derive(Default)]
 pub(super) struct Shares {
-    places: Vec<Place>,
+    slots: Vec<LeasedSlot>,
     leases: Vec<Leased>,
     disks: Vec<DiskShare>,
     next: u64,
@@ -103,36 +103,36 @@ impl Shares {
         self.disks.retain(|disk| disk.number != number);
     }
 
-    /// All places.
-    pub(super) fn places(&self) -> &[Place] {
-        &self.places
+    /// All slots, those that are about to go included.
+    pub(super) fn slots(&self) -> &[LeasedSlot] {
+        &self.slots
     }
 
-    /// A lease of a place of its own.
+    /// Adds a lease of a slot of its own.
     pub(super) fn add(&mut self, disk: DiskNumber, entries: u16, id: QueueSlotId) -> LeaseNumber {
-        self.places.push(Place { id, entries, owner: disk, leaving: false, surrendered: false });
+        self.slots.push(LeasedSlot { id, entries, owner: disk, leaving: false, surrendered: false });
         let number = self.number();
-        self.leases.push(Leased { number, disk, place: id, entries, lane: None });
+        self.leases.push(Leased { number, disk, slot: id, entries, lane: None });
         number
     }
 
-    /// A lease of a place that the disk has just left, and that has not gone yet: a guest that starts its device anew is back at once.
+    /// Leases again a slot that the disk has just left and that is not removed yet: a guest that restarts its device is back at once.
     pub(super) fn reclaim(&mut self, disk: DiskNumber, worker: usize, entries: u16) -> Option<LeaseNumber> {
-        let fits = |place: &&mut Place| {
-            place.leaving
-                && !place.surrendered
-                && (place.owner, place.id.worker()) == (disk, worker)
-                && place.entries >= entries
+        let fits = |slot: &&mut LeasedSlot| {
+            slot.leaving
+                && !slot.surrendered
+                && (slot.owner, slot.id.worker()) == (disk, worker)
+                && slot.entries >= entries
         };
-        let place = self.places.iter_mut().find(fits)?;
-        place.leaving = false;
-        let id = place.id;
+        let slot = self.slots.iter_mut().find(fits)?;
+        slot.leaving = false;
+        let id = slot.id;
         let number = self.number();
-        self.leases.push(Leased { number, disk, place: id, entries, lane: None });
+        self.leases.push(Leased { number, disk, slot: id, entries, lane: None });
         Some(number)
     }
 
-    /// A lease of a place that others have, too; and a line for the log. `None`: there is no place at all.
+    /// Adds a lease of a slot that other rings have, too. Returns the lease and a line for the log. `None`: there is no slot at all.
     pub(super) fn join(
         &mut self,
         disk: DiskNumber,
@@ -140,13 +140,13 @@ impl Shares {
         entries: u16,
         granted: u16,
     ) -> Option<(LeaseNumber, Option<String>)> {
-        let places = self.places.iter().filter(|place| !place.leaving);
+        let slots = self.slots.iter().filter(|slot| !slot.leaving);
         // With rings of the same disk, for whom it makes least difference; then on the wanted worker.
-        let place = places
-            .min_by_key(|place| (place.owner != disk, place.id.worker() != worker, self.leases_at(place.id).count()))?
+        let slot = slots
+            .min_by_key(|slot| (slot.owner != disk, slot.id.worker() != worker, self.leases_at(slot.id).count()))?
             .id;
         let number = self.number();
-        self.leases.push(Leased { number, disk, place, entries, lane: None });
+        self.leases.push(Leased { number, disk, slot, entries, lane: None });
         let share = self.share(disk, granted);
         let disk = self.disks.iter_mut().find(|known| known.number == disk);
         let line = disk.filter(|disk| !disk.told.shares).map(|disk| {
@@ -161,63 +161,63 @@ impl Shares {
     }
 
     /// Where a lease's lane is started.
-    pub(super) fn place_of(&self, lease: LeaseNumber) -> Option<QueueSlotId> {
-        self.leases.iter().find(|leased| leased.number == lease).map(|leased| leased.place)
+    pub(super) fn slot_of(&self, lease: LeaseNumber) -> Option<QueueSlotId> {
+        self.leases.iter().find(|leased| leased.number == lease).map(|leased| leased.slot)
     }
 
-    /// What runs there.
+    /// Notes the lane that runs at a lease's slot.
     pub(super) fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneNumber>) {
         self.leases.iter_mut().filter(|leased| leased.number == lease).for_each(|leased| leased.lane = lane);
     }
 
-    /// The lease ends. Returns its place if nobody has that any more: it is to go.
+    /// Ends a lease. Returns its slot if no other ring leases that: it is to be removed.
     pub(super) fn remove(&mut self, lease: LeaseNumber) -> Option<QueueSlotId> {
         let at = self.leases.iter().position(|leased| leased.number == lease)?;
-        let id = self.leases.swap_remove(at).place;
+        let id = self.leases.swap_remove(at).slot;
         let heirs: Vec<DiskNumber> = self.leases_at(id).map(|leased| leased.disk).collect();
-        let place = self.places.iter_mut().find(|place| place.id == id)?;
+        let slot = self.slots.iter_mut().find(|slot| slot.id == id)?;
         if heirs.is_empty() {
-            place.leaving = true;
+            slot.leaving = true;
             return Some(id);
         }
-        if !heirs.contains(&place.owner) {
-            place.owner = heirs[0];
+        if !heirs.contains(&slot.owner) {
+            slot.owner = heirs[0];
         }
         None
     }
 
-    /// A place is not there any more.
+    /// Forgets a slot that was removed.
     pub(super) fn forget(&mut self, id: QueueSlotId) {
-        self.places.retain(|place| place.id != id);
+        self.slots.retain(|slot| slot.id != id);
     }
 
-    /// Is this place still to go?
+    /// Whether this slot is still to be removed.
     pub(super) fn is_leaving(&self, id: QueueSlotId) -> bool {
-        self.places.iter().any(|place| place.id == id && place.leaving)
+        self.slots.iter().any(|slot| slot.id == id && slot.leaving)
     }
 
     /// Places that are to go when their lanes have gone.
     pub(super) fn leaving(&self) -> Vec<QueueSlotId> {
-        self.places.iter().filter(|place| place.leaving).map(|place| place.id).collect()
+        self.slots.iter().filter(|slot| slot.leaving).map(|slot| slot.id).collect()
     }
 
     fn leases_at(&self, id: QueueSlotId) -> impl Iterator<Item = &Leased> {
-        self.leases.iter().filter(move |leased| leased.place == id)
+        self.leases.iter().filter(move |leased| leased.slot == id)
     }
 
-    /// The drive comes back and grants so many queue pairs, at least 1: if there are more places, which of them fold into others, one
+    /// The drive comes back and grants so many queue pairs, at least 1: if there are more slots, which of them fold into others, one
     /// after the other. They are not there any more.
     pub(super) fn fold(&mut self, granted: u16) -> Vec<Fold> {
         let mut folds = Vec::new();
-        while self.places.len() > usize::from(granted.max(1))
+        while self.slots.len() > usize::from(granted.max(1))
             && let Some((from, into)) = self.next_fold(granted)
         {
-            let gone = self.places.remove(from);
-            let into = self.places.iter_mut().find(|place| place.id == into).expect("it was found among them");
+            let gone = self.slots.remove(from);
+            let into = self.slots.iter_mut().find(|slot| slot.id == into).expect("it was found among them");
             into.entries = into.entries.max(gone.entries);
             let fold = Fold { from: gone.id, into: into.id };
-            for leased in self.leases.iter_mut().filter(|leased| leased.place == fold.from) {
-                leased.place = fold.into;
+            for leased in self.leases.iter_mut().filter(|leased| leased.slot == fold.from) {
+                leased.slot = fold.into;
                 let disk = self.disks.iter_mut().find(|disk| disk.number == leased.disk);
                 // It is told again when it has one of its own again.
                 disk.into_iter().for_each(|disk| disk.told.has_own = false);
@@ -227,26 +227,27 @@ impl Shares {
         folds
     }
 
-    /// The first of them: where among the places it is, and which other one takes its lanes.
+    /// The first of them: where among the slots it is, and which other one takes its lanes.
     fn next_fold(&self, granted: u16) -> Option<(usize, QueueSlotId)> {
-        let counts: Vec<usize> = self.places.iter().map(|place| self.leases_at(place.id).count()).collect();
-        let surplus = |place: &Place| i32::from(self.pairs(place.owner)) - i32::from(self.share(place.owner, granted));
-        let surplus: Vec<i32> = self.places.iter().map(surplus).collect();
-        let pairs = (0..self.places.len()).flat_map(|from| (0..self.places.len()).map(move |into| (from, into)));
+        let counts: Vec<usize> = self.slots.iter().map(|slot| self.leases_at(slot.id).count()).collect();
+        let surplus =
+            |slot: &LeasedSlot| i32::from(self.pairs(slot.owner)) - i32::from(self.share(slot.owner, granted));
+        let surplus: Vec<i32> = self.slots.iter().map(surplus).collect();
+        let pairs = (0..self.slots.len()).flat_map(|from| (0..self.slots.len()).map(move |into| (from, into)));
         let (from, into) = pairs.filter(|(from, into)| from != into).min_by_key(|&(from, into)| {
-            let [gone, heir] = [from, into].map(|at| &self.places[at]);
+            let [gone, heir] = [from, into].map(|at| &self.slots[at]);
             // What nobody has any more first. Then rings of one disk share, of that which has most beyond its share, if they can on
             // their worker; as few as can be, and those that came last.
             (
                 (!gone.leaving, heir.leaving, gone.owner != heir.owner),
                 (-surplus[from], gone.id.worker() != heir.id.worker()),
-                (counts[from] + counts[into], self.places.len() - from, into),
+                (counts[from] + counts[into], self.slots.len() - from, into),
             )
         })?;
-        Some((from, self.places[into].id))
+        Some((from, self.slots[into].id))
     }
 
-    /// How many queue pairs a disk may count on.
+    /// Queue pairs that a disk may rely on: its share.
     fn share(&self, disk: DiskNumber, granted: u16) -> u16 {
         let wanted = |disk: &DiskShare| disk.wanted;
         if let Some(wanted) = self.disks.iter().find(|known| known.number == disk).and_then(wanted) {
@@ -257,18 +258,18 @@ impl Shares {
         (u32::from(granted).saturating_sub(fixed) as usize / others).max(1) as u16
     }
 
-    /// How many it has.
+    /// Queue pairs that a disk has.
     fn pairs(&self, disk: DiskNumber) -> u16 {
-        self.places.iter().filter(|place| place.owner == disk && !place.leaving).count() as u16
+        self.slots.iter().filter(|slot| slot.owner == disk && !slot.leaving).count() as u16
     }
 
-    /// Its leases that share a place: all but the first of its own ones at a place of its own.
+    /// Its leases that share a slot: all but the first of its own ones at a slot of its own.
     fn sharing(&self, disk: DiskNumber) -> impl Iterator<Item = &Leased> {
         self.leases.iter().filter(move |leased| {
-            let place = self.places.iter().find(|place| place.id == leased.place);
-            let at_home = place.is_some_and(|place| place.owner == disk)
+            let slot = self.slots.iter().find(|slot| slot.id == leased.slot);
+            let at_home = slot.is_some_and(|slot| slot.owner == disk)
                 && self
-                    .leases_at(leased.place)
+                    .leases_at(leased.slot)
                     .filter(|other| other.disk == disk)
                     .all(|other| leased.number <= other.number);
             leased.disk == disk && !at_home
@@ -276,24 +277,24 @@ impl Shares {
     }
 
     /// Who is to have the next queue pair that is free.
-    pub(super) fn next_gift(&self, granted: u16) -> Option<Gift> {
+    pub(super) fn next_grant(&self, granted: u16) -> Option<Grant> {
         let disks = self.disks.iter().map(|disk| disk.number);
         let wanting = disks.filter_map(|disk| Some((disk, self.sharing(disk).min_by_key(|leased| leased.number)?)));
         let (_, leased) = wanting.min_by_key(|(disk, _)| {
             let pairs = self.pairs(*disk);
             (pairs >= self.share(*disk, granted), pairs, *disk)
         })?;
-        Some(Gift { lease: leased.number, worker: leased.place.worker(), entries: leased.entries })
+        Some(Grant { lease: leased.number, worker: leased.slot.worker(), entries: leased.entries })
     }
 
-    /// The gift is made: this place. Returns what has to move there, and a line for the log.
-    pub(super) fn give(&mut self, gift: Gift, id: QueueSlotId) -> (Option<LaneNumber>, Option<String>) {
-        let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == gift.lease) else {
+    /// Notes that a grant was carried out, with this slot. Returns the lane that has to move there, and a line for the log.
+    pub(super) fn give(&mut self, grant: Grant, id: QueueSlotId) -> (Option<LaneNumber>, Option<String>) {
+        let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == grant.lease) else {
             return (None, None);
         };
-        leased.place = id;
+        leased.slot = id;
         let (owner, lane) = (leased.disk, leased.lane);
-        self.places.push(Place { id, entries: gift.entries, owner, leaving: false, surrendered: false });
+        self.slots.push(LeasedSlot { id, entries: grant.entries, owner, leaving: false, surrendered: false });
         let disk = self.disks.iter_mut().find(|disk| disk.number == owner);
         let line = disk.filter(|disk| !disk.told.has_own).map(|disk| {
             disk.told.has_own = true;
@@ -304,26 +305,26 @@ impl Shares {
 
     /// A ring that uses another disk's queue pair while its own has one on the same worker: what has to move where, as far as it
     /// runs. `None`: there are none any more.
-    pub(super) fn next_return(&mut self) -> Option<Merger> {
+    pub(super) fn next_return(&mut self) -> Option<Merge> {
         let own = |leased: &Leased| {
-            let mine = |place: &&Place| place.owner == leased.disk && !place.leaving;
-            let at = leased.place.worker();
-            let here = self.places.iter().filter(mine).filter(|place| place.id.worker() == at);
-            here.min_by_key(|place| self.leases_at(place.id).count()).map(|place| place.id)
+            let mine = |slot: &&LeasedSlot| slot.owner == leased.disk && !slot.leaving;
+            let at = leased.slot.worker();
+            let here = self.slots.iter().filter(mine).filter(|slot| slot.id.worker() == at);
+            here.min_by_key(|slot| self.leases_at(slot.id).count()).map(|slot| slot.id)
         };
         let abroad = |leased: &Leased| {
-            let at = self.places.iter().find(|place| place.id == leased.place);
-            at.is_some_and(|place| place.owner != leased.disk)
+            let at = self.slots.iter().find(|slot| slot.id == leased.slot);
+            at.is_some_and(|slot| slot.owner != leased.disk)
         };
         let (at, into) =
             (0..).zip(&self.leases).find_map(|(at, leased)| Some((at, own(leased).filter(|_| abroad(leased))?)))?;
         let leased: &mut Leased = &mut self.leases[at];
-        leased.place = into;
-        Some(Merger { lanes: leased.lane.into_iter().collect(), into })
+        leased.slot = into;
+        Some(Merge { lanes: leased.lane.into_iter().collect(), into })
     }
 
-    /// A place that a disk has beyond its share, while another has less and wants it: its lanes are to move. And a line for the log.
-    pub(super) fn next_merger(&mut self, granted: u16) -> Option<(Merger, Option<String>)> {
+    /// A slot that a disk has beyond its share, while another has less and wants it: its lanes are to move. And a line for the log.
+    pub(super) fn next_merge(&mut self, granted: u16) -> Option<(Merge, Option<String>)> {
         let missing = |disk: &DiskShare| {
             let short = self.share(disk.number, granted).saturating_sub(self.pairs(disk.number));
             usize::from(short).min(self.sharing(disk.number).count())
@@ -336,23 +337,22 @@ impl Shares {
         let mut givers: Vec<_> = self.disks.iter().filter(|disk| surplus(disk) > 0).collect();
         givers.sort_by_key(|disk| std::cmp::Reverse(surplus(disk)));
         let (owner, from, into) = givers.into_iter().find_map(|disk| {
-            let mut own: Vec<_> =
-                self.places.iter().filter(|place| place.owner == disk.number && !place.leaving).collect();
-            own.sort_by_key(|place| self.leases_at(place.id).count());
+            let mut own: Vec<_> = self.slots.iter().filter(|slot| slot.owner == disk.number && !slot.leaving).collect();
+            own.sort_by_key(|slot| self.leases_at(slot.id).count());
             // Lanes stay on their worker.
             let pairs =
                 own.iter().enumerate().flat_map(|(at, from)| own[at + 1..].iter().map(move |into| (*from, *into)));
             let mut fitting = pairs.filter(|(from, into)| from.id.worker() == into.id.worker());
             fitting.next().map(|(from, into)| (disk.number, from.id, into.id))
         })?;
-        let surrender = |place: &mut Place| (place.leaving, place.surrendered) = (true, true);
-        self.places.iter_mut().filter(|place| place.id == from).for_each(surrender);
-        let moving = self.leases.iter_mut().filter(|leased| leased.place == from);
+        let surrender = |slot: &mut LeasedSlot| (slot.leaving, slot.surrendered) = (true, true);
+        self.slots.iter_mut().filter(|slot| slot.id == from).for_each(surrender);
+        let moving = self.leases.iter_mut().filter(|leased| leased.slot == from);
         let lanes = moving.filter_map(|leased| {
-            leased.place = into;
+            leased.slot = into;
             leased.lane
         });
-        let merger = Merger { lanes: lanes.collect(), into };
+        let merge = Merge { lanes: lanes.collect(), into };
         let share = self.share(owner, granted);
         let disk = self.disks.iter_mut().find(|disk| disk.number == owner);
         let line = disk.filter(|disk| !disk.told.gives_back).map(|disk| {
@@ -363,7 +363,7 @@ impl Shares {
                 disk.name
             )
         });
-        Some((merger, line))
+        Some((merge, line))
     }
 }
 
@@ -390,7 +390,7 @@ mod tests {
         }
 
         fn is_free(&self) -> bool {
-            self.shares.places.len() < usize::from(self.granted)
+            self.shares.slots.len() < usize::from(self.granted)
         }
 
         fn start(&mut self, disk: DiskNumber, ring: usize) -> LeaseNumber {
@@ -407,13 +407,13 @@ mod tests {
             for _ in 0..100 {
                 self.shares.leaving().into_iter().for_each(|id| self.shares.forget(id));
                 while self.is_free()
-                    && let Some(gift) = self.shares.next_gift(self.granted)
+                    && let Some(grant) = self.shares.next_grant(self.granted)
                 {
-                    let id = self.pair(gift.worker);
-                    self.shares.give(gift, id);
+                    let id = self.pair(grant.worker);
+                    self.shares.give(grant, id);
                 }
                 while self.shares.next_return().is_some() {}
-                while self.shares.next_merger(self.granted).is_some() {}
+                while self.shares.next_merge(self.granted).is_some() {}
                 if self.shares.leaving().is_empty() {
                     return;
                 }
@@ -442,8 +442,8 @@ mod tests {
         assert_eq!(bench.pairs(&disks), [7, 7, 2]);
         // Nobody's ring uses another disk's.
         assert!(bench.shares.leases.iter().all(|leased| {
-            let place = bench.shares.places.iter().find(|place| place.id == leased.place).unwrap();
-            place.owner == leased.disk && !place.leaving
+            let slot = bench.shares.slots.iter().find(|slot| slot.id == leased.slot).unwrap();
+            slot.owner == leased.disk && !slot.leaving
         }));
         for lease in first {
             if let Some(id) = bench.shares.remove(lease) {
@@ -473,7 +473,7 @@ mod tests {
             bench.shares.remove(*lease);
         }
         bench.deal();
-        assert!(bench.shares.places.is_empty() && bench.shares.leases.is_empty());
+        assert!(bench.shares.slots.is_empty() && bench.shares.leases.is_empty());
     }
 
     /// A drive that comes back with fewer queue pairs, and then with more.
@@ -483,34 +483,34 @@ mod tests {
         let [disk, other] = [0, 1].map(|_| bench.shares.add_disk("d".into(), None));
         let leases: Vec<_> = (0..4).map(|ring| bench.start(disk, ring)).collect();
         let others = bench.start(other, 0);
-        let places: Vec<_> = leases.iter().map(|lease| bench.shares.place_of(*lease).unwrap()).collect();
-        let place = bench.shares.place_of(others);
+        let slots: Vec<_> = leases.iter().map(|lease| bench.shares.slot_of(*lease).unwrap()).collect();
+        let slot = bench.shares.slot_of(others);
         let at = |bench: &Bench| -> Vec<_> {
-            let place = |lease: &LeaseNumber| bench.shares.place_of(*lease).unwrap();
-            leases.iter().map(|lease| places.iter().position(|known| *known == place(lease)).unwrap()).collect()
+            let slot = |lease: &LeaseNumber| bench.shares.slot_of(*lease).unwrap();
+            leases.iter().map(|lease| slots.iter().position(|known| *known == slot(lease)).unwrap()).collect()
         };
         assert_eq!(bench.shares.fold(5), []);
         // Those that came last, with one of their disk on their worker.
-        let fold = |from: usize, into: usize| Fold { from: places[from], into: places[into] };
+        let fold = |from: usize, into: usize| Fold { from: slots[from], into: slots[into] };
         assert_eq!(bench.shares.fold(3), [fold(3, 1), fold(2, 0)]);
         assert_eq!(at(&bench), [0, 1, 0, 1]);
         // Rather with one of their disk on another worker than with another disk's.
         assert_eq!(bench.shares.fold(2), [fold(1, 0)]);
-        assert_eq!((at(&bench), bench.shares.place_of(others)), (vec![0; 4], place));
+        assert_eq!((at(&bench), bench.shares.slot_of(others)), (vec![0; 4], slot));
         bench.granted = 2;
         bench.deal();
         assert_eq!(bench.pairs(&[disk, other]), [1, 1]);
         // The last one is for all.
         let into = bench.shares.fold(1)[0].into;
-        assert!(bench.shares.fold(0).is_empty() && bench.shares.places().len() == 1);
-        assert!(bench.shares.leases.iter().all(|leased| leased.place == into));
+        assert!(bench.shares.fold(0).is_empty() && bench.shares.slots().len() == 1);
+        assert!(bench.shares.leases.iter().all(|leased| leased.slot == into));
         bench.granted = 16;
         bench.deal();
         assert_eq!(bench.pairs(&[disk, other]), [4, 1]);
         assert_eq!(bench.shares.sharing(disk).chain(bench.shares.sharing(other)).count(), 0);
         leases.iter().chain([&others]).for_each(|lease| _ = bench.shares.remove(*lease));
         bench.deal();
-        assert!(bench.shares.places.is_empty());
+        assert!(bench.shares.slots.is_empty());
     }
 
     #[test]
@@ -537,7 +537,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_has_entries_for_all_who_share_it() {
+    fn a_slot_has_entries_for_all_who_share_it() {
         let mut bench = Bench::new(2, 1);
         let disk = bench.shares.add_disk("d".into(), None);
         for entries in [64, 1024] {
@@ -545,22 +545,22 @@ mod tests {
             bench.shares.add(disk, entries, id);
         }
         assert_eq!(bench.shares.fold(1).len(), 1);
-        assert_eq!(bench.shares.places()[0].entries, 1024);
+        assert_eq!(bench.shares.slots()[0].entries, 1024);
     }
 
     #[test]
-    fn a_place_that_was_just_left_is_had_again() {
+    fn a_slot_that_was_just_left_is_had_again() {
         let mut bench = Bench::new(2, 2);
         let [disk, other] = [0, 1].map(|_| bench.shares.add_disk("d".into(), None));
         let lease = bench.start(disk, 0);
-        let place = bench.shares.place_of(lease);
+        let slot = bench.shares.slot_of(lease);
         assert_eq!(bench.shares.reclaim(disk, 0, 64), None, "it is in use");
-        assert_eq!(bench.shares.remove(lease), place);
+        assert_eq!(bench.shares.remove(lease), slot);
         for (who, worker, entries) in [(other, 0, 64), (disk, 1, 64), (disk, 0, 65)] {
             assert_eq!(bench.shares.reclaim(who, worker, entries), None);
         }
         let again = bench.shares.reclaim(disk, 0, 64).unwrap();
-        assert_eq!((bench.shares.place_of(again), bench.shares.leaving().len()), (place, 0));
+        assert_eq!((bench.shares.slot_of(again), bench.shares.leaving().len()), (slot, 0));
         bench.shares.remove(again);
         bench.deal();
         assert_eq!(bench.shares.reclaim(disk, 0, 64), None, "it has gone");

@@ -203,8 +203,8 @@ impl Drive {
 
     /// Whether the controller holds a command for longer than the time for a command.
     fn has_overdue(&self) -> bool {
-        let places = self.shares().places().to_vec();
-        let mut ages = places.iter().filter_map(|place| self.pool.oldest(place.id).ok().flatten());
+        let slots = self.shares().slots().to_vec();
+        let mut ages = slots.iter().filter_map(|slot| self.pool.oldest(slot.id).ok().flatten());
         ages.any(|age| age >= self.options.io_timeout)
     }
 }
