@@ -110,7 +110,7 @@ fn serve(configuration: &Configuration) -> Result<(), String> {
     raise_descriptor_limit();
     // Before there are other threads.
     let handed = service_manager::sockets()?;
-    let target = Target::start_on(configuration, handed)?;
+    let target = Target::start_on(configuration, handed).map_err(|error| error.to_string())?;
     target.tell_ready();
     loop {
         let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN)];
@@ -139,7 +139,7 @@ fn serve(configuration: &Configuration) -> Result<(), String> {
     }
     service_manager::notify(&["STOPPING=1", "STATUS=finishing the requests under way"]);
     log::info!("stopping: requests under way are finished first");
-    target.stop()
+    target.stop().map_err(|error| error.to_string())
 }
 
 /// A guest may send hundreds of memory regions and eventfds; the usual soft limit of 1024 is there for `select` only.

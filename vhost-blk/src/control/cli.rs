@@ -172,7 +172,7 @@ impl ServeArgs {
             serial: self.serial,
         };
         if let Some(why) = export.mistake() {
-            return Err(why);
+            return Err(why.to_string());
         }
         let patience = Patience::with(self.io_timeout, self.hold);
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);

@@ -125,7 +125,7 @@ pub fn run(args: Args) -> Result<(), String> {
         format!("cannot make a folder for the demo's socket: {error}; set TMPDIR to one that can be written")
     })?;
     let socket = folder.path().join("disk.sock");
-    let target = Target::start(&settings(&args, &socket)?)?;
+    let target = Target::start(&settings(&args, &socket)?).map_err(|error| error.to_string())?;
 
     let options = ClientOptions {
         queues: args.queues.into(),
@@ -149,7 +149,7 @@ pub fn run(args: Args) -> Result<(), String> {
     } else {
         print!("{}", outcome.table());
     }
-    stopped?;
+    stopped.map_err(|error| error.to_string())?;
     outcome.failure().map_or(Ok(()), Err)
 }
 

@@ -9,4 +9,4 @@ pub mod listener;
 mod server;
 pub mod session;
 
-pub use server::Server;
+pub use server::{Server, ServerError};

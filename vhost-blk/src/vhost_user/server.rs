@@ -1,7 +1,10 @@
 //! The threads that serve an export: one accepts front-ends, and each front-end has one of its own.
 //!
 //! A front-end is answered as soon as it comes, whoever is there before it: a VMM that waits for an answer stands still, with
-//! its monitor. So many may be there beside the one that is served; more are refused by closing, which a VMM survives.
+//! its monitor. [`MOST_FRONT_ENDS`] may be there at a time; more are refused by closing, which a VMM survives.
+//!
+//! This module owns the threads of an export. A thread of one front-end may wait for that front-end; the one that accepts them
+//! must never wait for any.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use thiserror::Error;
 
 use super::export::Export;
 use super::front_end_queue::{Position, QueueTicket};
@@ -54,7 +58,7 @@ struct ClientList {
     stopping: bool,
     clients: Vec<ConnectedClient>,
     /// Why a thread has died.
-    defect: Option<String>,
+    defect: Option<ServerError>,
 }
 
 struct ConnectedClient {
@@ -86,7 +90,7 @@ impl Clients {
         !list.stopping
     }
 
-    fn leave(&self, number: u64, defect: Option<String>) {
+    fn leave(&self, number: u64, defect: Option<ServerError>) {
         let mut list = self.list();
         list.clients.retain(|client| client.number != number);
         list.defect = list.defect.take().or(defect);
@@ -115,14 +119,13 @@ impl Clients {
 }
 
 impl Server {
-    /// Starts to accept front-ends; `ended` is called when there will be no more of them, with an error, in one line, if there
-    /// should be.
+    /// Starts to accept front-ends; `ended` is called when there will be no more of them, with an error if there should be.
     pub fn start(
         export: Arc<Export>,
         listener: Listener,
-        ended: impl FnOnce(Result<(), String>) + Send + 'static,
-    ) -> Result<Server, String> {
-        let cannot = |error: io::Error| format!("{}: cannot start serving: {error}", export.name);
+        ended: impl FnOnce(Result<(), ServerError>) + Send + 'static,
+    ) -> Result<Server, ServerError> {
+        let cannot = |source: io::Error| ServerError::Start { disk: export.name.clone(), source };
         let (stop, left) = (EventFd::new().map_err(cannot)?, EventFd::new().map_err(cannot)?);
         let clients = Arc::new(Clients { stop, left, list: Mutex::default() });
         let acceptor = Acceptor { export: export.clone(), clients: clients.clone(), threads: Vec::new(), next: 0 };
@@ -130,7 +133,7 @@ impl Server {
             let name = acceptor.export.name.clone();
             // Its disk would be gone for as long as the program lives.
             let end = catch_unwind(AssertUnwindSafe(|| acceptor.run(listener)));
-            ended(end.unwrap_or_else(|panic| Err(died(&name, panic.as_ref()))));
+            ended(end.unwrap_or_else(|panic| Err(ServerError::died(&name, panic.as_ref()))));
         };
         let thread = std::thread::Builder::new().name("vhost-user".into()).spawn(run).map_err(cannot)?;
         Ok(Server { export, clients, thread: Some(thread) })
@@ -157,8 +160,40 @@ impl Drop for Server {
     }
 }
 
-fn died(name: &str, panic: &(dyn std::any::Any + Send)) -> String {
-    format!("the thread that serves {name} died: {}", panic_message(panic))
+/// A disk cannot be served any more, or not at all.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// The process has no descriptor or no thread left.
+    #[error("{disk}: cannot start serving: {source}")]
+    Start {
+        /// The disk's socket.
+        disk: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The socket cannot be waited for.
+    #[error("{disk}: cannot wait for front-ends: {source}")]
+    Wait {
+        /// The disk's socket.
+        disk: String,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// A defect of this program has ended a thread.
+    #[error("the thread that serves {disk} died: {message}")]
+    Died {
+        /// The disk's socket.
+        disk: String,
+        /// What its panic says.
+        message: String,
+    },
+}
+
+impl ServerError {
+    fn died(disk: &str, panic: &(dyn std::any::Any + Send)) -> ServerError {
+        ServerError::Died { disk: disk.to_owned(), message: panic_message(panic) }
+    }
 }
 
 /// The thread that accepts front-ends.
@@ -172,7 +207,7 @@ struct Acceptor {
 
 impl Acceptor {
     /// Accepts front-ends until told to stop. All that have come have left then.
-    fn run(mut self, listener: Listener) -> Result<(), String> {
+    fn run(mut self, listener: Listener) -> Result<(), ServerError> {
         let mut socket = match listener {
             Listener::Connected(stream) => {
                 if let Some(number) = self.enter(&stream) {
@@ -194,7 +229,7 @@ impl Acceptor {
         result
     }
 
-    fn accept(&mut self, socket: &mut ServedSocket) -> Result<(), String> {
+    fn accept(&mut self, socket: &mut ServedSocket) -> Result<(), ServerError> {
         let mut looked = Instant::now();
         loop {
             if looked.elapsed() >= LOOK_AT_FILE {
@@ -206,7 +241,7 @@ impl Acceptor {
             if let Err(error) = poll(&mut sources, Some(&timespec(LOOK_AT_FILE)))
                 && error != rustix::io::Errno::INTR
             {
-                return Err(format!("{}: cannot wait for front-ends: {error}", self.export.name));
+                return Err(ServerError::Wait { disk: self.export.name.clone(), source: error.into() });
             }
             let [stopped, left, comes] = sources.map(|source| !source.revents().is_empty());
             if left {
@@ -329,7 +364,7 @@ fn timespec(duration: Duration) -> Timespec {
 /// Serves one front-end until it has gone and nothing of it is left.
 fn serve(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u64) {
     let end = catch_unwind(AssertUnwindSafe(|| converse(export, clients, stream, number)));
-    clients.leave(number, end.err().map(|panic| died(&export.name, panic.as_ref())));
+    clients.leave(number, end.err().map(|panic| ServerError::died(&export.name, panic.as_ref())));
 }
 
 fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u64) {

@@ -99,7 +99,7 @@ impl ExportSection {
             serial,
         });
         if let Some(why) = settings.as_ref().filter(|_| mistakes.is_empty()).and_then(ExportSettings::mistake) {
-            mistakes.push(source.tell(source.line(place), &why));
+            mistakes.push(source.tell(source.line(place), &why.to_string()));
         }
         ExportSection { line, socket, settings, mistakes }
     }

@@ -3,11 +3,13 @@
 //!
 //! It waits for no drive and no front-end: a step of a pending drive that takes long has a thread of its own.
 
+use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use super::error::Defect;
 use super::pending::PendingDrive;
 use super::registry::Registry;
 use super::unserved::Unserved;
@@ -18,20 +20,24 @@ use crate::drive::Presence;
 /// Time between two looks at what the workers tell, and at how the drives do.
 pub(super) const LOOP_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The thread that hears what workers tell, and looks for drives that are waited for.
+/// The control loop's thread; dropping this ends it.
 pub(super) struct ControlLoop {
     stop: Arc<AtomicBool>,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl ControlLoop {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// No thread can be made.
     pub(super) fn start(
         registry: Arc<Registry>,
         mut pending: Vec<PendingDrive>,
         unserved: Unserved,
         pool: Arc<WorkerPool>,
         status: Arc<Mutex<Status>>,
-    ) -> Result<ControlLoop, String> {
+    ) -> io::Result<ControlLoop> {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let termination = registry.termination.clone();
@@ -43,8 +49,8 @@ impl ControlLoop {
                 registry.served().drives.iter().for_each(|drive| drive.check_hold());
                 registry.served().servers.iter().for_each(|server| server.export().tell_left_out(false));
                 for drive in &mut pending {
-                    if let Err(why) = drive.step(&registry) {
-                        registry.termination.fatal(why);
+                    if let Err(defect) = drive.step(&registry) {
+                        registry.termination.end(defect);
                     }
                 }
                 pending.retain(|drive| !drive.done());
@@ -57,13 +63,10 @@ impl ControlLoop {
         };
         let run = move || {
             if let Err(panic) = catch_unwind(AssertUnwindSafe(run_loop)) {
-                termination.fatal(format!("the control loop died: {}", panic_message(panic.as_ref())));
+                termination.end(Defect::ControlLoop { message: panic_message(panic.as_ref()) });
             }
         };
-        let thread = std::thread::Builder::new()
-            .name("control".into())
-            .spawn(run)
-            .map_err(|error| format!("cannot start the control loop: {error}"))?;
+        let thread = std::thread::Builder::new().name("control".into()).spawn(run)?;
         Ok(ControlLoop { stop, thread: Some(thread) })
     }
 }

@@ -4,12 +4,12 @@
 //! touches a ring or a queue pair.
 
 mod control_loop;
+mod error;
 mod pending;
 mod registry;
 mod unserved;
 
-use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use nvme_driver::Options;
 
@@ -20,9 +20,10 @@ use crate::datapath::worker::WorkerPool;
 use crate::event::EventFd;
 use crate::vhost_user::Server;
 use crate::vhost_user::export::Export;
-use crate::vhost_user::listener::{self, Handed, Sockets};
+use crate::vhost_user::listener::{self, Handed, ListenError, Listener, Sockets};
 use crate::virtio::memory::Budget;
 use control_loop::{ControlLoop, LOOP_INTERVAL, Status, describe};
+pub use error::{Defect, Ended, StartError};
 use pending::{OpenContext, PendingDrive};
 use registry::{Registry, Served, Termination};
 use unserved::Unserved;
@@ -39,15 +40,18 @@ pub struct Target {
 impl Target {
     /// Opens every controller once, binds every socket and starts to serve. A drive that is not there, or does not come up, is
     /// waited for, and so is a socket that cannot be bound: only those exports are not served yet. A CPU that cannot be had is
-    /// done without. The error is one line: what is wrong with the set-up of this machine if nothing can be served for it.
-    pub fn start(settings: &Settings) -> Result<Target, String> {
+    /// done without.
+    ///
+    /// # Errors
+    /// Nothing can be served, and nothing can be waited for: what is wrong with the set-up of this machine.
+    pub fn start(settings: &Settings) -> Result<Target, StartError> {
         let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
         Target::start_with(settings, &options)
     }
 
     /// Serves a configuration like [`Target::start`], also on sockets that the service manager hands over. Exports that make no
     /// sense are told to the log, and not served.
-    pub fn start_on(configuration: &Configuration, handed: Vec<Handed>) -> Result<Target, String> {
+    pub fn start_on(configuration: &Configuration, handed: Vec<Handed>) -> Result<Target, StartError> {
         let Configuration { settings, refused } = configuration;
         let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
         Target::run(settings, refused, &options, handed)
@@ -55,7 +59,7 @@ impl Target {
 
     /// Serves like [`Target::start`], with the controllers opened as `options` say. Their time for a command counts, not that of
     /// the settings.
-    pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, String> {
+    pub fn start_with(settings: &Settings, options: &Options) -> Result<Target, StartError> {
         Target::run(settings, &[], options, Vec::new())
     }
 
@@ -64,21 +68,15 @@ impl Target {
         refused: &[RefusedExport],
         options: &Options,
         handed: Vec<Handed>,
-    ) -> Result<Target, String> {
+    ) -> Result<Target, StartError> {
         // The cheap and likely errors first: sockets before drives.
         let Sockets { listeners, unwanted } =
             listener::open_all(&settings.exports.iter().map(|export| &export.listen).collect::<Vec<_>>(), handed);
         let mut unserved = Unserved::new(refused, unwanted);
-        if let Some(Err(why)) = listeners.first().filter(|_| listeners.iter().all(Result::is_err)) {
-            listeners[1..].iter().flat_map(|listener| listener.as_ref().err()).for_each(|why| log::error!("{why}"));
-            return Err(why.clone());
-        }
-        let pool = WorkerPool::start(&settings.cpus).map_err(|error| format!("cannot start the workers: {error}"))?;
-        let pool = Arc::new(pool);
+        let listeners = at_least_one(listeners)?;
+        let pool = Arc::new(WorkerPool::start(&settings.cpus).map_err(StartError::Workers)?);
         unserved.lacks_workers(pool.unpinned());
-        let event = EventFd::new().map_err(|error| format!("cannot start: {error}"))?;
-        let left = AtomicUsize::new(settings.exports.len());
-        let termination = Arc::new(Termination { event, left, fatal: OnceLock::new() });
+        let termination = Arc::new(Termination::new(settings.exports.len()).map_err(StartError::Event)?);
         let total = settings.exports.len() + refused.len();
         let registry = Arc::new(Registry { total, served: Mutex::default(), termination, pool: pool.clone() });
         let status = Arc::<Mutex<Status>>::default();
@@ -107,13 +105,14 @@ impl Target {
             && pending.iter().all(PendingDrive::is_setup)
         {
             pending[1..].iter().filter_map(PendingDrive::why).for_each(|why| log::error!("{why}"));
-            return Err(why.to_owned());
+            return Err(StartError::NoDisk(why.to_owned()));
         }
         pending.iter_mut().for_each(PendingDrive::tell);
         if let Some(text) = describe(&registry, &pending, &unserved) {
             target.status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
         }
-        target.control_loop = Some(ControlLoop::start(registry, pending, unserved, pool, target.status.clone())?);
+        let control_loop = ControlLoop::start(registry, pending, unserved, pool, target.status.clone());
+        target.control_loop = Some(control_loop.map_err(StartError::ControlLoop)?);
         Ok(target)
     }
 
@@ -131,11 +130,11 @@ impl Target {
     }
 
     /// Stops serving, and logs the counters at the end of it all. The error is why serving had ended before.
-    pub fn stop(mut self) -> Result<(), String> {
+    pub fn stop(mut self) -> Result<(), Ended> {
         let exports = self.halt();
         exports.iter().for_each(|export| export.tell_left_out(true));
         exports.iter().for_each(|export| export.log_counters());
-        self.registry.termination.fatal.get().cloned().map_or(Ok(()), Err)
+        self.registry.termination.reason()
     }
 
     /// Ends every session, then the controllers.
@@ -166,6 +165,19 @@ impl Target {
     pub fn log_counters(&self) {
         self.registry.served().servers.iter().for_each(|server| server.export().log_counters());
     }
+}
+
+/// The sockets, if there is one at least. If not, the error is why the first one is not there; the log has the others.
+fn at_least_one(
+    listeners: Vec<Result<Listener, ListenError>>,
+) -> Result<Vec<Result<Listener, ListenError>>, ListenError> {
+    if listeners.iter().any(Result::is_ok) {
+        return Ok(listeners);
+    }
+    let mut errors = listeners.into_iter().filter_map(Result::err);
+    let first = errors.next();
+    errors.for_each(|error| log::error!("{error}"));
+    first.map_or_else(|| Ok(Vec::new()), Err)
 }
 
 impl Drop for Target {
@@ -211,7 +223,7 @@ mod tests {
             let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
             let ends = poll(&mut [PollFd::new(target.ended(), PollFlags::IN)], Some(&limit)).unwrap();
             assert_eq!(ends, 1, "{place}: nobody notices");
-            let error = target.stop().unwrap_err();
+            let error = target.stop().unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
     }

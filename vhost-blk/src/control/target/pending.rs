@@ -15,13 +15,14 @@ use std::time::{Duration, Instant};
 
 use nvme_driver::Options;
 
+use super::error::Defect;
 use super::registry::Registry;
 use super::unserved::leave;
 use crate::control::config::ExportSettings;
 use crate::datapath::worker::WorkerPool;
-use crate::drive::{DeviceAddress, Drive, Failure, OpenError, longer};
+use crate::drive::{self, DeviceAddress, Drive, Failure, OpenError, longer};
 use crate::vhost_user::export::Export;
-use crate::vhost_user::listener::Listener;
+use crate::vhost_user::listener::{ListenError, Listener};
 use crate::virtio::memory::Budget;
 
 /// How long the sockets of a drive are open while it comes up for the first time, and how long the program's start waits for it.
@@ -71,7 +72,7 @@ struct PendingDisk {
     export: Option<Arc<Export>>,
     listener: Option<Listener>,
     /// Why it has none.
-    unbound: Option<String>,
+    unbound: Option<ListenError>,
 }
 
 /// What an attempt has opened.
@@ -86,16 +87,16 @@ struct OpenedDisk {
     /// If it was asked for.
     listener: Option<Listener>,
     /// Why there is no such namespace.
-    why: Option<String>,
+    why: Option<drive::Error>,
     /// Why there is no such socket.
-    unbound: Option<String>,
+    unbound: Option<ListenError>,
 }
 
 impl PendingDrive {
     /// The drives of these exports, each with all that are of it; `listeners` are in the order of the exports.
     pub(super) fn all(
         exports: &[ExportSettings],
-        listeners: Vec<Result<Listener, String>>,
+        listeners: Vec<Result<Listener, ListenError>>,
         context: &Arc<OpenContext>,
     ) -> Vec<PendingDrive> {
         let mut all: Vec<PendingDrive> = Vec::new();
@@ -144,9 +145,9 @@ impl PendingDrive {
         }
     }
 
-    /// Takes a step if there is one to take; waits for nothing. The error, in one line, is one for which the program has to end.
+    /// Takes a step if there is one to take; waits for nothing. The error is one for which the program has to end.
     /// The thread that calls this is woken when an attempt that it has begun ends.
-    pub(super) fn step(&mut self, registry: &Registry) -> Result<(), String> {
+    pub(super) fn step(&mut self, registry: &Registry) -> Result<(), Defect> {
         if self.done() {
             return Ok(());
         }
@@ -160,7 +161,7 @@ impl PendingDrive {
             Step::Attempting { began, result } => match result.try_recv() {
                 Ok(result) => self.end(result, registry)?,
                 Err(TryRecvError::Disconnected) => {
-                    return Err(format!("the search for {} died of a defect (see the panic above)", self.address));
+                    return Err(Defect::Open { drive: self.address.clone() });
                 }
                 Err(TryRecvError::Empty) if self.why.is_none() && began.elapsed() >= PATIENCE && !self.is_vital() => {
                     self.fails(format!("{} has not come up within {PATIENCE:?}", self.address))?;
@@ -207,14 +208,14 @@ impl PendingDrive {
         Ok(())
     }
 
-    fn end(&mut self, result: Result<OpenedDrive, OpenError>, registry: &Registry) -> Result<(), String> {
+    fn end(&mut self, result: Result<OpenedDrive, OpenError>, registry: &Registry) -> Result<(), Defect> {
         self.is_setup = matches!(&result, Ok(_) | Err(OpenError::Denied(_)));
         let failed = match result {
             Ok(found) => self.serve(found, registry)?.map(|why| (why, longer(&mut self.pause))),
             Err(error) => {
                 let (why, pause) = (error.to_string(), error.pause(&mut self.pause));
-                let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_deref());
-                let reasons: Vec<&str> = std::iter::once(why.as_str()).chain(unbound).collect();
+                let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_ref()).map(ToString::to_string);
+                let reasons: Vec<String> = std::iter::once(why).chain(unbound).collect();
                 Some((reasons.join("; "), pause))
             }
         };
@@ -233,28 +234,33 @@ impl PendingDrive {
     }
 
     /// Serves what can be served. Says why that is not all.
-    fn serve(&mut self, found: OpenedDrive, registry: &Registry) -> Result<Option<String>, String> {
+    fn serve(&mut self, found: OpenedDrive, registry: &Registry) -> Result<Option<String>, Defect> {
         if self.drive.is_none() {
             registry.add_drive(found.drive.clone())?;
             self.drive = Some(found.drive);
         }
-        let mut reasons = Vec::new();
+        let mut reasons: Vec<String> = Vec::new();
+        let mut note = |why: String| {
+            if !reasons.contains(&why) {
+                reasons.push(why);
+            }
+        };
         for (mut disk, found) in std::mem::take(&mut self.disks).into_iter().zip(found.disks) {
             let unbound = found.unbound.or(disk.unbound.take().filter(|_| found.listener.is_none()));
-            reasons.extend(unbound.clone().filter(|why| !reasons.contains(why)));
+            unbound.iter().for_each(|error| note(error.to_string()));
+            found.why.iter().for_each(|error| note(error.to_string()));
             match (found.export, disk.listener.take().or(found.listener)) {
                 (Some(export), Some(listener)) => registry.add_disk(export, listener)?,
                 (export, listener) => self.disks.push(PendingDisk { export, listener, unbound, ..disk }),
             }
-            reasons.extend(found.why.filter(|why| !reasons.contains(why)));
         }
         Ok((!reasons.is_empty()).then(|| reasons.join("; ")))
     }
 
     /// Some of it cannot be served: it has to be waited for, without front-ends.
-    fn fails(&mut self, why: String) -> Result<(), String> {
+    fn fails(&mut self, why: String) -> Result<(), Defect> {
         if self.is_vital() {
-            return Err(why);
+            return Err(Defect::ConnectedFrontEnd(why));
         }
         for disk in &mut self.disks {
             disk.listener.take_if(|listener| matches!(listener, Listener::Listening(Some(_), _)));

@@ -3,16 +3,18 @@
 //! The registry owns every server and every drive that is open. Drives that are pending join it when they are there. It never
 //! waits for a drive or a front-end.
 
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::error::{Defect, Ended};
 use crate::datapath::worker::{Cpus, WorkerEvent, WorkerPool};
 use crate::drive::{Drive, Supervisor};
 use crate::event::EventFd;
 use crate::fault_point::fault_point;
-use crate::vhost_user::Server;
 use crate::vhost_user::export::Export;
 use crate::vhost_user::listener::Listener;
+use crate::vhost_user::{Server, ServerError};
 
 /// What is served, and how that ends. A drive that is waited for joins it later.
 pub(super) struct Registry {
@@ -36,16 +38,33 @@ pub(super) struct Served {
 pub(super) struct Termination {
     pub(super) event: EventFd,
     /// Exports that have, or may still get, a front-end.
-    pub(super) left: AtomicUsize,
-    pub(super) fatal: OnceLock<String>,
+    left: AtomicUsize,
+    /// Why serving has ended by itself; the first reason counts.
+    defect: Mutex<Option<Defect>>,
 }
 
 impl Termination {
-    /// It ends because of a defect; the first one counts. What is broken could not be mended here, and may stay unnoticed by
-    /// those it serves; a program that is started again goes on where this one was.
-    pub(super) fn fatal(&self, why: String) {
-        let _ = self.fatal.set(format!("{why}; it is safe to start the program again: guests go on where they were"));
+    /// So many disks are to be served; the event rings when the last one has lost the only front-end that it can have.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub(super) fn new(disks: usize) -> io::Result<Termination> {
+        Ok(Termination { event: EventFd::new()?, left: AtomicUsize::new(disks), defect: Mutex::default() })
+    }
+
+    /// Ends serving because of a defect.
+    pub(super) fn end(&self, defect: Defect) {
+        self.defect().get_or_insert(defect);
         self.event.notify();
+    }
+
+    /// Why serving has ended by itself, if it has.
+    pub(super) fn reason(&self) -> Result<(), Ended> {
+        self.defect().take().map_or(Ok(()), |defect| Err(Ended(defect)))
+    }
+
+    fn defect(&self) -> MutexGuard<'_, Option<Defect>> {
+        self.defect.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -54,8 +73,8 @@ impl Registry {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks after a drive from now on. The error is one line.
-    pub(super) fn add_drive(&self, drive: Arc<Drive>) -> Result<(), String> {
+    /// Looks after a drive from now on.
+    pub(super) fn add_drive(&self, drive: Arc<Drive>) -> Result<(), Defect> {
         if let Some(node) = drive.numa_node() {
             let Cpus { near, far, spared } = self.pool.placement().cpus(node);
             if !far.is_empty() {
@@ -71,7 +90,7 @@ impl Registry {
         }
         let mut served = self.served();
         if !served.stopping {
-            served.supervisors.push(Supervisor::start(drive.clone()).map_err(|error| error.to_string())?);
+            served.supervisors.push(Supervisor::start(drive.clone())?);
             served.drives.push(drive);
         }
         Ok(())
@@ -84,7 +103,7 @@ impl Registry {
                 self.served().drives.iter().for_each(|drive| drive.report_expired(slot, count, at));
             }
             WorkerEvent::WorkerDied { worker, message } => {
-                self.termination.fatal(format!("worker {worker} died: {message}"));
+                self.termination.end(Defect::Worker { worker, message });
             }
         }
     }
@@ -93,21 +112,21 @@ impl Registry {
     pub(super) fn check_keepers(&self) {
         let served = self.served();
         if let Some(drive) = served.supervisors.iter().find_map(Supervisor::bereft) {
-            self.termination.fatal(format!("the supervisor of {drive} died (see the panic above)"));
+            self.termination.end(Defect::Supervisor { drive: drive.to_string() });
         }
         for _drive in &served.drives {
             fault_point!("control loop panics", _drive);
         }
     }
 
-    /// Serves an export from now on. The error is one line.
-    pub(super) fn add_disk(&self, export: Arc<Export>, listener: Listener) -> Result<(), String> {
+    /// Serves an export from now on.
+    pub(super) fn add_disk(&self, export: Arc<Export>, listener: Listener) -> Result<(), Defect> {
         let mut served = self.served();
         if !served.stopping {
             let termination = self.termination.clone();
-            let at_end = move |result: Result<(), String>| {
-                if let Err(why) = result {
-                    termination.fatal(why);
+            let at_end = move |result: Result<(), ServerError>| {
+                if let Err(error) = result {
+                    termination.end(error.into());
                 }
                 if termination.left.fetch_sub(1, Ordering::AcqRel) == 1 {
                     termination.event.notify();

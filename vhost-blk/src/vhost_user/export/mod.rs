@@ -1,4 +1,7 @@
 //! One disk on one socket: front-ends come and go, and the rings of one at a time run.
+//!
+//! An [`Export`] owns what outlives a front-end: what the disk offers, the order of its front-ends, its share of the drive, and its
+//! counters. It knows nothing of messages.
 
 mod settings;
 
@@ -9,10 +12,10 @@ use crate::blk::config;
 use super::front_end_queue::FrontEndQueue;
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::datapath::worker::RingWorkers;
-use crate::drive::{Drive, ExportedNamespace, Lease, Share};
+use crate::drive::{self, Drive, ExportedNamespace, Lease, Share};
 use crate::log_limit::LogLimit;
 use crate::virtio::memory::{Account, Budget};
-pub use settings::ExportSettings;
+pub use settings::{ExportMistake, ExportSettings};
 
 /// What the sessions of one export have in common.
 pub struct Export {
@@ -49,13 +52,16 @@ pub struct Export {
 
 impl Export {
     /// Looks the namespace up. `number`: of the export in the whole program, so that exports start on different workers.
+    ///
+    /// # Errors
+    /// The drive is away, or has no such namespace.
     pub fn new(
         settings: &ExportSettings,
         drive: Arc<Drive>,
         budget: &Arc<Budget>,
         number: usize,
-    ) -> Result<Export, String> {
-        let namespace = drive.namespace(settings.namespace).map_err(|error| error.to_string())?;
+    ) -> Result<Export, drive::Error> {
+        let namespace = drive.namespace(settings.namespace)?;
         let serial = match &settings.serial {
             Some(serial) => serial.to_bytes(),
             None => {
@@ -99,8 +105,11 @@ impl Export {
     }
 
     /// A place for a ring's lane.
-    pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, String> {
-        self.share.lease(self.workers.of_ring(ring), ring_size).map_err(|error| error.to_string())
+    ///
+    /// # Errors
+    /// The drive has no queue pair for it.
+    pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, drive::Error> {
+        self.share.lease(self.workers.of_ring(ring), ring_size)
     }
 
     /// The counters of a ring; they go on over all sessions.

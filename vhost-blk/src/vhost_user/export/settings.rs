@@ -1,5 +1,7 @@
 //! What an export is to be like, as its owner says it.
 
+use thiserror::Error;
+
 use crate::blk::Serial;
 use crate::drive::DeviceAddress;
 use crate::vhost_user::listener::Listen;
@@ -25,6 +27,29 @@ pub struct ExportSettings {
     pub serial: Option<Serial>,
 }
 
+/// An export contradicts the address of its drive, which says what namespaces there are.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExportMistake {
+    /// The drive has fewer namespaces.
+    #[error("{device} has no namespace {id}: use 1 to {there}, or namespaces={id} in its address")]
+    NoSuchNamespace {
+        /// The drive.
+        device: DeviceAddress,
+        /// The namespace identifier of the export.
+        id: u32,
+        /// Namespaces that the drive has.
+        there: u64,
+    },
+    /// The drive has several namespaces, and the export names none.
+    #[error("{device} has {there} namespaces: say which one, by its number")]
+    WhichNamespace {
+        /// The drive.
+        device: DeviceAddress,
+        /// Namespaces that the drive has.
+        there: u64,
+    },
+}
+
 impl std::fmt::Display for ExportSettings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}: ", self.listen)?;
@@ -45,14 +70,12 @@ impl std::fmt::Display for ExportSettings {
 
 impl ExportSettings {
     /// What is wrong with it as it is written, whatever the drive is like. Its values have been checked one by one before.
-    pub fn mistake(&self) -> Option<String> {
+    pub fn mistake(&self) -> Option<ExportMistake> {
         let there = self.device.namespaces()?;
+        let device = || self.device.clone();
         match self.namespace {
-            Some(id) if u64::from(id) > there => Some(format!(
-                "{} has no namespace {id}: use 1 to {there}, or namespaces={id} in its address",
-                self.device
-            )),
-            None if there > 1 => Some(format!("{} has {there} namespaces: say which one, by its number", self.device)),
+            Some(id) if u64::from(id) > there => Some(ExportMistake::NoSuchNamespace { device: device(), id, there }),
+            None if there > 1 => Some(ExportMistake::WhichNamespace { device: device(), there }),
             _ => None,
         }
     }

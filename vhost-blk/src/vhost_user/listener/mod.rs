@@ -1,5 +1,9 @@
-//! The socket of an export: bound by us, or inherited.
+//! The socket of a disk: bound by us, handed over by a service manager, or inherited.
+//!
+//! This module owns the socket file: it is made under a lock of its directory, removed with the socket, and made again when somebody
+//! removes it. A file that is not our socket is never removed, and neither is a socket on which another process listens.
 
+mod error;
 mod handed;
 mod listen;
 mod served;
@@ -16,6 +20,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+pub use error::ListenError;
 pub use handed::Handed;
 pub use listen::Listen;
 pub use served::ServedSocket;
@@ -31,17 +36,17 @@ pub enum Listener {
 
 impl Listener {
     /// Opens the socket. One on which another process listens is waited for, as that may be going: killed, it is there for as
-    /// long as the kernel needs to take its memory back. The error is one line.
-    pub fn open(listen: &Listen) -> Result<Listener, String> {
+    /// long as the kernel needs to take its memory back.
+    pub fn open(listen: &Listen) -> Result<Listener, ListenError> {
         Listener::open_by(listen, Instant::now() + PATIENCE)
     }
 
-    /// The same, without waiting for anybody.
-    pub fn open_now(listen: &Listen) -> Result<Listener, String> {
+    /// Opens the socket without waiting for anybody: one on which another process listens is an error at once.
+    pub fn open_now(listen: &Listen) -> Result<Listener, ListenError> {
         Listener::open_by(listen, Instant::now())
     }
 
-    fn open_by(listen: &Listen, deadline: Instant) -> Result<Listener, String> {
+    fn open_by(listen: &Listen, deadline: Instant) -> Result<Listener, ListenError> {
         match listen {
             Listen::Path(path) => bind_by(path, deadline),
             Listen::Fd(number) => inherited(*number),
@@ -56,8 +61,8 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// The sockets of exports.
 pub struct Sockets {
-    /// In the order asked for; or why there is none, in one line.
-    pub listeners: Vec<Result<Listener, String>>,
+    /// In the order asked for; or why there is none.
+    pub listeners: Vec<Result<Listener, ListenError>>,
     /// What the service manager hands over and no export wants.
     pub unwanted: Vec<Handed>,
 }
@@ -72,8 +77,7 @@ pub fn open_all(places: &[&Listen], mut handed: Vec<Handed>) -> Sockets {
         };
         let Some(at) = handed.iter().position(is_wanted) else { return Listener::open_now(listen) };
         let Handed { path, listener, .. } = handed.swap_remove(at);
-        let cannot = |error| format!("cannot use the service manager's socket {}: {error}", path.display());
-        listener.set_nonblocking(true).map_err(cannot)?;
+        listener.set_nonblocking(true).map_err(|source| ListenError::HandedOver { path, source })?;
         log::info!("{listen}: the service manager hands its socket over");
         // Its file is not ours to remove.
         Ok(Listener::Listening(None, listener))
@@ -124,58 +128,29 @@ impl Drop for BoundPath {
     }
 }
 
-/// Why a socket cannot be made.
-enum NotBound {
-    /// Another process listens there.
-    InUse(String),
-    /// Something else, in one line.
-    Error(String),
-}
-
-impl NotBound {
-    fn why(self) -> String {
-        match self {
-            NotBound::InUse(why) | NotBound::Error(why) => why,
-        }
-    }
-}
-
-fn bind_by(path: &Path, deadline: Instant) -> Result<Listener, String> {
+fn bind_by(path: &Path, deadline: Instant) -> Result<Listener, ListenError> {
     let mut told = false;
     loop {
         match bind(path, LOCK_DEADLINE) {
             Ok((bound, listener)) => return Ok(Listener::Listening(Some(bound), listener)),
             // The directory is not locked meanwhile.
-            Err(NotBound::InUse(why)) if Instant::now() < deadline => {
+            Err(error @ ListenError::InUse { .. }) if Instant::now() < deadline => {
                 if !std::mem::replace(&mut told, true) {
-                    log::info!("{why}; it may be going: waiting for that, {PATIENCE:?} at most");
+                    log::info!("{error}; it may be going: waiting for that, {PATIENCE:?} at most");
                 }
                 std::thread::sleep(LOOK);
             }
-            Err(error) => return Err(error.why()),
+            Err(error) => return Err(error),
         }
     }
 }
 
 /// Makes the socket, in place of a stale one if need be.
-fn bind(path: &Path, lock_deadline: Duration) -> Result<(BoundPath, UnixListener), NotBound> {
-    let name = path.display();
-    let why = |error: io::Error| match error.kind() {
-        io::ErrorKind::NotFound => format!("cannot listen on {name}: its directory does not exist; create it first"),
-        io::ErrorKind::PermissionDenied => {
-            format!("cannot listen on {name}: no permission to read and write its directory")
-        }
-        io::ErrorKind::ReadOnlyFilesystem => {
-            format!("cannot listen on {name}: {error}; a systemd unit has to name its directory in ReadWritePaths=")
-        }
-        // The name in a socket address has at most 107 bytes.
-        io::ErrorKind::InvalidInput => format!("cannot listen on {name}: {error}; use a shorter path"),
-        _ => format!("cannot listen on {name}: {error}"),
-    };
-    let cannot = |error| NotBound::Error(why(error));
+fn bind(path: &Path, lock_deadline: Duration) -> Result<(BoundPath, UnixListener), ListenError> {
+    let cannot = |error| ListenError::bind(path.to_owned(), error);
     // Until this is dropped no other target looks at, removes or makes a socket here: of two that start at the same moment
     // on one path, the second one finds the first one listening.
-    let _lock = lock_directory(path, lock_deadline).map_err(cannot)?;
+    let _lock = lock_directory(path, lock_deadline)?;
     let listener = match UnixListener::bind(path) {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
@@ -193,55 +168,47 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(5);
 
 /// Locks the directory of `path`. The directory itself takes the lock, so that no file is left behind; the kernel releases it
 /// with the process, however that ends.
-fn lock_directory(path: &Path, deadline: Duration) -> io::Result<File> {
+fn lock_directory(path: &Path, deadline: Duration) -> Result<File, ListenError> {
     let directory = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let directory = File::open(directory)?;
+    let cannot = |error| ListenError::bind(path.to_owned(), error);
+    let directory = File::open(directory).map_err(cannot)?;
     let end = Instant::now() + deadline;
     loop {
         match directory.try_lock() {
             Ok(()) => return Ok(directory),
-            Err(TryLockError::Error(error)) => return Err(error),
+            Err(TryLockError::Error(error)) => return Err(cannot(error)),
             Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(Duration::from_millis(2)),
-            Err(TryLockError::WouldBlock) => {
-                return Err(io::Error::other(
-                    "another process keeps its directory locked; try again, or use another one",
-                ));
-            }
+            Err(TryLockError::WouldBlock) => return Err(ListenError::DirectoryLocked { path: path.to_owned() }),
         }
     }
 }
 
 /// Removes a socket file that nobody listens on any more, and nothing else.
-fn remove_stale(path: &Path) -> Result<(), NotBound> {
-    let name = path.display();
-    let cannot = |why: String| NotBound::Error(why);
+fn remove_stale(path: &Path) -> Result<(), ListenError> {
+    let owned = || path.to_owned();
     let kind = match std::fs::symlink_metadata(path) {
         // Its owner has just removed it.
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        kind => kind.map_err(|error| cannot(format!("cannot look at {name}: {error}")))?,
+        kind => kind.map_err(|source| ListenError::Look { path: owned(), source })?,
     };
     if !kind.file_type().is_socket() {
-        return Err(cannot(format!("cannot listen on {name}: a file that is no socket is there; choose another path")));
+        return Err(ListenError::NotASocket { path: owned() });
     }
     match is_listened_on(path) {
-        Ok(true) => Err(NotBound::InUse(format!(
-            "cannot listen on {name}: another process does already; stop it or choose another path"
-        ))),
+        Ok(true) => Err(ListenError::InUse { path: owned() }),
         Ok(false) => {
-            log::info!("removing the stale socket {name}: nobody listens on it");
+            log::info!("removing the stale socket {}: nobody listens on it", path.display());
             match std::fs::remove_file(path) {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    Err(cannot(format!("cannot remove the stale socket {name}: {error}")))
+                Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                    Err(ListenError::Stale { path: owned(), source })
                 }
                 _ => Ok(()),
             }
         }
-        Err(error) => Err(cannot(format!(
-            "cannot listen on {name}: whether another process listens there cannot be told: {error}; choose another path"
-        ))),
+        Err(source) => Err(ListenError::Unknown { path: owned(), source }),
     }
 }
 
@@ -257,10 +224,8 @@ fn is_listened_on(path: &Path) -> io::Result<bool> {
     }
 }
 
-fn inherited(number: i32) -> Result<Listener, String> {
-    let wrong = |error: io::Error| {
-        format!("--fd {number} cannot be used: {error}; pass the number of an open UNIX stream socket")
-    };
+fn inherited(number: i32) -> Result<Listener, ListenError> {
+    let wrong = |source: io::Error| ListenError::Inherited { number, source };
     let socket = own(number).map_err(wrong)?;
     let domain = rustix::net::sockopt::socket_domain(&socket).map_err(|error| wrong(error.into()))?;
     let kind = rustix::net::sockopt::socket_type(&socket).map_err(|error| wrong(error.into()))?;

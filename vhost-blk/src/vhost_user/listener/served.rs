@@ -68,9 +68,8 @@ impl ServedSocket {
                 self.told = None;
             }
             Err(error) => self.tell(format!(
-                "{name}: the socket file was {what}, so that no front-end can connect, and cannot be made again: {}; \
-                 it is tried again and again",
-                error.why()
+                "{name}: the socket file was {what}, so that no front-end can connect, and cannot be made again: {error}; \
+                 it is tried again and again"
             )),
         }
     }

@@ -6,7 +6,7 @@
 //! there is no way to say "no", the connection ends: a front-end that believes in what was refused waits for ever.
 
 use std::collections::HashSet;
-use std::io::{IoSliceMut, Read, Write};
+use std::io::{self, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,6 +20,7 @@ use vfio::LossListener;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
+use super::error::{ConnectionError, MemoryLoss, Refusal, SessionError};
 use crate::event::EventFd;
 use crate::log_limit::{Kind, LogLimit};
 use crate::vhost_user::front_end_queue::{Position, QueueTicket};
@@ -27,28 +28,34 @@ use crate::vhost_user::front_end_queue::{Position, QueueTicket};
 /// What the loop needs of the device besides the handling of messages.
 pub trait ConnectionHandler: VhostUserBackendReqHandlerMut {
     /// Why the last message was refused; `None` when no method has refused one since the last call.
-    fn take_refusal(&mut self) -> Option<String>;
+    fn take_refusal(&mut self) -> Option<SessionError>;
     /// The descriptor that comes with the next SET_BACKEND_REQ_FD, if there is one.
     fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>);
     /// What is known of the namespace may have changed.
     fn look_at_namespace(&mut self);
     /// Its turn on the disk has come. The error says what cannot be done now of what was said before.
-    fn take_turn(&mut self) -> Result<(), String>;
+    fn take_turn(&mut self) -> Result<(), SessionError>;
     /// What to say if memory of the front-end was found without pages: the session has to end.
-    fn lost_memory(&self) -> Option<String>;
+    fn lost_memory(&self) -> Option<MemoryLoss>;
     /// Whether REPLY_ACK is negotiated.
     fn reply_ack(&self) -> bool;
 }
 
 /// Why a connection ended.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum Disconnect {
     /// The front-end closed it.
     ByFrontEnd,
     /// We were told to stop.
     Stopped,
     /// The front-end broke the protocol beyond repair, or the socket failed.
-    Broken(String),
+    Broken(ConnectionError),
+}
+
+impl Disconnect {
+    fn socket(what: &'static str, source: impl Into<io::Error>) -> Disconnect {
+        Disconnect::Broken(ConnectionError::Socket { what, source: source.into() })
+    }
 }
 
 /// `struct vhost_user_header` (vhost-user, "MessageHeader"): request, flags, size; the machine's byte order.
@@ -187,11 +194,11 @@ pub fn serve<H: ConnectionHandler>(
     let Wakers { stop, changed, turn, log } = *wakers;
     let own = match stream.try_clone() {
         Ok(own) => own,
-        Err(error) => return Disconnect::Broken(format!("cannot duplicate the socket: {error}")),
+        Err(error) => return Disconnect::socket("duplicate the socket", error),
     };
     let losses = match LossListener::new() {
         Ok(losses) => losses,
-        Err(error) => return Disconnect::Broken(format!("cannot listen for lost memory: {error}")),
+        Err(error) => return Disconnect::socket("listen for lost memory", error),
     };
     let handler = BackendReqHandler::from_stream(stream, device.clone());
     let complained = HashSet::new();
@@ -204,7 +211,7 @@ pub fn serve<H: ConnectionHandler>(
         match poll(&mut sources, None) {
             Ok(_) => {}
             Err(Errno::INTR) => continue,
-            Err(error) => return Disconnect::Broken(format!("cannot wait for messages: {error}")),
+            Err(error) => return Disconnect::socket("wait for messages", error),
         }
         let [stopped, message, news, lost, begins] = sources.map(|source| !source.revents().is_empty());
         if stopped {
@@ -219,9 +226,9 @@ pub fn serve<H: ConnectionHandler>(
             changed.clear();
         }
         if (lost || news)
-            && let Some(why) = connection.device().lost_memory()
+            && let Some(loss) = connection.device().lost_memory()
         {
-            return Disconnect::Broken(why);
+            return Disconnect::Broken(loss.into());
         }
         if news {
             connection.device().look_at_namespace();
@@ -264,18 +271,19 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     fn message(&mut self) -> Result<(), Disconnect> {
         let header = self.peek()?;
         if !header.is_proper() {
-            return Err(Disconnect::Broken(format!(
-                "message {} with flags {:#x} and {} bytes is no vhost-user message",
-                header.request, header.flags, header.size
-            )));
+            return Err(Disconnect::Broken(ConnectionError::NoMessage {
+                request: header.request,
+                flags: header.flags,
+                bytes: header.size,
+            }));
         }
         let Some(request) = header.served() else {
             self.skip(header)?;
-            return self.refuse(header, "it is not offered", true);
+            return self.refuse(header, Refusal::NotOffered, true);
         };
         if !header.may_have_descriptors() && self.has_descriptors(header) {
             self.skip(header)?;
-            return self.refuse(header, "no descriptor belongs to it", true);
+            return self.refuse(header, Refusal::Descriptors, true);
         }
         if request == FrontendReq::SET_BACKEND_REQ_FD {
             let channel = self.descriptor(header);
@@ -295,7 +303,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
             }
             (Err(Error::Disconnected), _) => return Err(Disconnect::ByFrontEnd),
             (Err(error @ (Error::SocketBroken(_) | Error::SocketError(_) | Error::PartialMessage)), _) => {
-                return Err(Disconnect::Broken(error.to_string()));
+                return Err(Disconnect::Broken(error.into()));
             }
             (Err(error), _) => error,
         };
@@ -306,7 +314,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
                 request,
                 FrontendReq::SET_MEM_TABLE | FrontendReq::SET_CONFIG | FrontendReq::SET_BACKEND_REQ_FD
             ) && !matches!(error, Error::InactiveOperation(_)));
-        self.refuse(header, &refusal.unwrap_or_else(|| error.to_string()), !acknowledged)
+        self.refuse(header, refusal.map_or_else(|| error.into(), Refusal::from), !acknowledged)
     }
 
     fn device(&self) -> std::sync::MutexGuard<'_, H> {
@@ -330,7 +338,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
                 Ok(_) => "a message's header".into(),
                 Err(Errno::INTR) => continue,
                 Err(Errno::CONNRESET) => return Err(Disconnect::ByFrontEnd),
-                Err(error) => return Err(Disconnect::Broken(format!("cannot read from the socket: {error}"))),
+                Err(error) => return Err(Disconnect::socket("read from the socket", error)),
             };
             // What a front-end left behind in the stream hides its end from a look ahead.
             if self.has_hung_up() {
@@ -338,7 +346,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
             }
             // The message comes in pieces: nobody does that, and nobody may hold us up with it.
             if Instant::now() >= deadline {
-                return Err(Disconnect::Broken(format!("{part} stays incomplete")));
+                return Err(Disconnect::Broken(ConnectionError::Incomplete(part)));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -348,7 +356,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     fn has_whole(&self, header: MessageHeader) -> Result<bool, Disconnect> {
         rustix::io::ioctl_fionread(&self.stream)
             .map(|bytes| bytes >= HEADER_BYTES as u64 + u64::from(header.size))
-            .map_err(|error| Disconnect::Broken(format!("cannot look into the socket: {error}")))
+            .map_err(|error| Disconnect::socket("look into the socket", error))
     }
 
     /// Whether nothing more can come.
@@ -390,13 +398,13 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     fn skip(&mut self, header: MessageHeader) -> Result<(), Disconnect> {
         let mut message = vec![0; HEADER_BYTES + header.size as usize];
         self.stream.read_exact(&mut message).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => Disconnect::ByFrontEnd,
-            _ => Disconnect::Broken(format!("cannot read from the socket: {error}")),
+            io::ErrorKind::UnexpectedEof => Disconnect::ByFrontEnd,
+            _ => Disconnect::socket("read from the socket", error),
         })
     }
 
     /// Logs a refused message once for each kind.
-    fn complain(&mut self, header: MessageHeader, why: &str) {
+    fn complain(&mut self, header: MessageHeader, why: &dyn std::fmt::Display) {
         let request = header.name();
         if !self.complained.insert(header.request) {
             log::debug!("{}: {request} refused again: {why}", self.name);
@@ -406,14 +414,14 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     }
 
     /// Tells the front-end that a message is refused; without a way to do so the connection ends, which leaves nobody waiting.
-    fn refuse(&mut self, header: MessageHeader, why: &str, acknowledge: bool) -> Result<(), Disconnect> {
+    fn refuse(&mut self, header: MessageHeader, why: Refusal, acknowledge: bool) -> Result<(), Disconnect> {
         if header.has_own_reply() {
-            return Err(Disconnect::Broken(format!("{} cannot be answered: {why}", header.name())));
+            return Err(Disconnect::Broken(ConnectionError::Unanswerable { request: header.name(), why }));
         }
         if header.flags & NEED_REPLY == 0 || !self.features_asked || !self.device().reply_ack() {
-            return Err(Disconnect::Broken(format!("{} refused: {why}", header.name())));
+            return Err(Disconnect::Broken(ConnectionError::Refused { request: header.name(), why }));
         }
-        self.complain(header, why);
+        self.complain(header, &why);
         if acknowledge {
             let mut reply = [0; HEADER_BYTES + 8];
             let words = [header.request, VERSION | REPLY, 8, 1, 0];
@@ -424,9 +432,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
                 // The 64-bit value's low half comes last there.
                 reply[HEADER_BYTES..].copy_from_slice(&1u64.to_ne_bytes());
             }
-            self.stream
-                .write_all(&reply)
-                .map_err(|error| Disconnect::Broken(format!("cannot send a reply: {error}")))?;
+            self.stream.write_all(&reply).map_err(|error| Disconnect::socket("send a reply", error))?;
         }
         Ok(())
     }

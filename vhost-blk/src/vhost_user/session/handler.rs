@@ -1,4 +1,7 @@
 //! The messages of the vhost-user protocol, each as a change to the session.
+//!
+//! This module owns what each message means. A message that is refused changes nothing, and its error says why; a message never
+//! waits for the front-end, and believes nothing that was not checked.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -10,9 +13,10 @@ use vhost::vhost_user::message::{
     VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{Backend, Error, GpuBackend, Result as Reply, VhostUserBackendReqHandlerMut};
 
 use super::connection::ConnectionHandler;
+use super::error::{FlushError, MemoryLoss, SessionError};
 use super::vring::{Addresses, Notifier, RingState};
 use super::{RING_FEATURES, Session};
 use crate::blk::config;
@@ -32,7 +36,7 @@ pub(super) const PROTOCOL_FEATURES: VhostUserProtocolFeatures = VhostUserProtoco
     .union(VhostUserProtocolFeatures::INFLIGHT_SHMFD);
 
 impl ConnectionHandler for Session {
-    fn take_refusal(&mut self) -> Option<String> {
+    fn take_refusal(&mut self) -> Option<SessionError> {
         self.refusal.take()
     }
 
@@ -44,25 +48,19 @@ impl ConnectionHandler for Session {
         self.take_news();
     }
 
-    fn take_turn(&mut self) -> std::result::Result<(), String> {
+    fn take_turn(&mut self) -> Result<(), SessionError> {
         Session::take_turn(self)
     }
 
-    fn lost_memory(&self) -> Option<String> {
+    fn lost_memory(&self) -> Option<MemoryLoss> {
         if let Some(why) = self.memory.unreachable() {
-            return Some(format!("the drive is back and cannot be given all of the guest's memory: {why}"));
+            return Some(MemoryLoss::Unreachable(why.to_owned()));
         }
-        let lost = match self.memory.lost() {
-            Some(region) => format!("the {region}"),
-            None if self.inflight.as_ref().is_some_and(InflightMemory::is_lost) => {
-                "the log of requests in flight".into()
-            }
-            None => return None,
-        };
-        Some(format!(
-            "the file of its memory was shortened while it was in use, or its file system is full: {lost} has lost pages. Memory \
-             of a guest has to be all there (prealloc=on), on a file system with room for it"
-        ))
+        let log_is_lost = || self.inflight.as_ref().is_some_and(InflightMemory::is_lost);
+        self.memory
+            .lost()
+            .map(|region| MemoryLoss::Region(*region))
+            .or_else(|| log_is_lost().then_some(MemoryLoss::Log))
     }
 
     fn reply_ack(&self) -> bool {
@@ -72,38 +70,36 @@ impl ConnectionHandler for Session {
 
 impl Session {
     /// Keeps the reason for the log and gives the crate an error that makes it send the error reply.
-    fn answer<T>(&mut self, result: std::result::Result<T, String>) -> Result<T> {
+    fn answer<T>(&mut self, result: Result<T, SessionError>) -> Reply<T> {
         result.map_err(|why| {
             self.refusal = Some(why);
             Error::InvalidParam
         })
     }
 
-    fn ring_index(&self, index: u32) -> std::result::Result<usize, String> {
-        let count = self.rings.len();
-        usize::try_from(index)
-            .ok()
-            .filter(|index| *index < count)
-            .ok_or_else(|| format!("there is no ring {index}; {count} are offered"))
+    fn ring_index(&self, index: u32) -> Result<usize, SessionError> {
+        let offered = self.rings.len();
+        let known = usize::try_from(index).ok().filter(|index| *index < offered);
+        known.ok_or(SessionError::NoSuchRing { ring: index, offered })
     }
 
     /// The ring at `index`, for settings that cannot change under a running ring.
-    fn resting(&self, index: u32) -> std::result::Result<usize, String> {
+    fn resting(&self, index: u32) -> Result<usize, SessionError> {
         let index = self.ring_index(index)?;
         if self.running.contains_key(&index) {
-            return Err(format!("ring {index} runs; stop it with GET_VRING_BASE first"));
+            return Err(SessionError::RingRuns { ring: index });
         }
         Ok(index)
     }
 
-    fn try_set_features(&mut self, features: u64) -> std::result::Result<(), String> {
+    fn try_set_features(&mut self, features: u64) -> Result<(), SessionError> {
         let unknown = features & !self.export.features;
         if unknown != 0 {
-            return Err(format!("feature bits {unknown:#x} are not offered"));
+            return Err(SessionError::Features(unknown));
         }
         let before = self.enabled_from_start();
         if !self.running.is_empty() && (features ^ self.features) & RING_FEATURES != 0 {
-            return Err("rings run; stop them before their format changes".into());
+            return Err(SessionError::FormatOfRunningRings);
         }
         if features != self.features {
             let paused = self.pause_all();
@@ -118,13 +114,11 @@ impl Session {
         self.settle()
     }
 
-    fn try_set_vring_num(&mut self, index: u32, entries: u32) -> std::result::Result<(), String> {
+    fn try_set_vring_num(&mut self, index: u32, entries: u32) -> Result<(), SessionError> {
         let index = self.resting(index)?;
         let most = self.export.queue_size;
-        let size = u16::try_from(entries).ok().filter(|size| (1..=most).contains(size)).ok_or_else(|| {
-            format!("ring {index} with {entries} entries: 1 to {most} are accepted (--queue-size sets the limit)")
-        })?;
-        self.rings[index].size = size;
+        let size = u16::try_from(entries).ok().filter(|size| (1..=most).contains(size));
+        self.rings[index].size = size.ok_or(SessionError::RingSize { ring: index, entries, most })?;
         self.rings[index].changed();
         self.settle()
     }
@@ -134,10 +128,10 @@ impl Session {
         index: u32,
         flags: VhostUserVringAddrFlags,
         addresses: Addresses,
-    ) -> std::result::Result<(), String> {
+    ) -> Result<(), SessionError> {
         let index = self.ring_index(index)?;
         if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return Err("dirty logging is not offered".into());
+            return Err(SessionError::DirtyLogging);
         }
         // Front-ends repeat the addresses of a running ring when they switch logging; that changes nothing.
         if self.running.get(&index).is_some_and(|running| running.addresses == addresses) {
@@ -149,14 +143,14 @@ impl Session {
         self.settle()
     }
 
-    fn notifier(what: &str, file: Option<File>) -> std::result::Result<Notifier, String> {
+    fn notifier(purpose: &'static str, file: Option<File>) -> Result<Notifier, SessionError> {
         match file {
-            Some(file) if !is_eventfd(&file) => Err(format!("the {what} descriptor is no eventfd")),
+            Some(file) if !is_eventfd(&file) => Err(SessionError::NotAnEventfd { purpose }),
             file => Ok(file.into()),
         }
     }
 
-    fn try_set_kick(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+    fn try_set_kick(&mut self, index: u8, file: Option<File>) -> Result<(), SessionError> {
         let index = self.ring_index(index.into())?;
         let kick = Self::notifier("kick", file)?;
         if let Some(running) = self.running.get(&index) {
@@ -168,7 +162,7 @@ impl Session {
         self.settle()
     }
 
-    fn try_set_call(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+    fn try_set_call(&mut self, index: u8, file: Option<File>) -> Result<(), SessionError> {
         let index = self.ring_index(index.into())?;
         let call = Self::notifier("call", file)?;
         if let Some(running) = self.running.get(&index) {
@@ -178,7 +172,7 @@ impl Session {
         Ok(())
     }
 
-    fn try_set_error(&mut self, index: u8, file: Option<File>) -> std::result::Result<(), String> {
+    fn try_set_error(&mut self, index: u8, file: Option<File>) -> Result<(), SessionError> {
         let index = self.ring_index(index.into())?;
         let error = Self::notifier("error", file)?;
         if let Some(running) = self.running.get(&index) {
@@ -188,7 +182,7 @@ impl Session {
         Ok(())
     }
 
-    fn try_get_vring_base(&mut self, index: u32) -> std::result::Result<VhostUserVringState, String> {
+    fn try_get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState, SessionError> {
         let ring = self.ring_index(index)?;
         self.pause(ring);
         let base = self.rings[ring].base;
@@ -196,19 +190,14 @@ impl Session {
         Ok(VhostUserVringState::new(index, base))
     }
 
-    fn try_set_mem_table(
-        &mut self,
-        regions: &[VhostUserMemoryRegion],
-        files: Vec<File>,
-    ) -> std::result::Result<(), String> {
+    fn try_set_mem_table(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), SessionError> {
         let regions = regions.iter().map(description).zip(files).collect();
-        let memory =
-            self.memory.replaced(self.export.drive.memory(), regions).map_err(|error| format!("memory: {error}"))?;
+        let memory = self.memory.replaced(self.export.drive.memory(), regions).map_err(SessionError::Memory)?;
         self.memory_before = None;
         self.set_memory(memory)
     }
 
-    fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> std::result::Result<(), String> {
+    fn try_add_region(&mut self, region: &VhostUserMemoryRegion, file: File) -> Result<(), SessionError> {
         let empty = self.memory.emptied();
         let (table, earlier) = match &self.memory_before {
             Some(before) if !before.replaced => (&empty, &*before.memory),
@@ -217,22 +206,22 @@ impl Session {
         };
         let memory = table
             .with_region_like(earlier, self.export.drive.memory(), description(region), file)
-            .map_err(|error| format!("memory: {error}"))?;
+            .map_err(SessionError::Memory)?;
         self.memory_before.iter_mut().for_each(|before| before.replaced = true);
         self.set_memory(memory)
     }
 
-    fn try_remove_region(&mut self, region: &VhostUserMemoryRegion) -> std::result::Result<(), String> {
-        let memory = self.memory.without_region(&description(region)).map_err(|error| format!("memory: {error}"))?;
+    fn try_remove_region(&mut self, region: &VhostUserMemoryRegion) -> Result<(), SessionError> {
+        let memory = self.memory.without_region(&description(region)).map_err(SessionError::Memory)?;
         self.memory_before = None;
         self.set_memory(memory)
     }
 
-    fn try_set_config(&mut self, offset: u32, data: &[u8]) -> std::result::Result<(), String> {
+    fn try_set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), SessionError> {
         if self.export.features & config::F_CONFIG_WCE == 0 {
-            return Err("the write cache mode of this disk cannot be changed".into());
+            return Err(SessionError::FixedMode);
         }
-        let writeback = config::written_mode(&self.config(), offset, data)?;
+        let writeback = config::written_mode(&self.config(), offset, data).map_err(SessionError::Config)?;
         let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
         if !self.standing.serves {
             self.standing.mode_chosen = true;
@@ -246,7 +235,7 @@ impl Session {
 
     /// Writes that were answered under writeback must not stay volatile when the driver, which now counts on writethrough,
     /// flushes no more (virtio 1.2, 5.2.6.2).
-    pub(super) fn write_through(&mut self) -> std::result::Result<(), String> {
+    pub(super) fn write_through(&mut self) -> Result<(), SessionError> {
         let export = self.export.clone();
         // The queue pair of a ring will do if the controller has no other left.
         let flush = || flush(&export);
@@ -260,34 +249,30 @@ impl Session {
         if flushed.is_err() {
             self.disk.writeback.store(true, Ordering::Relaxed);
         }
-        flushed.map_err(|why| format!("the drive's cache cannot be flushed, so it stays in use: {why}")).and(started)
+        flushed.map_err(SessionError::WriteThrough).and(started)
     }
 
     /// Memory for the log of as many rings as the front-end uses. The front-end gives it back to us, and after us to the next
     /// process, with SET_INFLIGHT_FD.
-    fn try_get_inflight(
-        &mut self,
-        asked: &VhostUserInflight,
-    ) -> std::result::Result<(VhostUserInflight, File), String> {
+    fn try_get_inflight(&mut self, asked: &VhostUserInflight) -> Result<(VhostUserInflight, File), SessionError> {
         let rings = self.rings.len();
         if usize::from(asked.num_queues) > rings {
-            return Err(format!("a log for {} rings was asked for; {rings} are offered", asked.num_queues));
+            return Err(SessionError::LogRings { asked: asked.num_queues, offered: rings });
         }
         let most = self.export.queue_size;
         if asked.queue_size > most {
-            return Err(format!("a log for rings of {} entries was asked for; {most} are accepted", asked.queue_size));
+            return Err(SessionError::LogEntries { asked: asked.queue_size, most });
         }
-        let memory = InflightMemory::create(asked.num_queues, asked.queue_size).map_err(|error| error.to_string())?;
-        let file = memory.file().try_clone().map_err(|error| format!("cannot duplicate a descriptor: {error}"))?;
+        let memory = InflightMemory::create(asked.num_queues, asked.queue_size)?;
+        let file = memory.file().try_clone().map_err(SessionError::Duplicate)?;
         Ok((VhostUserInflight { mmap_size: memory.bytes(), mmap_offset: 0, ..*asked }, file))
     }
 
-    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: File) -> std::result::Result<(), String> {
+    fn try_set_inflight(&mut self, told: &VhostUserInflight, file: File) -> Result<(), SessionError> {
         if !self.running.is_empty() {
-            return Err("rings run; stop them before their log changes".into());
+            return Err(SessionError::LogOfRunningRings);
         }
-        let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)
-            .map_err(|error| error.to_string())?;
+        let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)?;
         self.inflight = Some(memory);
         self.standing.log_to_clear = false;
         match self.standing.serves {
@@ -300,7 +285,7 @@ impl Session {
 
     /// RESET_DEVICE: everything but the connection itself and the memory, which the front-end tells once only. Nobody needs answers
     /// that the drive has not given yet.
-    fn try_reset(&mut self) -> std::result::Result<(), String> {
+    fn try_reset(&mut self) -> Result<(), SessionError> {
         let running: Vec<usize> = self.running.keys().copied().collect();
         self.pause_these(&running, StopPolicy::LeaveInLog);
         let enabled = self.enabled_from_start();
@@ -317,15 +302,15 @@ impl Session {
 }
 
 /// Makes durable what was answered so far, if it is not lost: then the guest's next flush has to say so, whatever is said here.
-fn flush(export: &Export) -> std::result::Result<(), String> {
-    let (flushes, lost) = (&export.namespace.flushes, || "the drive has lost writes that were not flushed".to_owned());
-    let number = flushes.begin_own().ok_or_else(lost)?;
-    export.drive.flush(export.namespace.id).map_err(|error| error.to_string())?;
-    if flushes.succeed(number) { Ok(()) } else { Err(lost()) }
+fn flush(export: &Export) -> Result<(), FlushError> {
+    let flushes = &export.namespace.flushes;
+    let number = flushes.begin_own().ok_or(FlushError::Lost)?;
+    export.drive.flush(export.namespace.id)?;
+    if flushes.succeed(number) { Ok(()) } else { Err(FlushError::Lost) }
 }
 
-fn duplicate(notifier: &Notifier) -> std::result::Result<Option<File>, String> {
-    notifier.try_clone().map_err(|error| format!("cannot duplicate the descriptor: {error}"))
+fn duplicate(notifier: &Notifier) -> Result<Option<File>, SessionError> {
+    notifier.try_clone().map_err(SessionError::Duplicate)
 }
 
 fn description(region: &VhostUserMemoryRegion) -> RegionDescription {
@@ -338,17 +323,17 @@ fn description(region: &VhostUserMemoryRegion) -> RegionDescription {
 }
 
 /// For messages whose features are not offered; the connection keeps them away, so this is never reached.
-fn not_offered<T>() -> Result<T> {
+fn not_offered<T>() -> Reply<T> {
     Err(Error::InvalidOperation("not offered"))
 }
 
 impl VhostUserBackendReqHandlerMut for Session {
-    fn set_owner(&mut self) -> Result<()> {
+    fn set_owner(&mut self) -> Reply<()> {
         self.begin_anew();
         Ok(())
     }
 
-    fn reset_owner(&mut self) -> Result<()> {
+    fn reset_owner(&mut self) -> Reply<()> {
         // The specification deprecates it and allows two readings: ignore it, or disable all rings.
         self.pause_all();
         let enabled = self.enabled_from_start();
@@ -360,16 +345,16 @@ impl VhostUserBackendReqHandlerMut for Session {
         Ok(())
     }
 
-    fn reset_device(&mut self) -> Result<()> {
+    fn reset_device(&mut self) -> Reply<()> {
         let result = self.try_reset();
         self.answer(result)
     }
 
-    fn get_features(&mut self) -> Result<u64> {
+    fn get_features(&mut self) -> Reply<u64> {
         Ok(self.offered())
     }
 
-    fn set_features(&mut self, features: u64) -> Result<()> {
+    fn set_features(&mut self, features: u64) -> Reply<()> {
         let result = self.try_set_features(features);
         self.answer(result)
     }
@@ -379,12 +364,12 @@ impl VhostUserBackendReqHandlerMut for Session {
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
-    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+    ) -> Reply<Option<Vec<VhostUserMemoryRegionBase>>> {
         let result = self.try_set_mem_table(regions, files).map(|()| None);
         self.answer(result)
     }
 
-    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Reply<()> {
         let result = self.try_set_vring_num(index, num);
         self.answer(result)
     }
@@ -397,13 +382,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         used: u64,
         available: u64,
         _log: u64,
-    ) -> Result<()> {
+    ) -> Reply<()> {
         let addresses = Addresses { descriptors: descriptor, driver: available, device: used };
         let result = self.try_set_vring_addr(index, flags, addresses);
         self.answer(result)
     }
 
-    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Reply<()> {
         let result = self.resting(index).and_then(|index| {
             self.rings[index].base = base;
             self.rings[index].changed();
@@ -412,46 +397,46 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.answer(result)
     }
 
-    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+    fn get_vring_base(&mut self, index: u32) -> Reply<VhostUserVringState> {
         let result = self.try_get_vring_base(index);
         self.answer(result)
     }
 
-    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> Reply<()> {
         let result = self.try_set_kick(index, fd);
         self.answer(result)
     }
 
-    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> Reply<()> {
         let result = self.try_set_call(index, fd);
         self.answer(result)
     }
 
-    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Result<()> {
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> Reply<()> {
         let result = self.try_set_error(index, fd);
         self.answer(result)
     }
 
-    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+    fn get_protocol_features(&mut self) -> Reply<VhostUserProtocolFeatures> {
         Ok(PROTOCOL_FEATURES)
     }
 
-    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Reply<()> {
         let unknown = features & !PROTOCOL_FEATURES.bits();
         let result = if unknown == 0 {
             self.protocol_features = features;
             Ok(())
         } else {
-            Err(format!("protocol feature bits {unknown:#x} are not offered"))
+            Err(SessionError::ProtocolFeatures(unknown))
         };
         self.answer(result)
     }
 
-    fn get_queue_num(&mut self) -> Result<u64> {
+    fn get_queue_num(&mut self) -> Reply<u64> {
         Ok(self.rings.len() as u64)
     }
 
-    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Reply<()> {
         let result = self.ring_index(index).and_then(|index| {
             self.rings[index].enabled = enable;
             self.rings[index].changed();
@@ -460,13 +445,13 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.answer(result)
     }
 
-    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let result = config::read(&self.config(), offset, size)
-            .ok_or_else(|| format!("{size} bytes at {offset} lie outside the configuration space"));
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Reply<Vec<u8>> {
+        let result = config::read(&self.config(), offset, size);
+        let result = result.ok_or(SessionError::OutsideConfig { offset, bytes: size });
         self.answer(result)
     }
 
-    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Reply<()> {
         let result = self.try_set_config(offset, buf);
         self.answer(result)
     }
@@ -476,7 +461,7 @@ impl VhostUserBackendReqHandlerMut for Session {
         self.back_channel.accept();
     }
 
-    fn get_max_mem_slots(&mut self) -> Result<u64> {
+    fn get_max_mem_slots(&mut self) -> Reply<u64> {
         Ok(self.export.account.regions() as u64)
     }
 
@@ -485,30 +470,30 @@ impl VhostUserBackendReqHandlerMut for Session {
         region: &VhostUserSingleMemoryRegion,
         fd: File,
         _postcopy_listening: Option<bool>,
-    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+    ) -> Reply<Option<VhostUserMemoryRegionBase>> {
         let result = self.try_add_region(region, fd).map(|()| None);
         self.answer(result)
     }
 
-    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Reply<()> {
         let result = self.try_remove_region(region);
         self.answer(result)
     }
 
-    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Reply<()> {
         not_offered()
     }
 
-    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Reply<File> {
         not_offered()
     }
 
-    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Reply<(VhostUserInflight, File)> {
         let result = self.try_get_inflight(inflight);
         self.answer(result)
     }
 
-    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Reply<()> {
         let result = self.try_set_inflight(inflight, file);
         self.answer(result)
     }
@@ -518,19 +503,19 @@ impl VhostUserBackendReqHandlerMut for Session {
         _direction: VhostTransferStateDirection,
         _phase: VhostTransferStatePhase,
         _fd: File,
-    ) -> Result<Option<File>> {
+    ) -> Reply<Option<File>> {
         not_offered()
     }
 
-    fn check_device_state(&mut self) -> Result<()> {
+    fn check_device_state(&mut self) -> Reply<()> {
         not_offered()
     }
 
-    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+    fn get_shmem_config(&mut self) -> Reply<VhostUserShMemConfig> {
         not_offered()
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Reply<()> {
         not_offered()
     }
 }

@@ -6,6 +6,7 @@
 //! (`turn`).
 
 pub mod connection;
+mod error;
 mod handler;
 mod resize;
 mod turn;
@@ -26,6 +27,7 @@ use crate::log_limit::Kind;
 use crate::vhost_user::export::Export;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{InflightError, InflightMemory, Ring, RingSetup};
+pub use error::{ConnectionError, FlushError, MemoryLoss, Refusal, SessionError};
 use resize::BackChannel;
 use turn::{MemoryBefore, Standing};
 use vring::{Addresses, RingState};
@@ -63,7 +65,8 @@ pub struct Session {
     inflight: Option<InflightMemory>,
     /// The channel to the front-end (SET_BACKEND_REQ_FD).
     back_channel: BackChannel,
-    refusal: Option<String>,
+    /// Why the last message was refused, until the connection asks for it.
+    refusal: Option<SessionError>,
 }
 
 /// Features that change how a running ring is read; all others concern single requests.
@@ -154,7 +157,7 @@ impl Session {
     }
 
     /// Starts, in its turn, every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
-    fn settle(&mut self) -> Result<(), String> {
+    fn settle(&mut self) -> Result<(), SessionError> {
         if !self.standing.serves {
             return Ok(());
         }
@@ -174,7 +177,7 @@ impl Session {
     }
 
     /// Starts a ring; if that fails, the ring rests until something about it changes.
-    fn try_start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), String> {
+    fn try_start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), SessionError> {
         let result = self.start(index, addresses, lease);
         if result.is_err() {
             self.rings[index].fail();
@@ -183,7 +186,7 @@ impl Session {
     }
 
     /// Starts a ring, on the given place or a new one. A ring whose memory is not there yet waits: that is no error.
-    fn start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), String> {
+    fn start(&mut self, index: usize, addresses: Addresses, lease: Option<Lease>) -> Result<(), SessionError> {
         let guest = |address| self.memory.user_to_guest(address);
         let (Some(descriptors), Some(driver), Some(device)) =
             (guest(addresses.descriptors), guest(addresses.driver), guest(addresses.device))
@@ -207,11 +210,10 @@ impl Session {
             device,
             base: state.base,
         };
-        let cannot_run = |error: &dyn std::fmt::Display| format!("ring {index} cannot run: {error}");
-        let mut ring = Ring::new(&self.memory, &setup).map_err(|error| cannot_run(&error))?;
-        self.set_log(index, &mut ring).map_err(|error| cannot_run(&error))?;
-        let duplicate = |what: &str, file: std::io::Result<_>| {
-            file.map_err(|error| format!("ring {index}: cannot duplicate its {what} descriptor: {error}"))
+        let mut ring = Ring::new(&self.memory, &setup).map_err(|source| SessionError::Ring { ring: index, source })?;
+        self.set_log(index, &mut ring).map_err(|source| SessionError::RingLog { ring: index, source })?;
+        let duplicate = |purpose, file: std::io::Result<_>| {
+            file.map_err(|source| SessionError::RingDescriptor { ring: index, purpose, source })
         };
         if self.export.mode().is_none() {
             match setup.begins_anew() {
@@ -299,12 +301,12 @@ impl Session {
 
     /// Puts a new memory table in force. Rings go on where the new table holds all of the old one, and are stopped and
     /// started again where it does not: no request may be under way in memory that is taken away.
-    fn set_memory(&mut self, memory: GuestMemory) -> Result<(), String> {
+    fn set_memory(&mut self, memory: GuestMemory) -> Result<(), SessionError> {
         let memory = Arc::new(memory);
         if memory.is_superset_of(&self.memory) {
             let mut result = Ok(());
             for running in self.running.values() {
-                result = result.and(running.handle.set_memory(memory.clone()).map_err(|error| error.to_string()));
+                result = result.and(running.handle.set_memory(memory.clone()).map_err(SessionError::Worker));
             }
             self.memory = memory;
             self.rings.iter_mut().for_each(|ring| ring.failed = false);
@@ -318,7 +320,7 @@ impl Session {
     }
 
     /// Starts rings again where they ran before.
-    fn resume(&mut self, paused: Vec<(usize, Lease)>) -> Result<(), String> {
+    fn resume(&mut self, paused: Vec<(usize, Lease)>) -> Result<(), SessionError> {
         let mut result = Ok(());
         for (index, lease) in paused {
             if let Some(addresses) = self.rings[index].wanted() {

@@ -7,6 +7,7 @@ use rustix::net::{SendFlags, send};
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
 
 use super::Session;
+use super::error::ChannelError;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG (vhost-user, "Back-end message types").
 const CONFIG_CHANGED: u32 = 2;
@@ -32,8 +33,8 @@ impl BackChannel {
     }
 
     /// Tells the front-end that the configuration space has changed. The error says why it cannot be told.
-    fn config_changed(&mut self) -> Result<(), String> {
-        let channel = self.open.as_ref().ok_or("it has opened no channel for that")?;
+    fn config_changed(&mut self) -> Result<(), ChannelError> {
+        let channel = self.open.as_ref().ok_or(ChannelError::NotOpened)?;
         // A header without a body.
         let message = [CONFIG_CHANGED, FLAGS, 0].map(u32::to_ne_bytes).concat();
         match send(channel, &message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
@@ -42,11 +43,11 @@ impl BackChannel {
             Err(Errno::AGAIN) => Ok(()),
             Ok(_) => {
                 self.open = None;
-                Err("the channel took a part of the message".into())
+                Err(ChannelError::Partial)
             }
             Err(error) => {
                 self.open = None;
-                Err(error.to_string())
+                Err(ChannelError::Send(error))
             }
         }
     }
@@ -78,7 +79,7 @@ impl Session {
         let needed = VhostUserProtocolFeatures::BACKEND_REQ.union(VhostUserProtocolFeatures::CONFIG).bits();
         let told = match self.protocol_features & needed == needed {
             true => self.back_channel.config_changed(),
-            false => Err("it has not negotiated that".into()),
+            false => Err(ChannelError::NotNegotiated),
         };
         match told {
             Ok(()) => log::info!("{name}: the front-end was told of the new size"),

@@ -7,8 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use super::Session;
 use super::vring::RingState;
+use super::{Session, SessionError};
 use crate::log_limit::Kind;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::InflightMemory;
@@ -34,7 +34,7 @@ pub(super) struct MemoryBefore {
 
 impl Session {
     /// Its turn has come: all that was said until now takes effect. The error says what cannot run.
-    pub fn take_turn(&mut self) -> Result<(), String> {
+    pub fn take_turn(&mut self) -> Result<(), SessionError> {
         self.standing.serves = true;
         let mode = self.settle_mode();
         if std::mem::take(&mut self.standing.log_to_clear) {
@@ -52,7 +52,7 @@ impl Session {
     }
 
     /// The turn has come when the front-end was gone: what it chose is kept for those to come.
-    pub fn keep_choice(&mut self) -> Result<(), String> {
+    pub fn keep_choice(&mut self) -> Result<(), SessionError> {
         self.standing.serves = true;
         self.settle_mode()
     }
@@ -71,7 +71,7 @@ impl Session {
     }
 
     /// The mode of the write cache that this session has come to believe in meets the one that was left behind.
-    fn settle_mode(&mut self) -> Result<(), String> {
+    fn settle_mode(&mut self) -> Result<(), SessionError> {
         let left = self.export.mode();
         if std::mem::take(&mut self.standing.mode_chosen) {
             let writeback = self.disk.writeback.load(Ordering::Relaxed);
