@@ -47,7 +47,7 @@ pub const MAX_RANGES: u32 = 256;
 
 /// Bytes in a virtio sector, whatever the disk's block size is (5.2.4).
 pub const SECTOR_BYTES: u32 = 512;
-/// The same as a power of two.
+/// [`SECTOR_BYTES`] as a power of two.
 pub const SECTOR_SHIFT: u8 = 9;
 const _: () = assert!(1 << SECTOR_SHIFT == SECTOR_BYTES);
 /// Offset of the `writeback` byte, the only one a driver may write (5.2.5).
@@ -176,14 +176,14 @@ impl RangeLimits {
 /// What drivers may ask for of a namespace in one request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Offer {
-    /// In a discard.
+    /// The limits of a discard request.
     pub discard: RangeLimits,
-    /// In a write of zeroes.
+    /// The limits of a write zeroes request.
     pub write_zeroes: RangeLimits,
 }
 
 impl Offer {
-    /// As the namespace is now.
+    /// The offer that fits the namespace as it is now.
     pub fn new(namespace: &Namespace) -> Offer {
         Offer { discard: RangeLimits::discard(namespace), write_zeroes: RangeLimits::write_zeroes(namespace) }
     }

@@ -8,14 +8,14 @@ use super::trial::{Outstanding, Seat, Suspicion};
 use crate::datapath::lane::Lane;
 
 /// What a token says about its lane: the bits above this many are the lane's index in its group, those below its slot. So the
-/// lanes are the owners between whom long requests share the queue pair.
+/// lanes are the owners between whom multi-command requests share the queue pair.
 const LANE_SHIFT: u32 = OWNER_SHIFT;
 
 /// What leads to the drive: a queue pair and the bounce pool that belongs to it.
 pub struct QueueResources {
     /// The queue pair.
     pub pair: QueuePair,
-    /// For data the drive cannot reach where it lies.
+    /// Bounce buffers for data that the drive cannot reach where it lies.
     pub pool: BouncePool,
 }
 
@@ -24,13 +24,14 @@ pub struct QueueResources {
 ///
 /// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
 pub struct PollGroup {
+    /// The queue pair, unless the drive is away or requests are tried alone.
     resources: Option<QueueResources>,
-    /// The same, while it is for requests that are tried alone.
+    /// The queue pair while requests are tried alone on it.
     on_trial: Option<Box<OnTrial>>,
     answered: Answered,
     /// Nobody waits for the drive.
     given_up: bool,
-    /// By index; an index stays free after its lane has gone until another takes it.
+    /// The lanes by index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
     /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
     /// each time, and those after it never.
@@ -136,7 +137,7 @@ impl PollGroup {
         Some(lane)
     }
 
-    /// Has any lane a request that is on its way to be answered?
+    /// Is any request of a lane on its way to be answered?
     pub(crate) fn busy(&self) -> bool {
         // Without a drive there is nothing to look for; and nobody tells of a trial's end.
         self.on_trial.is_some()

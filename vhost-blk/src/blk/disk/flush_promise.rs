@@ -57,8 +57,9 @@ impl FlushPromise {
         (!told).then(|| self.next())
     }
 
-    /// The same for the flush with this number, which the drive has not answered. Each one that the loss has met fails: they may
-    /// be for different parts of the guest.
+    /// The new number of a flush that had this one and that the drive has not answered, for giving it to the drive once more; `None`:
+    /// the flush has to fail. Each flush fails that was under way when the drive lost its cache: they may be for different parts of
+    /// the guest.
     pub fn begin_again(&self, number: u64) -> Option<u64> {
         if number > self.lost.load(Ordering::Acquire) {
             return self.begin();
@@ -68,7 +69,7 @@ impl FlushPromise {
         None
     }
 
-    /// The same for a flush that is not the guest's: if it has to fail, one of the guest's still has to.
+    /// The number of a flush that is not the guest's; `None`: it has to fail, and one of the guest's still has to.
     pub fn begin_own(&self) -> Option<u64> {
         let broken = self.broken.load(Ordering::Acquire);
         (!broken).then(|| self.next())

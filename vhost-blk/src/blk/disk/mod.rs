@@ -33,7 +33,8 @@ impl Geometry {
         whole.then_some(sector >> self.sector_shift)
     }
 
-    /// The same; `None` also if it reaches beyond the disk's end.
+    /// The first logical block of a transfer of `bytes` at `sector`; `None` if it is not in whole blocks or reaches beyond the disk's
+    /// end.
     #[inline]
     pub fn block(&self, sector: u64, bytes: u32) -> Option<u64> {
         let lba = self.first_block(sector, bytes)?;
@@ -54,7 +55,7 @@ impl Refused {
         self.0.fetch_or(feature, Ordering::Relaxed) & feature == 0
     }
 
-    /// As bits; front-ends to come are not offered these.
+    /// The refused features, as bits of the feature word; front-ends to come are not offered these.
     pub fn features(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
@@ -97,7 +98,7 @@ impl Disk {
         }
     }
 
-    /// The same disk on its namespace as that is now.
+    /// This disk on `namespace`, which is its namespace as that is now.
     pub fn on(&self, namespace: Namespace) -> Disk {
         let Disk { offer, read_only, serial, features, writeback, flushes, refused, .. } = self;
         Disk {

@@ -46,7 +46,7 @@ pub enum Operation {
     Discard,
     /// The ranges read as zeroes afterwards.
     WriteZeroes,
-    /// The same, and they may be deallocated.
+    /// The ranges read as zeroes afterwards, and the drive may deallocate them.
     WriteZeroesUnmap,
 }
 

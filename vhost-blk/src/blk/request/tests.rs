@@ -31,7 +31,7 @@ struct RequestBench {
     parser: Parser,
 }
 
-/// What the short way makes of the next chain; nothing where the queue pair would refuse it, for the disk has no such blocks.
+/// What the fast path makes of the next chain; nothing where the queue pair would refuse it, for the disk has no such blocks.
 fn short_way(ring: &mut Ring, view: &mut GuestView, disk: &Disk) -> Option<(Request, Segment)> {
     let next = match ring {
         Ring::Split(ring) => peek_simple(ring, view, disk, &disk.geometry()),

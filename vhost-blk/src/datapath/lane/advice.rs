@@ -40,7 +40,7 @@ impl Advice {
 }
 
 impl Lane {
-    /// A chain was taken by the long way.
+    /// The slow path has taken a chain.
     #[inline(always)]
     pub(super) fn note_length(&mut self) {
         if self.chain.len() > self.advice.long_chain {

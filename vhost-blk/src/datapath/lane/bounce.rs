@@ -57,31 +57,33 @@ pub(super) struct BouncedRequests {
     all: Vec<BouncedRequest>,
     /// How many of them change the disk.
     changes: usize,
-    /// The drive has answered.
+    /// Requests whose piece the drive has answered.
     back: VecDeque<u16>,
-    /// They have a buffer that is ready for the drive.
+    /// Requests with a buffer that is ready for the drive.
     filled: VecDeque<u16>,
-    /// They wait for a buffer: such that need it once, and such that need it often.
+    /// Requests that wait for a buffer, and need only one.
     short: VecDeque<u16>,
+    /// Requests that wait for a buffer, and need several, one after the other.
     long: VecDeque<u16>,
-    /// Who is next of both.
+    /// The next buffer is for the queue `long`, if both queues have a request.
     long_first: bool,
-    /// The drive wants them to wait.
+    /// Requests that the drive wants to be tried again later.
     paused: Paused,
     /// The lane waits for a buffer.
     in_line: bool,
-    /// Those that wait were ended as far as [`Lane::bounce_policy`] said so, when it said it of so many.
+    /// How many requests [`Lane::bounce_policy`] ended when they were last ended for it, see [`Lane::sweep`].
     swept: u8,
 }
 
 /// How a request ended.
 enum BounceEnd {
+    /// The drive has done all of it.
     Done,
-    /// The drive has failed it.
+    /// The drive has answered with this status.
     Refused(Status),
-    /// For another reason.
+    /// It failed for another reason than the drive's answer.
     Failed(String),
-    /// Without an answer.
+    /// It gets no answer, see [`StopPolicy::LeaveInLog`].
     LeftInLog,
 }
 
@@ -91,26 +93,27 @@ impl BouncedRequests {
         self.all.is_empty()
     }
 
-    /// The slots of all.
+    /// The slots of all bounced requests.
     pub(super) fn slots(&self) -> impl Iterator<Item = u16> {
         self.all.iter().map(|bounced| bounced.slot)
     }
 
-    /// Does any of them change the disk?
+    /// Does any bounced request change the disk?
     pub(super) fn any_changes(&self) -> bool {
         self.changes != 0
     }
 
-    fn get_mut(&mut self, place: u16, slot: u16) -> Option<&mut BouncedRequest> {
-        self.all.get_mut(usize::from(place)).filter(|bounced| bounced.slot == slot)
+    /// The request at this index, if it has this slot.
+    fn get_mut(&mut self, index: u16, slot: u16) -> Option<&mut BouncedRequest> {
+        self.all.get_mut(usize::from(index)).filter(|bounced| bounced.slot == slot)
     }
 
-    /// Waits for a buffer from now on.
+    /// The request in this slot waits for a buffer from now on.
     fn wait(&mut self, slot: u16, is_long: bool) {
         if is_long { &mut self.long } else { &mut self.short }.push_back(slot);
     }
 
-    /// Has a buffer, or ends. Cheap for the first.
+    /// The request in this slot does not wait for a buffer any longer. Cheap for the first of its queue.
     fn waits_no_longer(&mut self, slot: u16, is_long: bool) {
         let queue = if is_long { &mut self.long } else { &mut self.short };
         if let Some(at) = queue.iter().position(|waiting| *waiting == slot) {
@@ -147,8 +150,7 @@ impl Lane {
         self.bounce_in(number, head, details, false);
     }
 
-    /// The same for one that has a slot, whose `written` is 0. What its slot has counted goes on. `reissued`: the drive was given
-    /// it before.
+    /// Has a request be copied that has a slot already. What its record has counted goes on. `reissued`: the drive was given it before.
     pub(super) fn bounce_in(&mut self, slot: u16, head: Head, details: Box<Details>, reissued: bool) {
         self.tally.copies += 1;
         // There are fewer than slots.
@@ -195,9 +197,9 @@ impl Lane {
         }
     }
 
-    /// The drive has answered the piece of the bounced request with this slot, which is at this place.
-    pub(super) fn bounced_piece_done(&mut self, place: u16, slot: u16, status: Status) {
-        if let Some(BouncedRequest { piece: Some(piece), .. }) = self.bounced.get_mut(place, slot) {
+    /// The drive has answered the piece of the bounced request with this slot, which is at this index.
+    pub(super) fn bounced_piece_done(&mut self, index: u16, slot: u16, status: Status) {
+        if let Some(BouncedRequest { piece: Some(piece), .. }) = self.bounced.get_mut(index, slot) {
             piece.status = Some(status);
             self.bounced.back.push_back(slot);
         }
@@ -228,8 +230,8 @@ impl Lane {
         let BouncedRequests { paused, all, short, long, .. } = &mut self.bounced;
         let slots = &self.slots;
         paused.look(|slot| {
-            let place = slots.bounced(slot).map_or(usize::MAX, usize::from);
-            let is_long = all.get(place).is_some_and(BouncedRequest::is_long);
+            let index = slots.bounced(slot).map_or(usize::MAX, usize::from);
+            let is_long = all.get(index).is_some_and(BouncedRequest::is_long);
             if is_long {
                 long.push_back(slot)
             } else {
@@ -301,8 +303,8 @@ impl Lane {
 
     /// The bounced request with this slot.
     fn bounced_mut(&mut self, slot: u16) -> Option<&mut BouncedRequest> {
-        let place = self.slots.bounced(slot)?;
-        self.bounced.get_mut(place, slot)
+        let index = self.slots.bounced(slot)?;
+        self.bounced.get_mut(index, slot)
     }
 
     /// Gives the request whose turn it is a buffer, and that to the drive; returns how many bytes were copied. `None`: there is no
@@ -312,11 +314,12 @@ impl Lane {
         self.fill(slot, pair, pool, tag)
     }
 
-    /// The same for a request that waits.
+    /// Gives the request in this slot, which waits for a buffer, one, and that to the drive; returns how many bytes were copied. `None`:
+    /// there is no buffer just now.
     fn fill(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> Option<u64> {
-        let place = self.slots.bounced(slot)?;
+        let index = self.slots.bounced(slot)?;
         let Lane { bounced: requests, view, disk, .. } = self;
-        let bounced = requests.get_mut(place, slot)?;
+        let bounced = requests.get_mut(index, slot)?;
         let request = &bounced.details.request;
         let whole_blocks = pool.capacity() & !u64::from(disk.namespace.block_bytes() - 1);
         let bytes = (u64::from(request.bytes) - bounced.done).min(PIECE).min(whole_blocks);
@@ -349,9 +352,9 @@ impl Lane {
 
     /// Gives a piece that is ready to the drive.
     fn submit_piece(&mut self, slot: u16, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
-        let Some(place) = self.slots.bounced(slot) else { return };
+        let Some(index) = self.slots.bounced(slot) else { return };
         let Lane { bounced: requests, disk, tally, .. } = self;
-        let Some(bounced) = requests.get_mut(place, slot) else { return };
+        let Some(bounced) = requests.get_mut(index, slot) else { return };
         let Some(piece) = &mut bounced.piece else { return };
         let request = &bounced.details.request;
         let lba = request.lba + (bounced.done >> disk.namespace.block_shift);
@@ -397,9 +400,9 @@ impl Lane {
             }
             return 0;
         }
-        let Some(place) = self.slots.bounced(slot) else { return 0 };
+        let Some(index) = self.slots.bounced(slot) else { return 0 };
         let Lane { bounced: requests, view, .. } = self;
-        let Some(bounced) = requests.get_mut(place, slot) else { return 0 };
+        let Some(bounced) = requests.get_mut(index, slot) else { return 0 };
         let is_read = bounced.details.request.operation == Operation::Read;
         let copied = match is_read {
             true => bounced.stretches(
@@ -458,11 +461,11 @@ impl Lane {
 
     /// Takes a request out that is in no queue; its slot is free then.
     fn remove_bounced(&mut self, slot: u16) -> Option<BouncedRequest> {
-        let place = self.slots.bounced(slot)?;
-        self.bounced.get_mut(place, slot)?;
-        let removed = self.bounced.all.swap_remove(usize::from(place));
-        if let Some(moved) = self.bounced.all.get(usize::from(place)) {
-            self.slots.set_bounced(moved.slot, place);
+        let index = self.slots.bounced(slot)?;
+        self.bounced.get_mut(index, slot)?;
+        let removed = self.bounced.all.swap_remove(usize::from(index));
+        if let Some(moved) = self.bounced.all.get(usize::from(index)) {
+            self.slots.set_bounced(moved.slot, index);
         }
         self.slots.free_empty(slot);
         self.bounced.changes -= usize::from(flush::changes(removed.details.request.operation));
@@ -496,7 +499,7 @@ impl Lane {
 }
 
 impl BouncedRequest {
-    /// Does it need a buffer more than once?
+    /// Does the request need more than one buffer?
     fn is_long(&self) -> bool {
         u64::from(self.details.request.bytes) > PIECE
     }

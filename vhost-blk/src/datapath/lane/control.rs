@@ -45,24 +45,24 @@ impl Lane {
         !matches!(self.mode, Mode::Stopping(_))
     }
 
-    /// Is it on its way to another queue pair? What its guest has broken is, too.
+    /// Is the lane on its way to another queue pair? One whose ring is broken counts as such.
     pub(crate) fn is_moving(&self) -> bool {
         matches!(self.mode, Mode::Moving | Mode::Broken)
     }
 
-    /// Has the drive nothing of it, nor any buffer of its queue pair?
+    /// May the lane move? The drive has nothing of it, and it has no buffer of its queue pair.
     pub(crate) fn may_move(&self) -> bool {
         self.in_flight() == 0
     }
 
-    /// It has moved, and goes on.
+    /// The lane has moved, or does not have to any more, and goes on.
     pub(crate) fn end_move(&mut self) {
         if self.mode == Mode::Moving {
             self.mode = Mode::Running;
         }
     }
 
-    /// Is there nothing left that the drive has to answer? Then a stopped lane can be handed back.
+    /// Is nothing left that the drive has to answer? Then a stopped lane can be handed back.
     pub(crate) fn drained(&self) -> bool {
         self.in_flight() == 0 && self.pending.is_none() && !self.resuming
     }
@@ -123,7 +123,7 @@ impl Lane {
         self.find_pending();
     }
 
-    /// Is there memory of its guest that the drive cannot reach? Its session ends.
+    /// Is there memory of the lane's guest that the drive cannot reach? Then its session ends.
     pub(crate) fn is_out_of_reach(&self) -> bool {
         self.view.memory().unreachable().is_some()
     }
@@ -137,7 +137,7 @@ impl Lane {
         (self.resuming, self.pending) = (false, None);
     }
 
-    /// Does it take what the driver makes available?
+    /// Does the lane take what the driver makes available?
     fn runs(&self) -> bool {
         self.mode.is_running() && self.drive != DriveAccess::Held
     }
@@ -156,7 +156,7 @@ impl Lane {
         self.retries.write_protected = false;
     }
 
-    /// The same disk, whose namespace has become another meanwhile. Its front-end hears of it later.
+    /// The disk's namespace has changed meanwhile (its size, say), if it is among these. Its front-end hears of it later.
     pub(crate) fn learn(&mut self, namespaces: &[Namespace]) {
         let same = |known: &&Namespace| known.id == self.disk.namespace.id && **known != self.disk.namespace;
         if let Some(known) = namespaces.iter().find(same) {
@@ -164,7 +164,7 @@ impl Lane {
         }
     }
 
-    /// Has to be polled even when nothing is in flight: nobody would wake it.
+    /// Does the lane have to be polled even when nothing is in flight? Nobody would wake it.
     pub(crate) fn needs_polling(&self) -> bool {
         self.kick().is_none() && self.runs()
     }

@@ -25,7 +25,7 @@ impl Default for Changes {
     }
 }
 
-/// Does it change the disk?
+/// Does a request of this kind change the disk?
 pub(super) fn changes(operation: Operation) -> bool {
     !matches!(operation, Operation::Read | Operation::Flush)
 }
@@ -92,7 +92,8 @@ impl Lane {
         self.warn_of_loss(number)
     }
 
-    /// The same for the flush in a slot, which the drive has not answered.
+    /// The flush in a slot, which the drive has not answered, is given to it once more; its new number. `None`: it has to fail, for the
+    /// drive has lost what it would have made safe.
     pub(super) fn begin_flush_retry(&mut self, slot: u16) -> Option<u64> {
         let before = self.slots.held_mut(slot)?.record.flush_number();
         let number = self.disk.flushes.begin_again(before);

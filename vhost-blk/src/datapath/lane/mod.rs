@@ -237,8 +237,8 @@ impl Lane {
         taken
     }
 
-    /// The short way for nearly all small requests: without the stores a chain and its segments need otherwise. Adds how many
-    /// it took. True: nothing is left; false: what is next is open.
+    /// The fast path, which nearly all small requests take: simple chains, without the stores that a chain and its segments need
+    /// otherwise. Adds to `taken` how many it took. True: nothing is left; false: what is next is open.
     #[inline(always)]
     fn submit_fast_path(&mut self, pair: &mut QueuePair, tag: u64, taken: &mut usize) -> bool {
         let Lane { ring, view, slots, admission, tally, disk, geometry, .. } = self;
@@ -476,7 +476,7 @@ impl Lane {
     }
 }
 
-/// What the short way needs of a lane and its queue pair.
+/// What the fast path needs of a lane and its queue pair.
 struct FastPath<'a> {
     view: &'a mut GuestView,
     slots: &'a mut Slots,
@@ -489,7 +489,7 @@ struct FastPath<'a> {
 }
 
 impl FastPath<'_> {
-    /// See [`Lane::submit_fast_path`].
+    /// Takes simple chains as long as there are any, and commits to them; returns what [`Lane::submit_fast_path`] does.
     #[inline(always)]
     fn submit(&mut self, ring: &mut impl SimpleChainRing, taken: &mut usize) -> bool {
         let before = *taken;
@@ -500,25 +500,25 @@ impl FastPath<'_> {
         done
     }
 
-    /// The same; what was accepted is to be committed.
+    /// Takes simple chains as long as there are any; those that `taken` counts then are still to be committed.
     #[inline(always)]
     fn submit_accepted(&mut self, ring: &mut impl SimpleChainRing, taken: &mut usize) -> bool {
         while self.admission.admits(*taken)
             && let Some(mut slot) = self.slots.reserve()
         {
-            let plain = request::peek_simple(ring, self.view, self.disk, self.geometry);
-            let Some((triple, request, segment)) = plain else { return ring.is_empty() };
+            let simple = request::peek_simple(ring, self.view, self.disk, self.geometry);
+            let Some((chain, request, segment)) = simple else { return ring.is_empty() };
             let Request { operation, lba, bytes, status, written } = request;
             let write = operation == Operation::Write;
             // Now, while all of it is at hand.
-            slot.fill(status, UsedLength::simple(written), Record::simple(write, lba, triple.middle.address, bytes));
+            slot.fill(status, UsedLength::simple(written), Record::simple(write, lba, chain.middle.address, bytes));
             let work = work(&request, std::slice::from_ref(&segment), &[], write && self.disk.force_unit_access());
-            // Refused, blocks the disk does not have among the reasons: the long way finds out why.
+            // Refused, blocks the disk does not have among the reasons: the slow path finds out why.
             if self.pair.submit(&self.disk.namespace, work, self.tag | u64::from(slot.number())).is_err() {
                 slot.release();
                 return false;
             }
-            slot.take(ring.accept(triple.head));
+            slot.take(ring.accept(chain.head));
             count(self.tally, &request);
             *taken += 1;
         }

@@ -1,5 +1,5 @@
-//! What a lane has to do with requests of many commands: the queue pair takes only so many of each lane, so that one more has to
-//! wait for its turn; and they can be given up in the middle, so that nobody has to wait for them to end.
+//! Multi-command requests, which are too long for one command of the drive. The queue pair takes only so many of each lane, so that
+//! one more has to wait for its turn; and they can be given up in the middle, so that nobody has to wait for them to end.
 
 use nvme_driver::{OWNER_SHIFT, QueuePair, Status};
 
@@ -11,24 +11,24 @@ use crate::virtio::ring::Head;
 /// A request that moves more bytes than this takes too long to be waited for.
 const LONG_BYTES: u32 = 2 << 20;
 
-/// See the module.
+/// How a lane stands with its multi-command requests.
 #[derive(Default)]
 pub(super) struct MultiCommand {
-    /// The pending request is one more of many commands than the queue pair takes of the lane.
+    /// The pending request is one multi-command request more than the queue pair takes of the lane.
     pub crowded: bool,
-    /// No request of many commands goes on: when what the drive has of it is answered, it ends.
+    /// No multi-command request goes on: when what the drive has of it is answered, it ends.
     pub over: bool,
 }
 
 impl Lane {
-    /// Nobody waits for requests of many commands any longer: they end with an error as soon as the drive has answered what it
+    /// Nobody waits for multi-command requests any longer: they end with an error as soon as the drive has answered what it
     /// has of them. The lane is stopping.
     pub(crate) fn end_multi_command(&mut self) {
         self.multi_command.over = true;
     }
 
-    /// As [`Lane::submit_parsed`], for a request that had to wait. As long as it has to, it costs next to nothing, however long
-    /// it is.
+    /// Hands the pending request to the queue pair; false if there is no room: it stays pending. As long as it has to wait it costs next
+    /// to nothing, however long it is.
     #[cold]
     #[inline(never)]
     pub(super) fn submit_pending(&mut self, pair: &mut QueuePair, tag: u64, head: Head) -> bool {
@@ -44,7 +44,7 @@ impl Lane {
         self.submit_parsed(pair, tag, head)
     }
 
-    /// In a lane that stops: has the queue pair issue nothing more of its requests of many commands, if they are over.
+    /// In a lane that stops: has the queue pair issue nothing more of the lane's multi-command requests, if they are over.
     pub(super) fn stop_multi_command(&mut self, pair: &mut QueuePair, tag: u64) {
         if !self.multi_command.over {
             return;

@@ -23,12 +23,13 @@ const STEP: usize = 16;
 /// What a slot keeps of a request, besides what its answer takes.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Record {
+    /// What the request is about.
     target: BlockOrFlush,
     /// Guest address of the data.
     pub data: u64,
-    /// In one word, as it is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: the request is
-    /// kept as a [`Details`] one. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: tried again
-    /// so often. Bits 55:48: with the drive when that failed, so often, as far as it may be the reason.
+    /// All else in one word, which is written for each request. Bits 31:0: bytes of the data, which is in one place; 0: there are
+    /// [`Details`] of the request. Bit 32: it changes the disk. Bits 36:33: [`LOST`], [`EXPIRED`], [`ALONE`], [`NO_SGL`]. Bits 47:40: how
+    /// often it was tried again. Bits 55:48: how often it was with the drive when that failed, as far as it may be the reason.
     word: u64,
 }
 
@@ -49,29 +50,34 @@ impl BlockOrFlush {
     }
 }
 
+/// The request changes the disk.
 const CHANGES: u64 = 1 << 32;
-/// It was with the controller when that was stopped just now.
+/// The request was with the controller when that was stopped just now.
 pub(super) const LOST: u64 = 1 << 33;
-/// The controller has not answered in time.
+/// The controller has not answered the request in time.
 pub(super) const EXPIRED: u64 = 1 << 34;
-/// Nothing else may be with the drive when it is given this once more.
+/// Nothing else may be with the drive when it is given this request once more.
 pub(super) const ALONE: u64 = 1 << 35;
-/// It is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It is a [`Details`] one.
+/// The request is to be described without an SGL: the drive has found a field of it invalid, which may have been that. It has
+/// [`Details`].
 pub(super) const NO_SGL: u64 = 1 << 36;
+/// One in the count of tries, see [`Record::count`].
 pub(super) const RETRY: u64 = 1 << 40;
+/// One in the count of failures of the drive, see [`Record::count`].
 pub(super) const FAILURE: u64 = 1 << 48;
 
 /// How often a request is tried again because the drive's answer allows it; more often only if what it names passes with time.
 pub(super) const MOST_RETRIES: u8 = 5;
 
 impl Record {
-    /// A read or write.
+    /// The record of a read or write of data in one place.
     #[inline(always)]
     pub(super) fn simple(write: bool, lba: u64, data: u64, bytes: u32) -> Record {
         Record { target: BlockOrFlush::block(lba), data, word: if write { CHANGES } else { 0 } | u64::from(bytes) }
     }
 
-    /// Of any other request, which has [`Details`]; `number`: of a flush, see [`FlushPromise`](crate::blk::disk::FlushPromise).
+    /// The record of any other request, which has [`Details`]. `number`: a flush's, see
+    /// [`FlushPromise`](crate::blk::disk::FlushPromise).
     pub(super) fn detailed(operation: Operation, number: u64) -> Record {
         Record {
             target: BlockOrFlush::flush(number),
@@ -80,7 +86,7 @@ impl Record {
         }
     }
 
-    /// What the request is has been kept as a [`Details`] one.
+    /// What the request asks stands in its [`Details`] from now on.
     pub(super) fn move_to_details(&mut self) {
         self.data = 0;
         self.word &= !u64::from(u32::MAX);
@@ -101,7 +107,7 @@ impl Record {
         self.target = BlockOrFlush::flush(number);
     }
 
-    /// Of the data in one place; 0: see [`Details`].
+    /// Bytes of the data, which is in one place; 0: there are [`Details`] of the request.
     pub(super) fn bytes(&self) -> u32 {
         self.word as u32
     }
@@ -123,17 +129,17 @@ impl Record {
         self.word &= !flags;
     }
 
-    /// How often it was tried again.
+    /// How often the request was tried again.
     pub(super) fn retries(&self) -> u8 {
         (self.word / RETRY) as u8
     }
 
-    /// In how many failures it has had a part.
+    /// In how many failures of the drive the request has had a part.
     pub(super) fn failures(&self) -> u8 {
         (self.word / FAILURE) as u8
     }
 
-    /// The drive has answered: it does not make that fail.
+    /// The drive has answered the request, which so does not make it fail.
     pub(super) fn acquit(&mut self) {
         self.word &= !(LOST | EXPIRED | ALONE | (u64::from(u8::MAX) * FAILURE));
     }
@@ -148,12 +154,12 @@ impl Record {
     }
 }
 
-/// A request that is not a read or write of data in one place.
+/// What is kept of a request that is not a read or write of data in one place.
 pub(super) struct Details {
     pub request: Request,
     /// Where the data of a read or write lies in guest memory, in order.
     pub buffers: Vec<Buffer>,
-    /// Of any other request.
+    /// The blocks of a discard or a write of zeroes.
     pub ranges: Vec<LbaRange>,
 }
 
@@ -163,22 +169,22 @@ impl Details {
     }
 }
 
-/// What a request with lists of this many entries takes.
+/// What details with lists of this many entries take, in bytes.
 fn bytes(buffers: usize, ranges: usize) -> usize {
     size_of::<Details>() + buffers * size_of::<Buffer>() + ranges * size_of::<LbaRange>()
 }
 
-/// The long requests of a lane.
+/// The details of a lane's requests.
 #[derive(Default)]
 pub(super) struct DetailsBySlot {
-    /// Of those that the drive has, or is to be given: by slot, as far as there were any.
+    /// The details of requests that the drive has, or is to be given, by slot; not longer than the last slot that had any.
     by_slot: Vec<Option<Box<Details>>>,
-    /// What all of them take that were not released yet.
+    /// What all details take that were not released yet, in bytes.
     used: usize,
-    /// Of requests that are done, for others; the boxes, too.
+    /// Details of requests that are done, for others to use: the lists and the boxes.
     #[allow(clippy::vec_box)]
     spare: Vec<Box<Details>>,
-    /// What these take.
+    /// What the spare details take, in bytes.
     spared: usize,
 }
 
@@ -225,7 +231,7 @@ impl DetailsBySlot {
         self.put(slot, lists);
     }
 
-    /// Has it stand for the request in a slot, for which nothing is kept yet.
+    /// Keeps details for a slot that has none.
     pub(super) fn put(&mut self, slot: u16, lists: Box<Details>) {
         let index = usize::from(slot);
         if self.by_slot.len() <= index {
@@ -239,7 +245,7 @@ impl DetailsBySlot {
         self.by_slot.get(usize::from(slot))?.as_deref()
     }
 
-    /// How many buffers or ranges are kept for this slot; 1 if it is not a long request's.
+    /// How many buffers or ranges are kept for this slot; 1 if it has no details.
     pub(super) fn entries(&self, slot: u16) -> usize {
         self.get(slot).map_or(1, |lists| lists.buffers.len().max(lists.ranges.len()))
     }

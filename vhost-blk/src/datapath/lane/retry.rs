@@ -31,7 +31,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(500);
 /// When a request is tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Wait {
-    /// After this of the controller's retry delays (NVMe Base 2.0, figure 94, CRD); 0: at once.
+    /// After this one of the controller's retry delays (NVMe Base 2.0, figure 94, CRD); 0: at once.
     Drives(u8),
     /// Not before this time.
     Until(Instant),
@@ -49,17 +49,17 @@ struct ReadyRetry {
 pub(super) struct Retries {
     /// How long a request is tried that the drive is not ready for.
     hold: Duration,
-    /// Until when, by slot, of those that were tried for that reason.
+    /// By slot: until when a request is tried that the drive was not ready for.
     deadlines: HashMap<u16, Instant>,
     /// Answers that allowed another try.
     allowed: u64,
-    /// How many there are, and one more while SGLs are to be refused.
+    /// How many requests there are, and one more while SGLs are to be refused.
     count: usize,
-    /// In their order: as soon as the drive has room.
+    /// Requests to be issued as soon as the drive has room, in their order.
     ready: VecDeque<ReadyRetry>,
-    /// Of many commands, when the queue pair has room for one more of these.
+    /// Multi-command requests, to be issued when the queue pair has room for one more of these.
     crowded: VecDeque<u16>,
-    /// Not before it is time.
+    /// Requests that are not to be issued before a time.
     paused: Paused,
     segments: Vec<Segment>,
     pub sgls: Sgls,
@@ -73,13 +73,13 @@ impl Retries {
         Retries { hold, ..Retries::default() }
     }
 
-    /// The same as [`Retries::push`], not before `due`.
+    /// Adds a request that is not to be issued before `due`.
     fn push_at(&mut self, slot: u16, due: Instant) {
         self.count += 1;
         self.paused.push(due, slot);
     }
 
-    /// There is nothing to do.
+    /// Is there nothing to do?
     #[inline(always)]
     pub(super) fn is_empty(&self) -> bool {
         self.count == 0
@@ -91,30 +91,30 @@ impl Retries {
         self.count += usize::from(self.sgls.refused.replace(status).is_none());
     }
 
-    /// Adds one; `delay`: which of the controller's retry delays comes first, 0: none.
+    /// Adds a request. `delay`: which of the controller's retry delays comes first; 0: none.
     pub(super) fn push(&mut self, slot: u16, delay: u8) {
         self.count += 1;
         self.ready.push_back(ReadyRetry { slot, delay });
     }
 
-    /// Those that wait for nothing but the drive.
+    /// The requests that wait for nothing but room.
     pub(super) fn ready(&self) -> impl Iterator<Item = u16> {
         self.ready.iter().map(|waiting| waiting.slot)
     }
 
-    /// Takes the first of them that is as wanted.
+    /// Takes the first request that waits for nothing but room and is as wanted.
     pub(super) fn take_one(&mut self, mut wanted: impl FnMut(u16) -> bool) -> Option<u16> {
         let at = self.ready.iter().position(|waiting| wanted(waiting.slot))?;
         self.count -= 1;
         self.ready.remove(at).map(|waiting| waiting.slot)
     }
 
-    /// It does not wait any longer.
+    /// The request in this slot does not wait any longer.
     pub(super) fn forget(&mut self, slot: u16) {
         self.take_one(|waiting| waiting == slot);
     }
 
-    /// All that wait; none waits any longer.
+    /// Takes all requests.
     fn take_all(&mut self) -> impl Iterator<Item = u16> + use<> {
         self.count = usize::from(self.sgls.refused.is_some());
         let (ready, crowded) = (std::mem::take(&mut self.ready), std::mem::take(&mut self.crowded));
@@ -132,7 +132,7 @@ pub(super) struct Paused {
 }
 
 impl Paused {
-    /// Has a request wait until then.
+    /// Has the request in a slot wait until `due`.
     pub(super) fn push(&mut self, due: Instant, slot: u16) {
         self.soonest = Some(self.soonest.map_or(due, |soonest| soonest.min(due)));
         self.slots.push((due, slot));

@@ -54,7 +54,7 @@ impl Lane {
         if slot.record.has(NO_SGL) || !matches!(request.operation, Operation::Read | Operation::Write) {
             return false;
         }
-        // Its success is to be noticed, and that of plain requests is not.
+        // Its success is to be noticed, and that of simple requests is not.
         if slot.record.bytes() != 0 {
             let buffer = Buffer { address: slot.record.data, bytes: slot.record.bytes() };
             let lists = self.details.keep(request, std::iter::once(buffer), &[]);
@@ -75,7 +75,7 @@ impl Lane {
         }
     }
 
-    /// Has the drive be given no more SGLs.
+    /// Sees to it that the drive is given no more SGLs.
     pub(super) fn refuse_sgls(&mut self, pair: &mut QueuePair, status: Status) {
         if pair.refuse_sgls()
             && let Some(more) = self.log.admit(Kind::Drive)

@@ -57,13 +57,13 @@ impl UsedLength {
     /// Not for the fast path. A length of 2 GiB or more has this bit, too, and is answered as correctly, but more slowly.
     const DETAILED: u32 = 1 << 31;
 
-    /// Of a request that the fast path answers.
+    /// The length of a request that the fast path answers.
     #[inline(always)]
     pub(super) fn simple(bytes: u32) -> UsedLength {
         UsedLength(bytes)
     }
 
-    /// Of a request whose length is in its details.
+    /// Stands for the length of a request that has details, where its length is.
     pub(super) fn detailed() -> UsedLength {
         UsedLength(UsedLength::DETAILED)
     }
@@ -98,17 +98,18 @@ impl Link {
     const BOUNCED: u32 = 1 << 16;
     const ORPHANED: u32 = 2 << 16;
 
-    /// Of a free slot, before this one in the list.
+    /// The link of a free slot that is before this one in the list.
     #[inline(always)]
     fn free(next: u16) -> Link {
         Link(u32::from(next))
     }
 
+    /// The link of a slot whose request is copied, and is at this index.
     fn bounced(index: u16) -> Link {
         Link(Link::BOUNCED | u32::from(index))
     }
 
-    /// Of a free slot: the next one.
+    /// The free slot after this one.
     #[inline(always)]
     fn next_free(self) -> u16 {
         self.0 as u16
@@ -138,13 +139,13 @@ pub(super) struct Reserved<'a> {
 }
 
 impl Reserved<'_> {
-    /// Its number.
+    /// The slot's number.
     #[inline(always)]
     pub(super) fn number(&self) -> u16 {
         *self.free
     }
 
-    /// Puts everything there but the chain.
+    /// Puts everything into the slot but the chain.
     #[inline(always)]
     pub(super) fn fill(&mut self, status: u64, used: UsedLength, record: Record) {
         self.slot.status = status;
@@ -152,12 +153,12 @@ impl Reserved<'_> {
         self.slot.record = record;
     }
 
-    /// It stays free.
+    /// The slot stays free.
     pub(super) fn release(self) {
         self.slot.used = UsedLength::NONE;
     }
 
-    /// It is taken by the request with this chain.
+    /// The slot is taken by the request with this chain.
     #[inline(always)]
     pub(super) fn take(self, head: Head) {
         *self.free = self.slot.link.next_free();
@@ -242,7 +243,7 @@ impl Slots {
         }
     }
 
-    /// From now on [`Slots::freed`] is asked.
+    /// [`Slots::freed`] counts from now on.
     #[inline(always)]
     pub(super) fn mark(&mut self) {
         self.marked = self.free;
@@ -264,7 +265,7 @@ impl Slots {
         ((from..).zip(slots).filter(|(_, slot)| slot.used.is_held()), end)
     }
 
-    /// Is it the number after the last slot?
+    /// Is this the number after the last slot?
     pub(super) fn is_end(&self, number: usize) -> bool {
         number >= self.slots.len()
     }
@@ -279,7 +280,7 @@ impl Slots {
         self.slots.get_mut(usize::from(number)).map(|slot| &mut slot.record)
     }
 
-    /// The state of a slot; of none that does not exist.
+    /// The state of the slot with this number; `None`: there is no such slot.
     pub(super) fn state(&self, number: u16) -> Option<SlotState> {
         self.slots.get(usize::from(number)).map(Slot::state)
     }

@@ -55,7 +55,7 @@ impl Machine {
         Machine { guest, namespace, controller, device, sim, _directory: directory }
     }
 
-    /// The same controller with another driver and another guest, after a power cut.
+    /// This machine's controller with another driver and another guest, after a power cut.
     pub(crate) fn reopened(self) -> Machine {
         let Machine { sim, _directory, controller, device, guest, .. } = self;
         drop((guest, controller, device));
@@ -101,7 +101,7 @@ pub(crate) fn count(event: &File) -> u64 {
 
 /// A guest's block driver on one ring.
 pub(crate) struct TestClient {
-    /// Of its lanes.
+    /// The name of its lanes.
     pub name: &'static str,
     pub driver: Driver,
     /// Headers, status bytes and indirect tables are here.

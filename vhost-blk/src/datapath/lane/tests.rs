@@ -177,7 +177,7 @@ fn discarded_and_zeroed_blocks_read_as_zeroes() {
 }
 
 /// Writes with a lane in this mode, cuts the power, and says whether the data is still there. The data lies in pieces of
-/// these lengths, by PRP only: in one, the write takes the short way; in several, the long one, or it is copied.
+/// these lengths, by PRP only: in one, the write takes the fast path; in several, the slow one, or it is copied.
 fn survives_a_power_cut(writeback: bool, flush_negotiated: bool, flush: bool, layout: &[u32]) -> bool {
     let machine = Machine::new(Config { sgl: false, ..config(512) });
     let data = pattern(9, 4096);

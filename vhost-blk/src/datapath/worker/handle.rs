@@ -34,13 +34,13 @@ pub(super) struct Address {
 }
 
 impl Address {
-    /// Of a lane that begins on this worker.
+    /// The address of a lane that begins on this worker.
     pub(super) fn new(id: LaneId, worker: usize, mailbox: Arc<Mailbox>, homes: Arc<Homes>) -> Address {
         homes.lanes().insert(id, (worker, mailbox));
         Address { id, homes }
     }
 
-    /// Returns the worker that has it.
+    /// Sends mail to the worker that has the lane; returns that worker's number.
     fn send(&self, mail: Mail) -> usize {
         let homes = self.homes.lanes();
         let (worker, mailbox) = homes.get(&self.id).expect("a lane is known as long as it has an address");
@@ -105,7 +105,7 @@ impl LaneHandle {
         }
     }
 
-    /// Has the lane serve the disk as it is now: another size, say. In force on return, for requests that the drive has not got
+    /// Gives the lane the disk as it is now: with another size, say. In force on return, for requests that the drive has not got
     /// yet.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ impl StoppingLane {
         self.since
     }
 
-    /// Has its requests of many commands end in the middle, with an error, when the drive has answered the commands that it has.
+    /// Ends the lane's multi-command requests in the middle, with an error, when the drive has answered the commands that it has.
     pub fn end_multi_command(&self) {
         self.address.send(Mail::EndMultiCommand { id: self.address.id });
     }
@@ -177,7 +177,7 @@ impl StoppingLane {
     /// Waits for the requests in flight.
     ///
     /// # Errors
-    /// As for [`LaneHandle::stop`].
+    /// [`StopError::StillBusy`]: not within `deadline`. [`StopError::Gone`]: the worker has died with the lane.
     pub fn wait(self, deadline: Duration) -> Result<StoppedLane, StopError> {
         match self.lane.recv_timeout(deadline) {
             Ok(lane) => {

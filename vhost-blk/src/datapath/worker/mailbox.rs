@@ -29,109 +29,67 @@ pub(super) struct InUse;
 pub(super) struct MovingLane {
     pub id: LaneId,
     pub lane: Lane,
-    /// Who waits for it to stop.
+    /// Who waits for the lane to stop.
     pub waiting: Vec<Sender<Lane>>,
 }
 
+/// What a control thread has a worker do.
 pub(super) enum Mail {
-    AddGroup {
-        id: QueueSlotId,
-        group: PollGroup,
-    },
+    /// Keep a poll group in a new queue slot.
+    AddGroup { id: QueueSlotId, group: PollGroup },
+    /// Remove a queue slot without lanes.
     TakeQueuePair {
         slot: usize,
         /// The queue pair, if there is one.
         reply: Sender<Result<Option<QueuePair>, InUse>>,
     },
-    StartLane {
-        id: LaneId,
-        slot: usize,
-        lane: Box<Lane>,
-    },
-    StopLane {
-        id: LaneId,
-        reply: Sender<Lane>,
-    },
-    MoveLane {
-        id: LaneId,
-        to_slot: usize,
-    },
-    /// All lanes of a slot without a queue pair go on in another one.
+    /// Poll a lane from now on.
+    StartLane { id: LaneId, slot: usize, lane: Box<Lane> },
+    /// Take no more of a lane's requests, and give it back when those in flight have ended.
+    StopLane { id: LaneId, reply: Sender<Lane> },
+    /// Move a lane to another queue slot when its requests have been answered.
+    MoveLane { id: LaneId, to_slot: usize },
+    /// Move all lanes of a slot without a queue pair to another one.
     FoldLanes {
         slot: usize,
         into_slot: usize,
-        /// The mailbox of the worker that has the other one, if it is not the same.
+        /// The mailbox of the worker that has the other slot, if it is another worker.
         elsewhere: Option<Arc<Mailbox>>,
         /// The lanes that have gone.
         reply: Sender<Vec<LaneId>>,
     },
-    /// Lanes come from another worker.
-    ArriveLanes {
-        slot: usize,
-        lanes: Vec<MovingLane>,
-    },
-    SetMemory {
-        id: LaneId,
-        memory: Arc<GuestMemory>,
-        reply: Sender<bool>,
-    },
-    SetDisk {
-        id: LaneId,
-        disk: Arc<Disk>,
-        reply: Sender<()>,
-    },
-    SetCall {
-        id: LaneId,
-        call: Option<File>,
-    },
-    SetKick {
-        id: LaneId,
-        kick: Option<File>,
-    },
-    SetError {
-        id: LaneId,
-        error: Option<File>,
-    },
-    OldestCommand {
-        slot: usize,
-        reply: Sender<Option<Duration>>,
-    },
-    PauseGroup {
-        slot: usize,
-        seat: Seat,
-        reply: Sender<usize>,
-    },
-    LoseDrive {
-        slot: usize,
-        reply: Sender<Option<Lost>>,
-    },
-    JudgeFailure {
-        slot: usize,
-        suspicion: Suspicion,
-        reply: Sender<bool>,
-    },
-    GiveUpDrive {
-        slot: usize,
-    },
-    SetStopPolicy {
-        id: LaneId,
-        policy: StopPolicy,
-    },
-    EndMultiCommand {
-        id: LaneId,
-    },
-    UpdateNamespaces {
-        slot: usize,
-        namespaces: Arc<[Namespace]>,
-    },
-    RegainDrive {
-        slot: usize,
-        resources: QueueResources,
-        seat: Option<Seat>,
-    },
-    Shutdown {
-        deadline: Instant,
-    },
+    /// Put lanes into a queue slot that come from another worker.
+    ArriveLanes { slot: usize, lanes: Vec<MovingLane> },
+    /// Give a lane a memory table with more regions; the reply is false if it lacks a present one.
+    SetMemory { id: LaneId, memory: Arc<GuestMemory>, reply: Sender<bool> },
+    /// Give a lane the disk as it is now.
+    SetDisk { id: LaneId, disk: Arc<Disk>, reply: Sender<()> },
+    /// Replace the eventfd that notifies the driver.
+    SetCall { id: LaneId, call: Option<File> },
+    /// Replace the eventfd that wakes a lane.
+    SetKick { id: LaneId, kick: Option<File> },
+    /// Replace the eventfd that says that a lane has stopped for good.
+    SetError { id: LaneId, error: Option<File> },
+    /// Say how long the oldest command has been with the drive.
+    OldestCommand { slot: usize, reply: Sender<Option<Duration>> },
+    /// Give nothing more to a queue pair; the reply is how many commands it has.
+    PauseGroup { slot: usize, seat: Seat, reply: Sender<usize> },
+    /// Take the queue pair of a stopped controller out of its slot.
+    LoseDrive { slot: usize, reply: Sender<Option<Lost>> },
+    /// Say what a failure means for the requests that the controller had; the reply is true if some are to be tried alone.
+    JudgeFailure { slot: usize, suspicion: Suspicion, reply: Sender<bool> },
+    /// Answer with an error what waits for the drive.
+    GiveUpDrive { slot: usize },
+    /// Say what becomes of the waiting requests of a lane that stops.
+    SetStopPolicy { id: LaneId, policy: StopPolicy },
+    /// End the multi-command requests of a lane that stops.
+    EndMultiCommand { id: LaneId },
+    /// Tell a slot's lanes how their namespaces are now.
+    UpdateNamespaces { slot: usize, namespaces: Arc<[Namespace]> },
+    /// Put a queue pair into a slot that has none.
+    RegainDrive { slot: usize, resources: QueueResources, seat: Option<Seat> },
+    /// Stop all lanes, and end when that is done or the deadline has passed.
+    Shutdown { deadline: Instant },
 }
 
 #[derive(Default)]

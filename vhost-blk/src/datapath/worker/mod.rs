@@ -39,8 +39,8 @@ const MAIL_DEADLINE: Duration = Duration::from_secs(10);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QueueSlotId {
     worker: usize,
-    /// Among the worker's slots. Used again when the slot was removed, so that the worker has no more of them to look at
-    /// than are in use.
+    /// The slot's index on its worker. It is used again when the slot was removed, so that the worker has no more of them to look
+    /// at than are in use.
     index: usize,
     /// Never used twice.
     number: u64,
@@ -69,7 +69,7 @@ pub enum WorkerEvent {
     /// The controller has not answered requests within the command timeout. They stay unanswered, for it may still write to
     /// their memory: stop the controller, then call [`WorkerPool::fail_queue_pair`].
     Expired {
-        /// The queue pair they were given to.
+        /// The queue slot whose queue pair they were given to.
         slot: QueueSlotId,
         /// How many have just expired.
         count: usize,
@@ -141,7 +141,7 @@ pub struct StillBusy {
 /// Why a lane did not come back.
 #[derive(Debug, thiserror::Error)]
 pub enum StopError {
-    /// See [`StillBusy`].
+    /// The drive has not answered all requests within the deadline; the lane can be asked for again.
     #[error(transparent)]
     StillBusy(StillBusy),
     /// The worker has died with the lane.
@@ -155,7 +155,7 @@ pub enum StopError {
 /// The indexes of a worker's slots.
 #[derive(Default)]
 struct Indexes {
-    /// All below were used.
+    /// All indexes below were used.
     next: usize,
     free: Vec<usize>,
 }
@@ -176,7 +176,7 @@ impl Thread {
 pub struct WorkerPool {
     threads: Vec<Thread>,
     next_lane: AtomicU64,
-    next_pair: AtomicU64,
+    next_slot: AtomicU64,
     events: Mutex<Receiver<WorkerEvent>>,
     unpinned: Vec<WorkerError>,
     placement: Placement,
@@ -195,11 +195,11 @@ impl WorkerPool {
             if cpus.is_empty() { vec![None] } else { cpus.iter().copied().map(Some).collect() };
         // Whoever drives the workers and the drive needs a core, too.
         let crowded = std::thread::available_parallelism().map_or(1, usize::from) < wanted.len() + 2;
-        let (next_lane, next_pair) = (AtomicU64::new(1), AtomicU64::new(0));
+        let (next_lane, next_slot) = (AtomicU64::new(1), AtomicU64::new(0));
         let mut pool = WorkerPool {
             threads: Vec::new(),
             next_lane,
-            next_pair,
+            next_slot,
             events: Mutex::new(receiver),
             unpinned: vec![],
             placement: Placement::new(&[], |_| None),
@@ -294,8 +294,8 @@ impl WorkerPool {
         self.add(worker, PollGroup::new(resources.pair, resources.pool))
     }
 
-    /// Makes a queue slot without a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with an
-    /// error until [`WorkerPool::restore_queue_pair`].
+    /// Makes a queue slot without a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with
+    /// an error until [`WorkerPool::restore_queue_pair`].
     ///
     /// # Panics
     /// There is no worker of this number.
@@ -323,7 +323,7 @@ impl WorkerPool {
             })
         };
         // Relaxed: a number, ordered with nothing.
-        let id = QueueSlotId { worker, index, number: self.next_pair.fetch_add(1, Ordering::Relaxed) };
+        let id = QueueSlotId { worker, index, number: self.next_slot.fetch_add(1, Ordering::Relaxed) };
         thread.mailbox.send(Mail::AddGroup { id, group });
         id
     }
@@ -339,14 +339,14 @@ impl WorkerPool {
         handle
     }
 
-    /// Has a lane go on in another queue slot of its worker. Its driver notices nothing: it takes no more requests, and moves when those
-    /// that it has are answered. Where it is not any more, or has to stop before, nothing happens.
+    /// Moves a lane to another queue slot of its worker. Its driver notices nothing: the lane takes no more requests, and moves when
+    /// those that it has are answered. If it is not on that worker any more, or has to stop before, nothing happens.
     pub fn move_lane(&self, lane: LaneNumber, to: QueueSlotId) {
         self.threads[to.worker].mailbox.send(Mail::MoveLane { id: lane.0, to_slot: to.index });
     }
 
-    /// Has all lanes of a queue slot without a queue pair go on in another one, of any worker, with the requests that wait for the drive: there will be
-    /// no queue pair for the first. Neither has one; the lanes' handles go on working. In force on return.
+    /// Moves all lanes of a queue slot to another one, of any worker, with the requests that wait for the drive: there will be no queue
+    /// pair for the first slot. Neither has one now; the lanes' handles go on working. In force on return.
     ///
     /// # Errors
     /// A worker is gone.
@@ -433,7 +433,7 @@ impl WorkerPool {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Has everything that waits in a slot without a queue pair answered with an error, and from then on everything its lanes are asked.
+    /// Answers everything with an error that waits in a slot without a queue pair, and from then on everything its lanes are asked.
     pub fn give_up(&self, slot: QueueSlotId) {
         self.threads[slot.worker].mailbox.send(Mail::GiveUpDrive { slot: slot.index });
     }
@@ -448,7 +448,7 @@ impl WorkerPool {
         self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: None });
     }
 
-    /// The same; its lanes go on when the trial is over.
+    /// Puts a queue pair into a slot that has none; its lanes go on with it when the trial is over.
     pub fn restore_on_trial(&self, slot: QueueSlotId, resources: QueueResources, seat: Seat) {
         self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: Some(seat) });
     }
@@ -492,7 +492,7 @@ fn pin(cpu: usize) -> io::Result<()> {
 /// Whether a worker could run on a CPU.
 ///
 /// # Errors
-/// It does not exist, or is not allowed to this process.
+/// The CPU does not exist, or is not allowed to this process.
 pub fn try_cpu(cpu: usize) -> Result<(), WorkerError> {
     let tried = std::thread::Builder::new().name("try CPU".into()).spawn(move || pin(cpu));
     let pinned = tried.and_then(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("its thread died"))));

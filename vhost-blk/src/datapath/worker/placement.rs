@@ -8,9 +8,9 @@ use std::sync::{Mutex, PoisonError};
 
 /// Where the workers are.
 pub struct Placement {
-    /// By worker: the CPU that it is pinned to, and the node of that, as far as there is one and the machine tells.
+    /// For each worker: the CPU that it is pinned to, and the NUMA node of that CPU, as far as there is one and the machine tells.
     workers: Vec<(Option<usize>, Option<u32>)>,
-    /// By node: the disks that only its own workers serve, so that each begins with the next one.
+    /// For each NUMA node: the disks that only its own workers serve, so that each begins with the next one.
     disks: Mutex<BTreeMap<u32, usize>>,
 }
 
@@ -78,11 +78,11 @@ impl Placement {
 /// The CPUs of workers, as seen from a drive.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Cpus {
-    /// They serve it, and are on its node, or nobody knows of another.
+    /// CPUs whose workers serve the drive, and that are on its node, or nobody knows of another.
     pub near: Vec<usize>,
-    /// They serve it, and are on another node.
+    /// CPUs whose workers serve the drive, and that are on another node.
     pub far: Vec<usize>,
-    /// They do not serve it, as others are nearer.
+    /// CPUs whose workers do not serve the drive, as others are nearer.
     pub spared: Vec<usize>,
 }
 

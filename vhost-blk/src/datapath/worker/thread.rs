@@ -22,7 +22,7 @@ use crate::log_limit::Kind;
 const IDLE_BEFORE_SLEEP: Duration = Duration::from_millis(2);
 /// Turns without work before a worker on a crowded machine lets others run.
 const SPINS_CROWDED: u32 = 16;
-/// The same where there is a core for every thread.
+/// Turns without work before a worker lets others run where there is a core for every thread.
 const SPINS: u32 = 8192;
 /// Turns between two looks at the clock while there is work.
 const TURNS_PER_LOOK: u32 = 1024;
@@ -43,9 +43,9 @@ struct LaneLocation {
 
 /// Why a lane leaves its queue slot.
 enum Departure {
-    /// It stops; who waits for it.
+    /// It stops; this is who waits for it.
     Stops(Sender<Lane>),
-    /// It goes on in another queue slot.
+    /// It goes on in this queue slot.
     Moves(usize),
 }
 
@@ -55,7 +55,7 @@ pub(super) struct Worker {
     events: Sender<WorkerEvent>,
     epoll: OwnedFd,
     groups: Vec<Option<PollGroup>>,
-    /// Of the groups, by the same index.
+    /// The identifiers of the groups' queue slots, by the index of the group.
     ids: Vec<QueueSlotId>,
     lanes: HashMap<LaneId, LaneLocation>,
     /// Lanes on their way out of their queue slot.
@@ -386,7 +386,7 @@ impl Worker {
         movers.collect()
     }
 
-    /// Puts them into another one.
+    /// Puts lanes that were taken out of one queue slot into another.
     fn take_in(&mut self, slot: usize, movers: Vec<MovingLane>) {
         for MovingLane { id, lane, waiting } in movers {
             self.start(id, slot, lane);

@@ -189,7 +189,7 @@ impl Budget {
     }
 }
 
-/// Of what the process can have: an embedded controller maps everything once more, and the rest is the target's own.
+/// The part for guests of what the process can have: an embedded controller maps everything once more, and the rest is the target's.
 fn part_for_guests(all: u64) -> u64 {
     all / 8 * 3
 }

@@ -233,10 +233,11 @@ impl Region {
 /// Guards another mapping of guest memory in this process, until what comes back is dropped.
 ///
 /// # Errors
-/// As for [`Guard::new`].
+/// The signal handler cannot be installed, the file cannot be looked at, or too much is guarded already.
 ///
 /// # Safety
-/// As for [`Guard::new`].
+/// `start..start + bytes` are whole pages of one mapping of `file`, which is there until what comes back is dropped. Nobody relies on
+/// what the memory holds, as with all memory that others write: it is only accessed by atomics and copies.
 #[cfg(feature = "sim")]
 pub unsafe fn guard_mapping(start: *mut u8, bytes: usize, file: &File) -> io::Result<Box<dyn Send + Sync>> {
     // SAFETY: the caller's word.
@@ -257,7 +258,7 @@ impl GuestMemory {
         Self::default()
     }
 
-    /// The same, of a front-end whose memory is on this account.
+    /// A table without regions, of a front-end whose memory is on this account.
     pub fn of(account: Arc<Account>) -> Self {
         GuestMemory { regions: Vec::new(), account }
     }
@@ -292,10 +293,11 @@ impl GuestMemory {
         self.with_region_like(self, scope, region, file)
     }
 
-    /// The same; a region that is in `earlier` is shared with that table instead of mapped anew.
+    /// This table and one region more, which is shared with `earlier` instead of mapped anew if it is in that table.
     ///
     /// # Errors
-    /// As [`with_region`](Self::with_region).
+    /// The region is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
+    /// be mapped. This table stays as it is.
     pub fn with_region_like(
         &self,
         earlier: &GuestMemory,
@@ -336,7 +338,8 @@ impl GuestMemory {
     /// table that [`is_superset_of`](Self::is_superset_of) this one, and its rings need not stop.
     ///
     /// # Errors
-    /// As [`with_region`](Self::with_region), for any of the regions.
+    /// One of the regions is empty, unaligned, overlaps another in guest or front-end addresses, is longer than its file, or cannot
+    /// be mapped. This table stays as it is.
     pub fn replaced(
         &self,
         scope: &DmaScope,
@@ -438,7 +441,7 @@ impl GuestMemory {
         Ok(region)
     }
 
-    /// As if the device had come back and not taken any of it.
+    /// Makes the table one that the device, having come back, has not taken.
     #[cfg(test)]
     pub(crate) fn refuse(&self) {
         self.regions.iter().for_each(|region| _ = region.refusal.set("refused by a test".into()));

@@ -44,7 +44,7 @@ impl Window {
         (offset < self.bytes && offset + bytes <= self.bytes).then_some(offset)
     }
 
-    /// The same for a single byte, for which one comparison is enough.
+    /// The offset of the byte at `address`, if it is in the window: one comparison is enough for that.
     #[inline(always)]
     fn offset_of_byte(&self, address: u64) -> Option<u64> {
         let offset = address.wrapping_sub(self.start);

@@ -80,7 +80,7 @@ impl LoggedDevice {
         device
     }
 
-    /// Takes chains by the short way, as long as it can and `most` at most.
+    /// Takes simple chains, as long as it can and `most` at most.
     fn take_simple_chains(&mut self, most: u64) {
         match &mut self.ring {
             Ring::Split(ring) => take_simple_chains(ring, most, &mut self.view, &mut self.held, &mut self.last),

@@ -309,7 +309,7 @@ impl Descriptor {
 pub struct Head(u64);
 
 impl Head {
-    /// Of a chain that is not in a log.
+    /// The head of a chain that is not in a log.
     #[inline(always)]
     fn new(id: u16, entries: u16) -> Head {
         Head::logged(id, entries, 0, u16::MAX)
@@ -370,11 +370,11 @@ impl std::fmt::Debug for Head {
 /// What a driver says in it is not checked yet, as with any [`Chain`]. The middle one may be empty.
 #[derive(Clone, Copy, Debug)]
 pub struct SimpleChain {
-    /// For giving it back.
+    /// What is kept of the chain in order to give it back.
     pub head: Head,
     /// Guest address of the first buffer, which is readable.
     pub first: u64,
-    /// The buffer between them.
+    /// The buffer between the first and the last one.
     pub middle: Buffer,
     /// The device may write the middle one.
     pub middle_writable: bool,
@@ -396,7 +396,7 @@ impl SimpleChain {
     }
 }
 
-/// The short way of a ring format, for code that is compiled once per format.
+/// The fast path of a ring format, for code that is compiled once per format.
 pub trait SimpleChainRing {
     /// The next available chain, if it is a [`SimpleChain`] with these lengths of its first and last buffer; it stays available.
     /// `None`: it is something else, or there is none, or the ring is corrupt; [`Ring::pop`] knows.

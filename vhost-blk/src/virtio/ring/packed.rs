@@ -82,7 +82,7 @@ impl Position {
         u64::from(if self.wrap { AVAIL } else { USED }) << 48
     }
 
-    /// The same of a used descriptor: both are the wrap counter.
+    /// AVAIL and USED, in their place in a descriptor's second word, of a used descriptor here: both are the wrap counter (2.8.1).
     fn used(self) -> u64 {
         if self.wrap { u64::from(AVAIL | USED) << 48 } else { 0 }
     }
@@ -105,7 +105,7 @@ pub struct PackedRing {
     next_used: Position,
     /// `next_used.used()`.
     used: u64,
-    /// The same with WRITE.
+    /// `used` with WRITE.
     used_written: u64,
     /// Where `next_used` was at the last publication.
     published: Position,
@@ -153,7 +153,7 @@ impl SimpleChainRing for PackedRing {
 }
 
 impl PackedRing {
-    /// See [`super::Ring::new`].
+    /// Resolves and checks the ring's addresses, as [`super::Ring::new`] does for both formats.
     pub fn new(memory: &Arc<GuestMemory>, setup: &RingSetup) -> Result<Self, RingError> {
         let size = setup.size;
         if size == 0 || size > MAX_QUEUE_SIZE {
@@ -278,12 +278,12 @@ impl PackedRing {
         log.take_any(head, &self.descriptors[at..at + before_end], &self.descriptors[..entries - before_end])
     }
 
-    /// The same of a [`SimpleChain`].
+    /// Notes a [`SimpleChain`] in the log, if there is one; gives the head to be kept.
     #[inline(always)]
     fn note_simple_chain(&mut self, head: Head) -> Head {
         let Some(log) = &mut self.log else { return head };
         let at = usize::from(self.next_avail.index);
-        // It has 1 descriptor or 3, see `triple`: one bit tells.
+        // It has 1 descriptor or 3, see `simple_chain`: one bit tells.
         let noted = match head.entries() & 2 {
             0 => self.descriptors.get(at).map(|descriptor| log.take(head, std::array::from_ref(descriptor))),
             _ => self.descriptors.get(at..at + 3).and_then(<[_]>::first_chunk::<3>).map(|three| log.take(head, three)),
@@ -315,7 +315,7 @@ impl PackedRing {
         u64::from_le(self.descriptors[usize::from(index)][word].load(Ordering::Relaxed))
     }
 
-    /// The chain that begins with this available descriptor, whose second word is `word`, if it is a triple.
+    /// The chain that begins with this available descriptor, whose second word is `word`, if it is a simple one.
     #[inline(always)]
     fn simple_chain<const FIRST: u32, const LAST: u32>(
         &self,
@@ -326,7 +326,7 @@ impl PackedRing {
         // Relaxed, here and in `words`: ordered by the Acquire in `available_word`, which the whole chain precedes.
         let first = [u64::from_le(entry[0].load(Ordering::Relaxed)), word];
         if is(first, FIRST, NEXT) {
-            // A chain across the end of the ring goes the long way.
+            // A chain across the end of the ring takes the slow path.
             let at = usize::from(self.next_avail.index);
             let [_, middle, last] = self.descriptors.get(at..at + 3)?.first_chunk::<3>()?;
             let [middle, last] = [middle, last].map(words);
@@ -341,7 +341,7 @@ impl PackedRing {
         if is(first, SIMPLE_TABLE, INDIRECT) && self.indirect {
             let words: [u64; 6] = view.read_words(first[0]).ok()?;
             let all = [0, 2, 4].map(|at| [words[at], words[at + 1]]);
-            // NEXT means nothing in a table; a driver that sets it anyway goes the long way.
+            // NEXT means nothing in a table; a driver that sets it anyway takes the slow path.
             if !is(all[0], FIRST, 0) || all[1][1] & (CHAIN_BITS & !WRITE_BIT) != 0 || !is(all[2], LAST, WRITE) {
                 return None;
             }
@@ -370,7 +370,7 @@ impl PackedRing {
         (self.used, self.used_written) = (self.next_used.used(), self.next_used.used() | WRITE_BIT);
     }
 
-    /// See [`super::Ring::pop`].
+    /// Takes the next available chain into `chain`, as [`super::Ring::pop`] does for both formats.
     #[inline]
     pub(super) fn pop(&mut self, view: &mut GuestView, chain: &mut Chain) -> Result<Option<Head>, RingError> {
         let Some(word) = self.look() else { return Ok(None) };

@@ -76,7 +76,7 @@ impl SimpleChainRing for SplitRing {
 }
 
 impl SplitRing {
-    /// See [`super::Ring::new`]. The used index continues from what the ring in memory says, as vhost-user asks of split rings.
+    /// Resolves and checks the ring's addresses, as [`super::Ring::new`] does for both formats. The used index continues from what the ring in memory says, as vhost-user asks of split rings.
     pub fn new(memory: &Arc<GuestMemory>, setup: &RingSetup) -> Result<Self, RingError> {
         let size = setup.size;
         if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
@@ -191,7 +191,7 @@ impl SplitRing {
         ]))
     }
 
-    /// The chain at the next entry of the available ring, if it is a triple.
+    /// The chain at the next entry of the available ring, if it is a simple one.
     #[inline(always)]
     fn simple_chain<const FIRST: u32, const LAST: u32>(&self, view: &mut GuestView) -> Option<SimpleChain> {
         let id = self.offered();
@@ -221,7 +221,7 @@ impl SplitRing {
         u16::from_le(self.avail[entry].load(Ordering::Relaxed))
     }
 
-    /// See [`super::Ring::pop`].
+    /// Takes the next available chain into `chain`, as [`super::Ring::pop`] does for both formats.
     #[inline]
     pub(super) fn pop(&mut self, view: &mut GuestView, chain: &mut Chain) -> Result<Option<Head>, RingError> {
         if self.next_avail == self.seen_avail && !self.look()? {

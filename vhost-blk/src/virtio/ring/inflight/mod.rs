@@ -57,16 +57,16 @@ const UNLOGGED: usize = 6;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InflightError {
-    /// It could not be made or mapped.
+    /// The region could not be made or mapped.
     #[error("the in-flight region cannot be mapped: {0}")]
     Memory(#[from] vfio::Error),
-    /// It is longer than any log: nobody pays for such a mapping.
+    /// The region is longer than any log: nobody pays for such a mapping.
     #[error("the in-flight region has {bytes} bytes; {MOST_BYTES} are enough for any log")]
     TooLong {
         /// Its length.
         bytes: u64,
     },
-    /// It is too small for what it has to track. The ring can run without.
+    /// The region is too small for what it has to track. The ring can run without.
     #[error("the in-flight region has {bytes} bytes for this ring, {needed} are needed")]
     TooSmall {
         /// Bytes there are for the ring.

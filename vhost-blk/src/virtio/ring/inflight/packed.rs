@@ -241,7 +241,7 @@ impl PackedLog {
         run.with_id(head.id())
     }
 
-    /// The same from whatever is free, of the descriptors in both parts of the ring.
+    /// Takes whatever entries are free for a chain whose descriptors are in both parts of the ring, at its end and at its beginning.
     #[cold]
     #[inline(never)]
     pub(crate) fn take_any(&mut self, head: Head, descriptors: &[Words], more: &[Words]) -> Head {

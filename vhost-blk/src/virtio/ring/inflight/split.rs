@@ -28,7 +28,7 @@ unsafe impl DmaElement for SplitEntry {}
 /// The log of a split ring.
 pub(in super::super) struct SplitLog {
     header: Header,
-    /// By index of a chain's first descriptor.
+    /// The entries, by index of a chain's first descriptor.
     entries: GuestSlice<SplitEntry>,
     /// One less than there are entries, which are a power of two.
     mask: u16,
