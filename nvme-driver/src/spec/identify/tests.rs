@@ -1,4 +1,5 @@
 use super::*;
+use crate::Namespace;
 
 fn controller(edit: impl FnOnce(&mut [u8])) -> Result<ControllerIdentity, Error> {
     let mut bytes = vec![0u8; BYTES];

@@ -339,5 +339,4 @@ impl Plan for ReadBack {
 }
 
 #[cfg(test)]
-#[path = "model_tests.rs"]
 mod tests;

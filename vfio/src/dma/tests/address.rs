@@ -2,17 +2,13 @@
 
 use std::sync::Arc;
 
-use super::{DmaSpace, SharedMemory};
+use super::{DmaSpace, memory};
 use crate::Error;
 use crate::backend::fake::FakeBackend;
 
 fn space(backend: FakeBackend) -> (Arc<FakeBackend>, DmaSpace) {
     let backend = Arc::new(backend);
     (backend.clone(), DmaSpace::new(backend, "fake".into()))
-}
-
-fn memory(bytes: usize) -> Arc<SharedMemory> {
-    Arc::new(SharedMemory::create(bytes).unwrap())
 }
 
 #[test]

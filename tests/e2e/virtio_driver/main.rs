@@ -3,15 +3,10 @@
 //! Every test starts the program `vhost-blk` with an embedded controller on a file. Seeds are printed, so that a
 //! failure can be repeated.
 
-#[path = "virtio_driver_drives.rs"]
 mod drives;
-#[path = "virtio_driver_faults.rs"]
 mod faults;
-#[path = "virtio_driver_program.rs"]
 mod program;
-#[path = "virtio_driver_raw.rs"]
 mod raw;
-#[path = "virtio_driver_requests.rs"]
 mod requests;
 
 use std::path::{Path, PathBuf};
