@@ -97,26 +97,22 @@ pub(crate) fn wait_expired(pair: &mut QueuePair, count: usize) -> Vec<u64> {
     tokens
 }
 
-/// A small generator, so that a printed seed repeats a run.
-pub(crate) struct Random(u64);
+/// A generator whose seed is printed: SEED repeats a run.
+pub(crate) struct Random(fastrand::Rng);
 
 impl Random {
     pub(crate) fn new() -> Random {
         let given = std::env::var("SEED").ok().and_then(|seed| seed.parse().ok());
         let seed = given.unwrap_or_else(|| RandomState::new().hash_one(1));
         println!("seed: SEED={seed}");
-        Random(seed | 1)
+        Random(fastrand::Rng::with_seed(seed))
     }
 
     pub(crate) fn below(&mut self, limit: usize) -> usize {
-        // xorshift64*.
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        ((self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % limit as u64) as usize
+        self.0.usize(..limit)
     }
 
     pub(crate) fn bytes(&mut self, count: usize) -> Vec<u8> {
-        (0..count).map(|_| self.below(256) as u8).collect()
+        std::iter::repeat_with(|| self.0.u8(..)).take(count).collect()
     }
 }

@@ -6,7 +6,13 @@
 
 use std::fmt;
 
-use crate::random::mix;
+/// A hash: every bit of `value` reaches every bit of the result.
+#[inline]
+fn mix(value: u64) -> u64 {
+    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    value ^ (value >> 31)
+}
 
 /// Added from one word of a block to the next; odd, so that 2^64 words pass before one repeats.
 const STEP: u64 = 0xd6e8_feb8_6659_fd93;

@@ -1,38 +1,27 @@
-//! A small seeded generator: the same seed gives the same run.
+//! A seeded generator: the same seed gives the same run.
 
-/// The multiplier and increment of SplitMix64 (Steele, Lea, Flood: "Fast splittable pseudorandom
-/// number generators", OOPSLA 2014).
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+use fastrand::Rng;
 
-/// SplitMix64's finisher: every input bit reaches every output bit.
-#[inline]
-pub(crate) fn mix(value: u64) -> u64 {
-    let value = (value ^ (value >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    let value = (value ^ (value >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ (value >> 31)
-}
-
-/// SplitMix64: one addition and one mix per number, good enough to choose addresses with.
+/// Draws what a load does next.
 #[derive(Clone, Debug)]
-pub struct Random(u64);
+pub struct Random(Rng);
 
 impl Random {
     /// A generator for `seed`; `stream` sets apart the generators of one run (one per queue).
     pub fn new(seed: u64, stream: u64) -> Self {
-        Random(mix(seed ^ mix(stream.wrapping_mul(GOLDEN))))
+        Random(Rng::with_seed(seed ^ Rng::with_seed(stream).u64(..)))
     }
 
     /// The next 64 random bits.
     #[inline]
     pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(GOLDEN);
-        mix(self.0)
+        self.0.u64(..)
     }
 
-    /// A number below `bound`; 0 when `bound` is 0. The bias of at most `bound`/2^64 does not matter here.
+    /// A number below `bound`; 0 when `bound` is 0.
     #[inline]
     pub fn below(&mut self, bound: u64) -> u64 {
-        ((u128::from(self.next_u64()) * u128::from(bound)) >> 64) as u64
+        self.0.u64(..bound.max(1))
     }
 
     /// True with a probability of `part` in `whole`.

@@ -6,9 +6,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use fastrand::Rng;
+
 use crate::command::{Command, admin, nvm};
 use crate::config::parse_number;
-use crate::random::Random;
 use crate::status::Status;
 
 /// The faults of a controller. `FaultPlan::default()` has none.
@@ -286,7 +287,7 @@ pub(crate) struct FaultState {
     pub plan: FaultPlan,
     numbers: Vec<u64>,
     version: u64,
-    random: Random,
+    random: Rng,
     /// Matching commands seen, and hit, per rule number.
     counts: HashMap<u64, (u64, u64)>,
 }
@@ -297,7 +298,7 @@ impl FaultState {
             plan: FaultPlan::default(),
             numbers: Vec::new(),
             version: 0,
-            random: Random::new(0),
+            random: Rng::with_seed(0),
             counts: HashMap::new(),
         }
     }
@@ -320,7 +321,7 @@ impl FaultState {
         let version = control.version.load(Ordering::Acquire);
         let known = held.numbers.iter().any(|number| self.counts.contains_key(number));
         if self.version == 0 || self.plan.seed != held.plan.seed || !known {
-            self.random = Random::new(held.plan.seed);
+            self.random = Rng::with_seed(held.plan.seed);
         }
         self.counts.retain(|number, _| held.numbers.contains(number));
         self.plan.clone_from(&held.plan);
@@ -348,7 +349,7 @@ impl FaultState {
             if *seen <= when.skip || when.limit.is_some_and(|limit| *hit >= limit) {
                 continue;
             }
-            if when.probability < 1.0 && !self.random.chance(when.probability) {
+            if when.probability < 1.0 && self.random.f64() >= when.probability {
                 continue;
             }
             *hit += 1;
@@ -356,7 +357,7 @@ impl FaultState {
             match &rule.action {
                 FaultAction::Delay(range) | FaultAction::Stray(range) => {
                     let span = range.end().saturating_sub(*range.start()).as_nanos() as u64;
-                    let extra = Duration::from_nanos(self.random.below(span.saturating_add(1)));
+                    let extra = Duration::from_nanos(self.random.u64(..=span));
                     decision.delay = Some(*range.start() + extra);
                     decision.stray = matches!(rule.action, FaultAction::Stray(_));
                 }
@@ -377,7 +378,7 @@ impl FaultState {
     }
 
     pub(crate) fn random(&mut self) -> u64 {
-        self.random.next()
+        self.random.u64(..)
     }
 }
 

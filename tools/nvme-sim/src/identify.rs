@@ -1,5 +1,7 @@
 //! Identify (NVMe Base 2.0, 5.17; NVM Command Set 1.0, 4.1.5).
 
+use fastrand::Rng;
+
 use crate::command::{ALL_NAMESPACES, Command};
 use crate::config::Config;
 use crate::config_space::VENDOR;
@@ -218,12 +220,10 @@ fn descriptors(namespace: &Namespace, config: &Config) -> Page {
 fn uuid(config: &Config, namespace: u32) -> [u8; 16] {
     let mut seed = u64::from(namespace);
     for byte in config.serial.bytes() {
-        seed = crate::random::Random::new(seed ^ u64::from(byte)).next();
+        seed = Rng::with_seed(seed ^ u64::from(byte)).u64(..);
     }
-    let mut random = crate::random::Random::new(seed);
     let mut uuid = [0; 16];
-    uuid[..8].copy_from_slice(&random.next().to_be_bytes());
-    uuid[8..].copy_from_slice(&random.next().to_be_bytes());
+    Rng::with_seed(seed).fill(&mut uuid);
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     uuid

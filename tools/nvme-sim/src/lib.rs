@@ -76,7 +76,6 @@ mod offers;
 mod patch;
 mod prp;
 mod queue;
-mod random;
 mod registers;
 mod server;
 mod sgl;

@@ -1,9 +1,10 @@
 //! A namespace: its blocks, its format, and what a power cut would take from it.
 
+use fastrand::Rng;
+
 use crate::backing::Backing;
 use crate::config::{Config, NamespaceConfig};
 use crate::error::Error;
-use crate::random::Random;
 use crate::write_cache::WriteCache;
 
 /// An LBA format (NVM Command Set 1.0, figure 98): bytes of data and of metadata per block.
@@ -112,7 +113,7 @@ impl Namespace {
     }
 
     /// Takes unflushed blocks back to what they were when last durable: all of them, or a random subset.
-    pub(crate) fn power_cut(&mut self, random: Option<&mut Random>) -> usize {
+    pub(crate) fn power_cut(&mut self, random: Option<&mut Rng>) -> usize {
         self.cache.as_mut().map_or(0, |cache| cache.power_cut(&self.backing, random))
     }
 

@@ -7,10 +7,11 @@
 use std::collections::{HashMap, VecDeque};
 use std::hash::{BuildHasherDefault, Hasher};
 
+use fastrand::Rng;
+
 use crate::backing::Backing;
 use crate::dma::SharedBytes;
 use crate::error::Error;
-use crate::random::Random;
 
 /// Block numbers spread over the table by one multiplication.
 #[derive(Default)]
@@ -130,12 +131,12 @@ impl WriteCache {
     }
 
     /// Puts the old contents back: of all unflushed blocks, or of a random half. Returns how many blocks were lost.
-    pub(crate) fn power_cut(&mut self, media: &Backing, mut random: Option<&mut Random>) -> usize {
+    pub(crate) fn power_cut(&mut self, media: &Backing, mut random: Option<&mut Rng>) -> usize {
         let mut lost = 0;
         // In the order of writing, so that the same seed loses the same blocks.
         for (block, sequence) in std::mem::take(&mut self.order) {
             let Some(old) = self.old.get(&block).filter(|old| old.sequence == sequence) else { continue };
-            if random.as_mut().is_none_or(|random| random.chance(0.5)) {
+            if random.as_mut().is_none_or(|random| random.bool()) {
                 let size = 1 << self.shift;
                 media.copy_from(&self.arena, (old.slot as usize) << self.shift, (block as usize) << self.shift, size);
                 lost += 1;
@@ -186,7 +187,7 @@ mod tests {
             let media = Backing::Memory(SharedBytes::anonymous(1 << 20).unwrap());
             let mut cache = WriteCache::new(SHIFT, 1 << 20).unwrap();
             write(&mut cache, &media, 0, 100, 1, false);
-            let lost = cache.power_cut(&media, Some(&mut Random::new(seed)));
+            let lost = cache.power_cut(&media, Some(&mut Rng::with_seed(seed)));
             let values = values(&media, 100);
             assert_eq!(values.iter().filter(|v| **v == 0).count(), lost);
             assert!((20..80).contains(&lost), "{lost}");

@@ -257,14 +257,13 @@ fn a_log_that_changes_while_the_ring_runs() {
         stop.store(false, Ordering::Relaxed);
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                let mut random = round * 2 + 1;
+                let mut random = fastrand::Rng::with_seed(round);
                 while !stop.load(Ordering::Relaxed) {
                     for at in 0..200u64 {
-                        random = random.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                        let value = [60_000u16, 1, (random >> 50) as u16][(random >> 40) as usize % 3];
+                        let value = [60_000, 1, random.u16(..1 << 14)][random.usize(..3)];
                         log.write(32 + 32 * at + 6, value);
                         if round % 2 == 1 {
-                            log.write(32 + 32 * at + 2, (random >> 33) as u16);
+                            log.write(32 + 32 * at + 2, random.u16(..));
                         }
                     }
                     std::thread::yield_now();

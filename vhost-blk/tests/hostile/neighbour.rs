@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
+
 use crate::common::raw::{Format, RawRing, readable, writable};
 use crate::common::{DEADLINE, Front, Region, T_FLUSH, eventually};
 use crate::program::Program;
@@ -67,7 +69,7 @@ impl Neighbour {
             region.add(&front);
             let ring = RawRing::new(&region, 0, 0x10000, Format::Split, 64);
             ring.start(&front);
-            let mut load = Load::new(ring, Random(seed | 1), Starved::new(process), &told);
+            let mut load = Load::new(ring, Rng::with_seed(seed), Starved::new(process), &told);
             while !*stopped.lock().unwrap_or_else(PoisonError::into_inner) {
                 load.step(true);
                 if load.stuck() {
@@ -158,18 +160,6 @@ impl Drop for Neighbour {
     }
 }
 
-/// xorshift64.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 >> 11) % bound
-    }
-}
-
 #[derive(Clone, Copy)]
 enum Kind {
     Read,
@@ -190,7 +180,7 @@ struct Request {
 
 struct Load<'a> {
     ring: RawRing<'a>,
-    random: Random,
+    random: Rng,
     starved: Starved,
     seen: &'a Mutex<Seen>,
     /// What each block holds; 0: nothing was written.
@@ -202,7 +192,7 @@ struct Load<'a> {
 }
 
 impl<'a> Load<'a> {
-    fn new(ring: RawRing<'a>, random: Random, starved: Starved, seen: &'a Mutex<Seen>) -> Load<'a> {
+    fn new(ring: RawRing<'a>, random: Rng, starved: Starved, seen: &'a Mutex<Seen>) -> Load<'a> {
         let out = (0..ring.size).map(|_| None).collect();
         let versions = vec![0; BLOCKS as usize];
         let free = (0..DEPTH as u64).collect();
@@ -242,21 +232,21 @@ impl<'a> Load<'a> {
             seen.wrong.push(format!("no answer for {:?}", oldest.elapsed()));
         }
         // Now and then long enough for the worker to go to sleep.
-        let pause = match self.random.below(64) {
+        let pause = match self.random.u64(..64) {
             0 if self.outstanding() == 0 => 4000,
-            _ => 50 + self.random.below(400),
+            _ => 50 + self.random.u64(..400),
         };
         std::thread::sleep(Duration::from_micros(pause));
     }
 
     fn offer(&mut self, slot: u64) {
-        let kind = match self.random.below(20) {
+        let kind = match self.random.u64(..20) {
             0 => Kind::Flush,
             1..10 => Kind::Write,
             _ => Kind::Read,
         };
         let block = loop {
-            let block = self.random.below(BLOCKS);
+            let block = self.random.u64(..BLOCKS);
             if self.out.iter().flatten().all(|request| request.block != block) {
                 break block;
             }

@@ -168,15 +168,9 @@ fn room_in_memory() -> Result<u64, Error> {
 /// Makes a file of `bytes` without holes: reading a hole would cost less than reading a disk.
 fn fill(path: &Path, bytes: u64) -> Result<(), Error> {
     let failed = || Error::system(format!("filling {}", path.display()));
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
     let mut block = vec![0; 1 << 20];
-    for word in block.chunks_exact_mut(8) {
-        // xorshift: anything but zeroes will do.
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        word.copy_from_slice(&state.to_le_bytes());
-    }
+    // Anything but zeroes will do.
+    fastrand::Rng::with_seed(0).fill(&mut block);
     let mut file = File::create_new(path).map_err(failed())?;
     let mut left = bytes;
     while left > 0 {

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
 
+use fastrand::Rng;
+
 use crate::command::{ALL_NAMESPACES, Command, Completion};
 use crate::data_pointer::Pointers;
 use crate::dma::{DmaFault, DmaView};
@@ -28,7 +30,6 @@ use crate::namespace::Namespace;
 use crate::offers::{self, Offers};
 use crate::patch::IdentifyPatch;
 use crate::queue::{CompletionQueue, SubmissionQueue};
-use crate::random::Random;
 use crate::registers::CSTS_FATAL;
 use crate::shared::{Counters, Shared};
 use crate::status::Status;
@@ -102,7 +103,7 @@ pub(crate) struct Controller {
     state: State,
     /// A reset that the `never_reset` fault holds back.
     reset_waits: bool,
-    power_random: Random,
+    power_random: Rng,
     refusals: u64,
     pub started: Instant,
     /// Submission queue tails, by queue, that the host has told since CC.SHN was set.
@@ -137,7 +138,7 @@ impl Controller {
             signals: Signals::new(shared.interrupts.clone()),
             state: State::Disabled,
             reset_waits: false,
-            power_random: Random::new(config.faults.seed ^ 0x706f_7765_7263_7574),
+            power_random: Rng::with_seed(config.faults.seed ^ 0x706f_7765_7263_7574),
             refusals: 0,
             started: Instant::now(),
             after_shutdown: None,
