@@ -77,7 +77,7 @@ const ARROWS: [(&str, &[&str]); 9] = [
     ("blk-perf", &["vfio", "nvme-driver", "nvme-sim"]),
     ("e2e", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
     ("fuzz", &["vfio", "nvme-driver", "vhost-blk"]),
-    ("compare", &["nvme-sim", "blk-perf", "e2e"]),
+    ("compare", &["vhost-blk", "nvme-sim", "blk-perf", "e2e"]),
     ("benches", &["vfio", "nvme-driver", "vhost-blk", "nvme-sim", "blk-perf"]),
 ];
 

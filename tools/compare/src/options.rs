@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use blk_perf::parse_size;
+use vhost_blk::control::config::CpuList;
 
 use crate::Error;
 use crate::comparison::Settings;
@@ -63,7 +64,7 @@ pub struct CommonOptions {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub queues: u32,
     /// Host CPUs that the side under test may use, such as 2,4-7 [default: chosen, and told in the report]
-    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    #[arg(long, value_name = "LIST")]
     pub cpus: Option<CpuList>,
     /// Size of a disk in memory
     #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = parse_size)]
@@ -84,10 +85,6 @@ pub struct CommonOptions {
     #[arg(long, value_name = "PATH")]
     pub vhost_blk: Option<PathBuf>,
 }
-
-/// A list of CPUs. A type of its own, because clap takes a bare `Vec` for a repeated option.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CpuList(pub Vec<usize>);
 
 /// What is to be done, checked: what both ways work from.
 #[derive(Clone, Debug)]
@@ -198,35 +195,9 @@ fn parse_seconds(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Reads `2,4-7`.
-pub(crate) fn parse_cpus(text: &str) -> Result<CpuList, String> {
-    let wrong = || format!("{text:?} is not a list of CPUs; write it like 2,4-7");
-    let mut cpus = Vec::new();
-    for part in text.split(',') {
-        let (first, last) = part.split_once('-').unwrap_or((part, part));
-        let (first, last): (usize, usize) = (first.parse().map_err(|_| wrong())?, last.parse().map_err(|_| wrong())?);
-        if first > last || last >= rustix::thread::CpuSet::MAX_CPU {
-            return Err(wrong());
-        }
-        cpus.extend(first..=last);
-    }
-    cpus.sort_unstable();
-    cpus.dedup();
-    Ok(CpuList(cpus))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn lists_of_cpus() {
-        assert_eq!(parse_cpus("2,4-7,4"), Ok(CpuList(vec![2, 4, 5, 6, 7])));
-        assert_eq!(parse_cpus("0"), Ok(CpuList(vec![0])));
-        for bad in ["", "a", "3-1", "1-", "1,,2", "0-99999999"] {
-            assert!(parse_cpus(bad).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn lengths_of_rounds() {

@@ -16,6 +16,7 @@ mod storage;
 use std::path::{Path, PathBuf};
 
 use e2e::Kernel;
+use vhost_blk::control::config::CpuList;
 
 pub use accelerator::Wanted as WantedAccelerator;
 
@@ -24,7 +25,6 @@ use self::rebind::Rebind;
 use self::side::{Running, Setup};
 use self::storage::Storage;
 use crate::comparison::FORMAT;
-use crate::options::{CpuList, parse_cpus};
 use crate::process::{allowed_cpus, find_program};
 use crate::progress::Progress;
 use crate::{Comparison, Error, Job, Outcome, Plan, Side, Way, environment};
@@ -49,7 +49,7 @@ pub struct GuestOptions {
     #[arg(long, value_name = "MIB", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(512..))]
     pub memory: u32,
     /// Host CPUs with a worker of our target each, or an IOThread of data-plane each [default: one of it, not pinned]
-    #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
+    #[arg(long, value_name = "LIST")]
     pub worker_cpus: Option<CpuList>,
     /// IOThreads of data-plane [default: as many as our target has workers]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
