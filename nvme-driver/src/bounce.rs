@@ -97,7 +97,7 @@ impl BouncePool {
     }
 
     /// `who` waits no longer. Cheap for the first; nothing happens if it does not wait.
-    pub fn leave(&mut self, who: u64) {
+    pub fn stop_waiting(&mut self, who: u64) {
         if let Some(at) = self.line.iter().position(|waiting| *waiting == who) {
             self.line.remove(at);
         }

@@ -339,7 +339,7 @@ impl QueuePair {
     /// that has none out at once: `done` gets it. Other requests with such a token are as before.
     ///
     /// What of such a request has been done, and what not, is unknown.
-    pub fn give_up(&mut self, which: impl FnMut(u64) -> bool, mut done: impl FnMut(Completed)) {
+    pub fn cancel_long(&mut self, which: impl FnMut(u64) -> bool, mut done: impl FnMut(Completed)) {
         let QueuePair { staged, requests, .. } = self;
         staged.forget_all(which, |request| {
             if let Some((token, status)) = requests.end(request, Status::ABORTED_BY_HOST) {

@@ -211,8 +211,8 @@ fn a_long_request_can_be_given_up_at_any_point() {
         }
         let mut seen = reap_until(&mut pair, |pair, _| pair.counters().completions >= commands);
         assert!(seen.is_empty(), "half of their commands at most");
-        pair.give_up(|token| token >> OWNER_SHIFT == 1, |completed| seen.push(completed));
-        pair.give_up(|token| token == 999, |completed| panic!("{completed:?}"));
+        pair.cancel_long(|token| token >> OWNER_SHIFT == 1, |completed| seen.push(completed));
+        pair.cancel_long(|token| token == 999, |completed| panic!("{completed:?}"));
         let before = pair.counters().commands;
         stop(&rig, false);
         seen.extend(wait(&mut pair, 2 - seen.len()));
@@ -240,12 +240,12 @@ fn what_is_given_up_without_a_command_out_ends_at_once_and_an_error_stays_the_fi
     pair.submit(&rig.namespace, read(0, &long), 2).unwrap();
     pair.ring();
     let mut ended = Vec::new();
-    pair.give_up(|token| token == 2, |completed| ended.push((completed.token, completed.status)));
+    pair.cancel_long(|token| token == 2, |completed| ended.push((completed.token, completed.status)));
     assert_eq!(ended, [(2, Status::ABORTED_BY_HOST)]);
     stop(&rig, false);
     // Its first command fails; it is over then, but for what is out.
     let mut seen = reap_until(&mut pair, |pair, _| pair.counters().completions > 0);
-    pair.give_up(|_| true, |completed| panic!("{completed:?}"));
+    pair.cancel_long(|_| true, |completed| panic!("{completed:?}"));
     seen.extend(wait(&mut pair, 1 - seen.len()));
     assert_eq!((seen[0].token, seen[0].status.kind()), (1, Status::UNRECOVERED_READ));
     assert_eq!(pair.counters().commands, 31);
@@ -269,7 +269,7 @@ fn a_reset_gives_every_request_back_once_whether_a_command_of_it_is_out_or_not()
         pair.ring();
         let mut tokens = Vec::new();
         // One is given up first: it is still given back once.
-        pair.give_up(|token| token == 1, |completed| tokens.push(completed.token));
+        pair.cancel_long(|token| token == 1, |completed| tokens.push(completed.token));
         stop(&rig, false);
         rig.controller.reset().unwrap();
         pair.drain_after_reset(|token| tokens.push(token));
@@ -324,7 +324,7 @@ fn every_request_completes_once_whatever_happens() {
             let mut done = Vec::new();
             if random.below(20) == 0 {
                 let owner = random.below(4) as u64;
-                pair.give_up(|token| token >> OWNER_SHIFT == owner, |completed| done.push(completed));
+                pair.cancel_long(|token| token >> OWNER_SHIFT == owner, |completed| done.push(completed));
             }
             pair.reap(|completed| done.push(completed));
             for Completed { token, status, .. } in done {
@@ -348,7 +348,7 @@ fn every_request_completes_once_whatever_happens() {
                 rig.controller.recreate_queue_pair(&mut pair).unwrap();
             }
         }
-        pair.give_up(|_| true, |completed| assert!(out.remove(&completed.token).is_some()));
+        pair.cancel_long(|_| true, |completed| assert!(out.remove(&completed.token).is_some()));
         let rest = wait(&mut pair, out.len());
         rest.iter().for_each(|completed| assert!(out.remove(&completed.token).is_some()));
         println!("{entries} entries: {next} requests, {crowded} crowded, {aborted} aborted, {failed} failed");

@@ -132,7 +132,7 @@ impl PollGroup {
     pub(crate) fn remove(&mut self, index: usize) -> Option<Lane> {
         let lane = self.lanes.get_mut(index)?.take()?;
         if let Some(QueueResources { pool, .. }) = self.resources_mut() {
-            pool.leave((index as u64) << LANE_SHIFT);
+            pool.stop_waiting((index as u64) << LANE_SHIFT);
         }
         Some(lane)
     }

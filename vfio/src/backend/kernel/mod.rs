@@ -30,7 +30,7 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_val
 use vmm_sys_util::ioctl_io_nr;
 
 use self::explain::{Subject, explain, on_open};
-use self::space::{OpenDevices, Space, Way};
+use self::space::{IommuInterface, OpenDevices, Space};
 use self::sysfs::Roots;
 use super::{Backend, CONFIG_REGION, MappedArea, Notice, Notices, Region, ServerIdentity};
 use crate::config_space::{self, CAPABILITY_MSIX};
@@ -92,8 +92,8 @@ impl KernelBackend {
     pub(crate) fn open(address: PciAddress) -> Result<KernelBackend, Error> {
         let roots = Roots::default();
         let found = sysfs::find(&roots, address)?;
-        let group = found.ways.group;
-        let file = found.ways.cdev.as_ref().map_or_else(String::new, |cdev| cdev.display().to_string());
+        let group = found.interfaces.group;
+        let file = found.interfaces.cdev.as_ref().map_or_else(String::new, |cdev| cdev.display().to_string());
         let mut subject = Subject { address, group, file, unviable: Vec::new() };
         let mut open = OpenDevices::lock();
         if open.has(address) {
@@ -103,9 +103,9 @@ impl KernelBackend {
                 advice: "use what was opened, or close all of it first".into(),
             });
         }
-        let (device, space) = match &found.ways.cdev {
+        let (device, space) = match &found.interfaces.cdev {
             Some(cdev) => match open_iommufd(&subject, cdev, open.space(found.group, true)) {
-                // The administrator may have given the user only one of the two ways.
+                // The administrator may have given the user only one of the two interfaces.
                 Err(Error::Kernel { source, .. })
                     if source.kind() == io::ErrorKind::PermissionDenied && group.is_some() =>
                 {
@@ -217,8 +217,8 @@ fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> R
         })
     };
     let device = open("opening its character device", cdev)?;
-    let dma = match shared.as_ref().map(|space| &space.way) {
-        Some(Way::Iommufd(dma)) => dma.clone(),
+    let dma = match shared.as_ref().map(|space| &space.iommu) {
+        Some(IommuInterface::Iommufd(dma)) => dma.clone(),
         _ => {
             let iommufd = Arc::new(IommuFd::new_from_fd(open("opening /dev/iommu", Path::new("/dev/iommu"))?));
             let dma = VfioIommufd::new(iommufd, None, None);
@@ -233,7 +233,7 @@ fn open_iommufd(subject: &Subject, cdev: &Path, shared: Option<Arc<Space>>) -> R
     }
     // The ranges are those of the attached device, so they are asked for only now.
     let iommu = iommufd_ranges(&dma).map_err(|source| kernel_error(subject, "asking for its DMA addresses", source))?;
-    Ok((device, Space::new(Way::Iommufd(dma), iommu.ranges, iommu.page)))
+    Ok((device, Space::new(IommuInterface::Iommufd(dma), iommu.ranges, iommu.page)))
 }
 
 /// Opens a device by its group and a container. `shared` is the address space of its group, if another device of that is open.
@@ -242,8 +242,8 @@ fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path, shared: Option
         subject.file = format!("/dev/vfio/{group}");
         subject.unviable = sysfs::unviable(roots, group);
     }
-    let container = match shared.as_ref().map(|space| &space.way) {
-        Some(Way::Group(container)) => container.clone(),
+    let container = match shared.as_ref().map(|space| &space.iommu) {
+        Some(IommuInterface::Group(container)) => container.clone(),
         _ => Arc::new(VfioContainer::new(None).map_err(|error| explain(subject, "opening a container", error))?),
     };
     let device = VfioDevice::new(sysfs, container.clone(), true);
@@ -254,7 +254,7 @@ fn open_group(roots: &Roots, subject: &mut Subject, sysfs: &Path, shared: Option
     }
     let iommu =
         type1_ranges(&container).map_err(|source| kernel_error(subject, "asking for its DMA addresses", source))?;
-    Ok((device, Space::new(Way::Group(container), iommu.ranges, iommu.page)))
+    Ok((device, Space::new(IommuInterface::Group(container), iommu.ranges, iommu.page)))
 }
 
 fn kernel_error(subject: &Subject, attempt: &'static str, source: io::Error) -> Error {

@@ -11,16 +11,16 @@ use vfio_ioctls::{VfioContainer, VfioIommufd, VfioOps};
 use crate::iova::RangeAllocator;
 use crate::{IovaRange, PciAddress};
 
-/// By which of the kernel's ways memory is mapped.
+/// By which of the kernel's interfaces memory is mapped for devices.
 #[derive(Clone)]
-pub(super) enum Way {
+pub(super) enum IommuInterface {
     Iommufd(Arc<VfioIommufd>),
     Group(Arc<VfioContainer>),
 }
 
 /// The address space of a group.
 pub(super) struct Space {
-    pub way: Way,
+    pub iommu: IommuInterface,
     pub ranges: Vec<IovaRange>,
     /// The smallest page, bytes.
     pub page: u64,
@@ -29,19 +29,19 @@ pub(super) struct Space {
 }
 
 impl Space {
-    pub(super) fn new(way: Way, ranges: Vec<IovaRange>, page: u64) -> Arc<Space> {
-        Arc::new(Space { way, ranges, page, addresses: OnceLock::new() })
+    pub(super) fn new(iommu: IommuInterface, ranges: Vec<IovaRange>, page: u64) -> Arc<Space> {
+        Arc::new(Space { iommu, ranges, page, addresses: OnceLock::new() })
     }
 
     pub(super) fn dma(&self) -> &dyn VfioOps {
-        match &self.way {
-            Way::Iommufd(iommufd) => &**iommufd,
-            Way::Group(container) => &**container,
+        match &self.iommu {
+            IommuInterface::Iommufd(iommufd) => &**iommufd,
+            IommuInterface::Group(container) => &**container,
         }
     }
 
     pub(super) fn is_iommufd(&self) -> bool {
-        matches!(self.way, Way::Iommufd(_))
+        matches!(self.iommu, IommuInterface::Iommufd(_))
     }
 }
 

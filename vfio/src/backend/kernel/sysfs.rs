@@ -19,7 +19,7 @@ impl Default for Roots {
 
 /// How the kernel lets a device be opened.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Ways {
+pub(super) struct Interfaces {
     /// The device's own character device, where the kernel has iommufd.
     pub cdev: Option<PathBuf>,
     /// The number of the device's IOMMU group, where the kernel has a file for it.
@@ -28,17 +28,17 @@ pub(super) struct Ways {
 
 /// A PCI device that is ready to be opened.
 #[derive(Debug)]
-pub(super) struct Found {
+pub(super) struct PciFunction {
     /// Its directory in sysfs.
     pub path: PathBuf,
-    pub ways: Ways,
+    pub interfaces: Interfaces,
     /// The number of its IOMMU group.
     pub group: u32,
     pub numa_node: Option<u32>,
 }
 
 /// Looks a device up, and refuses one that VFIO cannot open, with what to do about it.
-pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
+pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<PciFunction, Error> {
     let path = roots.sys.join("bus/pci/devices").join(address.to_string());
     let refuse = |reason: String, advice: String| Err(Error::NotUsable { device: address.to_string(), reason, advice });
     if !path.exists() {
@@ -63,7 +63,7 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
         }
         Some(_) => {}
     }
-    let ways = Ways {
+    let interfaces = Interfaces {
         cdev: cdev_name(&path)
             .map(|name| roots.dev.join("vfio/devices").join(name))
             .filter(|cdev| cdev.exists() && roots.dev.join("iommu").exists()),
@@ -71,7 +71,7 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
             roots.dev.join("vfio/vfio").exists() && roots.dev.join("vfio").join(group.to_string()).exists()
         }),
     };
-    if ways.cdev.is_none() && ways.group.is_none() {
+    if interfaces.cdev.is_none() && interfaces.group.is_none() {
         let dev = roots.dev.display();
         if roots.dev.join("vfio").join(format!("noiommu-{group}")).exists() {
             return refuse(
@@ -89,13 +89,13 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<Found, Error> {
     let numa_node = fs::read_to_string(path.join("numa_node")).ok();
     // The kernel says -1 where it does not know.
     let numa_node = numa_node.and_then(|node| node.trim().parse().ok());
-    Ok(Found { path, ways, group, numa_node })
+    Ok(PciFunction { path, interfaces, group, numa_node })
 }
 
 /// The files by which a device would be opened, without opening any: one way after the other, each with all files that it takes.
 /// The error is why the device cannot be opened by anybody.
 pub(crate) fn files(roots: &Roots, address: PciAddress) -> Result<Vec<Vec<PathBuf>>, Error> {
-    let Found { ways, group, .. } = find(roots, address)?;
+    let PciFunction { interfaces, group, .. } = find(roots, address)?;
     let others = unviable(roots, group);
     if !others.is_empty() {
         return Err(Error::NotUsable {
@@ -104,9 +104,9 @@ pub(crate) fn files(roots: &Roots, address: PciAddress) -> Result<Vec<Vec<PathBu
             advice: "bind all devices of the group to vfio-pci, or put the device into a slot of its own".into(),
         });
     }
-    let cdev = ways.cdev.map(|cdev| vec![cdev, roots.dev.join("iommu")]);
+    let cdev = interfaces.cdev.map(|cdev| vec![cdev, roots.dev.join("iommu")]);
     let group =
-        ways.group.map(|group| vec![roots.dev.join("vfio").join(group.to_string()), roots.dev.join("vfio/vfio")]);
+        interfaces.group.map(|group| vec![roots.dev.join("vfio").join(group.to_string()), roots.dev.join("vfio/vfio")]);
     Ok(cdev.into_iter().chain(group).collect())
 }
 
@@ -184,7 +184,7 @@ mod tests {
             self
         }
 
-        fn find(&self) -> Result<Found, Error> {
+        fn find(&self) -> Result<PciFunction, Error> {
             find(&self.roots, NAME.parse().unwrap())
         }
 
@@ -235,7 +235,7 @@ mod tests {
     }
 
     #[test]
-    fn the_files_of_both_ways_are_told_unless_the_group_is_spoiled() {
+    fn the_files_of_both_interfaces_are_told_unless_the_group_is_spoiled() {
         let machine = Machine::new().driver("vfio-pci").group(7).cdev("vfio0");
         let machine = machine.node("iommu").node("vfio/devices/vfio0").node("vfio/vfio").node("vfio/7");
         let dev = |names: [&str; 2]| names.map(|name| machine.roots.dev.join(name)).to_vec();
@@ -252,17 +252,17 @@ mod tests {
     }
 
     #[test]
-    fn both_ways_are_found() {
+    fn both_interfaces_are_found() {
         let machine = Machine::new().driver("vfio-pci").group(7).node("vfio/7").node("vfio/vfio");
-        assert_eq!(machine.find().unwrap().ways, Ways { cdev: None, group: Some(7) });
+        assert_eq!(machine.find().unwrap().interfaces, Interfaces { cdev: None, group: Some(7) });
         // The device's own file is of no use without /dev/iommu.
         let machine = machine.cdev("vfio3").node("vfio/devices/vfio3");
-        assert_eq!(machine.find().unwrap().ways, Ways { cdev: None, group: Some(7) });
+        assert_eq!(machine.find().unwrap().interfaces, Interfaces { cdev: None, group: Some(7) });
         let machine = machine.node("iommu");
         let cdev = Some(machine.roots.dev.join("vfio/devices/vfio3"));
-        assert_eq!(machine.find().unwrap().ways, Ways { cdev: cdev.clone(), group: Some(7) });
+        assert_eq!(machine.find().unwrap().interfaces, Interfaces { cdev: cdev.clone(), group: Some(7) });
         fs::remove_file(machine.roots.dev.join("vfio/vfio")).unwrap();
-        assert_eq!(machine.find().unwrap().ways, Ways { cdev, group: None });
+        assert_eq!(machine.find().unwrap().interfaces, Interfaces { cdev, group: None });
     }
 
     #[test]

@@ -249,7 +249,7 @@ impl Lane {
             let Some(bytes) = self.fill_next(pair, pool, tag) else { return };
             copied += bytes;
             // Others first.
-            pool.leave(tag);
+            pool.stop_waiting(tag);
             self.bounced.in_line = false;
         }
         self.leave_line(pool, tag);
@@ -259,7 +259,7 @@ impl Lane {
     fn leave_line(&mut self, pool: &mut BouncePool, tag: u64) {
         let waits = self.bounced.next_queue().is_some();
         if !waits && std::mem::replace(&mut self.bounced.in_line, false) {
-            pool.leave(tag);
+            pool.stop_waiting(tag);
         }
     }
 

@@ -54,7 +54,7 @@ impl Lane {
         let Lane { slots, mode, .. } = self;
         // Pieces of copied requests are small, and soon done.
         let mut long = |token: u64| mode.is_broken() || slots.held_mut(token as u16).is_some();
-        pair.give_up(|token| token >> OWNER_SHIFT == owner && long(token), |done| ended.push(done));
+        pair.cancel_long(|token| token >> OWNER_SHIFT == owner && long(token), |done| ended.push(done));
         ended.iter().for_each(|done| self.complete(done.token, done.status));
     }
 
