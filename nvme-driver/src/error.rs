@@ -24,7 +24,7 @@ pub enum Error {
         controller: String,
         /// Name of the register in the specification.
         register: &'static str,
-        /// What it read.
+        /// The value read.
         value: u64,
         /// What that means, and what to do.
         problem: String,
@@ -39,7 +39,7 @@ pub enum Error {
         controller: String,
         /// Name of the register in the specification.
         register: &'static str,
-        /// What it read: ones, as many as the register has bits.
+        /// The value read: ones, as many as the register has bits.
         value: u64,
     },
     /// The controller answered a command with an error status.
@@ -55,9 +55,9 @@ pub enum Error {
     Timeout {
         /// Name of the command, and what it was about.
         command: String,
-        /// How long was waited.
+        /// How long the answer was waited for.
         waited: Duration,
-        /// What CSTS read then.
+        /// The value of CSTS at that moment.
         csts: u32,
     },
     /// The controller did not answer a question of [`crate::Controller::monitor`] in time. It goes on with others.
@@ -65,9 +65,9 @@ pub enum Error {
     Unanswered {
         /// Name of the command, and what it was about.
         command: String,
-        /// How long was waited.
+        /// How long the answer was waited for.
         waited: Duration,
-        /// What CSTS read then.
+        /// The value of CSTS at that moment.
         csts: u32,
     },
     /// An earlier command timed out, or the controller was shut down: nothing is sent until a reset.
@@ -75,7 +75,7 @@ pub enum Error {
     NotInOperation {
         /// The device's address.
         controller: String,
-        /// Why.
+        /// Why the controller is not in operation.
         why: &'static str,
     },
     /// Something the drive reported contradicts the specification or itself.
@@ -89,7 +89,7 @@ pub enum Error {
         /// Which format it has, why that cannot be served, what to do.
         reason: String,
     },
-    /// There is no such active namespace.
+    /// No namespace with this identifier is active on the controller.
     #[error(
         "namespace {namespace} is not active on this controller; active are {active:?}: take one of these, or attach it"
     )]
@@ -105,7 +105,7 @@ pub enum Error {
     /// Every queue pair the controller granted is in use.
     #[error("all {granted} queue pairs the controller granted are in use; share one, or delete one first")]
     NoQueuePairsLeft {
-        /// How many there are.
+        /// Queue pairs that the controller granted.
         granted: u16,
     },
     /// Every interrupt vector for queue pairs is in use.
@@ -114,7 +114,7 @@ pub enum Error {
          that has one"
     )]
     NoInterruptsLeft {
-        /// How many there are.
+        /// Interrupt vectors for queue pairs.
         vectors: u16,
     },
     /// An argument makes no sense.

@@ -21,9 +21,9 @@ pub enum Quirk {
     NoShutdownStatus,
     /// No more than one command at a time on a queue pair.
     OneCommand,
-    /// Its list of active namespaces (Identify CNS 02h) is none: each namespace is asked for.
+    /// The list of active namespaces (Identify CNS 02h) is none: each namespace is asked for.
     NoNamespaceList,
-    /// It has no namespace identification descriptors (Identify CNS 03h), and does not take the question well.
+    /// There are no namespace identification descriptors (Identify CNS 03h), and the question is taken badly: it is not asked.
     NoDescriptors,
     /// Several drives have the same EUI-64, NGUID or UUID, or they change: they are not used.
     UntrueIdentifiers,
@@ -111,12 +111,12 @@ impl Quirks {
         Quirks(bits)
     }
 
-    /// Those of a PCI function of which nothing else is known yet.
+    /// The quirks of a PCI function of which nothing else is known yet.
     pub(crate) fn of_function(function: Function) -> Quirks {
         find(TABLE, function, None)
     }
 
-    /// Those of a drive that has said its model and firmware.
+    /// The quirks of a drive that has said its model and firmware.
     pub(crate) fn of_drive(function: Function, model: &str, firmware: &str) -> Quirks {
         find(TABLE, function, Some((model, firmware)))
     }
@@ -155,9 +155,9 @@ impl Function {
 /// An entry of the table; every condition that it has counts.
 struct Entry {
     function: Option<Function>,
-    /// How the model number begins.
+    /// What the model number begins with.
     model: &'static str,
-    /// How the firmware revision begins.
+    /// What the firmware revision begins with.
     firmware: &'static str,
     quirks: Quirks,
 }

@@ -81,7 +81,7 @@ impl Blocks {
         Blocks { blocks, block_bytes, last: 0, answered: 0, answers: VecDeque::new(), went_back: 0 }
     }
 
-    /// How many there are.
+    /// How many blocks there are.
     pub fn count(&self) -> u64 {
         self.blocks.len() as u64
     }

@@ -11,7 +11,7 @@ pub enum Error {
     Missing {
         /// The thing, in words.
         what: &'static str,
-        /// Where it was looked for.
+        /// Where the thing was looked for.
         path: PathBuf,
         /// What to run.
         advice: &'static str,
@@ -29,7 +29,7 @@ pub enum Error {
     Timeout {
         /// What did not happen.
         waiting_for: String,
-        /// How long it was waited for.
+        /// How long was waited.
         limit: Duration,
     },
     /// A program ended that should have gone on, or ended with another status than it should have.
@@ -37,7 +37,7 @@ pub enum Error {
     Ended {
         /// The program's name.
         program: String,
-        /// Its exit status, or the signal that ended it.
+        /// The exit status of the program, or the signal that ended it.
         status: std::process::ExitStatus,
         /// What had been expected, as a half sentence that begins with a separator; may be empty.
         expected: &'static str,
@@ -47,9 +47,9 @@ pub enum Error {
     Script {
         /// The script's text.
         script: String,
-        /// Its exit status.
+        /// The exit status of the script.
         status: i32,
-        /// What it printed.
+        /// What the script printed.
         output: String,
     },
     /// The guest's kernel log has lines which it should not have.

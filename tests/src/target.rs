@@ -98,7 +98,7 @@ impl Target {
         &self.sockets
     }
 
-    /// What it has logged so far.
+    /// What the target has logged so far.
     pub fn log(&self) -> String {
         self.process.log()
     }

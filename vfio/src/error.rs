@@ -36,7 +36,7 @@ pub enum Error {
         socket: PathBuf,
         /// What was asked.
         request: &'static str,
-        /// How long was waited.
+        /// How long the answer was waited for.
         after: Duration,
     },
 
@@ -72,7 +72,7 @@ pub enum Error {
         socket: PathBuf,
         /// What was asked.
         request: &'static str,
-        /// What it answered.
+        /// What the server answered, or what is wrong with that.
         reason: String,
     },
 
@@ -172,7 +172,7 @@ pub enum Error {
     Memory {
         /// What was attempted.
         attempt: &'static str,
-        /// How much, bytes.
+        /// The size of the memory, bytes.
         bytes: usize,
         /// What the kernel said.
         source: io::Error,

@@ -69,7 +69,8 @@ impl Standing {
         *self.stopped.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
     }
 
-    /// Has the command that is under way end at once. To be held until the admin queue is had and [`Standing::stop`] was called.
+    /// Has the command that is under way end at once. To be held until the admin queue is had and [`Standing::stop`] was
+    /// called.
     pub(super) fn claim(&self) -> Claim<'_> {
         // Relaxed: it guards no data; the admin queue's lock does.
         self.claims.fetch_add(1, Ordering::Relaxed);
@@ -101,11 +102,11 @@ pub(crate) struct Hardware {
     bar: Bar,
     /// The longest the controller may take to become ready or not ready.
     pub ready_timeout: Duration,
-    /// What it says it is, where there are quirks of.
+    /// The vendor and device that the function says it is, by which quirks are looked up.
     pub function: Function,
     /// How long CSTS is left alone after CC.EN was cleared.
     rest_after_disable: Duration,
-    /// It does not tell when it has shut down.
+    /// The controller does not tell when it has shut down.
     no_shutdown_status: bool,
 }
 

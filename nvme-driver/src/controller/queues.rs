@@ -47,9 +47,9 @@ struct QueueSlot {
 enum State {
     /// The controller knows nothing of it: not created yet, deleted, or forgotten in a reset.
     Unknown,
-    /// Only its completion queue exists.
+    /// Only the completion queue of the pair exists.
     CompletionOnly,
-    /// Both queues exist.
+    /// Both queues of the pair exist.
     Created,
 }
 
@@ -82,8 +82,8 @@ impl Queues {
         self.quarantine.clear();
     }
 
-    /// After [`Queues::forget`]: takes over how many the controller grants now, more or fewer. False: a queue pair beyond them is
-    /// still had by somebody, and nothing has changed.
+    /// After [`Queues::forget`]: takes over how many the controller grants now, more or fewer. False: a queue pair beyond them
+    /// is still had by somebody, and nothing has changed.
     pub(super) fn regrant(&mut self, granted: u16) -> bool {
         let granted = usize::from(granted);
         let fits = self.slots.iter().skip(granted).all(Option::is_none);
@@ -176,7 +176,8 @@ fn part(page: &DmaBuffer, index: usize, stride: u8) -> DmaSlice<AtomicU32> {
 }
 
 impl Controller {
-    /// Queue pairs the controller granted. They can be in use all at once. It may be another number after a [`Controller::reset`].
+    /// Queue pairs the controller granted. They can be in use all at once. It may be another number after a
+    /// [`Controller::reset`].
     pub fn max_queue_pairs(&self) -> u16 {
         lock(&self.inner.queues).granted()
     }

@@ -192,7 +192,7 @@ impl Health {
 /// The namespaces that changed since the log was read last (5.16.1.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ChangedNamespaces {
-    /// These, in ascending order.
+    /// The identifiers of those that changed, in ascending order.
     Some(Vec<u32>),
     /// More than the log has room for: look at all of them.
     TooMany,

@@ -43,12 +43,12 @@ impl fmt::Display for CodeType {
 /// What may come of giving the drive the same command once more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Retry {
-    /// Nothing but the same answer: the drive says so (Do Not Retry), or there is nothing that could change.
+    /// A retry would be answered in the same way: the drive says so (Do Not Retry), or there is nothing that could change.
     Never,
-    /// Another answer, perhaps, at once: something has interfered with this command.
+    /// A retry at once may be answered otherwise: something has interfered with this command.
     AtOnce,
-    /// Another answer, perhaps, later: the drive is not ready for it, and nobody can say for how long. To be tried again at
-    /// growing intervals, or at those that it asks for ([`Status::retry_delay`]), for as long as anybody can wait.
+    /// A retry later may be answered otherwise: the drive is not ready for it, and nobody can say for how long. To be tried
+    /// again at growing intervals, or at those that it asks for ([`Status::retry_delay`]), for as long as anybody can wait.
     OverTime,
 }
 

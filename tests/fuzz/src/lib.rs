@@ -23,7 +23,7 @@ pub use input::Input;
 /// A fuzz target.
 #[derive(Clone, Copy)]
 pub struct Target {
-    /// Its name: of its program (after `fuzz-`) and of its folder in `corpus`.
+    /// The name of the target: of its program (after `fuzz-`) and of its folder in `corpus`.
     pub name: &'static str,
     /// Does what the bytes say.
     pub run: fn(&[u8]),

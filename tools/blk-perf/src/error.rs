@@ -43,9 +43,9 @@ pub enum Error {
     /// Memory to share with the target could not be had.
     #[error("cannot allocate {bytes} bytes of shared memory for the request buffers: {source}")]
     Memory {
-        /// How much.
+        /// The size of the memory, bytes.
         bytes: usize,
-        /// Why not.
+        /// Why it cannot be had.
         source: vfio::Error,
     },
     /// A request could not be put on its ring.
@@ -77,7 +77,7 @@ pub enum Error {
         queue: usize,
         /// Requests without an answer.
         outstanding: usize,
-        /// How long nothing came.
+        /// How long no request completed, seconds.
         seconds: u64,
     },
     /// The back-end broke the rules of the ring, and the client library gave up.

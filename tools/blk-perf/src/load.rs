@@ -59,7 +59,7 @@ struct Slot<'m> {
 
 /// One queue with its requests and its plan.
 pub(crate) struct QueueClient<'m, P> {
-    /// Its number among all queues of the run, and on its device.
+    /// The number of the queue among all of the run, and on its device.
     at: usize,
     index: usize,
     ring: Ring,

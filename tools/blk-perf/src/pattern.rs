@@ -29,14 +29,14 @@ pub enum Found {
     Zeroes,
     /// A block this run wrote, whole.
     Whole {
-        /// Where it was written to, in logical blocks.
+        /// Where the block was written to, in logical blocks.
         lba: u64,
         /// Which write of its queue it was.
         version: u32,
     },
     /// The header of a block this run wrote over other content.
     Torn {
-        /// Where it was written to, in logical blocks.
+        /// Where the block was written to, in logical blocks.
         lba: u64,
         /// Which write of its queue it was.
         version: u32,

@@ -98,9 +98,9 @@ pub enum Expected {
 pub struct Mismatch {
     /// The logical block that was read.
     pub lba: u64,
-    /// What it should have held.
+    /// What the block should have held.
     pub expected: Expected,
-    /// What it held.
+    /// What the block held.
     pub found: Found,
 }
 

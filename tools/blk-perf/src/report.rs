@@ -107,7 +107,7 @@ pub struct Report {
     pub discards: u64,
     /// Write zeroes.
     pub write_zeroes: u64,
-    /// Bytes read and written by them.
+    /// Bytes read and written by the completed requests.
     pub bytes: u64,
     /// Length of the load, in seconds.
     pub seconds: f64,
@@ -115,24 +115,24 @@ pub struct Report {
     pub iops: f64,
     /// Mebibytes per second, read and written.
     pub mib_per_s: f64,
-    /// Latency of requests in microseconds, from sending (or, with a rate, from when they were due) to noticing: the mean,
+    /// Latency of requests in microseconds, from sending (or, with a rate, from when they were due) to noticing: the mean.
     pub mean_us: f64,
-    /// the median,
+    /// The median latency of requests, in microseconds.
     pub p50_us: f64,
-    /// 90 % of them,
+    /// Latency in microseconds: 90 % of the requests took no longer.
     pub p90_us: f64,
-    /// 99 %,
+    /// Latency in microseconds: 99 % of the requests took no longer.
     pub p99_us: f64,
-    /// 99.9 %,
+    /// Latency in microseconds: 99.9 % of the requests took no longer.
     #[serde(rename = "p99_9_us")]
     pub p999_us: f64,
-    /// the longest.
+    /// The longest latency, in microseconds.
     pub max_us: f64,
     /// With a rate: requests that were due and could not be sent before the end, because too many were in flight.
     pub unsent: u64,
     /// Requests the device reported as failed, read-back included.
     pub io_errors: u64,
-    /// Those of them that the read-back met: what they should have read was not compared.
+    /// Failed requests ([`Report::io_errors`]) of the final read-back: what they should have read was not compared.
     pub read_back_errors: u64,
     /// Blocks that did not hold what they should, read-back included.
     pub verify_errors: u64,

@@ -23,7 +23,7 @@ pub enum Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Accelerator {
-    /// There is no guest.
+    /// None: no guest runs.
     NoGuest,
     /// The processor's virtualisation.
     Kvm,
@@ -35,7 +35,7 @@ pub enum Accelerator {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Side {
-    /// This project's target.
+    /// This project's target, vhost-blk.
     VhostBlk,
     /// QEMU's block layer in an IOThread; what everything is normalised to.
     DataPlane,
@@ -67,7 +67,7 @@ pub struct Sample {
     pub seconds: f64,
     /// Completed requests.
     pub operations: u64,
-    /// Of those, failed ones.
+    /// Failed requests among the completed ones.
     pub errors: u64,
     /// Completed requests per second.
     pub iops: f64,
@@ -120,9 +120,9 @@ impl Sample {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// It was measured.
+    /// The round was measured.
     Measured(Sample),
-    /// It was not, for this reason. Never counted as zero.
+    /// The round was not measured, for this reason. It never counts as zero.
     Failed(String),
 }
 
@@ -163,7 +163,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of these values; `None` if there are none.
+    /// Median and spread of `values`; `None` if there are none.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Spread> {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);
@@ -233,7 +233,7 @@ pub struct Environment {
     pub placement: String,
 }
 
-/// How long and how often.
+/// How long and how often was measured, and on what disks.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Settings {
     /// Rounds of each job on each side.
@@ -251,13 +251,13 @@ pub struct Settings {
 pub struct Comparison {
     /// Version of this form.
     pub format: u32,
-    /// How it was made.
+    /// How the comparison was made.
     pub way: Way,
     /// When, in UTC, such as `2026-01-31 12:00`.
     pub date: String,
     /// Where and with what.
     pub environment: Environment,
-    /// How long and how often.
+    /// How long and how often was measured, and on what disks.
     pub settings: Settings,
     /// What a reader has to know to read the figures: what they can show, and what they cannot.
     pub notes: Vec<String>,

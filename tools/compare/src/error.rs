@@ -14,9 +14,9 @@ pub enum Error {
     /// A program that is needed is not there.
     #[error("{program} was not found; {advice}")]
     NoProgram {
-        /// Its name or path.
+        /// The name or path of the program.
         program: String,
-        /// How to get it, or how to say where it is.
+        /// How to get the program, or how to say where it is.
         advice: &'static str,
     },
     /// The system refused something.
@@ -30,9 +30,9 @@ pub enum Error {
     /// A program ended that should have gone on.
     #[error("{program} ended with {status}: {reason}")]
     Ended {
-        /// Its name.
+        /// The name of the program.
         program: String,
-        /// How it ended.
+        /// How the program ended.
         status: ExitStatus,
         /// The last thing it wrote.
         reason: String,
@@ -42,7 +42,7 @@ pub enum Error {
     Timeout {
         /// What was awaited.
         what: String,
-        /// For how long.
+        /// How long it was awaited.
         limit: Duration,
         /// The last thing that the program wrote.
         reason: String,
@@ -50,7 +50,7 @@ pub enum Error {
     /// A guest cannot be made, or what it says is not what it should.
     #[error("{what}: {source}{hint}")]
     Guest {
-        /// Which.
+        /// Which guest, and what was done with it.
         what: String,
         /// What went wrong.
         source: e2e::Error,
@@ -65,7 +65,7 @@ pub enum Error {
         /// What is on it.
         found: String,
     },
-    /// It was stopped from outside.
+    /// The comparison was stopped from outside.
     #[error("interrupted")]
     Interrupted,
 }

@@ -90,7 +90,7 @@ impl Job {
         Job { name, pattern, block_bytes, depth, rate, disks }
     }
 
-    /// What it is, in words for a report.
+    /// The job in words, for a report.
     pub fn title(&self) -> String {
         let mut title = format!("{} {}, ", size_words(self.block_bytes), self.pattern.words());
         title += &match self.rate {

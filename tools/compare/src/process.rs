@@ -57,7 +57,7 @@ impl Process {
         Ok(Process { name: name.to_owned(), child, log: log.to_path_buf() })
     }
 
-    /// What it is called in messages.
+    /// What the process is called in messages.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -67,7 +67,7 @@ impl Process {
         self.child.id()
     }
 
-    /// What it has written so far.
+    /// What the process has written so far.
     pub fn log(&self) -> String {
         fs::read(&self.log).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }

@@ -20,17 +20,17 @@ pub enum Error {
     /// Memory for a namespace, or for the doorbells.
     #[error("cannot map {bytes} bytes of memory for {what}: {source}")]
     Memory {
-        /// For what.
+        /// What the memory is for.
         what: &'static str,
-        /// How many bytes.
+        /// The size of the memory, bytes.
         bytes: u64,
         /// What the system said.
         source: io::Error,
     },
-    /// The socket.
+    /// The socket cannot be listened on.
     #[error("cannot listen on {path}: {source}")]
     Socket {
-        /// Its path.
+        /// The path of the socket.
         path: PathBuf,
         /// What the system said.
         source: io::Error,

@@ -51,8 +51,8 @@ pub struct FaultPlan {
     pub answer_delay: Duration,
     /// DMA maps are refused while so many regions are mapped, as servers with a small table do. `None`: there is room.
     pub most_dma_regions: Option<usize>,
-    /// No more I/O queues of a kind are granted than this, at least 1, the next time that the host asks (Set Features, Number of
-    /// Queues). `None`: as configured.
+    /// No more I/O queues of a kind are granted than this, at least 1, the next time that the host asks (Set Features, Number
+    /// of Queues). `None`: as configured.
     pub most_queues: Option<u16>,
 }
 
@@ -61,26 +61,26 @@ pub struct FaultPlan {
 pub struct FaultRule {
     /// What happens.
     pub action: FaultAction,
-    /// To which commands.
+    /// The commands to which it happens.
     pub when: FaultMatch,
 }
 
 /// What happens to a command.
 #[derive(Clone, Debug, PartialEq)]
 pub enum FaultAction {
-    /// It is carried out, and completes, this much later (a random time in the range). Abort ends it early.
+    /// The command is carried out, and completes, this much later (a random time in the range). Abort ends it early.
     Delay(RangeInclusive<Duration>),
-    /// It is carried out, and completes, this much later, even if the controller is reset, or its front-end leaves, before
-    /// that: data and completion go to where they would have gone. No controller may do that (NVMe Base 2.0, 3.7.2); only a
-    /// reset of the whole function ends it. Counted in [`Counters::strays`](crate::Counters).
+    /// The command is carried out, and completes, this much later, even if the controller is reset, or its front-end leaves,
+    /// before that: data and completion go to where they would have gone. No controller may do that (NVMe Base 2.0, 3.7.2);
+    /// only a reset of the whole function ends it. Counted in [`Counters::strays`](crate::Counters).
     Stray(RangeInclusive<Duration>),
-    /// It is not carried out and completes with this status.
+    /// The command is not carried out and completes with this status.
     Fail(Status),
-    /// It completes with success, and nothing was done: data that the host waits for is not written.
+    /// The command completes with success, and nothing was done: data that the host waits for is not written.
     DoNothing,
-    /// It is carried out, but its completion is never posted.
+    /// The command is carried out, but its completion is never posted.
     LoseCompletion,
-    /// It is carried out, but its completion bears the identifier of no outstanding command.
+    /// The command is carried out, but its completion bears the identifier of no outstanding command.
     WrongCommandId,
     /// The controller reports a fatal status (CSTS.CFS) instead; a controller reset ends that.
     Fatal,
@@ -101,27 +101,27 @@ pub enum FaultAction {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct FaultMatch {
-    /// Admin commands instead of I/O commands.
+    /// The rule is for admin commands instead of I/O commands.
     pub admin: bool,
-    /// Only this opcode.
+    /// The rule is only for commands with this opcode.
     pub opcode: Option<u8>,
-    /// Only Identify commands for this data structure (CNS).
+    /// The rule is only for Identify commands for this data structure (CNS).
     pub cns: Option<u8>,
-    /// Only Get and Set Features of this feature identifier (FID).
+    /// The rule is only for Get and Set Features of this feature identifier (FID).
     pub feature: Option<u8>,
-    /// Only Get Log Page of this log page identifier (LID).
+    /// The rule is only for Get Log Page of this log page identifier (LID).
     pub log_page: Option<u8>,
-    /// Only this namespace identifier.
+    /// The rule is only for commands with this namespace identifier.
     pub namespace: Option<u32>,
-    /// Only commands whose data is described by an SGL, or only others.
+    /// The rule is only for commands whose data is described by an SGL (`Some(true)`), or only for others (`Some(false)`).
     pub sgl: Option<bool>,
-    /// Only commands that touch one of these logical blocks (commands with SLBA and NLB).
+    /// The rule is only for commands that touch one of these logical blocks (commands with SLBA and NLB).
     pub blocks: Option<RangeInclusive<u64>>,
-    /// This many matching commands pass first.
+    /// How many matching commands pass before one is hit.
     pub skip: u64,
-    /// Then at most this many are hit.
+    /// How many matching commands are hit at most; `None`: all.
     pub limit: Option<u64>,
-    /// Each with this probability.
+    /// The probability, 0 to 1, with which a matching command is hit.
     pub probability: f64,
 }
 

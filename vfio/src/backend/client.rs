@@ -1,10 +1,11 @@
-//! A client of a vfio-user server: one request at a time, each with a deadline, and nothing that a server says is taken on trust.
+//! A client of a vfio-user server: one request at a time, each with a deadline, and nothing that a server says is taken on
+//! trust.
 //!
-//! The crate `vfio_user` has a client too. It has no deadlines, does not look at the error flag of replies, and panics on some; its
-//! messages are not public.
+//! The crate `vfio_user` has a client too. It has no deadlines, does not look at the error flag of replies, and panics on some;
+//! its messages are not public.
 //!
-//! The connection ends in one of two ways, which mean different things to whoever has data there ([`End`]): the server has closed
-//! it, or it was given up here, as an answer was missing or made no sense. Nothing more is sent then.
+//! The connection ends in one of two ways, which mean different things to whoever has data there ([`End`]): the server has
+//! closed it, or it was given up here, as an answer was missing or made no sense. Nothing more is sent then.
 
 use std::fmt::Display;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -58,7 +59,7 @@ pub(crate) struct Client {
 enum End {
     /// The server has closed the connection.
     Gone(String),
-    /// It was given up: the server lives, for all that is known.
+    /// The client has given the connection up: the server lives, for all that is known.
     GivenUp(String),
 }
 

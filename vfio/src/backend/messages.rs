@@ -21,7 +21,7 @@ pub(super) struct Header {
 
 /// Flags: which kind of message it is ("Header", flags, "Type").
 pub(super) const FLAGS_TYPE: u32 = 0xf;
-/// Of this kind are replies; 0 are commands.
+/// The kind of a reply in the flags of a message; a command has 0.
 pub(super) const TYPE_REPLY: u32 = 1;
 /// A command that wants no reply.
 pub(super) const FLAG_NO_REPLY: u32 = 1 << 4;

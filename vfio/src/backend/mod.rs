@@ -27,9 +27,9 @@ pub(crate) const CONFIG_REGION: u32 = vfio_bindings::bindings::vfio::VFIO_PCI_CO
 
 /// A part of a region that lies in this process's address space.
 pub(crate) struct MappedArea {
-    /// Where it begins in its region, bytes.
+    /// Where the area begins in its region, bytes.
     pub offset: u64,
-    /// Of memory that another process may take away. Before the mapping: it ends first.
+    /// The guard of memory that another process may take away. It stands before the mapping, so that it is dropped first.
     pub _guard: Option<Guard>,
     /// The mapping; its length is the area's length.
     pub memory: MmapRaw,
@@ -47,8 +47,8 @@ pub(crate) struct Region {
 /// What [`Device`](crate::Device) and [`DmaSpace`](crate::DmaSpace) need from the way to a device.
 ///
 /// Callers have checked that accesses lie within their region. Every request to a vfio-user server has a deadline. The kernel
-/// returns when it has done what was asked: at once, but for a reset of the function, which waits for the hardware, a minute and
-/// more if that is in a bad way.
+/// returns when it has done what was asked: at once, but for a reset of the function, which waits for the hardware, a minute
+/// and more if that is in a bad way.
 pub(crate) trait Backend: Send + Sync {
     /// The region with VFIO's number `index` (0 to 5: BARs, 7: configuration space).
     fn region(&self, index: u32) -> Region;

@@ -55,8 +55,8 @@ impl SharedMemory {
         Ok(memory)
     }
 
-    /// Was the memory found without pages: is its file shorter now, or its file system full? It reads as zeroes since, and is no
-    /// longer shared with anybody.
+    /// Was the memory found without pages: is its file shorter now, or its file system full? It reads as zeroes since, and is
+    /// no longer shared with anybody.
     pub fn is_lost(&self) -> bool {
         self.guard.as_ref().is_some_and(Guard::is_lost)
     }
@@ -109,7 +109,7 @@ impl SharedMemory {
         Ok(memory)
     }
 
-    /// Of hugepages of `page` bytes, a power of two.
+    /// Makes memory of hugepages of `page` bytes, a power of two.
     fn create_huge(bytes: usize, page: usize) -> io::Result<SharedMemory> {
         let file = anonymous_file(bytes, libc::MFD_HUGETLB | page.trailing_zeros() << libc::MFD_HUGE_SHIFT)?;
         // Mapping reserves the pages: it fails here if there are too few, not at a later access.

@@ -44,8 +44,8 @@ pub struct DmaLimits {
 }
 
 impl DmaLimits {
-    /// Of a device that maps multiples of `alignment` bytes, a power of two, and has addresses for `longest` bytes in one
-    /// piece.
+    /// The limits of a device that maps multiples of `alignment` bytes, a power of two, and has addresses for `longest` bytes
+    /// in one piece.
     pub fn new(alignment: u64, longest: u64) -> DmaLimits {
         DmaLimits { alignment: alignment.max(1), longest }
     }
@@ -173,7 +173,7 @@ impl DmaSpace {
         Ok(DmaMapping { iova, len, space: self.clone(), memory: None })
     }
 
-    /// What it demands of others' memory.
+    /// What this space demands of memory that others own ([`DmaSpace::map_raw`]).
     pub fn limits(&self) -> DmaLimits {
         let last = self.inner.last_for_others;
         let lengths = self.inner.ranges.iter().filter(|range| range.start <= last);

@@ -26,7 +26,7 @@ pub enum Wanted {
 /// What was chosen.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Choice {
-    /// It.
+    /// The accelerator that was chosen.
     pub accelerator: Accelerator,
     /// Why, as a sentence for the report.
     pub note: String,

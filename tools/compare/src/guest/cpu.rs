@@ -32,7 +32,7 @@ pub(super) struct Clocks {
 }
 
 impl Clocks {
-    /// Of these processes, with all their threads.
+    /// The clocks of these processes, with all their threads.
     pub(super) fn of(processes: &[u32]) -> Clocks {
         let threads = |&process: &u32| {
             let folder = fs::read_dir(format!("/proc/{process}/task")).into_iter().flatten().flatten();

@@ -16,14 +16,14 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 /// The virtqueues of every disk, alike on both sides.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Queues {
-    /// How many.
+    /// Virtqueues per disk.
     pub count: u32,
-    /// Entries of each.
+    /// Entries of each virtqueue.
     pub size: u32,
 }
 
 impl Queues {
-    /// So large that a job of `depth` fits into one of them, as far as QEMU allows.
+    /// Virtqueues so large that a job of `depth` fits into one of them, as far as QEMU allows.
     pub(super) fn new(count: u32, depth: u32) -> Queues {
         Queues { count, size: depth.next_power_of_two().clamp(256, 1024) }
     }
@@ -55,9 +55,9 @@ impl Access {
 /// The program, and what of interest it can do.
 #[derive(Clone, Debug)]
 pub(super) struct Qemu {
-    /// Where it is.
+    /// Where the program is.
     pub program: PathBuf,
-    /// Its version, as a report tells it.
+    /// The version of QEMU, as a report tells it.
     pub version: String,
     /// Whether a disk's queues can be shared out among IOThreads (QEMU 9.0 and newer).
     pub maps_queues: bool,
@@ -128,11 +128,11 @@ pub(super) fn iothread_arguments(count: u32) -> Vec<String> {
 /// One disk of data-plane.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct DataPlaneDisk<'a> {
-    /// From 0.
+    /// The number of the disk, from 0.
     pub number: u32,
     /// A file or a block device.
     pub file: &'a Path,
-    /// How it is opened.
+    /// How the disk is opened.
     pub access: Access,
 }
 

@@ -32,7 +32,7 @@ pub(super) enum Storage {
         device: String,
         /// The block device.
         block_device: PathBuf,
-        /// It is one drive, which is handed from one side to the other.
+        /// Both sides use one drive, which is handed from one side to the other.
         shared: bool,
     },
 }

@@ -40,7 +40,7 @@ struct JobBars {
 pub(super) struct Panel {
     /// What is shown.
     pub title: &'static str,
-    /// How to read it.
+    /// How to read the chart.
     pub hint: &'static str,
     groups: Vec<JobBars>,
 }
@@ -110,7 +110,7 @@ impl Bar {
         Bar { side, value: Some(value), with_drive, label }
     }
 
-    /// How far it and its whisker reach.
+    /// How far the bar and its whisker reach.
     fn reach(&self) -> f64 {
         let value = self.value.map_or(0.0, |value| value.max);
         value.max(self.with_drive.unwrap_or(0.0))

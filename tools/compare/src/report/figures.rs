@@ -38,7 +38,7 @@ impl Measure {
         }
     }
 
-    /// Of one round.
+    /// The value of one round.
     pub(super) fn value(self, sample: &Sample) -> Option<f64> {
         match self {
             Measure::Iops => Some(sample.iops),
@@ -51,7 +51,7 @@ impl Measure {
         }
     }
 
-    /// Of one round with the software drive's CPU time charged as well, where that makes a difference.
+    /// The value of one round with the software drive's CPU time charged as well, where that makes a difference.
     pub(super) fn value_with_drive(self, sample: &Sample) -> Option<f64> {
         let drive = sample.drive_cpu_seconds?;
         match self {
@@ -108,7 +108,7 @@ pub(super) fn digits(value: f64) -> String {
     }
 }
 
-/// How often one is the other.
+/// A ratio in words: how many times one is the other.
 pub(super) fn times(ratio: f64) -> String {
     format!("{}×", digits(ratio))
 }

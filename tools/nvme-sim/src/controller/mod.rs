@@ -69,9 +69,9 @@ pub(crate) struct Held {
 
 /// What became of a command.
 pub(crate) enum Outcome {
-    /// It completes, with this in dword 0.
+    /// The command completes, with this in dword 0.
     Done(u32),
-    /// It completes later.
+    /// The command completes later.
     Later,
 }
 
@@ -97,7 +97,7 @@ pub(crate) struct Controller {
     pub faults: FaultState,
     /// What Identify says otherwise.
     pub patches: Vec<IdentifyPatch>,
-    /// What it says it can do.
+    /// What the controller says it can do.
     pub offers: Offers,
     signals: Signals,
     state: State,

@@ -29,7 +29,7 @@ pub(super) struct Interfaces {
 /// A PCI device that is ready to be opened.
 #[derive(Debug)]
 pub(super) struct PciFunction {
-    /// Its directory in sysfs.
+    /// The function's directory in sysfs.
     pub path: PathBuf,
     pub interfaces: Interfaces,
     /// The number of its IOMMU group.
@@ -92,8 +92,8 @@ pub(super) fn find(roots: &Roots, address: PciAddress) -> Result<PciFunction, Er
     Ok(PciFunction { path, interfaces, group, numa_node })
 }
 
-/// The files by which a device would be opened, without opening any: one way after the other, each with all files that it takes.
-/// The error is why the device cannot be opened by anybody.
+/// The files by which a device would be opened, without opening any: one way after the other, each with all files that it
+/// takes. The error is why the device cannot be opened by anybody.
 pub(crate) fn files(roots: &Roots, address: PciAddress) -> Result<Vec<Vec<PathBuf>>, Error> {
     let PciFunction { interfaces, group, .. } = find(roots, address)?;
     let others = unviable(roots, group);
