@@ -5,7 +5,7 @@ use std::path::Path;
 use e2e::{Initramfs, Kernel, Machine, Target};
 use nvme_sim::{Config, NamespaceConfig, Simulator};
 
-use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on, on_peer, stop};
+use crate::{CHECK, FILL, LONG, SHORT, boot, folder, is_whole_after_a_crash, on, on_peer, stop};
 
 /// Files, file system and checksums stay right: in the same guest, in the next one, and after the target was started anew.
 #[test]
@@ -190,12 +190,7 @@ fn what_was_synced_survives_a_power_cut() {
 
     let target = serve(folder.path(), &drive);
     let mut guest = boot(folder.path(), &target, "num-queues=2");
-    let output = guest.try_run("e2fsck -fp /dev/vda", SHORT).unwrap();
-    assert!(output.status <= 1, "{output:?}");
-    guest.run("mount /dev/vda /mnt", SHORT).unwrap();
-    assert_eq!(guest.run("sha256sum /mnt/last", SHORT).unwrap(), sum);
-    guest.run("umount /mnt", SHORT).unwrap();
-    guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
+    is_whole_after_a_crash(&mut guest, &sum);
     guest.power_off(SHORT).unwrap();
     stop(target);
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use e2e::Target;
 
-use crate::{CHECK, FILL, LONG, SHORT, boot, folder, on, on_peer, stop};
+use crate::{CHECK, FILL, LONG, SHORT, boot, folder, is_whole_after_a_crash, on, on_peer, stop};
 
 /// Keeps the disk busy in the background: writes what it reads, so that the data stays the same.
 const BUSY: &str = "(while :; do dd if=/dev/vda of=/tmp/x bs=1M count=20; dd if=/tmp/x of=/dev/vda bs=64k oflag=direct;
@@ -46,13 +46,7 @@ until [ -s /tmp/busy ]; do sleep 0.1; done; sleep 1";
     drop(guest);
 
     let mut guest = boot(folder.path(), &target, "num-queues=2");
-    // The journal is replayed; 1 means that something was put in order, as it should be.
-    let output = guest.try_run("e2fsck -fp /dev/vda", SHORT).unwrap();
-    assert!(output.status <= 1, "{output:?}");
-    guest.run("mount /dev/vda /mnt && rm -f /mnt/x", SHORT).unwrap();
-    assert_eq!(guest.run("sha256sum /mnt/last", SHORT).unwrap(), sum);
-    guest.run("umount /mnt", SHORT).unwrap();
-    guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
+    is_whole_after_a_crash(&mut guest, &sum);
     guest.power_off(SHORT).unwrap();
     stop(target);
 }

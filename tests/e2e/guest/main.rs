@@ -63,6 +63,18 @@ fn on(disk: &str, script: &str) -> String {
     format!("set -- {disk}\n{script}")
 }
 
+/// In a guest that was booted after a crash: the file system is put in order, and what was safe before is there. `sum` is the
+/// line of sha256sum for /mnt/last.
+fn is_whole_after_a_crash(guest: &mut Guest, sum: &str) {
+    // The journal is replayed; 1 means that something was put in order, as it should be.
+    let output = guest.try_run("e2fsck -fp /dev/vda", SHORT).unwrap();
+    assert!(output.status <= 1, "{output:?}");
+    guest.run("mount /dev/vda /mnt && rm -f /mnt/x", SHORT).unwrap();
+    assert_eq!(guest.run("sha256sum /mnt/last", SHORT).unwrap(), sum);
+    guest.run("umount /mnt", SHORT).unwrap();
+    guest.run(&on("/dev/vda", CHECK), LONG).unwrap();
+}
+
 /// Whether the tests are being proved on another target, which lacks some features: those are not asserted then.
 fn on_peer() -> bool {
     e2e::Peer::wanted() != e2e::Peer::VhostBlk

@@ -50,7 +50,7 @@ pub fn run(data: &[u8]) {
         ..Options::default()
     };
     let Ok(controller) = Controller::open(&device, &options) else { return };
-    let Some(mut bench) = Bench::new(drive, &device, controller) else { return };
+    let Some(mut bench) = CompletionBench::new(drive, &device, controller) else { return };
     while !input.is_empty() && bench.step(&mut input) {}
 }
 
@@ -83,7 +83,7 @@ fn change(state: &mut State, input: &mut Input) {
     }
 }
 
-struct Bench<'a> {
+struct CompletionBench<'a> {
     drive: &'a Drive,
     controller: Controller,
     namespace: Namespace,
@@ -95,13 +95,13 @@ struct Bench<'a> {
     began: Instant,
 }
 
-impl<'a> Bench<'a> {
-    fn new(drive: &'a Drive, device: &Device, controller: Controller) -> Option<Bench<'a>> {
+impl<'a> CompletionBench<'a> {
+    fn new(drive: &'a Drive, device: &Device, controller: Controller) -> Option<CompletionBench<'a>> {
         let namespace = controller.namespace(1).ok()?;
         let pair = controller.create_queue_pair(QueuePairOptions::default()).ok()?;
         let memory = device.dma().allocate(1 << 16).expect("a buffer of 64 KiB");
         let began = Instant::now();
-        Some(Bench { drive, controller, namespace, pair, memory, out: HashSet::new(), token: 0, began })
+        Some(CompletionBench { drive, controller, namespace, pair, memory, out: HashSet::new(), token: 0, began })
     }
 
     /// False: the drive is of no use any more.

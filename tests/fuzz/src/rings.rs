@@ -59,7 +59,7 @@ fn map(regions: &[Region]) -> Option<GuestMemory> {
 }
 
 /// The guest and the device.
-struct Bench {
+struct RingBench {
     regions: Vec<Region>,
     memory: Arc<GuestMemory>,
     setup: RingSetup,
@@ -80,16 +80,16 @@ struct Bench {
 /// Does what `data` says.
 pub fn run(data: &[u8]) {
     let mut input = Input::new(data);
-    let Some(mut bench) = Bench::new(&mut input) else { return };
+    let Some(mut bench) = RingBench::new(&mut input) else { return };
     while !input.is_empty() {
         bench.step(&mut input);
     }
     bench.regions.iter().for_each(Region::check);
 }
 
-impl Bench {
+impl RingBench {
     /// `None`: the ring was refused.
-    fn new(input: &mut Input) -> Option<Bench> {
+    fn new(input: &mut Input) -> Option<RingBench> {
         let regions: Vec<Region> = REGIONS.into_iter().map(|(guest, bytes)| Region::new(guest, bytes)).collect();
         let memory = Arc::new(map(&regions).expect("proper regions"));
         let flags = input.u8();
@@ -118,7 +118,7 @@ impl Bench {
         let disk = disk(flags & 64 != 0, if flags & 128 != 0 { 12 } else { 9 });
         let (chain, parser) = (Chain::new(), Parser::new());
         let out = Vec::new();
-        let mut bench = Bench {
+        let mut bench = RingBench {
             regions,
             memory,
             setup,
