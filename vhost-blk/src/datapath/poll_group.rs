@@ -22,15 +22,15 @@ pub struct QueueResources {
 /// A queue pair and the lanes that submit to it: usually one, more when the controller has fewer queue pairs than there are
 /// virtqueues.
 ///
-/// Without a queue pair, while the drive is away, requests wait, or are answered with an error when nobody waits any longer.
+/// Without a queue pair, while the drive is detached, requests wait; when its hold has expired they are answered with an error.
 pub struct PollGroup {
     /// The queue pair, unless the drive is away or requests are tried alone.
     resources: Option<QueueResources>,
     /// The queue pair while requests are tried alone on it.
     on_trial: Option<Box<OnTrial>>,
     answered: Answered,
-    /// Nobody waits for the drive.
-    given_up: bool,
+    /// The drive is detached, and its hold has expired.
+    hold_expired: bool,
     /// The lanes by index; an index stays free after its lane has gone until another takes it.
     lanes: Vec<Option<Lane>>,
     /// The lane that submits first in the next turn. It moves on: else a lane with much to do would find the queue pair free
@@ -45,18 +45,18 @@ impl PollGroup {
     }
 
     /// A group whose queue pair is not there yet.
-    pub fn without_drive(given_up: bool) -> Self {
+    pub fn without_drive(hold_expired: bool) -> Self {
         let answered = Answered::default();
-        PollGroup { resources: None, on_trial: None, answered, given_up, lanes: Vec::new(), first: 0 }
+        PollGroup { resources: None, on_trial: None, answered, hold_expired, lanes: Vec::new(), first: 0 }
     }
 
     /// Adds a lane; returns its index in the group. The driver is told that its ring is polled.
     pub fn add(&mut self, mut lane: Lane) -> usize {
         if self.pair().is_none() {
-            lane.lose_drive(None);
+            lane.detach_drive(None);
         }
-        if self.given_up {
-            lane.give_up();
+        if self.hold_expired {
+            lane.expire_hold();
         }
         if lane.is_out_of_reach() {
             lane.stay_away();
@@ -187,9 +187,9 @@ impl PollGroup {
         out
     }
 
-    /// The controller is stopped and touches no memory any more: what is in flight waits for [`PollGroup::regain_drive`], as does
+    /// The controller is stopped and touches no memory any more: what is in flight waits for [`PollGroup::reattach_drive`], as does
     /// everything that comes. Returns what leads to the controller, and what it had.
-    pub(crate) fn lose_drive(&mut self) -> Option<Lost> {
+    pub(crate) fn detach_drive(&mut self) -> Option<DetachedQueue> {
         let PollGroup { resources, on_trial, lanes, answered, .. } = self;
         let mut resources = resources.take().or_else(|| on_trial.take().map(|on_trial| on_trial.resources))?;
         answered.look(&resources.pair, Instant::now());
@@ -201,11 +201,11 @@ impl PollGroup {
             }
         });
         for lane in lanes.iter_mut().flatten() {
-            lane.lose_drive(Some(&mut resources.pool));
+            lane.detach_drive(Some(&mut resources.pool));
             lane.publish();
         }
         let outstanding = Outstanding { requests: in_flight, expired, last_answer: std::mem::take(answered).at };
-        Some(Lost { resources, outstanding })
+        Some(DetachedQueue { resources, outstanding })
     }
 
     /// Says what the failure means for what was in flight then, see [`Lane::judge`].
@@ -218,28 +218,28 @@ impl PollGroup {
         alone
     }
 
-    /// Nobody waits for the drive any longer: what waits is answered with an error, as is everything that comes until
-    /// [`PollGroup::regain_drive`].
-    pub(crate) fn give_up(&mut self) {
+    /// The hold of the detached drive has expired: what waits is answered with an error, as is everything that comes until
+    /// [`PollGroup::reattach_drive`].
+    pub(crate) fn expire_hold(&mut self) {
         if self.pair().is_some() {
             return;
         }
-        self.given_up = true;
+        self.hold_expired = true;
         for lane in self.lanes_mut() {
-            lane.give_up();
+            lane.expire_hold();
             lane.publish();
         }
     }
 
-    /// The drive is back: the lanes go on with it; with a seat, when the trial is over.
-    pub(crate) fn regain_drive(&mut self, resources: QueueResources, seat: Option<Seat>) {
+    /// The drive is attached again: the lanes go on with it; with a seat, when the trial is over.
+    pub(crate) fn reattach_drive(&mut self, resources: QueueResources, seat: Option<Seat>) {
         match seat {
             Some(seat) => self.on_trial = Some(Box::new(OnTrial { resources, seat })),
             None => self.resources = Some(resources),
         }
         self.answered = Answered::default();
-        self.given_up = false;
-        self.lanes_mut().for_each(Lane::regain_drive);
+        self.hold_expired = false;
+        self.lanes_mut().for_each(Lane::reattach_drive);
     }
 
     /// A turn while the drive is away, or requests are tried alone.
@@ -302,7 +302,7 @@ impl Answered {
 }
 
 /// What a poll group had when its controller was stopped.
-pub struct Lost {
+pub struct DetachedQueue {
     /// The queue pair.
     pub resources: QueueResources,
     /// What the controller had not answered.

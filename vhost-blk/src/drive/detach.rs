@@ -206,6 +206,6 @@ impl Drive {
         let Condition::Detached(detached @ Detached { hold_expired: false, .. }) = &mut state.condition else { return };
         detached.hold_expired = true;
         log::error!("{}: its disks answer with I/O errors until it is back: {why}", self.name);
-        self.shares().slots().iter().for_each(|slot| self.pool.give_up(slot.id));
+        self.shares().slots().iter().for_each(|slot| self.pool.expire_hold(slot.id));
     }
 }

@@ -77,8 +77,8 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    /// The drive is gone, and each request it had was named to [`Lane::unanswered`]: they wait for it to be back.
-    pub(crate) fn lose_drive(&mut self, pool: Option<&mut BouncePool>) {
+    /// The drive is detached, and each request it had was named to [`Lane::unanswered`]: they wait until it is attached again.
+    pub(crate) fn detach_drive(&mut self, pool: Option<&mut BouncePool>) {
         self.drive = DriveAccess::Held;
         if let Some(pool) = pool {
             self.hold_bounced(pool);
@@ -96,9 +96,9 @@ impl Lane {
         }
         self.multi_command.over = true;
         match self.drive {
-            DriveAccess::Present => self.end_waiting(),
+            DriveAccess::Attached => self.end_waiting(),
             DriveAccess::Held => self.end_held(),
-            DriveAccess::Lost => {}
+            DriveAccess::HoldExpired => {}
         }
         self.publish();
     }
@@ -107,17 +107,17 @@ impl Lane {
     fn end_held(&mut self) {
         match self.mode.stop_policy() {
             StopPolicy::AnswerAll => {}
-            StopPolicy::FailWaiting => self.give_up(),
+            StopPolicy::FailWaiting => self.expire_hold(),
             StopPolicy::LeaveInLog => self.leave_in_log(),
         }
     }
 
-    /// The drive is back, and sees the guest's memory at addresses of its own choice.
-    pub(crate) fn regain_drive(&mut self) {
+    /// The drive is attached again, and sees the guest's memory at addresses of its own choice.
+    pub(crate) fn reattach_drive(&mut self) {
         if self.is_out_of_reach() {
             return self.stay_away();
         }
-        self.drive = DriveAccess::Present;
+        self.drive = DriveAccess::Attached;
         self.retries.write_protected = false;
         self.view.forget_device();
         self.find_pending();
@@ -132,7 +132,7 @@ impl Lane {
     /// nothing more is taken.
     pub(crate) fn stay_away(&mut self) {
         self.drive = DriveAccess::Held;
-        self.give_up();
+        self.expire_hold();
         self.begin_stop();
         (self.resuming, self.pending) = (false, None);
     }

@@ -50,7 +50,7 @@ impl Lane {
     #[inline(never)]
     fn look_for_changes(&mut self, all: u64, now: u64) {
         // Without the drive nothing is done.
-        if self.drive != DriveAccess::Present {
+        if self.drive != DriveAccess::Attached {
             return;
         }
         // Those that failed, too: they may have changed something.
@@ -166,12 +166,12 @@ mod tests {
             wait(group, || (machine.sim.faults().fired() > fired).then_some(()));
         }
         machine.controller.reset().unwrap();
-        let lost: Vec<_> = groups.iter_mut().map(|group| group.lose_drive().unwrap()).collect();
+        let lost: Vec<_> = groups.iter_mut().map(|group| group.detach_drive().unwrap()).collect();
         assert!(disk.flushes.lose_cache(None));
         // Each is back before the lane with the write is.
         for ((client, group), mut lost) in clients.iter_mut().zip(&mut groups).zip(lost) {
             machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
-            group.regain_drive(lost.resources, None);
+            group.reattach_drive(lost.resources, None);
             if client.in_flight() != 0 {
                 assert_eq!(wait(group, || client.answer(guest)).1, IOERR);
             }

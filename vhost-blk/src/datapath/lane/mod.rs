@@ -133,7 +133,7 @@ impl Lane {
             slots: Slots::new(size),
             mode: Mode::Running,
             resuming,
-            drive: DriveAccess::Present,
+            drive: DriveAccess::Attached,
             admission: Admission::default(),
             retries: Retries::new(hold),
             multi_command: MultiCommand::default(),
@@ -393,11 +393,10 @@ impl Lane {
         self.take_all(|lane, head| lane.submit_pending(pair, tag, head))
     }
 
-    /// A turn without a drive: if nobody waits for it any more, takes requests only to answer them with an error. Returns how
-    /// many.
+    /// A turn without a drive: if its hold has expired, takes requests only to answer them with an error. Returns how many.
     #[cold]
     pub(crate) fn refuse(&mut self) -> usize {
-        if self.drive != DriveAccess::Lost || !self.takes_requests() {
+        if self.drive != DriveAccess::HoldExpired || !self.takes_requests() {
             return 0;
         }
         self.take_all(|lane, head| {

@@ -3,7 +3,7 @@
 //! A lane's state has three parts: its [`Mode`], its [`DriveAccess`], and whether it is *resuming*, that is, whether an earlier
 //! process has left requests in the in-flight log that have to be done before any other.
 //!
-//! | mode | resuming | [`Present`](DriveAccess::Present) | [`Held`](DriveAccess::Held) | [`Lost`](DriveAccess::Lost) |
+//! | mode | resuming | [`Attached`](DriveAccess::Attached) | [`Held`](DriveAccess::Held) | [`HoldExpired`](DriveAccess::HoldExpired) |
 //! |---|---|---|---|---|
 //! | [`Running`](Mode::Running) | no | takes what comes | takes nothing | takes what comes, answers it with an error |
 //! | [`Running`](Mode::Running) | yes | takes what the log has | takes nothing | takes what the log has, answers it with an error |
@@ -55,9 +55,9 @@ impl Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum DriveAccess {
     /// The drive is attached.
-    Present,
+    Attached,
     /// The drive is detached, and may be back soon: what it had waits, and nothing more is taken.
     Held,
     /// The drive is detached, and its hold has expired: everything is answered with an error.
-    Lost,
+    HoldExpired,
 }

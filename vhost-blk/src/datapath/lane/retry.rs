@@ -383,12 +383,12 @@ impl Lane {
         Some(wait)
     }
 
-    /// Answers all that waits for the drive with an error, and from now on everything, until it is back.
-    pub(crate) fn give_up(&mut self) {
-        if self.drive == DriveAccess::Present {
+    /// Answers all that waits for a detached drive with an error, and from now on everything, until it is attached again.
+    pub(crate) fn expire_hold(&mut self) {
+        if self.drive == DriveAccess::Attached {
             return;
         }
-        self.drive = DriveAccess::Lost;
+        self.drive = DriveAccess::HoldExpired;
         self.fail_waiting();
         match self.mode.is_broken() {
             false => self.fail_bounced(),
@@ -396,6 +396,7 @@ impl Lane {
         }
     }
 
+    /// Answers all requests with an error that wait to be issued again.
     fn fail_waiting(&mut self) {
         for slot in self.retries.take_all() {
             self.fail_slot(slot);

@@ -307,3 +307,46 @@ impl Slots {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Takes a slot for a request; its number.
+    fn take(slots: &mut Slots, used: UsedLength) -> u16 {
+        let mut slot = slots.reserve().expect("a free slot");
+        let number = slot.number();
+        slot.fill(0, used, Record::default());
+        slot.take(Head::default());
+        number
+    }
+
+    #[test]
+    fn a_slot_says_what_state_it_is_in() {
+        // The largest numbers there are, which its words have to tell from all else.
+        let mut slots = Slots::new(1 << 15);
+        let (simple, detailed) = (take(&mut slots, UsedLength::simple(1)), take(&mut slots, UsedLength::detailed()));
+        let bounced = take(&mut slots, UsedLength::NONE);
+        slots.set_bounced(bounced, (1 << 15) - 1);
+        assert_eq!(slots.state(simple), Some(SlotState::Simple));
+        assert_eq!(slots.state(detailed), Some(SlotState::Detailed));
+        assert_eq!(slots.state(bounced), Some(SlotState::Bounced((1 << 15) - 1)));
+        assert_eq!(slots.state((1 << 15) - 1), Some(SlotState::Free), "the last of the list");
+        assert_eq!((slots.state(3), slots.state(1 << 15)), (Some(SlotState::Free), None));
+        // The fast path answers its own only.
+        assert!(slots.answer(detailed).is_none() && slots.answer(bounced).is_none() && slots.answer(3).is_none());
+        assert_eq!(slots.answer(simple).map(|answer| answer.written), Some(1));
+        assert_eq!((slots.state(simple), slots.taken()), (Some(SlotState::Free), 2));
+        slots.orphan_all();
+        assert_eq!((slots.state(detailed), slots.bounced(detailed)), (Some(SlotState::Orphaned), None));
+        assert_eq!(slots.bounced(bounced), Some((1 << 15) - 1), "it ends when the drive has answered its piece");
+        // What is answered slowly may be simple, too: one that has waited to be issued again.
+        let again = take(&mut slots, UsedLength::simple(5));
+        slots.free_held(again);
+        slots.free_empty(bounced);
+        slots.free_empty(detailed);
+        assert_eq!(slots.taken(), 0);
+        let all: Vec<u16> = (0..1 << 15).map(|_| take(&mut slots, UsedLength::simple(1))).collect();
+        assert!(slots.all_taken() && all.iter().all(|slot| slots.state(*slot) == Some(SlotState::Simple)));
+    }
+}

@@ -14,7 +14,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use super::QueueSlotId;
 use crate::blk::disk::Disk;
 use crate::datapath::lane::Lane;
-use crate::datapath::poll_group::{Lost, PollGroup, QueueResources};
+use crate::datapath::poll_group::{DetachedQueue, PollGroup, QueueResources};
 use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::trial::{Seat, Suspicion};
 use crate::virtio::memory::GuestMemory;
@@ -75,11 +75,11 @@ pub(super) enum Mail {
     /// Give nothing more to a queue pair; the reply is how many commands it has.
     PauseGroup { slot: usize, seat: Seat, reply: Sender<usize> },
     /// Take the queue pair of a stopped controller out of its slot.
-    LoseDrive { slot: usize, reply: Sender<Option<Lost>> },
+    DetachDrive { slot: usize, reply: Sender<Option<DetachedQueue>> },
     /// Say what a failure means for the requests that the controller had; the reply is true if some are to be tried alone.
     JudgeFailure { slot: usize, suspicion: Suspicion, reply: Sender<bool> },
     /// Answer with an error what waits for the drive.
-    GiveUpDrive { slot: usize },
+    ExpireHold { slot: usize },
     /// Say what becomes of the waiting requests of a lane that stops.
     SetStopPolicy { id: LaneId, policy: StopPolicy },
     /// End the multi-command requests of a lane that stops.
@@ -87,7 +87,7 @@ pub(super) enum Mail {
     /// Tell a slot's lanes how their namespaces are now.
     UpdateNamespaces { slot: usize, namespaces: Arc<[Namespace]> },
     /// Put a queue pair into a slot that has none.
-    RegainDrive { slot: usize, resources: QueueResources, seat: Option<Seat> },
+    ReattachDrive { slot: usize, resources: QueueResources, seat: Option<Seat> },
     /// Stop all lanes, and end when that is done or the deadline has passed.
     Shutdown { deadline: Instant },
 }

@@ -9,7 +9,7 @@ mod mailbox;
 mod placement;
 mod thread;
 
-use super::poll_group::{Lost, PollGroup, QueueResources};
+use super::poll_group::{DetachedQueue, PollGroup, QueueResources};
 use super::trial::{Seat, Suspicion};
 
 use std::io;
@@ -294,13 +294,13 @@ impl WorkerPool {
         self.add(worker, PollGroup::new(resources.pair, resources.pool))
     }
 
-    /// Makes a queue slot without a queue pair while the drive is away: its lanes wait, or, if it was given up, answer everything with
-    /// an error until [`WorkerPool::restore_queue_pair`].
+    /// Makes a queue slot without a queue pair while the drive is detached: its lanes wait, or, if its hold has expired, answer
+    /// everything with an error until [`WorkerPool::restore_queue_pair`].
     ///
     /// # Panics
     /// There is no worker of this number.
-    pub fn add_empty_slot(&self, worker: usize, given_up: bool) -> QueueSlotId {
-        self.add(worker, PollGroup::without_drive(given_up))
+    pub fn add_empty_slot(&self, worker: usize, hold_expired: bool) -> QueueSlotId {
+        self.add(worker, PollGroup::without_drive(hold_expired))
     }
 
     /// Makes a queue slot whose lanes go on when the trial is over.
@@ -309,7 +309,7 @@ impl WorkerPool {
     /// There is no worker of this number.
     pub fn add_on_trial(&self, worker: usize, resources: QueueResources, seat: Seat) -> QueueSlotId {
         let mut group = PollGroup::without_drive(false);
-        group.regain_drive(resources, Some(seat));
+        group.reattach_drive(resources, Some(seat));
         self.add(worker, group)
     }
 
@@ -411,14 +411,14 @@ impl WorkerPool {
     }
 
     /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
-    /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::give_up`], and they take nothing more. Gives back what
+    /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::expire_hold`], and they take nothing more. Gives back what
     /// leads to the controller.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, slot: QueueSlotId) -> Result<Option<Lost>, WorkerError> {
+    pub fn fail_queue_pair(&self, slot: QueueSlotId) -> Result<Option<DetachedQueue>, WorkerError> {
         let (reply, answer) = mpsc::channel();
-        self.threads[slot.worker].mailbox.send(Mail::LoseDrive { slot: slot.index, reply });
+        self.threads[slot.worker].mailbox.send(Mail::DetachDrive { slot: slot.index, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
@@ -433,9 +433,9 @@ impl WorkerPool {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Answers everything with an error that waits in a slot without a queue pair, and from then on everything its lanes are asked.
-    pub fn give_up(&self, slot: QueueSlotId) {
-        self.threads[slot.worker].mailbox.send(Mail::GiveUpDrive { slot: slot.index });
+    /// The drive's hold has expired: answers everything with an error that waits in a slot without a queue pair, and from then on everything its lanes are asked.
+    pub fn expire_hold(&self, slot: QueueSlotId) {
+        self.threads[slot.worker].mailbox.send(Mail::ExpireHold { slot: slot.index });
     }
 
     /// Tells the lanes of a slot how their namespaces are now, before they go on with another queue pair.
@@ -445,12 +445,12 @@ impl WorkerPool {
 
     /// Puts a queue pair into a slot that has none; its lanes go on with it.
     pub fn restore_queue_pair(&self, slot: QueueSlotId, resources: QueueResources) {
-        self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: None });
+        self.threads[slot.worker].mailbox.send(Mail::ReattachDrive { slot: slot.index, resources, seat: None });
     }
 
     /// Puts a queue pair into a slot that has none; its lanes go on with it when the trial is over.
     pub fn restore_on_trial(&self, slot: QueueSlotId, resources: QueueResources, seat: Seat) {
-        self.threads[slot.worker].mailbox.send(Mail::RegainDrive { slot: slot.index, resources, seat: Some(seat) });
+        self.threads[slot.worker].mailbox.send(Mail::ReattachDrive { slot: slot.index, resources, seat: Some(seat) });
     }
 
     /// Stops all lanes, waits for what is in flight (no longer than `deadline`), ends the threads.

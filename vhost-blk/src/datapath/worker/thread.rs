@@ -311,13 +311,13 @@ impl Worker {
                 Mail::PauseGroup { slot, seat, reply } => {
                     let _ = reply.send(self.group_mut(slot).map_or(0, |group| group.pause(seat)));
                 }
-                Mail::LoseDrive { slot, reply } => {
-                    let _ = reply.send(self.group_mut(slot).and_then(PollGroup::lose_drive));
+                Mail::DetachDrive { slot, reply } => {
+                    let _ = reply.send(self.group_mut(slot).and_then(PollGroup::detach_drive));
                 }
                 Mail::JudgeFailure { slot, suspicion, reply } => {
                     let _ = reply.send(self.group_mut(slot).is_some_and(|group| group.judge(suspicion)));
                 }
-                Mail::GiveUpDrive { slot } => self.group_mut(slot).into_iter().for_each(PollGroup::give_up),
+                Mail::ExpireHold { slot } => self.group_mut(slot).into_iter().for_each(PollGroup::expire_hold),
                 Mail::SetStopPolicy { id, policy } => {
                     self.lane_mut(id).into_iter().for_each(|lane| lane.set_stop_policy(policy));
                 }
@@ -326,9 +326,9 @@ impl Worker {
                     let lanes = self.group_mut(slot).into_iter().flat_map(PollGroup::lanes_mut);
                     lanes.for_each(|lane| lane.learn(&namespaces));
                 }
-                Mail::RegainDrive { slot, resources, seat } => {
+                Mail::ReattachDrive { slot, resources, seat } => {
                     if let Some(group) = self.group_mut(slot) {
-                        group.regain_drive(resources, seat);
+                        group.reattach_drive(resources, seat);
                     }
                 }
                 Mail::Shutdown { deadline } => {

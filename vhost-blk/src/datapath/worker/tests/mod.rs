@@ -373,7 +373,7 @@ fn a_dead_drive_is_told_and_waited_for() {
     machine.controller.reset().unwrap();
     let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
-    pool.give_up(pair);
+    pool.expire_hold(pair);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     // The same controller is back, and the lane goes on without having been touched.
