@@ -289,7 +289,7 @@ impl Lease {
         let mut shares = self.drive.shares();
         let slot = shares.slot_of(self.number).expect("a lease has a slot until it ends");
         let handle = self.drive.pool.start_lane(slot, lane);
-        shares.set_lane(self.number, Some(handle.number()));
+        shares.set_lane(self.number, Some(handle.id()));
         handle
     }
 

@@ -8,7 +8,7 @@
 //!
 //! Here is only decided; see `leases` for what is done.
 
-use crate::datapath::worker::{LaneNumber, QueueSlotId};
+use crate::datapath::worker::{LaneId, QueueSlotId};
 
 /// Names a disk.
 pub(super) type DiskNumber = u64;
@@ -35,7 +35,7 @@ struct Leased {
     slot: QueueSlotId,
     entries: u16,
     /// The lane that runs there.
-    lane: Option<LaneNumber>,
+    lane: Option<LaneId>,
 }
 
 struct DiskShare {
@@ -65,7 +65,7 @@ pub(super) struct Grant {
 /// Lanes that are to move to another slot, so that their own becomes free.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Merge {
-    pub lanes: Vec<LaneNumber>,
+    pub lanes: Vec<LaneId>,
     pub into: QueueSlotId,
 }
 
@@ -166,7 +166,7 @@ impl Shares {
     }
 
     /// Notes the lane that runs at a lease's slot.
-    pub(super) fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneNumber>) {
+    pub(super) fn set_lane(&mut self, lease: LeaseNumber, lane: Option<LaneId>) {
         self.leases.iter_mut().filter(|leased| leased.number == lease).for_each(|leased| leased.lane = lane);
     }
 
@@ -288,7 +288,7 @@ impl Shares {
     }
 
     /// Notes that a grant was carried out, with this slot. Returns the lane that has to move there, and a line for the log.
-    pub(super) fn give(&mut self, grant: Grant, id: QueueSlotId) -> (Option<LaneNumber>, Option<String>) {
+    pub(super) fn give(&mut self, grant: Grant, id: QueueSlotId) -> (Option<LaneId>, Option<String>) {
         let Some(leased) = self.leases.iter_mut().find(|leased| leased.number == grant.lease) else {
             return (None, None);
         };

@@ -131,11 +131,11 @@ impl Default for Parser {
     }
 }
 
-/// Why a request is answered without the drive.
-struct Refusal(u8);
+/// The status of a request that fails without the drive.
+struct FailureStatus(u8);
 
-const FAILED: Refusal = Refusal(IOERR);
-const UNSUPPORTED: Refusal = Refusal(UNSUPP);
+const FAILED: FailureStatus = FailureStatus(IOERR);
+const UNSUPPORTED: FailureStatus = FailureStatus(UNSUPP);
 
 impl Parser {
     /// A parser with room for the largest request.
@@ -159,7 +159,7 @@ impl Parser {
         self.request = Request { operation: Operation::Flush, lba: 0, bytes: 0, status, written };
         match self.parse_body(chain.readable(), writable, tail, view, disk) {
             Ok(parsed) => parsed,
-            Err(Refusal(code)) => Parsed::Answer(code),
+            Err(FailureStatus(code)) => Parsed::Answer(code),
         }
     }
 
@@ -171,7 +171,7 @@ impl Parser {
         tail: Buffer,
         view: &mut GuestView,
         disk: &Disk,
-    ) -> Result<Parsed, Refusal> {
+    ) -> Result<Parsed, FailureStatus> {
         let ([kind, sector], head, readable) = header(readable, view)?;
         match kind as u32 {
             VIRTIO_BLK_T_IN => {
@@ -208,7 +208,13 @@ impl Parser {
         }
     }
 
-    fn transfer(&mut self, operation: Operation, sector: u64, bytes: u32, disk: &Disk) -> Result<Parsed, Refusal> {
+    fn transfer(
+        &mut self,
+        operation: Operation,
+        sector: u64,
+        bytes: u32,
+        disk: &Disk,
+    ) -> Result<Parsed, FailureStatus> {
         self.request.lba = disk.geometry().block(sector, bytes).ok_or(FAILED)?;
         self.request.operation = operation;
         self.request.bytes = bytes;
@@ -216,7 +222,13 @@ impl Parser {
         Ok(if bytes == 0 { Parsed::Answer(OK) } else { Parsed::Submit })
     }
 
-    fn get_id(&self, writable: &[Buffer], tail: Buffer, view: &mut GuestView, disk: &Disk) -> Result<Parsed, Refusal> {
+    fn get_id(
+        &self,
+        writable: &[Buffer],
+        tail: Buffer,
+        view: &mut GuestView,
+        disk: &Disk,
+    ) -> Result<Parsed, FailureStatus> {
         let mut written = 0;
         for buffer in writable.iter().chain([&tail]) {
             let rest = &disk.serial[written..];
@@ -238,7 +250,7 @@ impl Parser {
         buffers: &[Buffer],
         last: Option<Buffer>,
         view: &mut GuestView,
-    ) -> Result<u32, Refusal> {
+    ) -> Result<u32, FailureStatus> {
         let mut total = 0u64;
         self.segments.clear();
         let segments = &mut self.segments;
@@ -276,7 +288,7 @@ impl Parser {
         limits: RangeLimits,
         view: &mut GuestView,
         disk: &Disk,
-    ) -> Result<u32, Refusal> {
+    ) -> Result<u32, FailureStatus> {
         self.ranges.clear();
         self.payload.clear();
         for buffer in head.iter().chain(readable) {
@@ -333,7 +345,7 @@ pub(crate) fn data_buffers(chain: &Chain, operation: Operation) -> impl Iterator
 type RequestHeader<'a> = ([u64; 2], Option<Buffer>, &'a [Buffer]);
 
 /// Takes the header off the readable part.
-fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, Refusal> {
+fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, FailureStatus> {
     let (first, rest) = readable.split_first().ok_or(FAILED)?;
     if first.bytes == HEADER_BYTES {
         return Ok((view.read_words(first.address).map_err(|_| FAILED)?, None, rest));
@@ -343,7 +355,7 @@ fn header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHea
 
 /// A header that shares a buffer with data, or is spread over several.
 #[cold]
-fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, Refusal> {
+fn split_header<'a>(readable: &'a [Buffer], view: &mut GuestView) -> Result<RequestHeader<'a>, FailureStatus> {
     let mut bytes = [0u8; HEADER_BYTES as usize];
     let mut filled = 0;
     for (index, buffer) in readable.iter().enumerate() {

@@ -6,8 +6,8 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::mailbox::{LaneId, Mail, Mailbox};
-use super::{LaneNumber, MAIL_DEADLINE, StillBusy, StopError, WorkerError};
+use super::mailbox::{Mail, Mailbox};
+use super::{LaneId, MAIL_DEADLINE, StillBusy, StopError, WorkerError};
 use crate::blk::disk::Disk;
 use crate::datapath::lane::{Lane, LaneState};
 use crate::datapath::stop_policy::StopPolicy;
@@ -72,8 +72,8 @@ impl LaneHandle {
     }
 
     /// Names the lane.
-    pub fn number(&self) -> LaneNumber {
-        LaneNumber(self.address.id)
+    pub fn id(&self) -> LaneId {
+        self.address.id
     }
 
     /// Takes the lane back: it takes no more requests, and comes when those in flight are answered.

@@ -11,16 +11,13 @@ use std::time::{Duration, Instant};
 use nvme_driver::{Namespace, QueuePair};
 use rustix::event::{EventfdFlags, eventfd};
 
-use super::QueueSlotId;
+use super::{LaneId, QueueSlotId};
 use crate::blk::disk::Disk;
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::{DetachedQueue, PollGroup, QueueResources};
 use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::trial::{Seat, Suspicion};
 use crate::virtio::memory::GuestMemory;
-
-/// Names a lane on its worker; never used twice.
-pub(super) type LaneId = u64;
 
 /// A queue slot that lanes use cannot be removed.
 pub(super) struct InUse;

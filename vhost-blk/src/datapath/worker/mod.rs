@@ -58,9 +58,9 @@ impl QueueSlotId {
     }
 }
 
-/// A lane on its worker; never used twice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct LaneNumber(u64);
+/// Names a lane of a worker, whichever has it; never used twice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LaneId(u64);
 
 /// What a worker has to tell unasked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -331,7 +331,7 @@ impl WorkerPool {
     /// Moves a lane to the worker that has this queue pair; it is polled from now on.
     pub fn start_lane(&self, slot: QueueSlotId, lane: Lane) -> LaneHandle {
         // Relaxed: a number, ordered with nothing.
-        let id = self.next_lane.fetch_add(1, Ordering::Relaxed);
+        let id = LaneId(self.next_lane.fetch_add(1, Ordering::Relaxed));
         let mailbox = &self.threads[slot.worker].mailbox;
         let address = Address::new(id, slot.worker, mailbox.clone(), self.homes.clone());
         let handle = LaneHandle::new(address, &lane);
@@ -341,8 +341,8 @@ impl WorkerPool {
 
     /// Moves a lane to another queue slot of its worker. Its driver notices nothing: the lane takes no more requests, and moves when
     /// those that it has are answered. If it is not on that worker any more, or has to stop before, nothing happens.
-    pub fn move_lane(&self, lane: LaneNumber, to: QueueSlotId) {
-        self.threads[to.worker].mailbox.send(Mail::MoveLane { id: lane.0, to_slot: to.index });
+    pub fn move_lane(&self, lane: LaneId, to: QueueSlotId) {
+        self.threads[to.worker].mailbox.send(Mail::MoveLane { id: lane, to_slot: to.index });
     }
 
     /// Moves all lanes of a queue slot to another one, of any worker, with the requests that wait for the drive: there will be no queue

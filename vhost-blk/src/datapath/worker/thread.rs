@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use nvme_driver::QueuePair;
 use rustix::event::epoll;
 
-use super::mailbox::{InUse, LaneId, Mail, Mailbox, MovingLane};
-use super::{QueueSlotId, WorkerEvent};
+use super::mailbox::{InUse, Mail, Mailbox, MovingLane};
+use super::{LaneId, QueueSlotId, WorkerEvent};
 use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::PollGroup;
 use crate::fault_point::fault_point;
@@ -30,7 +30,7 @@ const TURNS_PER_LOOK: u32 = 1024;
 const TICK: Duration = Duration::from_millis(5);
 
 /// The mailbox among the things that end a sleep; lanes are numbered from 1.
-const MAILBOX: LaneId = 0;
+const MAILBOX: u64 = 0;
 
 /// Where a lane is.
 #[derive(Clone, Copy)]
@@ -200,7 +200,7 @@ impl Worker {
                 self.mailbox.clear_event();
                 continue;
             }
-            let Some(location) = self.lanes.get(&id) else { continue };
+            let Some(location) = self.lanes.get(&LaneId(id)) else { continue };
             let Some(lane) = self.groups[location.slot].as_mut().and_then(|group| group.lane_mut(location.index))
             else {
                 continue;
@@ -215,7 +215,7 @@ impl Worker {
         // Edge-triggered: each kick is told once, whatever the counter says, and one from before counts as the first. So
         // nobody has to read it, which could block, and what stays readable for ever does not keep the worker awake.
         let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
-        match epoll::add(epoll, kick, epoll::EventData::new_u64(id), flags) {
+        match epoll::add(epoll, kick, epoll::EventData::new_u64(id.0), flags) {
             Ok(()) => true,
             Err(error) => {
                 if let Some(more) = lane.log().admit(Kind::Ring) {

@@ -19,7 +19,7 @@ fn a_request_from_before_the_sleep_is_seen() {
         let mut worker = Worker::new(0, Arc::new(Mailbox::new().unwrap()), events, false).unwrap();
         worker.groups.push(Some(machine.group(64)));
         worker.ids.push(QueueSlotId { worker: 0, index: 0, number: 0 });
-        worker.start(1, 0, client.lane(&machine.guest, &Arc::new(machine.disk())));
+        worker.start(LaneId(1), 0, client.lane(&machine.guest, &Arc::new(machine.disk())));
         client.send(&machine.guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
         assert!(!client.driver.kick_wanted(&machine.guest), "its ring is polled");
         let (awake, woken) = mpsc::channel();

@@ -246,7 +246,7 @@ impl Account {
     }
 
     /// Takes what a mapping of so many bytes needs, until the grant is dropped.
-    pub fn grant(self: &Arc<Account>, bytes: u64) -> Result<Grant, Exhausted> {
+    pub fn grant(self: &Arc<Account>, bytes: u64) -> Result<MemoryGrant, Exhausted> {
         let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pools = self.budget.pools();
         let (before, regions) = *used;
@@ -261,18 +261,18 @@ impl Account {
             return Err(Exhausted::AllRegions { total, share });
         }
         *used = (after, regions + 1);
-        Ok(Grant { account: self.clone(), bytes: after - before })
+        Ok(MemoryGrant { account: self.clone(), bytes: after - before })
     }
 }
 
 /// What a mapping needs; given back when dropped.
 #[derive(Debug)]
-pub struct Grant {
+pub struct MemoryGrant {
     account: Arc<Account>,
     bytes: u64,
 }
 
-impl Drop for Grant {
+impl Drop for MemoryGrant {
     fn drop(&mut self) {
         let mut used = self.account.used.lock().unwrap_or_else(PoisonError::into_inner);
         let mut pools = self.account.budget.pools();

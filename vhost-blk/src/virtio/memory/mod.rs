@@ -17,7 +17,7 @@ mod budget;
 mod dma_scope;
 mod view;
 
-pub use budget::{Account, Budget, Exhausted, Grant, Limits, parse_bytes, parse_regions};
+pub use budget::{Account, Budget, Exhausted, Limits, MemoryGrant, parse_bytes, parse_regions};
 pub use dma_scope::DmaScope;
 pub use view::{GuestSlice, GuestView, OutsideMemory};
 
@@ -138,7 +138,7 @@ struct Region {
     refusal: OnceLock<String>,
     guard: Guard,
     mapping: MmapRegion,
-    _grant: Grant,
+    _grant: MemoryGrant,
     /// Where the region begins in `mapping`, which starts at a page of the file.
     offset_in_mapping: usize,
     /// Device and inode of the file: says that another descriptor names the same memory.

@@ -44,15 +44,15 @@ const EVENT_FLAGS: u16 = 3;
 
 /// A place in the ring: index of a descriptor and the wrap counter that goes with it (2.8.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Position {
+struct RingPosition {
     index: u16,
     wrap: bool,
 }
 
-impl Position {
+impl RingPosition {
     /// From 15 bits of index and one of wrap counter.
     fn from_bits(bits: u16) -> Self {
-        Position { index: bits & 0x7fff, wrap: bits & 0x8000 != 0 }
+        RingPosition { index: bits & 0x7fff, wrap: bits & 0x8000 != 0 }
     }
 
     fn bits(self) -> u16 {
@@ -65,13 +65,13 @@ impl Position {
         // At most 32767 + 32768: no overflow.
         let index = self.index + by;
         match index.checked_sub(size) {
-            Some(index) => Position { index, wrap: !self.wrap },
-            None => Position { index, ..self },
+            Some(index) => RingPosition { index, wrap: !self.wrap },
+            None => RingPosition { index, ..self },
         }
     }
 
     /// Descriptors from `earlier` to here, at most `size`.
-    fn since(self, earlier: Position, size: u16) -> u16 {
+    fn since(self, earlier: RingPosition, size: u16) -> u16 {
         let round = if self.wrap == earlier.wrap { 0 } else { size };
         (self.index + round).wrapping_sub(earlier.index)
     }
@@ -99,16 +99,16 @@ pub struct PackedRing {
     size: u16,
     indirect: bool,
     event_idx: bool,
-    next_avail: Position,
+    next_avail: RingPosition,
     /// `next_avail.available()`.
     available: u64,
-    next_used: Position,
+    next_used: RingPosition,
     /// `next_used.used()`.
     used: u64,
     /// `used` with WRITE.
     used_written: u64,
     /// Where `next_used` was at the last publication.
-    published: Position,
+    published: RingPosition,
     /// The second word of the used descriptor at `published`, which is written last of its batch.
     unpublished: Option<u64>,
     log: Option<PackedLog>,
@@ -159,8 +159,8 @@ impl PackedRing {
         if size == 0 || size > MAX_QUEUE_SIZE {
             return Err(RingError::Size { packed: true, size });
         }
-        let next_avail = Position::from_bits(setup.base as u16);
-        let next_used = Position::from_bits((setup.base >> 16) as u16);
+        let next_avail = RingPosition::from_bits(setup.base as u16);
+        let next_used = RingPosition::from_bits((setup.base >> 16) as u16);
         if next_avail.index >= size || next_used.index >= size {
             return Err(RingError::Base { base: setup.base, size });
         }
@@ -180,7 +180,7 @@ impl PackedRing {
         // ring that really stopped at index 0 with both counters 0 has been used: its first descriptor was, and says so, or is
         // available in the next round. One that is available in the first round was never used, however long it has waited.
         let first = descriptors.first().map_or(0, |first| words(first)[1] & AVAIL_USED);
-        let begins = Position { index: 0, wrap: true };
+        let begins = RingPosition { index: 0, wrap: true };
         let (next_avail, next_used) = match setup.base == 0 && (new || first == begins.available()) {
             true => (begins, begins),
             false => (next_avail, next_used),
@@ -209,14 +209,14 @@ impl PackedRing {
     pub(super) fn set_log(&mut self, queue: &InflightQueue) -> Result<(), InflightError> {
         let here = (self.next_used.index, self.next_used.wrap);
         let is_available = |(index, wrap): (u16, bool)| {
-            let flags = Position { index, wrap }.available();
+            let flags = RingPosition { index, wrap }.available();
             (self.word(index, 1) ^ flags) & AVAIL_USED == 0
         };
         let (log, state) = PackedLog::open(queue, self.size, here, self.new, is_available)?;
         self.log = Some(log);
         if let Some(PackedState { used: (index, wrap), taken, unfinished }) = state {
             (self.resumed, self.unfinished) = (true, unfinished);
-            let mut at = Position { index, wrap };
+            let mut at = RingPosition { index, wrap };
             (self.next_used, self.published) = (at, at);
             (self.used, self.used_written) = (at.used(), at.used() | WRITE_BIT);
             // A process that died in the middle of a publication may have written all but the first of its used descriptors.
@@ -354,11 +354,11 @@ impl PackedRing {
     #[cold]
     #[inline(never)]
     fn wrap_avail(&mut self) {
-        self.go_to(Position { index: self.next_avail.index - self.size, wrap: !self.next_avail.wrap });
+        self.go_to(RingPosition { index: self.next_avail.index - self.size, wrap: !self.next_avail.wrap });
     }
 
     /// The next available descriptor is expected there.
-    fn go_to(&mut self, position: Position) {
+    fn go_to(&mut self, position: RingPosition) {
         self.next_avail = position;
         self.available = position.available();
     }
@@ -366,7 +366,7 @@ impl PackedRing {
     #[cold]
     #[inline(never)]
     fn wrap_used(&mut self) {
-        self.next_used = Position { index: self.next_used.index - self.size, wrap: !self.next_used.wrap };
+        self.next_used = RingPosition { index: self.next_used.index - self.size, wrap: !self.next_used.wrap };
         (self.used, self.used_written) = (self.next_used.used(), self.next_used.used() | WRITE_BIT);
     }
 
@@ -430,10 +430,10 @@ impl PackedRing {
         if let Some(log) = &mut self.log {
             log.untake(head);
         }
-        let Position { index, wrap } = self.next_avail;
+        let RingPosition { index, wrap } = self.next_avail;
         self.go_to(match index.checked_sub(head.entries()) {
-            Some(index) => Position { index, wrap },
-            None => Position { index: index + (self.size - head.entries()), wrap: !wrap },
+            Some(index) => RingPosition { index, wrap },
+            None => RingPosition { index: index + (self.size - head.entries()), wrap: !wrap },
         });
     }
 
@@ -482,7 +482,7 @@ impl PackedRing {
         match flags {
             DISABLE => false,
             AT_DESCRIPTOR if self.event_idx => {
-                let event = Position::from_bits(u16::from_le(self.driver_event[0].load(Ordering::Relaxed)));
+                let event = RingPosition::from_bits(u16::from_le(self.driver_event[0].load(Ordering::Relaxed)));
                 // An event in the round before this one is that much behind.
                 let behind = if event.wrap == self.next_used.wrap { 0 } else { self.size };
                 let new = self.next_used.index;

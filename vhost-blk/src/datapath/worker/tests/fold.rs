@@ -97,7 +97,7 @@ fn a_move_is_done_while_the_drive_is_away() {
     machine.sim.faults().add(FaultRule { action: FaultAction::LoseCompletion, when: FaultMatch::default() });
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() == 1).then_some(()));
-    pool.move_lane(running.handle().number(), into);
+    pool.move_lane(running.handle().id(), into);
     assert!(matches!(pool.take_queue_pair(from), Err(WorkerError::InUse)));
     machine.sim.faults().clear();
     machine.controller.reset().unwrap();

@@ -237,7 +237,7 @@ fn a_lane_moves_to_another_queue_pair_while_it_runs() {
         let disk = Arc::new(machine.disk());
         let client = TestClient::new(guest, 0, packed, 32);
         let mut running = RunningLane::start(&pool, places[0], guest, client, &disk);
-        let lane = running.handle().number();
+        let lane = running.handle().id();
         let (mut sent, mut done, mut moves) = (0, 0, 0);
         until("200 moves", || {
             for _ in 0..8 {
