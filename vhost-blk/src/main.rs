@@ -1,4 +1,5 @@
-//! The program `vhost-blk`.
+//! The program `vhost-blk`: [`cli`](vhost_blk::control::cli) says what to do, `config` what to serve, `check` whether it can be
+//! served here, and `target` serves it. This file joins them, owns the process's signals and its exit status, and nothing else.
 #![forbid(unsafe_code)]
 
 use std::io::Write;
@@ -9,10 +10,11 @@ use std::sync::atomic::AtomicBool;
 
 use rustix::event::{PollFd, PollFlags, poll};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1, SIGUSR2};
-use vhost_blk::control::check::Findings;
-use vhost_blk::control::cli::{self, Check, Cli, Command, Stop};
-use vhost_blk::control::config::Configuration;
-use vhost_blk::control::target::Target;
+use vhost_blk::control::check::{self, Findings};
+use vhost_blk::control::cli::{self, Check, Cli, Command, ServeArgs, Stop};
+use vhost_blk::control::config::{ConfigError, Configuration};
+use vhost_blk::control::service_manager::HandOverError;
+use vhost_blk::control::target::{Ended, StartError, Target};
 use vhost_blk::control::{journal, service_manager};
 
 /// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
@@ -27,56 +29,98 @@ fn main() -> ExitCode {
     };
     let cli = match cli::parse(std::env::args_os()) {
         Ok(cli) => cli,
-        Err(Stop::Print(text)) => return print(&text),
+        Err(Stop::Print(text)) => {
+            print(&text);
+            return ExitCode::SUCCESS;
+        }
         Err(Stop::Usage(line)) => return fail(&[line], WRONG_USAGE),
     };
     start_log(is_journal);
-    let result = match cli {
-        #[cfg(feature = "demo")]
-        Cli { command: Some(Command::Demo(args)), .. } => vhost_blk::control::demo::run(args),
-        Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => {
-            let (check, file) = (args.check, args.config.clone());
-            let configuration = match args.configuration() {
-                Ok(configuration) => configuration,
-                Err(lines) => return fail(&lines, WRONG_USAGE),
-            };
-            configuration.settings.warnings().iter().for_each(|warning| log::warn!("{warning}"));
-            if let Some(check) = check {
-                let found = match check {
-                    Check::File => Findings::default(),
-                    Check::Machine => vhost_blk::control::check::machine(&configuration, file.as_deref()),
-                };
-                let exports = configuration.settings.exports.iter().map(|export| format!("{export}\n"));
-                let drives = configuration.settings.drives.iter().map(|drive| format!("{drive}\n"));
-                print(
-                    &exports
-                        .chain(drives)
-                        .chain(found.notes.iter().map(|note| format!("# {note}\n")))
-                        .collect::<String>(),
-                );
-                let wrong: Vec<String> = configuration.mistakes().map(str::to_owned).collect();
-                return match (wrong.is_empty(), found.mistakes.is_empty()) {
-                    (true, true) => ExitCode::SUCCESS,
-                    (true, false) => fail(&found.mistakes, 1),
-                    (false, _) => fail(&[wrong, found.mistakes].concat(), WRONG_USAGE),
-                };
-            }
-            serve(&configuration)
-        }
-    };
-    match result {
+    match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(line) => fail(&[line], 1),
+        Err(failure) => fail(&failure.lines(), failure.status()),
     }
 }
 
 /// The exit status of a command line or a configuration that makes no sense; the service manager does not try it again.
 const WRONG_USAGE: u8 = 2;
 
-fn print(text: &str) -> ExitCode {
+fn run(cli: Cli) -> Result<(), Failure> {
+    let args = match cli {
+        #[cfg(feature = "demo")]
+        Cli { command: Some(Command::Demo(args)), .. } => return Ok(vhost_blk::control::demo::run(args)?),
+        Cli { command: Some(Command::Serve(args)), .. } | Cli { command: None, serve: args } => args,
+    };
+    let ServeArgs { check, config: ref file, .. } = args;
+    let file = file.clone();
+    let configuration = args.configuration()?;
+    configuration.settings.warnings().iter().for_each(|warning| log::warn!("{warning}"));
+    let findings = match check {
+        None => return serve(&configuration),
+        Some(Check::File) => Findings::default(),
+        Some(Check::Machine) => check::machine(&configuration, file.as_deref()),
+    };
+    print(&findings.report(&configuration));
+    let refused: Vec<String> = configuration.mistakes().map(ToString::to_string).collect();
+    match refused.is_empty() && findings.mistakes.is_empty() {
+        true => Ok(()),
+        false => Err(Failure::Checked { refused, machine: findings.mistakes }),
+    }
+}
+
+/// What the program ends with, other than success.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    /// The command line or the configuration file makes no sense.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// A check has found mistakes: exports that are refused, and what this machine lacks.
+    #[error("{}", [refused.as_slice(), machine].concat().join("; "))]
+    Checked { refused: Vec<String>, machine: Vec<String> },
+    /// Signals cannot be handled.
+    #[error("cannot handle signals: {0}")]
+    Signals(#[source] std::io::Error),
+    /// Signals cannot be waited for.
+    #[error("cannot wait for signals: {0}")]
+    Wait(#[source] rustix::io::Errno),
+    /// The service manager hands over what cannot be used.
+    #[error(transparent)]
+    HandOver(#[from] HandOverError),
+    /// Nothing can be served.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Serving has ended by itself.
+    #[error(transparent)]
+    Ended(#[from] Ended),
+    /// The demo has failed.
+    #[cfg(feature = "demo")]
+    #[error(transparent)]
+    Demo(#[from] vhost_blk::control::demo::DemoError),
+}
+
+impl Failure {
+    /// What is told of it, a line each.
+    fn lines(&self) -> Vec<String> {
+        match self {
+            Failure::Config(error) => error.lines(),
+            Failure::Checked { refused, machine } => [refused.as_slice(), machine].concat(),
+            failure => vec![failure.to_string()],
+        }
+    }
+
+    /// The program's exit status.
+    fn status(&self) -> u8 {
+        match self {
+            Failure::Config(_) => WRONG_USAGE,
+            Failure::Checked { refused, .. } if !refused.is_empty() => WRONG_USAGE,
+            _ => 1,
+        }
+    }
+}
+
+fn print(text: &str) {
     // A reader that went away (`| head`) is no error.
     let _ = std::io::stdout().write_all(text.as_bytes());
-    ExitCode::SUCCESS
 }
 
 fn start_log(is_journal: bool) {
@@ -94,23 +138,23 @@ const AFRESH: &str = "the configuration is read when the program starts; to have
                       restart the program, as by systemctl restart vhost-blk: guests that reconnect notice a pause";
 
 /// Serves until a signal ends it, or until no front-end can come any more.
-fn serve(configuration: &Configuration) -> Result<(), String> {
-    let cannot = |error: std::io::Error| format!("cannot handle signals: {error}");
+fn serve(configuration: &Configuration) -> Result<(), Failure> {
     // Before anything is opened: a signal in between has to find us ready.
-    let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(cannot)?);
+    let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(Failure::Signals)?);
     // A terminal that is closed, or somebody who wants the configuration read again, must not cost a disk.
-    let (hangup, other) = (signal(SIGHUP).map_err(cannot)?, signal(SIGUSR2).map_err(cannot)?);
+    let (hangup, other) = (signal(SIGHUP).map_err(Failure::Signals)?, signal(SIGUSR2).map_err(Failure::Signals)?);
     let stopping = Arc::new(AtomicBool::new(false));
     for number in [SIGTERM, SIGINT] {
         // The second one ends the program at once, whatever the first one is waiting for.
-        signal_hook::flag::register_conditional_shutdown(number, 128 + number, stopping.clone()).map_err(cannot)?;
-        signal_hook::flag::register(number, stopping.clone()).map_err(cannot)?;
-        signals.push(signal(number).map_err(cannot)?);
+        signal_hook::flag::register_conditional_shutdown(number, 128 + number, stopping.clone())
+            .map_err(Failure::Signals)?;
+        signal_hook::flag::register(number, stopping.clone()).map_err(Failure::Signals)?;
+        signals.push(signal(number).map_err(Failure::Signals)?);
     }
     raise_descriptor_limit();
     // Before there are other threads.
     let handed = service_manager::sockets()?;
-    let target = Target::start_on(configuration, handed).map_err(|error| error.to_string())?;
+    let target = Target::start_on(configuration, handed)?;
     target.tell_ready();
     loop {
         let mut sources = vec![PollFd::new(target.ended(), PollFlags::IN)];
@@ -118,7 +162,7 @@ fn serve(configuration: &Configuration) -> Result<(), String> {
         sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));
         match poll(&mut sources, None) {
             Err(rustix::io::Errno::INTR) => continue,
-            Err(error) => return Err(format!("cannot wait for signals: {error}")),
+            Err(error) => return Err(Failure::Wait(error)),
             Ok(_) => {}
         }
         if !sources[1].revents().is_empty() {
@@ -139,7 +183,7 @@ fn serve(configuration: &Configuration) -> Result<(), String> {
     }
     service_manager::notify(&["STOPPING=1", "STATUS=finishing the requests under way"]);
     log::info!("stopping: requests under way are finished first");
-    target.stop().map_err(|error| error.to_string())
+    Ok(target.stop()?)
 }
 
 /// A guest may send hundreds of memory regions and eventfds; the usual soft limit of 1024 is there for `select` only.

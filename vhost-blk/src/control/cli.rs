@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use clap::Parser;
 
-use crate::control::config::{self, Configuration, CpuList, ExportSettings, Listen, Patience, Serial, Settings};
+use crate::control::config::{
+    self, ConfigError, Configuration, CpuList, ExportSettings, Listen, Patience, Serial, Settings, ValueError,
+};
 use crate::drive::{DeviceAddress, socket_path};
 use crate::virtio::memory::Limits;
 
@@ -84,10 +86,10 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SECONDS", conflicts_with = "config", value_parser = seconds(config::hold))]
     pub hold: Option<Duration>,
     /// Guest memory that one front-end may have mapped, such as 64G [default: 17T]
-    #[arg(long, value_name = "SIZE", conflicts_with = "config", value_parser = crate::virtio::memory::parse_bytes)]
+    #[arg(long, value_name = "SIZE", conflicts_with = "config", value_parser = config::guest_memory)]
     pub guest_memory_limit: Option<u64>,
     /// Memory regions that one front-end may have [default: 509]
-    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(crate::virtio::memory::parse_regions))]
+    #[arg(long, value_name = "N", conflicts_with = "config", value_parser = number(config::guest_regions))]
     pub guest_regions_limit: Option<usize>,
     /// Refuse every command that changes data
     #[arg(long, conflicts_with = "config")]
@@ -116,50 +118,43 @@ pub enum Check {
     Machine,
 }
 
-type Parsed<T> = fn(&str) -> Result<T, String>;
+type Parsed<T> = fn(&str) -> Result<T, ValueError>;
 
 /// A parser for a number with a rule of its own.
 fn number<T: Clone + Send + Sync + 'static>(
-    check: fn(u64) -> Result<T, String>,
+    check: fn(u64) -> Result<T, ValueError>,
 ) -> impl clap::builder::TypedValueParser<Value = T> {
     use clap::builder::TypedValueParser;
-    let parse: Parsed<u64> = |text| match text.parse() {
-        Ok(number) => Ok(number),
-        Err(_) => Err("not a whole number".into()),
-    };
+    let parse: Parsed<u64> = |text| text.parse().map_err(|_| ValueError::NotANumber);
     parse.try_map(check)
 }
 
 /// A parser for a time with a rule of its own.
-fn seconds(check: fn(f64) -> Result<Duration, String>) -> impl clap::builder::TypedValueParser<Value = Duration> {
+fn seconds(check: fn(f64) -> Result<Duration, ValueError>) -> impl clap::builder::TypedValueParser<Value = Duration> {
     use clap::builder::TypedValueParser;
-    let parse: Parsed<f64> = |text| text.parse().map_err(|_| "not a number of seconds".into());
+    let parse: Parsed<f64> = |text| text.parse().map_err(|_| ValueError::NotSeconds);
     parse.try_map(check)
 }
 
-/// Where serving can be found when an option is missing.
-const HOW: &str = "use --device ADDRESS with --socket-path PATH, or --config FILE (vhost-blk --help tells more)";
-
 impl ServeArgs {
-    /// What these options mean; reads the file of `--config`. The errors are one line each.
-    pub fn configuration(self) -> Result<Configuration, Vec<String>> {
+    /// What these options mean; reads the file of `--config`.
+    ///
+    /// # Errors
+    /// Nothing can be served.
+    pub fn configuration(self) -> Result<Configuration, ConfigError> {
         match &self.config {
             Some(path) => config::load(path),
-            None => {
-                self.settings().map(|settings| Configuration { settings, refused: vec![] }).map_err(|why| vec![why])
-            }
+            None => Ok(Configuration { settings: self.settings()?, refused: vec![] }),
         }
     }
 
     /// The one export that is described by options.
-    fn settings(self) -> Result<Settings, String> {
-        let Some(device) = self.device else {
-            return Err(format!("no device to serve: {HOW}"));
-        };
+    fn settings(self) -> Result<Settings, ConfigError> {
+        let device = self.device.ok_or(ConfigError::NoDevice)?;
         let listen = match (self.socket_path, self.fd) {
-            (Some(path), _) => socket_path(&path).map(|()| Listen::Path(path)).map_err(|error| error.to_string())?,
+            (Some(path), _) => socket_path(&path).map(|()| Listen::Path(path))?,
             (None, Some(number)) => Listen::Fd(number),
-            (None, None) => return Err(format!("no socket to serve on: {HOW}")),
+            (None, None) => return Err(ConfigError::NoSocket),
         };
         let export = ExportSettings {
             device,
@@ -171,8 +166,8 @@ impl ServeArgs {
             read_only: self.read_only,
             serial: self.serial,
         };
-        if let Some(why) = export.mistake() {
-            return Err(why.to_string());
+        if let Some(mistake) = export.mistake() {
+            return Err(mistake.into());
         }
         let patience = Patience::with(self.io_timeout, self.hold);
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
@@ -226,7 +221,7 @@ mod tests {
     fn settings(words: &str) -> Result<Settings, String> {
         match parse_words(words) {
             Ok(Cli { command: Some(Command::Serve(args)), .. }) | Ok(Cli { command: None, serve: args }) => {
-                args.settings()
+                args.settings().map_err(|error| error.to_string())
             }
             Err(Stop::Usage(line)) => Err(line),
             other => panic!("{other:?}"),
@@ -285,6 +280,7 @@ mod tests {
 
     #[test]
     fn wrong_input_is_one_line_that_says_what_to_do() {
+        const HOW: &str = config::HOW_TO_SERVE;
         let more = "(vhost-blk --help tells more)";
         for (words, expected) in [
             ("", format!("no device to serve: {HOW}")),

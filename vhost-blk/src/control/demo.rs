@@ -4,6 +4,7 @@
 //! a front-end that is not this project's (the crate `virtio-driver`), which writes blocks that can be recognised and
 //! compares what it reads with what it wrote.
 
+use std::io;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -13,10 +14,12 @@ use blk_perf::console::{Bar, Table};
 use blk_perf::{ClientOptions, Report, Workload};
 use serde::Serialize;
 use signal_hook::consts::{SIGINT, SIGTERM};
+use thiserror::Error;
 
 use crate::control::config::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, ExportSettings, Listen, Settings};
-use crate::control::target::Target;
+use crate::control::target::{Ended, StartError, Target};
 use crate::datapath::counters::Tally;
+use crate::drive::AddressError;
 
 /// The embedded controller: its disk is memory that is taken only where it is written; its write cache makes flushes
 /// worth their name.
@@ -96,36 +99,82 @@ impl<'r> Outcome<'r> {
     }
 
     /// Why the demo failed, if it did: the first reason.
-    fn failure(&self) -> Option<String> {
+    fn failure(&self) -> Option<DemoError> {
         let report = self.report;
         if let Some(first) = report.failures.first() {
             let (errors, wrong) = (report.io_errors, report.verify_errors);
-            return Some(format!("{errors} requests failed and {wrong} blocks were wrong, the first: {first}"));
+            return Some(DemoError::Failed { errors, wrong, first: first.clone() });
         }
-        (!report.is_success()).then(|| "not one request was completed".into())
+        (!report.is_success()).then_some(DemoError::Nothing)
     }
 }
 
-/// Runs the demo; the error is one line.
-pub fn run(args: Args) -> Result<(), String> {
+/// The demo could not be run, or has found something wrong.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DemoError {
+    /// Signals cannot be handled.
+    #[error("cannot watch for signal {signal}: {source}")]
+    Signal {
+        /// Number of the signal.
+        signal: i32,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is no place for the socket.
+    #[error("cannot make a folder for the demo's socket: {0}; set TMPDIR to one that can be written")]
+    Folder(#[source] io::Error),
+    /// The embedded controller has no such address.
+    #[error(transparent)]
+    Address(#[from] AddressError),
+    /// Serving did not start.
+    #[error(transparent)]
+    Start(#[from] StartError),
+    /// Serving has ended by itself.
+    #[error(transparent)]
+    Ended(#[from] Ended),
+    /// The front-end could not run its load.
+    #[error(transparent)]
+    Load(#[from] blk_perf::Error),
+    /// The result cannot be written.
+    #[error("cannot write JSON: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Requests failed, or blocks were not as they had been written.
+    #[error("{errors} requests failed and {wrong} blocks were wrong, the first: {first}")]
+    Failed {
+        /// Requests that failed.
+        errors: u64,
+        /// Blocks that were not as they had been written.
+        wrong: u64,
+        /// The first of both.
+        first: String,
+    },
+    /// The load has ended before its first request was answered.
+    #[error("not one request was completed")]
+    Nothing,
+}
+
+/// Runs the demo.
+///
+/// # Errors
+/// It could not be run, or a request failed, or a block was wrong.
+pub fn run(args: Args) -> Result<(), DemoError> {
     if std::env::var_os("RUST_LOG").is_none() {
         // The progress bar has the terminal to itself, and what a drive would need (hugepages) this controller does not.
         log::set_max_level(log::LevelFilter::Error);
     }
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [SIGINT, SIGTERM] {
-        let failed = |error| format!("cannot watch for signal {signal}: {error}");
+        let failed = |source| DemoError::Signal { signal, source };
         // The first one ends the load and prints what was measured until then; a second one ends the program.
         signal_hook::flag::register_conditional_shutdown(signal, 130, Arc::clone(&stop)).map_err(failed)?;
         signal_hook::flag::register(signal, Arc::clone(&stop)).map_err(failed)?;
     }
     // A folder that only this user may enter, removed at the end.
     let folder = tempfile::Builder::new().prefix("vhost-blk-demo-").tempdir();
-    let folder = folder.map_err(|error| {
-        format!("cannot make a folder for the demo's socket: {error}; set TMPDIR to one that can be written")
-    })?;
+    let folder = folder.map_err(DemoError::Folder)?;
     let socket = folder.path().join("disk.sock");
-    let target = Target::start(&settings(&args, &socket)?).map_err(|error| error.to_string())?;
+    let target = Target::start(&settings(&args, &socket)?)?;
 
     let options = ClientOptions {
         queues: args.queues.into(),
@@ -141,22 +190,22 @@ pub fn run(args: Args) -> Result<(), String> {
 
     let tally = target.totals();
     let stopped = target.stop();
-    let report = report.map_err(|error| error.to_string())?;
+    let report = report?;
     let outcome = Outcome::new(&report, &tally, args.interrupts);
     if args.json {
-        let object = serde_json::to_string(&outcome).map_err(|error| format!("cannot write JSON: {error}"))?;
+        let object = serde_json::to_string(&outcome)?;
         println!("{object}");
     } else {
         print!("{}", outcome.table());
     }
-    stopped.map_err(|error| error.to_string())?;
+    stopped?;
     outcome.failure().map_or(Ok(()), Err)
 }
 
 /// One export of an embedded controller, as `vhost-blk --device … --socket-path …` would serve it.
-fn settings(args: &Args, socket: &Path) -> Result<Settings, String> {
+fn settings(args: &Args, socket: &Path) -> Result<Settings, AddressError> {
     let export = ExportSettings {
-        device: DEVICE.parse().map_err(|error: crate::drive::AddressError| error.to_string())?,
+        device: DEVICE.parse()?,
         listen: Listen::Path(socket.to_owned()),
         namespace: None,
         queues: args.queues,
@@ -194,7 +243,7 @@ mod tests {
     #[test]
     fn nothing_done_and_anything_wrong_are_failures() {
         let tally = Tally::default();
-        let failure = |report: &Report| Outcome::new(report, &tally, false).failure();
+        let failure = |report: &Report| Outcome::new(report, &tally, false).failure().map(|error| error.to_string());
         let mut report = Report::default();
         assert_eq!(failure(&report).as_deref(), Some("not one request was completed"));
         report.operations = 1;

@@ -1,4 +1,6 @@
-//! What this machine lacks for a configuration. Nothing is opened, bound or changed that a running program may use.
+//! What this machine lacks for a configuration (`--check=machine`).
+//!
+//! Nothing is opened, bound or changed that a running program may use, so a configuration can be checked while it is served.
 
 mod listeners;
 
@@ -6,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, CWD, accessat};
 use rustix::io::Errno;
+use thiserror::Error;
 
 use crate::control::config::{Configuration, ExportSettings, Listen};
 use crate::datapath::worker;
@@ -51,6 +54,13 @@ pub fn machine(configuration: &Configuration, file: Option<&Path>) -> Findings {
 }
 
 impl Findings {
+    /// What a check prints: what would be served, a line for each disk and each drive with settings of its own, and the notes.
+    pub fn report(&self, configuration: &Configuration) -> String {
+        let exports = configuration.settings.exports.iter().map(|export| format!("{export}\n"));
+        let drives = configuration.settings.drives.iter().map(|drive| format!("{drive}\n"));
+        exports.chain(drives).chain(self.notes.iter().map(|note| format!("# {note}\n"))).collect()
+    }
+
     fn wrong(&mut self, why: String) {
         if !self.mistakes.contains(&why) {
             self.mistakes.push(why);
@@ -104,7 +114,7 @@ impl Findings {
                 Err(error) => self.wrong(error.to_string()),
                 Ok(ways) => {
                     let refused = |files: &Vec<PathBuf>| files.iter().find_map(|file| may_use(file).err());
-                    let reasons: Vec<String> = ways.iter().filter_map(refused).collect();
+                    let reasons: Vec<String> = ways.iter().filter_map(refused).map(|error| error.to_string()).collect();
                     if reasons.len() == ways.len() {
                         self.wrong(format!(
                             "{device} cannot be opened: {}; setup.sh bind {device} --user NAME gives it to a user",
@@ -146,13 +156,21 @@ fn folder_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
+/// This user may not read and write a file that a drive is reached by.
+#[derive(Debug, Error)]
+#[error("{file}: {source}")]
+struct Unusable {
+    file: PathBuf,
+    source: Errno,
+}
+
 /// Whether this process may do that, as the user it runs as.
 fn may(path: &Path, access: Access) -> Result<(), Errno> {
     accessat(CWD, path, access, AtFlags::EACCESS)
 }
 
-fn may_use(file: &Path) -> Result<(), String> {
-    may(file, Access::READ_OK | Access::WRITE_OK).map_err(|error| format!("{}: {error}", file.display()))
+fn may_use(file: &Path) -> Result<(), Unusable> {
+    may(file, Access::READ_OK | Access::WRITE_OK).map_err(|source| Unusable { file: file.to_owned(), source })
 }
 
 #[cfg(test)]

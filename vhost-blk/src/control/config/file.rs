@@ -1,4 +1,6 @@
 //! The TOML file. A mistake within an export costs that export, one elsewhere the whole file; all are found, not only the first.
+//!
+//! Nothing is opened here: a file that is read has no effect.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -9,35 +11,41 @@ use serde::de::IntoDeserializer;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::error::{ConfigError, FileFault, Mistake, ValueError};
 use super::values::{self, CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES};
 use super::{Configuration, DriveSettings, ExportSettings, Listen, Patience, RefusedExport, Serial, Settings};
 use crate::drive::{DeviceAddress, socket_path};
-use crate::virtio::memory::{Limits, parse_bytes, parse_regions};
+use crate::virtio::memory::Limits;
 
-/// Reads the configuration from a TOML file. The errors, each in one line with the file and, where there is one, the line, are
-/// those for which nothing of it can be served.
-pub fn load(path: &Path) -> Result<Configuration, Vec<String>> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|error| vec![format!("cannot read the configuration file {}: {error}", path.display())])?;
-    parse(&text, &path.display().to_string())
+/// Reads the configuration from a TOML file.
+///
+/// # Errors
+/// Nothing of it can be served. Mistakes that cost single exports are in the configuration.
+pub fn load(path: &Path) -> Result<Configuration, ConfigError> {
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    parse(&text, &path.display().to_string()).map_err(ConfigError::File)
 }
 
-pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<String>> {
+pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<Mistake>> {
     let source = Source { text, name };
     // What follows a mistake in the syntax may mean anything.
-    let table = DeTable::parse(text).map_err(|error| vec![source.error(&error, 0..0)])?;
+    let table = DeTable::parse(text).map_err(|error| {
+        let place = error.span().unwrap_or(0..0);
+        vec![source.tell(source.line(place), FileFault::Syntax(error.message().to_owned()))]
+    })?;
     let span = table.span();
     let mut top = Section::new(source, span, table.into_inner());
     let cpus = top.take::<CpuList>("cpus");
     let io_timeout = top.checked("io-timeout", values::io_timeout);
     let hold = top.checked("hold", values::hold);
-    let bytes = top.checked("guest-memory-limit", |text: String| parse_bytes(&text));
-    let regions = top.checked("guest-regions-limit", parse_regions);
+    let bytes = top.checked("guest-memory-limit", |text: String| values::guest_memory(&text));
+    let regions = top.checked("guest-regions-limit", values::guest_regions);
     let sections = top.sections("export");
     let drives = top.sections("drive");
     let mut mistakes = top.finish();
     if sections.is_empty() && mistakes.is_empty() {
-        mistakes.push(format!("{name}: no export: add an [[export]] section with device and socket-path"));
+        mistakes.push(Mistake { file: name.to_owned(), line: None, fault: FileFault::NoExport });
     }
     let mut exports: Vec<ExportSection> = sections.into_iter().map(ExportSection::read).collect();
     let drives = read_drives(source, drives, &mut exports, &mut mistakes);
@@ -69,7 +77,7 @@ struct ExportSection {
     socket: Option<PathBuf>,
     /// If every value makes sense.
     settings: Option<ExportSettings>,
-    mistakes: Vec<String>,
+    mistakes: Vec<Mistake>,
 }
 
 impl ExportSection {
@@ -87,7 +95,7 @@ impl ExportSection {
         let read_only = section.take::<bool>("read-only");
         let serial = section.take::<Serial>("serial");
         let mut mistakes = section.finish();
-        mistakes.extend(wrong_path.map(|why| source.tell(line, &why.to_string())));
+        mistakes.extend(wrong_path.map(|fault| source.tell(line, fault)));
         let settings = device.zip(socket.clone()).map(|(device, socket)| ExportSettings {
             device,
             listen: Listen::Path(socket),
@@ -98,8 +106,8 @@ impl ExportSection {
             read_only: read_only.unwrap_or_default(),
             serial,
         });
-        if let Some(why) = settings.as_ref().filter(|_| mistakes.is_empty()).and_then(ExportSettings::mistake) {
-            mistakes.push(source.tell(source.line(place), &why.to_string()));
+        if let Some(fault) = settings.as_ref().filter(|_| mistakes.is_empty()).and_then(ExportSettings::mistake) {
+            mistakes.push(source.tell(source.line(place), fault));
         }
         ExportSection { line, socket, settings, mistakes }
     }
@@ -110,7 +118,7 @@ fn read_drives(
     source: Source,
     sections: Vec<Section>,
     exports: &mut [ExportSection],
-    mistakes: &mut Vec<String>,
+    mistakes: &mut Vec<Mistake>,
 ) -> Vec<DriveSettings> {
     let mut drives: Vec<(usize, DriveSettings)> = Vec::new();
     for mut section in sections {
@@ -119,8 +127,7 @@ fn read_drives(
         let device = section.required::<DeviceAddress>("device");
         let twice = drives.iter().find(|(_, other)| Some(&other.device) == device.as_ref());
         if let Some((earlier, other)) = twice {
-            let why = format!("the drive {} has two sections (see line {earlier}): write one", other.device);
-            section.wrong(place, &why);
+            section.wrong(place, FileFault::TwoDriveSections { drive: other.device.clone(), earlier: *earlier });
         }
         let sgl = section.take::<bool>("sgl");
         let discard = section.take::<bool>("discard");
@@ -139,8 +146,8 @@ fn read_drives(
             (true, _) => {}
             (false, None) => mistakes.extend(wrong),
             (false, Some((first, others))) => {
-                let why = format!("the section of its drive makes no sense (see line {line})");
-                others.iter_mut().for_each(|export| export.mistakes.push(source.tell(export.line, &why)));
+                let fault = FileFault::DriveSection { line };
+                others.iter_mut().for_each(|export| export.mistakes.push(source.tell(export.line, fault.clone())));
                 first.mistakes.extend(wrong);
                 continue;
             }
@@ -175,13 +182,9 @@ fn find_common_sockets(source: Source, exports: &mut [ExportSection]) {
         for index in indexes {
             let others: Vec<String> =
                 indexes.iter().filter(|other| *other != index).map(|other| exports[*other].line.to_string()).collect();
-            let why = format!(
-                "two exports use the socket {} (see line {}), so neither is served: give each its own",
-                socket.display(),
-                others.join(" and line ")
-            );
+            let fault = FileFault::SharedSocket { socket: socket.clone(), others: others.join(" and line ") };
             let line = exports[*index].line;
-            exports[*index].mistakes.push(source.tell(line, &why));
+            exports[*index].mistakes.push(source.tell(line, fault));
         }
     }
 }
@@ -194,11 +197,8 @@ fn find_common_files(source: Source, exports: &mut [ExportSection]) {
         for file in device.files() {
             let user = users.entry(file.clone()).or_insert_with(|| device.clone());
             if *user != device {
-                let why = format!(
-                    "{device} uses the file {}, and so does {user}: use one address for both, or two files",
-                    file.display()
-                );
-                export.mistakes.push(source.tell(export.line, &why));
+                let fault = FileFault::SharedFile { drive: device.clone(), other: user.clone(), file: file.clone() };
+                export.mistakes.push(source.tell(export.line, fault));
                 break;
             }
         }
@@ -217,14 +217,8 @@ impl Source<'_> {
         self.text.as_bytes()[..place.start.min(self.text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
     }
 
-    fn tell(&self, line: usize, why: &str) -> String {
-        // The parser's message may go over several lines.
-        let why = why.split_whitespace().collect::<Vec<_>>().join(" ");
-        format!("{}, line {line}: {why}", self.name)
-    }
-
-    fn error(&self, error: &toml::de::Error, place: Range<usize>) -> String {
-        self.tell(self.line(error.span().unwrap_or(place)), error.message())
+    fn tell(&self, line: usize, fault: impl Into<FileFault>) -> Mistake {
+        Mistake { file: self.name.to_owned(), line: Some(line), fault: fault.into() }
     }
 }
 
@@ -236,7 +230,7 @@ struct Section<'a> {
     left: DeTable<'a>,
     known: Vec<&'static str>,
     /// Each with its place.
-    mistakes: Vec<(usize, String)>,
+    mistakes: Vec<(usize, Mistake)>,
 }
 
 impl<'a> Section<'a> {
@@ -244,8 +238,9 @@ impl<'a> Section<'a> {
         Section { source, span, left: table, known: Vec::new(), mistakes: Vec::new() }
     }
 
-    fn wrong(&mut self, place: Range<usize>, why: &str) {
-        self.mistakes.push((place.start, self.source.tell(self.source.line(place), why)));
+    fn wrong(&mut self, place: Range<usize>, fault: impl Into<FileFault>) {
+        let mistake = self.source.tell(self.source.line(place.clone()), fault);
+        self.mistakes.push((place.start, mistake));
     }
 
     /// Where the value of a key stands; without one: the section.
@@ -255,35 +250,30 @@ impl<'a> Section<'a> {
 
     /// The value of a key, if it is there and makes sense.
     fn take<T: Deserialize<'a>>(&mut self, key: &'static str) -> Option<T> {
-        self.checked(key, Ok)
+        self.checked(key, Ok::<T, ValueError>)
     }
 
-    /// The same, of a key that has to be there.
+    /// The value of a key that has to be there, if it makes sense.
     fn required<T: Deserialize<'a>>(&mut self, key: &'static str) -> Option<T> {
         if !self.left.contains_key(key) {
-            self.wrong(self.span.clone(), &format!("missing field `{key}`"));
+            self.wrong(self.span.clone(), FileFault::Missing(key));
         }
         self.take(key)
     }
 
-    /// The same, with a rule for the value.
+    /// The value of a key, if it is there, makes sense and keeps its rule.
     fn checked<N: Deserialize<'a>, T>(
         &mut self,
         key: &'static str,
-        check: impl FnOnce(N) -> Result<T, String>,
+        check: impl FnOnce(N) -> Result<T, ValueError>,
     ) -> Option<T> {
         self.known.push(key);
         let value = self.left.remove(key)?;
         let place = value.span();
-        let wrong = match N::deserialize(value.into_deserializer()) {
-            Ok(value) => match check(value) {
-                Ok(value) => return Some(value),
-                Err(why) => why,
-            },
-            Err(error) => error.message().to_owned(),
-        };
-        self.wrong(place, &wrong);
-        None
+        let value = N::deserialize(value.into_deserializer())
+            .map_err(|error| FileFault::Type(error.message().to_owned()))
+            .and_then(|value| check(value).map_err(FileFault::Value));
+        value.map_err(|fault| self.wrong(place, fault)).ok()
     }
 
     /// The sections in an array of tables.
@@ -291,7 +281,7 @@ impl<'a> Section<'a> {
         self.known.push(key);
         let Some(value) = self.left.remove(key) else { return Vec::new() };
         let place = value.span();
-        let wrong = |this: &mut Self, place| this.wrong(place, &format!("{key} is no section: write [[{key}]]"));
+        let wrong = |this: &mut Self, place| this.wrong(place, FileFault::NoSection(key));
         let DeValue::Array(values) = value.into_inner() else {
             wrong(self, place);
             return Vec::new();
@@ -308,13 +298,13 @@ impl<'a> Section<'a> {
     }
 
     /// What is wrong with it, in the order of the file. A key that is left is not known.
-    fn finish(mut self) -> Vec<String> {
+    fn finish(mut self) -> Vec<Mistake> {
         let expected = self.known.iter().map(|key| format!("`{key}`")).collect::<Vec<_>>().join(", ");
         for (key, _) in std::mem::take(&mut self.left) {
-            let why = format!("unknown field `{}`, expected one of {expected}", key.get_ref());
-            self.wrong(key.span(), &why);
+            let fault = FileFault::Unknown { key: key.get_ref().to_string(), expected: expected.clone() };
+            self.wrong(key.span(), fault);
         }
-        self.mistakes.sort();
-        self.mistakes.into_iter().map(|(_, why)| why).collect()
+        self.mistakes.sort_by_cached_key(|(place, mistake)| (*place, mistake.to_string()));
+        self.mistakes.into_iter().map(|(_, mistake)| mistake).collect()
     }
 }

@@ -1,6 +1,9 @@
 //! What to serve: from the command line or from a TOML file, checked before anything is opened.
+//!
+//! This module owns the rules for every value, and what a configuration means. It opens nothing but the file itself.
 
 mod drives;
+mod error;
 mod file;
 #[cfg(test)]
 mod tests;
@@ -15,14 +18,15 @@ pub use crate::vhost_user::listener::Listen;
 use crate::virtio::memory::Limits;
 
 pub use drives::DriveSettings;
+pub use error::{ConfigError, FileFault, HOW_TO_SERVE, Mistake, ValueError};
 pub use file::load;
 pub use values::{
-    CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, hold, io_timeout, namespace, queue_pairs,
-    queue_size, queues,
+    CpuList, CpuListError, CpuListFault, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, guest_memory,
+    guest_regions, hold, io_timeout, namespace, queue_pairs, queue_size, queues,
 };
 
 /// What a run of the program is told to do: what makes sense of it, and what does not.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Configuration {
     /// What can be served.
     pub settings: Settings,
@@ -31,19 +35,19 @@ pub struct Configuration {
 }
 
 impl Configuration {
-    /// What is wrong with the exports that are refused, in one line each.
-    pub fn mistakes(&self) -> impl Iterator<Item = &str> {
-        self.refused.iter().flat_map(|refused| &refused.mistakes).map(String::as_str)
+    /// What is wrong with the exports that are refused.
+    pub fn mistakes(&self) -> impl Iterator<Item = &Mistake> {
+        self.refused.iter().flat_map(|refused| &refused.mistakes)
     }
 }
 
 /// An export that makes no sense. It is not served; others are.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RefusedExport {
     /// Its socket, if it says one.
     pub socket: Option<PathBuf>,
-    /// What is wrong with it; at least one thing, each in one line.
-    pub mistakes: Vec<String>,
+    /// What is wrong with it; at least one thing.
+    pub mistakes: Vec<Mistake>,
 }
 
 /// Everything one run of the program serves.

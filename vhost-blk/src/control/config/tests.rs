@@ -4,7 +4,7 @@ use nvme_driver::Options;
 
 use super::*;
 
-fn parse(text: &str, name: &str) -> Result<Settings, Vec<String>> {
+fn parse(text: &str, name: &str) -> Result<Settings, Vec<Mistake>> {
     let Configuration { settings, refused } = file::parse(text, name)?;
     assert_eq!(refused, []);
     Ok(settings)
@@ -14,6 +14,7 @@ fn parse(text: &str, name: &str) -> Result<Settings, Vec<String>> {
 #[track_caller]
 fn errors(text: &str) -> Vec<String> {
     let errors = file::parse(text, "c.toml").expect_err("the file is wrong");
+    let errors: Vec<String> = errors.iter().map(Mistake::to_string).collect();
     assert!(errors.iter().all(|error| !error.contains('\n')), "one line each: {errors:?}");
     errors
 }
@@ -173,7 +174,8 @@ fn a_file_without_exports_is_wrong() {
 fn split(text: &str) -> (Vec<Vec<String>>, Vec<String>) {
     let Configuration { settings, refused } = file::parse(text, "c.toml").unwrap();
     let sockets = settings.exports.iter().map(|export| export.listen.to_string()).collect();
-    (refused.into_iter().map(|refused| refused.mistakes).collect(), sockets)
+    let lines = |refused: RefusedExport| refused.mistakes.iter().map(Mistake::to_string).collect();
+    (refused.into_iter().map(lines).collect(), sockets)
 }
 
 #[test]
@@ -280,7 +282,7 @@ fn a_namespace_of_two_exports_is_told_unless_nobody_writes() {
 
 #[test]
 fn a_missing_file_is_named() {
-    let error = load(Path::new("/nowhere/c.toml")).unwrap_err();
+    let error = load(Path::new("/nowhere/c.toml")).unwrap_err().lines();
     assert_eq!(error, ["cannot read the configuration file /nowhere/c.toml: No such file or directory (os error 2)"]);
 }
 
@@ -296,7 +298,7 @@ fn cpu_lists() {
         ("99999", "\"99999\" is not a CPU number"),
         ("1,0-2", "CPU 1 is there twice"),
     ] {
-        let error = text.parse::<CpuList>().unwrap_err();
+        let error = text.parse::<CpuList>().unwrap_err().to_string();
         assert_eq!(error, format!("CPU list \"{text}\": {why}; use numbers and ranges such as 2,4-7"));
     }
 }

@@ -20,7 +20,7 @@ impl Unserved {
     pub(super) fn new(refused: &[RefusedExport], unwanted: Vec<Handed>) -> Unserved {
         let (mut reasons, mut sockets) = (Vec::new(), Vec::new());
         for RefusedExport { socket, mistakes } in refused {
-            let why = mistakes.join("; ");
+            let why = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
             let socket = socket.as_ref().map_or_else(|| "its socket".into(), |socket| socket.display().to_string());
             log::error!("{why}; there is no disk on {socket} until that is mended and the program is started again");
             reasons.push(why);
