@@ -8,5 +8,6 @@ pub mod front_end_queue;
 pub mod listener;
 mod server;
 pub mod session;
+pub mod write_cache;
 
 pub use server::{Server, ServerError};

@@ -5,17 +5,33 @@
 
 mod settings;
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
-use crate::blk::config;
+use thiserror::Error;
 
-use super::front_end_queue::FrontEndQueue;
+use crate::blk::config::{self, BlockConfig};
+use crate::blk::disk::{Disk, FlushPromise};
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::datapath::worker::RingWorkers;
-use crate::drive::{self, Drive, ExportedNamespace, Lease, Share};
+use crate::drive::{self, Drive, ExportedNamespace, Known, Lease, Share};
 use crate::log_limit::LogLimit;
-use crate::virtio::memory::{Account, Budget};
+use crate::vhost_user::front_end_queue::FrontEndQueue;
+use crate::vhost_user::write_cache::{KnownMode, WriteCacheMode};
+use crate::virtio::memory::{Account, Budget, DmaScope};
 pub use settings::{ExportMistake, ExportSettings};
+
+/// The cache of a drive cannot be flushed.
+#[derive(Debug, Error)]
+pub enum FlushError {
+    /// What was written before is lost: no flush can make it durable.
+    #[error("the drive has lost writes that were not flushed")]
+    Lost,
+    /// The drive does not flush.
+    #[error(transparent)]
+    Drive(#[from] drive::Error),
+}
 
 /// What the sessions of one export have in common.
 pub struct Export {
@@ -39,9 +55,8 @@ pub struct Export {
     pub queue_size: u16,
     /// Feature bits offered.
     pub features: u64,
-    /// The mode of the write cache as its front-ends know it, true for write-back; `None`: this process has not served any yet.
-    /// It outlives sessions: a front-end that comes again shows its guest the mode that was set, and does not set it again.
-    mode: Mutex<Option<bool>>,
+    /// The mode of the write cache as its front-ends know it.
+    pub(super) write_cache: Arc<KnownMode>,
     /// The order of its front-ends.
     pub front_ends: Arc<FrontEndQueue>,
     workers: RingWorkers,
@@ -78,7 +93,7 @@ impl Export {
         Ok(Export {
             name: settings.listen.to_string(),
             features: config::features(&known, read_only),
-            mode: Mutex::new(None),
+            write_cache: Arc::default(),
             front_ends: Arc::default(),
             share: drive.share(settings.listen.to_string(), settings.queue_pairs),
             drive,
@@ -94,14 +109,64 @@ impl Export {
         })
     }
 
-    /// See the field.
-    pub fn mode(&self) -> Option<bool> {
-        *self.mode.lock().unwrap_or_else(PoisonError::into_inner)
+    /// What is known of the namespace now.
+    pub fn known(&self) -> Known {
+        self.namespace.known()
     }
 
-    /// See the field.
-    pub fn set_mode(&self, writeback: bool) {
-        *self.mode.lock().unwrap_or_else(PoisonError::into_inner) = Some(writeback);
+    /// The features that are offered now, as bits. More are accepted: a front-end that has lost its connection comes with those that
+    /// its guest knows.
+    pub fn offered(&self) -> u64 {
+        self.features & !self.namespace.refused.features()
+    }
+
+    /// Whether a driver may change the mode of the write cache.
+    pub fn can_choose_mode(&self) -> bool {
+        self.features & config::F_CONFIG_WCE != 0
+    }
+
+    /// The configuration space for a driver that has accepted `features`.
+    pub fn config(&self, known: &Known, features: u64, mode: WriteCacheMode) -> BlockConfig {
+        config::config(&known.namespace, self.offered() | features, self.queues, mode.is_writeback())
+    }
+
+    /// What lanes have to know of the disk, for a driver that has accepted `features`. `writeback`: the mode of the write cache.
+    pub fn disk(&self, known: &Known, features: u64, writeback: Arc<AtomicBool>) -> Disk {
+        Disk {
+            namespace: known.usable(),
+            offer: known.offer,
+            read_only: self.read_only || known.namespace.read_only,
+            serial: self.serial,
+            features,
+            writeback,
+            flushes: self.namespace.flushes.clone(),
+            refused: self.namespace.refused.clone(),
+        }
+    }
+
+    /// What flushes of the disk have promised, to whatever front-end.
+    pub fn flushes(&self) -> &FlushPromise {
+        &self.namespace.flushes
+    }
+
+    /// Makes durable what was answered so far.
+    ///
+    /// # Errors
+    /// It is lost: then the guest's next flush has to say so, whatever is said here. Or the drive does not flush.
+    pub fn flush(&self) -> Result<(), FlushError> {
+        let number = self.flushes().begin_own().ok_or(FlushError::Lost)?;
+        self.drive.flush(self.namespace.id)?;
+        if self.flushes().succeed(number) { Ok(()) } else { Err(FlushError::Lost) }
+    }
+
+    /// Who can reach the guests' memory: the drive, if it is there.
+    pub fn dma_scope(&self) -> &DmaScope {
+        self.drive.memory()
+    }
+
+    /// How long requests wait for the drive when it is away.
+    pub fn hold(&self) -> Duration {
+        self.drive.hold()
     }
 
     /// A place for a ring's lane.

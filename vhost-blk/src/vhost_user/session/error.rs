@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::datapath::worker::WorkerError;
 use crate::drive;
+use crate::vhost_user::export::FlushError;
 use crate::virtio::memory::{MemoryError, RegionDescription};
 use crate::virtio::ring::{InflightError, RingError};
 
@@ -133,17 +134,6 @@ pub enum SessionError {
     /// A worker does not take the new memory of its rings.
     #[error(transparent)]
     Worker(#[from] WorkerError),
-}
-
-/// The cache of a drive cannot be flushed.
-#[derive(Debug, Error)]
-pub enum FlushError {
-    /// What was written before is lost: no flush can make it durable.
-    #[error("the drive has lost writes that were not flushed")]
-    Lost,
-    /// The drive does not flush.
-    #[error(transparent)]
-    Drive(#[from] drive::Error),
 }
 
 /// The front-end cannot be told that the configuration space has changed.

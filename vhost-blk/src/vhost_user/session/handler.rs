@@ -5,7 +5,6 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering;
 
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
@@ -16,13 +15,13 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result as Reply, VhostUserBackendReqHandlerMut};
 
 use super::connection::ConnectionHandler;
-use super::error::{FlushError, MemoryLoss, SessionError};
+use super::error::{MemoryLoss, SessionError};
 use super::vring::{Addresses, Notifier, RingState};
 use super::{RING_FEATURES, Session};
 use crate::blk::config;
 use crate::datapath::stop_policy::StopPolicy;
 use crate::event::is_eventfd;
-use crate::vhost_user::export::Export;
+use crate::vhost_user::write_cache::WriteCacheMode;
 use crate::virtio::memory::RegionDescription;
 use crate::virtio::ring::InflightMemory;
 
@@ -192,7 +191,7 @@ impl Session {
 
     fn try_set_mem_table(&mut self, regions: &[VhostUserMemoryRegion], files: Vec<File>) -> Result<(), SessionError> {
         let regions = regions.iter().map(description).zip(files).collect();
-        let memory = self.memory.replaced(self.export.drive.memory(), regions).map_err(SessionError::Memory)?;
+        let memory = self.memory.replaced(self.export.dma_scope(), regions).map_err(SessionError::Memory)?;
         self.memory_before = None;
         self.set_memory(memory)
     }
@@ -205,7 +204,7 @@ impl Session {
             None => (&*self.memory, &*self.memory),
         };
         let memory = table
-            .with_region_like(earlier, self.export.drive.memory(), description(region), file)
+            .with_region_like(earlier, self.export.dma_scope(), description(region), file)
             .map_err(SessionError::Memory)?;
         self.memory_before.iter_mut().for_each(|before| before.replaced = true);
         self.set_memory(memory)
@@ -218,18 +217,18 @@ impl Session {
     }
 
     fn try_set_config(&mut self, offset: u32, data: &[u8]) -> Result<(), SessionError> {
-        if self.export.features & config::F_CONFIG_WCE == 0 {
+        if !self.export.can_choose_mode() {
             return Err(SessionError::FixedMode);
         }
         let writeback = config::written_mode(&self.config(), offset, data).map_err(SessionError::Config)?;
-        let before = self.disk.writeback.swap(writeback, Ordering::Relaxed);
+        let mode = WriteCacheMode::from_writeback(writeback);
         if !self.standing.serves {
-            self.standing.mode_chosen = true;
+            self.write_cache.choose_for_turn(mode);
             self.note_choice();
             return Ok(());
         }
-        let done = if before && !writeback { self.write_through() } else { Ok(()) };
-        self.keep_mode();
+        let done = if self.write_cache.choose(mode) { self.write_through() } else { Ok(()) };
+        self.write_cache.keep();
         done
     }
 
@@ -238,16 +237,15 @@ impl Session {
     pub(super) fn write_through(&mut self) -> Result<(), SessionError> {
         let export = self.export.clone();
         // The queue pair of a ring will do if the controller has no other left.
-        let flush = || flush(&export);
-        let Err(first) = flush() else { return Ok(()) };
+        let Err(first) = export.flush() else { return Ok(()) };
         let paused = self.pause_all();
         let places: Vec<usize> = paused.into_iter().map(|(index, _lease)| index).collect();
-        let flushed = flush();
+        let flushed = export.flush();
         self.rings.iter_mut().for_each(RingState::changed);
         let started = self.settle();
         log::debug!("{}: rings {places:?} were stopped for a flush: {first}", export.name);
         if flushed.is_err() {
-            self.disk.writeback.store(true, Ordering::Relaxed);
+            self.write_cache.stay_writeback();
         }
         flushed.map_err(SessionError::WriteThrough).and(started)
     }
@@ -273,6 +271,7 @@ impl Session {
             return Err(SessionError::LogOfRunningRings);
         }
         let memory = InflightMemory::from_file(file, told.mmap_offset, told.mmap_size, told.num_queues)?;
+        self.write_cache.set_note(memory.note().cloned());
         self.inflight = Some(memory);
         self.standing.log_to_clear = false;
         match self.standing.serves {
@@ -299,14 +298,6 @@ impl Session {
         // read it). Front-ends go on showing the guest what it chose before, QEMU among them, and tell us of changes only.
         Ok(())
     }
-}
-
-/// Makes durable what was answered so far, if it is not lost: then the guest's next flush has to say so, whatever is said here.
-fn flush(export: &Export) -> Result<(), FlushError> {
-    let flushes = &export.namespace.flushes;
-    let number = flushes.begin_own().ok_or(FlushError::Lost)?;
-    export.drive.flush(export.namespace.id)?;
-    if flushes.succeed(number) { Ok(()) } else { Err(FlushError::Lost) }
 }
 
 fn duplicate(notifier: &Notifier) -> Result<Option<File>, SessionError> {
@@ -351,7 +342,7 @@ impl VhostUserBackendReqHandlerMut for Session {
     }
 
     fn get_features(&mut self) -> Reply<u64> {
-        Ok(self.offered())
+        Ok(self.export.offered())
     }
 
     fn set_features(&mut self, features: u64) -> Reply<()> {

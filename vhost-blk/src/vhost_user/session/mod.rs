@@ -1,9 +1,12 @@
 //! One front-end's session: what it negotiated, its memory and its rings (the vhost-user protocol, back-end side).
 //!
-//! A ring *is wanted* when the front-end has said all there is to say about it (`ring_state`); it *runs* when, besides,
+//! A ring *is wanted* when the front-end has said all there is to say about it (`vring`); it *runs* when, besides,
 //! its addresses lie in memory that has arrived. Every message only changes what is wanted, and `Session::settle`
 //! starts what can run, so the order of the messages does not matter. Nothing runs before it is the front-end's turn
 //! (`turn`).
+//!
+//! A session owns what one front-end has said, and the lanes of its rings, which it moves to workers and back. It knows its disk by
+//! the [`Export`] only, and never looks at a request.
 
 pub mod connection;
 mod error;
@@ -14,7 +17,6 @@ mod vring;
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use crate::blk::config::{self, BlockConfig};
@@ -25,9 +27,10 @@ use crate::datapath::worker::LaneHandle;
 use crate::drive::{Known, Lease};
 use crate::log_limit::Kind;
 use crate::vhost_user::export::Export;
+use crate::vhost_user::write_cache::WriteCache;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{InflightError, InflightMemory, Ring, RingSetup};
-pub use error::{ConnectionError, FlushError, MemoryLoss, Refusal, SessionError};
+pub use error::{ConnectionError, MemoryLoss, Refusal, SessionError};
 use resize::BackChannel;
 use turn::{MemoryBefore, Standing};
 use vring::{Addresses, RingState};
@@ -45,6 +48,8 @@ pub struct Session {
     export: Arc<Export>,
     memory: Arc<GuestMemory>,
     disk: Arc<Disk>,
+    /// The mode of the write cache, which the disk and its lanes share.
+    write_cache: WriteCache,
     /// The namespace, as lanes and front-end were told.
     known: Known,
     /// SET_FEATURES; 0 before.
@@ -75,11 +80,11 @@ const RING_FEATURES: u64 = config::F_RING_PACKED | config::F_EVENT_IDX | config:
 impl Session {
     /// A session that has not heard anything yet, and whose turn it is not.
     pub fn new(export: Arc<Export>) -> Session {
-        // Without a cache in the drive every write is written through; the driver may ask for the same.
-        let known = export.namespace.known();
-        let writeback = export.mode().unwrap_or(known.namespace.volatile_write_cache);
+        let known = export.known();
+        let write_cache = WriteCache::new(export.write_cache.clone(), known.namespace.volatile_write_cache);
         Session {
-            disk: Arc::new(disk(&export, &known, 0, writeback)),
+            disk: Arc::new(export.disk(&known, 0, write_cache.for_lanes())),
+            write_cache,
             memory: Arc::new(GuestMemory::of(export.account.clone())),
             features: 0,
             protocol_features: 0,
@@ -102,33 +107,23 @@ impl Session {
         self.features & config::F_PROTOCOL_FEATURES == 0
     }
 
-    /// The features that are offered now, as bits. More are accepted: a front-end that has lost its connection comes with those that
-    /// its guest knows.
-    fn offered(&self) -> u64 {
-        self.export.features & !self.export.namespace.refused.features()
-    }
-
     /// The configuration space as the driver sees it now.
     fn config(&self) -> BlockConfig {
-        let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        let features = self.offered() | self.features;
-        config::config(&self.known.namespace, features, self.export.queues, writeback)
+        self.export.config(&self.known, self.features, self.write_cache.mode())
     }
 
     /// A new disk for new features; running lanes keep theirs.
     fn negotiate(&mut self, features: u64) {
-        let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        self.disk = Arc::new(disk(&self.export, &self.known, features, writeback));
+        self.disk = Arc::new(self.export.disk(&self.known, features, self.write_cache.for_lanes()));
         self.features = features;
     }
 
     /// Another process has served the guest until now, and left no word of what this one has to know.
     fn take_over(&mut self) {
-        self.export.namespace.flushes.taken_over();
-        // Which mode it has chosen is unknown, too. A guest that believes in write-through does not flush; one that believes in
-        // write-back loses some speed.
-        if self.export.features & config::F_CONFIG_WCE != 0
-            && self.disk.writeback.swap(false, Ordering::Relaxed)
+        self.export.flushes().taken_over();
+        // Which mode it has chosen is unknown, too.
+        if self.export.can_choose_mode()
+            && self.write_cache.distrust()
             && let Some(more) = self.export.log.admit(Kind::Ring)
         {
             log::info!(
@@ -137,23 +132,7 @@ impl Session {
                 self.export.name
             );
         }
-        self.keep_mode();
-    }
-
-    /// Keeps the mode of the write cache for sessions to come, of this process and of others.
-    fn keep_mode(&self) {
-        let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        self.export.set_mode(writeback);
-        if let Some(note) = self.inflight.as_ref().and_then(InflightMemory::note) {
-            note.set_mode(writeback);
-        }
-    }
-
-    /// The same, if any session of this process has come to know it.
-    fn keep_known_mode(&self) {
-        if self.export.mode().is_some() {
-            self.keep_mode();
-        }
+        self.write_cache.keep();
     }
 
     /// Starts, in its turn, every ring that is wanted, lies in known memory and does not run yet; stops those no longer wanted.
@@ -215,9 +194,9 @@ impl Session {
         let duplicate = |purpose, file: std::io::Result<_>| {
             file.map_err(|source| SessionError::RingDescriptor { ring: index, purpose, source })
         };
-        if self.export.mode().is_none() {
+        if !self.write_cache.is_known() {
             match setup.begins_anew() {
-                true => self.keep_mode(),
+                true => self.write_cache.keep(),
                 false => self.take_over(),
             }
         }
@@ -232,7 +211,7 @@ impl Session {
             error: duplicate("error", state.error.try_clone())?,
             counters: self.export.counters(index),
             log: self.export.log.clone(),
-            hold: self.export.drive.hold(),
+            hold: self.export.hold(),
         });
         let lease = match lease {
             Some(lease) => lease,
@@ -336,20 +315,7 @@ impl Drop for Session {
         let running: Vec<usize> = self.running.keys().copied().collect();
         self.pause_these(&running, StopPolicy::LeaveInLog);
         if self.standing.serves {
-            self.export.namespace.flushes.detach();
+            self.export.flushes().detach();
         }
-    }
-}
-
-fn disk(export: &Export, known: &Known, features: u64, writeback: bool) -> Disk {
-    Disk {
-        namespace: known.usable(),
-        offer: known.offer,
-        read_only: export.read_only || known.namespace.read_only,
-        serial: export.serial,
-        features,
-        writeback: Arc::new(AtomicBool::new(writeback)),
-        flushes: export.namespace.flushes.clone(),
-        refused: export.namespace.refused.clone(),
     }
 }

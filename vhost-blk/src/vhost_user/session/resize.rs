@@ -56,7 +56,7 @@ impl BackChannel {
 impl Session {
     /// Takes over what has become of the namespace since the last time.
     pub(super) fn take_news(&mut self) {
-        let known = self.export.namespace.known();
+        let known = self.export.known();
         if known == self.known {
             return;
         }

@@ -5,7 +5,6 @@
 //! the log of requests in flight, which may be the same memory) before the other one is gone and drained.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::vring::RingState;
 use super::{Session, SessionError};
@@ -18,8 +17,6 @@ use crate::virtio::ring::InflightMemory;
 pub(super) struct Standing {
     /// It is this session's turn.
     pub serves: bool,
-    /// SET_CONFIG has come, and waits for the turn.
-    pub mode_chosen: bool,
     /// RESET_DEVICE has come since the log did, and waits for the turn.
     pub log_to_clear: bool,
 }
@@ -48,7 +45,7 @@ impl Session {
 
     /// Whether something waits for the turn that has to outlive the session.
     pub fn leaves_a_choice(&self) -> bool {
-        self.standing.mode_chosen
+        self.write_cache.has_waiting_choice()
     }
 
     /// The turn has come when the front-end was gone: what it chose is kept for those to come.
@@ -57,44 +54,29 @@ impl Session {
         self.settle_mode()
     }
 
-    /// A guest that has chosen write-through counts on it, even if this process dies before its turn. A log that is in use may
-    /// be another session's until then.
+    /// Notes a choice that waits for the turn where the next process finds it. A log that is in use may be another session's.
     pub(super) fn note_choice(&self) {
-        let writeback = self.disk.writeback.load(Ordering::Relaxed);
-        let memory = self.inflight.as_ref().filter(|memory| !memory.in_use());
-        if let Some(note) = memory.and_then(InflightMemory::note)
-            && self.standing.mode_chosen
-            && !writeback
-        {
-            note.set_mode(false);
+        if self.inflight.as_ref().is_some_and(|memory| !memory.in_use()) {
+            self.write_cache.note_waiting_choice();
         }
     }
 
     /// The mode of the write cache that this session has come to believe in meets the one that was left behind.
     fn settle_mode(&mut self) -> Result<(), SessionError> {
-        let left = self.export.mode();
-        if std::mem::take(&mut self.standing.mode_chosen) {
-            let writeback = self.disk.writeback.load(Ordering::Relaxed);
-            let done = if writeback || left == Some(false) { Ok(()) } else { self.write_through() };
-            // The choice was accepted: whatever becomes of earlier writes, those from here on are as it says.
-            self.disk.writeback.store(writeback, Ordering::Relaxed);
-            self.keep_mode();
-            return done;
+        if !self.write_cache.begin_turn() {
+            return Ok(());
         }
-        // The stricter one: a guest that was shown write-through does not flush.
-        if let Some(left) = left {
-            self.disk.writeback.fetch_and(left, Ordering::Relaxed);
-            self.keep_mode();
-        }
-        Ok(())
+        let done = self.write_through();
+        self.write_cache.insist();
+        done
     }
 
     /// Takes over what the log says of earlier sessions, and has it say more from now on.
     pub(super) fn adopt_log(&mut self) {
         let Some(memory) = &self.inflight else { return };
         let in_use = memory.in_use();
-        let mode = memory.note().and_then(|note| note.mode());
-        let flushes = &self.export.namespace.flushes;
+        let noted = self.write_cache.noted();
+        let flushes = self.export.flushes();
         match memory.note() {
             Some(note) if flushes.attach(note) => {
                 if let Some(more) = self.export.log.admit(Kind::Drive) {
@@ -111,14 +93,11 @@ impl Session {
         if !in_use && !self.served {
             flushes.forget_loss();
         }
-        match mode {
-            Some(writeback) => {
-                // The stricter one, should this session know another.
-                self.disk.writeback.fetch_and(writeback, Ordering::Relaxed);
-                self.keep_mode();
-            }
-            None if in_use && self.export.mode().is_none() => self.take_over(),
-            None => self.keep_known_mode(),
+        match noted {
+            Some(mode) => self.write_cache.adopt(mode),
+            None if self.write_cache.is_known() => self.write_cache.keep(),
+            None if in_use => self.take_over(),
+            None => {}
         }
     }
 
@@ -140,8 +119,10 @@ impl Session {
         let enabled = self.enabled_from_start();
         self.rings.iter_mut().for_each(|ring| ring.reset(enabled));
         self.standing = Standing { serves: self.standing.serves, ..Standing::default() };
+        self.write_cache.forget_choice();
+        self.write_cache.set_note(None);
         if self.inflight.take().is_some() && self.standing.serves {
-            self.export.namespace.flushes.detach();
+            self.export.flushes().detach();
         }
         self.memory_before = Some(MemoryBefore { memory: self.memory.clone(), replaced: false });
     }
