@@ -45,7 +45,7 @@ fn main() -> ExitCode {
 /// The exit status of a command line or a configuration that makes no sense; the service manager does not try it again.
 const WRONG_USAGE: u8 = 2;
 
-fn run(cli: Cli) -> Result<(), Failure> {
+fn run(cli: Cli) -> Result<(), ProgramError> {
     let args = match cli {
         #[cfg(feature = "demo")]
         Cli { command: Some(Command::Demo(args)), .. } => return Ok(vhost_blk::control::demo::run(args)?),
@@ -64,13 +64,13 @@ fn run(cli: Cli) -> Result<(), Failure> {
     let refused: Vec<String> = configuration.mistakes().map(ToString::to_string).collect();
     match refused.is_empty() && findings.mistakes.is_empty() {
         true => Ok(()),
-        false => Err(Failure::Checked { refused, machine: findings.mistakes }),
+        false => Err(ProgramError::Checked { refused, machine: findings.mistakes }),
     }
 }
 
 /// What the program ends with, other than success.
 #[derive(Debug, thiserror::Error)]
-enum Failure {
+enum ProgramError {
     /// The command line or the configuration file makes no sense.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -98,12 +98,12 @@ enum Failure {
     Demo(#[from] vhost_blk::control::demo::DemoError),
 }
 
-impl Failure {
+impl ProgramError {
     /// What is told of it, a line each.
     fn lines(&self) -> Vec<String> {
         match self {
-            Failure::Config(error) => error.lines(),
-            Failure::Checked { refused, machine } => [refused.as_slice(), machine].concat(),
+            ProgramError::Config(error) => error.lines(),
+            ProgramError::Checked { refused, machine } => [refused.as_slice(), machine].concat(),
             failure => vec![failure.to_string()],
         }
     }
@@ -111,8 +111,8 @@ impl Failure {
     /// The program's exit status.
     fn status(&self) -> u8 {
         match self {
-            Failure::Config(_) => WRONG_USAGE,
-            Failure::Checked { refused, .. } if !refused.is_empty() => WRONG_USAGE,
+            ProgramError::Config(_) => WRONG_USAGE,
+            ProgramError::Checked { refused, .. } if !refused.is_empty() => WRONG_USAGE,
             _ => 1,
         }
     }
@@ -133,23 +133,24 @@ fn start_log(is_journal: bool) {
     log.init();
 }
 
-/// How a configuration is read again.
-const AFRESH: &str = "the configuration is read when the program starts; to have it read again, check it (--check=machine) and \
-                      restart the program, as by systemctl restart vhost-blk: guests that reconnect notice a pause";
+/// How to apply a changed configuration.
+const AFRESH: &str = "the configuration is read only when the program starts; to apply a change, check it (--check=machine) and restart \
+                      the program (systemctl restart vhost-blk): guests that reconnect notice a pause";
 
 /// Serves until a signal ends it, or until no front-end can come any more.
-fn serve(configuration: &Configuration) -> Result<(), Failure> {
+fn serve(configuration: &Configuration) -> Result<(), ProgramError> {
     // Before anything is opened: a signal in between has to find us ready.
-    let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(Failure::Signals)?);
+    let (mut signals, counters) = (Vec::new(), signal(SIGUSR1).map_err(ProgramError::Signals)?);
     // A terminal that is closed, or somebody who wants the configuration read again, must not cost a disk.
-    let (hangup, other) = (signal(SIGHUP).map_err(Failure::Signals)?, signal(SIGUSR2).map_err(Failure::Signals)?);
+    let (hangup, other) =
+        (signal(SIGHUP).map_err(ProgramError::Signals)?, signal(SIGUSR2).map_err(ProgramError::Signals)?);
     let stopping = Arc::new(AtomicBool::new(false));
     for number in [SIGTERM, SIGINT] {
         // The second one ends the program at once, whatever the first one is waiting for.
         signal_hook::flag::register_conditional_shutdown(number, 128 + number, stopping.clone())
-            .map_err(Failure::Signals)?;
-        signal_hook::flag::register(number, stopping.clone()).map_err(Failure::Signals)?;
-        signals.push(signal(number).map_err(Failure::Signals)?);
+            .map_err(ProgramError::Signals)?;
+        signal_hook::flag::register(number, stopping.clone()).map_err(ProgramError::Signals)?;
+        signals.push(signal(number).map_err(ProgramError::Signals)?);
     }
     raise_descriptor_limit();
     // Before there are other threads.
@@ -162,7 +163,7 @@ fn serve(configuration: &Configuration) -> Result<(), Failure> {
         sources.extend(signals.iter().map(|signal| PollFd::new(signal, PollFlags::IN)));
         match poll(&mut sources, None) {
             Err(rustix::io::Errno::INTR) => continue,
-            Err(error) => return Err(Failure::Wait(error)),
+            Err(error) => return Err(ProgramError::Wait(error)),
             Ok(_) => {}
         }
         if !sources[1].revents().is_empty() {

@@ -93,7 +93,7 @@ fn a_drive_that_is_not_there_costs_its_own_disks_only() {
     let _present = lab.plug("present");
     let program = lab.start(&[("absent", "a", ""), ("present", "p", ""), ("absent", "b", "")]);
     check_disk(&lab.path("p"));
-    program.wait_for("until that is mended there is no disk on ");
+    program.wait_for("no disk is served on ");
     let sockets = format!("{}, {}", lab.path("a").display(), lab.path("b").display());
     assert_eq!(program.lines_with(&sockets), 1, "one line names them");
     assert!(!lab.path("a").exists() && !lab.path("b").exists(), "nobody connects where nobody serves");
@@ -102,8 +102,8 @@ fn a_drive_that_is_not_there_costs_its_own_disks_only() {
     check_disk(&lab.path("a"));
     check_disk(&lab.path("b"));
     check_disk(&lab.path("p"));
-    program.wait_for("it is there; its exports are served now");
-    assert_eq!(program.lines_with("there is no disk on"), 1);
+    program.wait_for("the drive is there; its disks are served now");
+    assert_eq!(program.lines_with("no disk is served on"), 1);
     ends_promptly(program);
     assert!(["a", "b", "p"].iter().all(|name| !lab.path(name).exists()));
 }
@@ -112,7 +112,7 @@ fn a_drive_that_is_not_there_costs_its_own_disks_only() {
 fn a_drive_that_came_late_is_looked_after_like_any_other() {
     let lab = Lab::new();
     let program = lab.start(&[("absent", "a", "")]);
-    program.wait_for("there is no disk on");
+    program.wait_for("no disk is served on");
     let drive = lab.plug("absent");
     check_disk(&lab.path("a"));
     let front = Front::connect(&lab.path("a"));
@@ -133,7 +133,7 @@ fn all_drives_are_away_and_the_program_can_be_ended() {
     // Of an earlier run that was killed.
     drop(UnixListener::bind(lab.path("b")).unwrap());
     let program = lab.start(&[("one", "a", ""), ("two", "b", "")]);
-    eventually("both are waited for", || program.lines_with("there is no disk on") == 2);
+    eventually("both are waited for", || program.lines_with("no disk is served on") == 2);
     assert!(!lab.path("a").exists() && !lab.path("b").exists());
     ends_promptly(program);
 }
@@ -154,7 +154,7 @@ fn a_controller_that_never_becomes_ready_costs_its_own_disk_only() {
         early.set_read_timeout(Some(DEADLINE)).unwrap();
         assert!(!matches!(early.read(&mut [0]), Ok(1..)));
     }
-    program.wait_for("there is no disk on");
+    program.wait_for("no disk is served on");
     let (ready, given_up) = (program.position("is ready for a front-end"), program.position("has not come up within"));
     assert!(ready < given_up, "the others are served at once");
     eventually("its socket is gone", || !lab.path("s").exists());
@@ -181,7 +181,7 @@ fn a_controller_that_does_not_come_up_is_tried_less_and_less_often() {
     assert!(!lab.path("s").exists());
     broken.faults().set(FaultPlan::default());
     check_disk(&lab.path("s"));
-    assert_eq!(program.lines_with("there is no disk on"), 1, "it is told once");
+    assert_eq!(program.lines_with("no disk is served on"), 1, "it is told once");
 }
 
 #[test]
@@ -209,7 +209,7 @@ fn nothing_to_serve_and_nothing_to_wait_for_ends_the_program() {
     assert_eq!(program.lines_with("namespace 7 is not active"), 1);
     // A drive that is away may be worth it.
     let program = lab.start(&[exports[0], exports[1], ("away", "c", "")]);
-    eventually("all are waited for", || program.lines_with("there is no disk on") == 2);
+    eventually("all are waited for", || program.lines_with("no disk is served on") == 2);
     ends_promptly(program);
 }
 
@@ -217,7 +217,7 @@ fn nothing_to_serve_and_nothing_to_wait_for_ends_the_program() {
 fn a_path_that_another_process_has_taken_meanwhile_is_left_to_it() {
     let lab = Lab::new();
     let program = lab.start(&[("n", "s", "")]);
-    program.wait_for("there is no disk on");
+    program.wait_for("no disk is served on");
     let other = UnixListener::bind(lab.path("s")).unwrap();
     let _drive = lab.plug("n");
     program.wait_for("another process does already");
@@ -237,7 +237,7 @@ fn a_front_end_on_an_inherited_socket_is_sent_away_until_the_drive_is_there() {
     let mut early = UnixStream::connect(lab.path("s")).unwrap();
     let program = Program::start(&["--device", &device, "--fd", &number], Some(&listener));
     drop(listener);
-    program.wait_for("there is no disk on");
+    program.wait_for("no disk is served on");
     let mut late = UnixStream::connect(lab.path("s")).unwrap();
     for front in [&mut early, &mut late] {
         front.set_read_timeout(Some(DEADLINE)).unwrap();

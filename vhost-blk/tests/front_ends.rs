@@ -327,7 +327,7 @@ fn a_socket_file_that_is_removed_is_made_again() {
     let front = Front::connect(&socket);
     let mut ring = bring_up(&front, &region);
     std::fs::remove_file(&socket).unwrap();
-    program.wait_for("s: the socket file was removed; it is made again");
+    program.wait_for("s: the socket file was removed; it has been created again");
     let second = Front::connect(&socket);
     assert_ne!(second.ask_u64(GET_FEATURES), 0);
     ring.check_io(0);

@@ -139,7 +139,7 @@ fn a_resize_reaches_the_guest() {
     front.negotiate();
     assert_eq!(front.config(0, 8), (128 * SECTORS).to_le_bytes());
     bench.simulator().resize(1, 16 * MIB).unwrap();
-    bench.program.wait_for("the front-end cannot be told of the new size: it has opened no channel");
+    bench.program.wait_for("cannot tell the front-end of the new size: it has opened no channel");
     assert_eq!(front.config(0, 8), (16 * SECTORS).to_le_bytes());
     assert_eq!(bench.logged("the front-end was told of the new size"), 3);
 }
@@ -151,7 +151,7 @@ fn a_front_end_that_does_not_listen_any_more_holds_nobody_up() {
     let Hearing { front, channel } = hearing;
     drop(channel);
     bench.simulator().resize(1, 32 * MIB).unwrap();
-    bench.program.wait_for("the front-end cannot be told of the new size: Broken pipe");
+    bench.program.wait_for("cannot tell the front-end of the new size: Broken pipe");
     assert_eq!(front.config(0, 8), (32 * SECTORS).to_le_bytes());
     // Another channel can be opened; what is none does not take its place.
     let hearing = Hearing::open(front);

@@ -84,7 +84,7 @@ fn an_address_without_a_drive_is_told_and_waited_for() {
         let mut program = Program::start(&["--device", device, "--socket-path", socket.to_str().unwrap()], None);
         // It cannot be told from one whose drive is away, whose guests wait for it.
         program.wait_for(&format!(" ERROR vhost_blk::control::target::pending] cannot open {device}: "));
-        program.wait_for(&format!("there is no disk on {}", socket.display()));
+        program.wait_for(&format!("no disk is served on {}", socket.display()));
         assert!(!socket.exists());
         program.signal(Signal::TERM);
         assert_eq!(program.wait().code(), Some(0));
@@ -550,7 +550,7 @@ fn a_socket_of_the_service_manager_that_no_export_wants_is_told_and_front_ends_t
     command.env("LISTEN_FDS", "many");
     let mut program = Program::spawn(command, &[&listener]);
     assert_eq!(program.wait().code(), Some(1));
-    program.wait_for("vhost-blk: LISTEN_FDS=many is no number of sockets");
+    program.wait_for("vhost-blk: LISTEN_FDS=many is not a number of sockets");
     let mut command = command_for_another(&args);
     command.env("LISTEN_FDS", "1");
     let program = Program::spawn(command, &[&listener]);

@@ -29,7 +29,7 @@ fn waits(guest: &mut Guest, arguments: &str, parts: &[&str]) {
         r#"export RUST_LOG=error
         {} {arguments} >/run/waits.log 2>&1 </dev/null &
         target=$!
-        for _ in $(seq 600); do grep -q 'tried again and again' /run/waits.log && break; sleep 0.1; done
+        for _ in $(seq 600); do grep -q 'until this is corrected; retrying' /run/waits.log && break; sleep 0.1; done
         kill $target; wait $target; echo "target $?"; cat /run/waits.log"#,
         vhost_blk_program().unwrap().display()
     );

@@ -1,4 +1,6 @@
-//! The command line.
+//! The command line: what is asked for ([`Cli`]), and what the options of one disk mean ([`ServeArgs::configuration`]).
+//!
+//! It owns the texts of `--help`. It opens nothing but the configuration file.
 
 use std::path::PathBuf;
 use std::time::Duration;

@@ -1,5 +1,7 @@
 //! A log that the systemd journal reads: the level of a line stands before it, as systemd understands it (sd-daemon(3)), and
 //! the time is the journal's own.
+//!
+//! Everywhere else the log is written as for a terminal.
 
 use std::ffi::OsStr;
 use std::os::fd::AsFd;

@@ -20,7 +20,7 @@ use crate::vhost_user::listener::Handed;
 #[derive(Debug, Error)]
 pub enum HandOverError {
     /// `LISTEN_FDS` is not what it has to be.
-    #[error("LISTEN_FDS={count} is no number of sockets up to {most}: unset it, or mend the service manager", most = MOST)]
+    #[error("LISTEN_FDS={count} is not a number of sockets up to {most}: unset it, or correct what sets it", most = MOST)]
     Count {
         /// What it is.
         count: String,
@@ -96,7 +96,7 @@ fn path_of(listener: &UnixListener) -> Result<PathBuf, SocketFault> {
 pub fn notify(lines: &[&str]) {
     let Some(socket) = std::env::var_os("NOTIFY_SOCKET") else { return };
     if let Err(error) = send(socket.as_bytes(), &lines.join("\n")) {
-        log::warn!("the service manager cannot be told {lines:?}: {error} (NOTIFY_SOCKET is {})", socket.display());
+        log::warn!("cannot notify the service manager of {lines:?}: {error} (NOTIFY_SOCKET is {})", socket.display());
     }
 }
 

@@ -29,7 +29,7 @@ struct Order {
 
 /// Where a front-end stands in the queue of its disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Position {
+pub enum QueuePosition {
     /// It is served.
     First,
     /// It is next; the front-end before it has left, and that one's requests are being drained.
@@ -65,16 +65,16 @@ pub struct QueueTicket {
 
 impl QueueTicket {
     /// Joins the queue; to be called once.
-    pub fn ask(&self) -> Position {
+    pub fn ask(&self) -> QueuePosition {
         let mut order = self.queue.order();
         if order.holder.is_none() {
             order.holder = Some(self.number);
             self.event.notify();
-            return Position::First;
+            return QueuePosition::First;
         }
         let before = order.waiting.len() + 1;
         order.waiting.push_back((self.number, self.event.clone()));
-        if before == 1 && order.drains { Position::NextAfterDrain } else { Position::Behind(before) }
+        if before == 1 && order.drains { QueuePosition::NextAfterDrain } else { QueuePosition::Behind(before) }
     }
 
     /// Rings when it is its turn.
@@ -135,8 +135,8 @@ mod tests {
     fn front_ends_are_served_in_the_order_of_asking() {
         let queue = Arc::new(FrontEndQueue::default());
         let [silent, first, second, third, fourth] = [(); 5].map(|()| queue.join().unwrap());
-        assert_eq!(first.ask(), Position::First);
-        assert_eq!([third.ask(), second.ask(), fourth.ask()], [1, 2, 3].map(Position::Behind));
+        assert_eq!(first.ask(), QueuePosition::First);
+        assert_eq!([third.ask(), second.ask(), fourth.ask()], [1, 2, 3].map(QueuePosition::Behind));
         assert!(rings(&first));
         // One that waits goes without a turn, and so does one that never asked.
         drop(third);
@@ -147,20 +147,20 @@ mod tests {
         drop(second);
         assert!(rings(&fourth));
         drop(fourth);
-        assert_eq!(queue.join().unwrap().ask(), Position::First);
+        assert_eq!(queue.join().unwrap().ask(), QueuePosition::First);
     }
 
     #[test]
     fn one_that_is_drained_is_told_apart_from_one_that_stays() {
         let queue = Arc::new(FrontEndQueue::default());
         let [first, second, third] = [(); 3].map(|()| queue.join().unwrap());
-        assert_eq!(first.ask(), Position::First);
+        assert_eq!(first.ask(), QueuePosition::First);
         // Not its turn: it says nothing of the holder.
         second.drains();
-        assert_eq!(second.ask(), Position::Behind(1));
+        assert_eq!(second.ask(), QueuePosition::Behind(1));
         drop(second);
         first.drains();
-        assert_eq!(third.ask(), Position::NextAfterDrain);
+        assert_eq!(third.ask(), QueuePosition::NextAfterDrain);
         std::thread::scope(|scope| {
             let comes = scope.spawn(|| third.wait_soon());
             drop(first);
@@ -168,9 +168,9 @@ mod tests {
         });
         assert!(rings(&third));
         let fourth = queue.join().unwrap();
-        assert_eq!(fourth.ask(), Position::Behind(1));
+        assert_eq!(fourth.ask(), QueuePosition::Behind(1));
         assert!(!fourth.wait_soon(), "the third one stays");
         drop(fourth);
-        assert_eq!(queue.join().unwrap().ask(), Position::Behind(1), "another one holds it");
+        assert_eq!(queue.join().unwrap().ask(), QueuePosition::Behind(1), "another one holds it");
     }
 }

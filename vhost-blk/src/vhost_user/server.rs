@@ -1,7 +1,7 @@
 //! The threads that serve an export: one accepts front-ends, and each front-end has one of its own.
 //!
 //! A front-end is answered as soon as it comes, whoever is there before it: a VMM that waits for an answer stands still, with
-//! its monitor. [`MOST_FRONT_ENDS`] may be there at a time; more are refused by closing, which a VMM survives.
+//! its monitor. `MOST_FRONT_ENDS` may be there at a time; more are refused by closing, which a VMM survives.
 //!
 //! This module owns the threads of an export. A thread of one front-end may wait for that front-end; the one that accepts them
 //! must never wait for any.
@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use thiserror::Error;
 
 use super::export::Export;
-use super::front_end_queue::{Position, QueueTicket};
+use super::front_end_queue::{QueuePosition, QueueTicket};
 use crate::datapath::worker::panic_message;
 use crate::event::EventFd;
 use crate::fault_point::fault_point;
@@ -318,7 +318,10 @@ impl Acceptor {
         let deadline = Instant::now() + LEAVING;
         self.look_after_threads();
         if self.threads.len() >= MOST_FRONT_ENDS && self.clients.disconnect_silent() {
-            log::warn!("{}: a client that has not said anything gives way to a front-end", self.export.name);
+            log::warn!(
+                "{}: a client that has sent nothing is disconnected, to make room for a front-end",
+                self.export.name
+            );
         }
         while self.threads.len() >= MOST_FRONT_ENDS {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -387,14 +390,14 @@ fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number:
         clients.has_spoken(number);
         let Some(more) = export.log.admit(Kind::Connection) else { return };
         match asked {
-            Position::First => log::info!("{name}: a front-end connected{more}"),
-            Position::NextAfterDrain => log::info!(
+            QueuePosition::First => log::info!("{name}: a front-end connected{more}"),
+            QueuePosition::NextAfterDrain => log::info!(
                 "{name}: a front-end connected; its rings wait until the requests of the last one have ended{more}"
             ),
-            Position::Behind(1) => {
+            QueuePosition::Behind(1) => {
                 log::warn!("{name}: a second front-end connected; its rings wait until the first leaves{more}");
             }
-            Position::Behind(before) => log::warn!(
+            QueuePosition::Behind(before) => log::warn!(
                 "{name}: another front-end connected; its rings wait until the {before} before it leave{more}"
             ),
         }

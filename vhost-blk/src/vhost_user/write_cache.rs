@@ -4,7 +4,7 @@
 //! write-through it is durable when it is answered (virtio 1.2, 5.2.6.2). A guest that believes in write-through does not flush.
 //! So where two sources disagree, write-through counts; and whoever changes to write-through flushes what was answered before.
 //!
-//! This module owns the mode and its rules, for a session ([`WriteCache`]) and beyond it ([`KnownMode`], and the note in the log of
+//! This module owns the mode and its rules, for a session (`WriteCache`) and beyond it ([`KnownMode`], and the note in the log of
 //! requests in flight, which outlives this process). It never touches the drive: it tells the session when to flush.
 
 use std::sync::atomic::{AtomicBool, Ordering};

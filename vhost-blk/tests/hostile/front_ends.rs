@@ -101,14 +101,14 @@ fn a_socket_whose_file_is_taken_away() {
     let mut ring = Ring::first(&front, &region);
     let told = |text: &str| eventually(text, || stand.program.lines_with(text) > 0);
     std::fs::remove_file(stand.socket()).unwrap();
-    told("hostile: the socket file was removed; it is made again");
+    told("hostile: the socket file was removed; it has been created again");
     assert_ne!(stand.hostile().ask_u64(GET_FEATURES), 0);
     // Another process is there first.
     std::fs::remove_file(stand.socket()).unwrap();
     let other = std::os::unix::net::UnixListener::bind(stand.socket()).unwrap();
     told("another process does already");
     drop(other);
-    told("hostile: the socket file was replaced; it is made again");
+    told("hostile: the socket file was replaced; it has been created again");
     assert_ne!(stand.hostile().ask_u64(GET_FEATURES), 0);
     ring.check_io(8);
     neighbour.verdict();

@@ -1,4 +1,4 @@
-//! Who listens on a socket file. It is read in /proc: to connect would be to disturb.
+//! Who listens on a socket file, as /proc tells it. To connect would disturb whoever listens, so nobody does.
 
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};

@@ -1,4 +1,6 @@
-//! What is to be otherwise with single drives: a way out where a drive is not as it says it is.
+//! `[[drive]]` sections: settings of single drives, for a drive that is not as it says it is.
+//!
+//! Without a section a drive is opened as it says, and as is known of its model.
 
 use std::fmt;
 use std::time::Duration;
@@ -70,7 +72,7 @@ impl fmt::Display for DriveSettings {
 }
 
 impl Settings {
-    /// What is to be otherwise with a drive.
+    /// The settings of a drive, if it has any of its own.
     pub fn drive(&self, device: &DeviceAddress) -> Option<&DriveSettings> {
         self.drives.iter().find(|drive| drive.device == *device)
     }

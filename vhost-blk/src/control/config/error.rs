@@ -1,4 +1,5 @@
-//! What is wrong with a configuration.
+//! What is wrong with a configuration: as a whole ([`ConfigError`]), in a line of its file ([`Mistake`]), with a value
+//! ([`ValueError`]). Each message says what to write instead.
 
 use std::fmt;
 use std::io;
@@ -123,7 +124,7 @@ pub enum FileFault {
         earlier: usize,
     },
     /// The export's drive has a `[[drive]]` section with mistakes.
-    #[error("the section of its drive makes no sense (see line {line})")]
+    #[error("the [[drive]] section of its drive has mistakes (see line {line})")]
     DriveSection {
         /// The line of that section.
         line: usize,

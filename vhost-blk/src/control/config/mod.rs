@@ -99,7 +99,7 @@ impl Settings {
         let unused = self.drives.iter().filter(|drive| self.exports.iter().all(|export| export.device != drive.device));
         let unused = unused.map(|drive| {
             format!(
-                "the settings of the drive {} are for nothing: no disk is on it; look whether its address is right",
+                "the [[drive]] section of {} has no effect: no export uses that drive; check its address",
                 drive.device
             )
         });

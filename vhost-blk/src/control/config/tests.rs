@@ -368,7 +368,7 @@ fn a_mistake_in_a_drives_settings_costs_its_disks_only() {
         assert_eq!(sockets, ["/b"], "{wrong}");
         assert!(mistakes[0][0].starts_with(&format!("c.toml, {why}")), "{mistakes:?}");
         assert!(
-            mistakes[1][0].starts_with("c.toml, line 11: the section of its drive makes no sense "),
+            mistakes[1][0].starts_with("c.toml, line 11: the [[drive]] section of its drive has mistakes "),
             "{mistakes:?}"
         );
     }
@@ -376,5 +376,5 @@ fn a_mistake_in_a_drives_settings_costs_its_disks_only() {
     assert_eq!(error(&(exports.clone() + "[[drive]]\nsgl = true\n")), "c.toml, line 13: missing field `device`");
     assert!(error(&(exports.clone() + &drive("nvme0", ""))).starts_with("c.toml, line 14: device address \"nvme0\" "));
     let unused = parse(&(export("sim:1G", "/a", "") + &drive("sim:3G", "sgl = false")), "c.toml").unwrap().warnings();
-    assert!(unused.len() == 1 && unused[0].starts_with("the settings of the drive sim:3G are for nothing"));
+    assert!(unused.len() == 1 && unused[0].starts_with("the [[drive]] section of sim:3G has no effect"));
 }

@@ -1,4 +1,6 @@
-//! The values of options, each with its rule.
+//! The values of options and keys, each with its rule. The command line and the TOML file share them.
+//!
+//! A rule is about one value alone; what several mean together is checked where they are put together.
 
 use std::str::FromStr;
 use std::time::Duration;

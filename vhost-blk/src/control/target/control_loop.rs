@@ -1,7 +1,8 @@
 //! The thread that keeps the target going: it hears what workers tell, looks for drives that are pending, and tells the service
 //! manager how the target does.
 //!
-//! It waits for no drive and no front-end: a step of a pending drive that takes long has a thread of its own.
+//! It owns the pending drives. It waits for no drive and no front-end: a step of a pending drive that takes long has a thread of
+//! its own.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -1,4 +1,4 @@
-//! Why serving does not start, and why it ends.
+//! Why serving does not start ([`StartError`]), and why it ends by itself ([`Ended`]).
 
 use std::io;
 

@@ -141,7 +141,7 @@ impl PendingDrive {
         self.tells = true;
         if let Some(why) = self.why() {
             let sockets = self.disks.iter().map(|disk| disk.settings.listen.to_string()).collect::<Vec<_>>().join(", ");
-            log::error!("{why}; until that is mended there is no disk on {sockets}; it is tried again and again");
+            log::error!("{why}; no disk is served on {sockets} until this is corrected; retrying");
         }
     }
 
@@ -228,7 +228,7 @@ impl PendingDrive {
             None => self.next = Step::AttemptAt(Instant::now()),
         }
         if self.done() && self.tells {
-            log::warn!("{}: it is there; its exports are served now", self.address);
+            log::warn!("{}: the drive is there; its disks are served now", self.address);
         }
         Ok(())
     }

@@ -1,4 +1,7 @@
-//! What is not served until the configuration is mended and the program started again. Everything else is.
+//! What is not served until the configuration is corrected and the program restarted: exports with mistakes, CPUs that cannot be
+//! had, and sockets that no export wants. Everything else is served.
+//!
+//! A front-end that connects to such a socket is disconnected at once, for one that nobody answers stands still.
 
 use std::os::unix::net::UnixListener;
 
@@ -22,7 +25,7 @@ impl Unserved {
         for RefusedExport { socket, mistakes } in refused {
             let why = mistakes.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
             let socket = socket.as_ref().map_or_else(|| "its socket".into(), |socket| socket.display().to_string());
-            log::error!("{why}; there is no disk on {socket} until that is mended and the program is started again");
+            log::error!("{why}; no disk is served on {socket} until this is corrected and the program is restarted");
             reasons.push(why);
         }
         for Handed { name, path, listener, .. } in unwanted {
@@ -33,7 +36,7 @@ impl Unserved {
                      socket-path; change its ListenStream= or the export",
                     path.display()
                 );
-                log::error!("{why}; front-ends that come to it are left at once");
+                log::error!("{why}; front-ends that connect to it are disconnected at once");
                 reasons.push(why);
             }
             match listener.set_nonblocking(true) {
@@ -47,7 +50,7 @@ impl Unserved {
     /// Tells the log of CPUs that cannot be had.
     pub(super) fn lacks_workers(&mut self, unpinned: &[worker::WorkerError]) {
         for error in unpinned {
-            log::error!("{error}; the other workers do its work until that is mended and the program is started again");
+            log::error!("{error}; the other workers do its work until this is corrected and the program is restarted");
             self.reasons.push(error.to_string());
         }
     }

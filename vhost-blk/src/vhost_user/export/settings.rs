@@ -1,4 +1,4 @@
-//! What an export is to be like, as its owner says it.
+//! The settings of an export, as the command line or the configuration file says them; nothing is opened for them.
 
 use thiserror::Error;
 

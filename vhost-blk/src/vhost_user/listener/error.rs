@@ -1,4 +1,4 @@
-//! Why a disk's socket cannot be had.
+//! Why the socket of a disk cannot be bound or used. Each message names the path and says what to do.
 
 use std::io;
 use std::path::PathBuf;
@@ -73,7 +73,7 @@ pub enum ListenError {
     },
     /// A socket is at the path, and whether a process listens on it is not known.
     #[error(
-        "cannot listen on {path}: whether another process listens there cannot be told: {source}; choose another path"
+        "cannot listen on {path}: cannot find out whether another process listens there: {source}; choose another path"
     )]
     Unknown {
         /// Where the socket was to be.

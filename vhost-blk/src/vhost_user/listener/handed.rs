@@ -1,4 +1,4 @@
-//! A socket that a service manager has opened for an export.
+//! A socket that a service manager has opened for a disk. Its file belongs to the service manager, and is never removed here.
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};

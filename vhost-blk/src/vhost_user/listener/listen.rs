@@ -1,4 +1,4 @@
-//! Where an export is reached.
+//! Where the front-ends of a disk connect.
 
 use std::path::PathBuf;
 

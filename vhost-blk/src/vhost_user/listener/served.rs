@@ -1,4 +1,5 @@
-//! The socket of an export while it is served: its file may be removed, or another one put in its place.
+//! The socket of a disk while it is served. Its file may be removed, or another one put in its place: then a file of ours is made
+//! again, and one of somebody else is left alone, with a line in the log.
 
 use std::os::unix::net::UnixListener;
 use std::time::Duration;
@@ -59,7 +60,7 @@ impl ServedSocket {
         let what = if path.symlink_metadata().is_ok() { "replaced" } else { "removed" };
         match bind(path, LOCK_DEADLINE) {
             Ok((file, socket)) => {
-                log::warn!("{name}: the socket file was {what}; it is made again");
+                log::warn!("{name}: the socket file was {what}; it has been created again");
                 // Not removed: it was not there, and its number may be the new one's when its socket is closed.
                 if let SocketFile::Ours(old) = std::mem::replace(&mut self.file, SocketFile::Ours(file)) {
                     old.forget();
@@ -68,8 +69,8 @@ impl ServedSocket {
                 self.told = None;
             }
             Err(error) => self.tell(format!(
-                "{name}: the socket file was {what}, so that no front-end can connect, and cannot be made again: {error}; \
-                 it is tried again and again"
+                "{name}: the socket file was {what}, so that no front-end can connect, and it cannot be created again: {error}; \
+                 retrying every second"
             )),
         }
     }

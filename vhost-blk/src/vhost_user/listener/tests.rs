@@ -75,7 +75,7 @@ fn a_socket_of_another_kind_is_left_alone() {
     let path = directory.path().join("s");
     let _datagrams = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
     let error = Listener::open(&at(&path)).unwrap_err().to_string();
-    assert!(error.contains("cannot be told") && error.contains("another path"), "{error}");
+    assert!(error.contains("cannot find out") && error.contains("another path"), "{error}");
     assert!(path.exists());
 }
 

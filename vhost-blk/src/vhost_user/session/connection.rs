@@ -4,6 +4,9 @@
 //! the crate which we do not offer (the crate would leave their bodies in the stream), and sends the error reply where
 //! the crate refuses a message without one, so that a wrong message costs the front-end that message and no more. Where
 //! there is no way to say "no", the connection ends: a front-end that believes in what was refused waits for ever.
+//!
+//! This module owns the stream and what is said on it. It does not know what a message means, and a front-end that sends a part of
+//! one keeps it waiting for a second at most.
 
 use std::collections::HashSet;
 use std::io::{self, IoSliceMut, Read, Write};
@@ -20,10 +23,10 @@ use vfio::LossListener;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error, VhostUserBackendReqHandlerMut};
 
-use super::error::{ConnectionError, MemoryLoss, Refusal, SessionError};
+use super::error::{ConnectionError, MemoryLoss, MessageRefusal, SessionError};
 use crate::event::EventFd;
 use crate::log_limit::{Kind, LogLimit};
-use crate::vhost_user::front_end_queue::{Position, QueueTicket};
+use crate::vhost_user::front_end_queue::{QueuePosition, QueueTicket};
 
 /// What the loop needs of the device besides the handling of messages.
 pub trait ConnectionHandler: VhostUserBackendReqHandlerMut {
@@ -189,7 +192,7 @@ pub fn serve<H: ConnectionHandler>(
     device: Arc<Mutex<H>>,
     wakers: &Wakers,
     name: &str,
-    spoken: impl FnOnce(Position),
+    spoken: impl FnOnce(QueuePosition),
 ) -> Disconnect {
     let Wakers { stop, changed, turn, log } = *wakers;
     let own = match stream.try_clone() {
@@ -222,7 +225,7 @@ pub fn serve<H: ConnectionHandler>(
             losses.clear();
         }
         if news {
-            // The same.
+            // First, for the same reason.
             changed.clear();
         }
         if (lost || news)
@@ -279,11 +282,11 @@ impl<H: ConnectionHandler> Connection<'_, H> {
         }
         let Some(request) = header.served() else {
             self.skip(header)?;
-            return self.refuse(header, Refusal::NotOffered, true);
+            return self.refuse(header, MessageRefusal::NotOffered, true);
         };
         if !header.may_have_descriptors() && self.has_descriptors(header) {
             self.skip(header)?;
-            return self.refuse(header, Refusal::Descriptors, true);
+            return self.refuse(header, MessageRefusal::Descriptors, true);
         }
         if request == FrontendReq::SET_BACKEND_REQ_FD {
             let channel = self.descriptor(header);
@@ -314,7 +317,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
                 request,
                 FrontendReq::SET_MEM_TABLE | FrontendReq::SET_CONFIG | FrontendReq::SET_BACKEND_REQ_FD
             ) && !matches!(error, Error::InactiveOperation(_)));
-        self.refuse(header, refusal.map_or_else(|| error.into(), Refusal::from), !acknowledged)
+        self.refuse(header, refusal.map_or_else(|| error.into(), MessageRefusal::from), !acknowledged)
     }
 
     fn device(&self) -> std::sync::MutexGuard<'_, H> {
@@ -414,7 +417,7 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     }
 
     /// Tells the front-end that a message is refused; without a way to do so the connection ends, which leaves nobody waiting.
-    fn refuse(&mut self, header: MessageHeader, why: Refusal, acknowledge: bool) -> Result<(), Disconnect> {
+    fn refuse(&mut self, header: MessageHeader, why: MessageRefusal, acknowledge: bool) -> Result<(), Disconnect> {
         if header.has_own_reply() {
             return Err(Disconnect::Broken(ConnectionError::Unanswerable { request: header.name(), why }));
         }

@@ -1,4 +1,4 @@
-//! What a front-end is refused, and why a connection with it ends.
+//! What a front-end is refused ([`SessionError`]), and why its connection ends ([`ConnectionError`]).
 
 use std::io;
 
@@ -168,7 +168,7 @@ pub enum MemoryLoss {
 }
 
 const WHY_LOST: &str = "the file of its memory was shortened while it was in use, or its file system is full";
-const WHAT_HELPS: &str = "Memory of a guest has to be all there (prealloc=on), on a file system with room for it";
+const WHAT_HELPS: &str = "Allocate all of a guest's memory in advance (prealloc=on), on a file system with room for it";
 
 /// A connection cannot go on.
 #[derive(Debug, Error)]
@@ -204,7 +204,7 @@ pub enum ConnectionError {
         /// Kind of the message.
         request: String,
         /// Why it is refused.
-        why: Refusal,
+        why: MessageRefusal,
     },
     /// A message is refused, and the front-end has not asked to be told so: it would believe that all is well.
     #[error("{request} refused: {why}")]
@@ -212,7 +212,7 @@ pub enum ConnectionError {
         /// Kind of the message.
         request: String,
         /// Why it is refused.
-        why: Refusal,
+        why: MessageRefusal,
     },
     /// Memory of the front-end was found without pages.
     #[error(transparent)]
@@ -221,7 +221,7 @@ pub enum ConnectionError {
 
 /// Why a message is refused.
 #[derive(Debug, Error)]
-pub enum Refusal {
+pub enum MessageRefusal {
     /// Its kind is not offered.
     #[error("it is not offered")]
     NotOffered,

@@ -1,7 +1,7 @@
 //! The messages of the vhost-user protocol, each as a change to the session.
 //!
-//! This module owns what each message means. A message that is refused changes nothing, and its error says why; a message never
-//! waits for the front-end, and believes nothing that was not checked.
+//! This module owns what each message means. Nothing that a message says is believed before it was checked, and no message waits
+//! for the front-end. The error of one that is refused says why.
 
 use std::fs::File;
 use std::os::fd::OwnedFd;

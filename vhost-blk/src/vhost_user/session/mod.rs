@@ -30,7 +30,7 @@ use crate::vhost_user::export::Export;
 use crate::vhost_user::write_cache::WriteCache;
 use crate::virtio::memory::GuestMemory;
 use crate::virtio::ring::{InflightError, InflightMemory, Ring, RingSetup};
-pub use error::{ConnectionError, MemoryLoss, Refusal, SessionError};
+pub use error::{ConnectionError, MemoryLoss, MessageRefusal, SessionError};
 use resize::BackChannel;
 use turn::{MemoryBefore, Standing};
 use vring::{Addresses, RingState};

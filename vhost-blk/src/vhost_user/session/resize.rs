@@ -1,4 +1,6 @@
 //! A namespace that changes under a front-end: lanes check against its new size, and the guest hears of it.
+//!
+//! This module owns the channel on which we speak unasked. A front-end that does not read it keeps nobody waiting.
 
 use std::os::fd::OwnedFd;
 
@@ -84,7 +86,7 @@ impl Session {
         match told {
             Ok(()) => log::info!("{name}: the front-end was told of the new size"),
             Err(why) => log::warn!(
-                "{name}: the front-end cannot be told of the new size: {why}; its guest sees it when it starts anew"
+                "{name}: cannot tell the front-end of the new size: {why}; its guest sees it after a restart"
             ),
         }
     }

@@ -1,4 +1,4 @@
-//! What a front-end may have that is not alone on its disk: answers at once, and everything else in its turn.
+//! The turn of a front-end: while it waits behind another one of its disk, it gets answers at once, and everything else in its turn.
 //!
 //! Another front-end's rings may run when this one comes. What it says is taken and kept in its session; nothing of it
 //! reaches what all front-ends of a disk share (rings on workers, the mode of the write cache, what flushes have promised, and

@@ -1,4 +1,6 @@
 //! What a front-end has said about one ring, and when that is enough to run it (vhost-user, "Starting and stopping rings").
+//!
+//! Only words are kept here: whether the ring runs, the session knows.
 
 use std::fs::File;
 
