@@ -46,7 +46,7 @@ pub(crate) struct Guest {
     /// Free-running index of the next request (split), or the next ring entry (packed).
     next: u16,
     wrap: bool,
-    random: u64,
+    random: fastrand::Rng,
     /// Where the next used element is expected.
     next_used: u16,
     used_wrap: bool,
@@ -55,8 +55,15 @@ pub(crate) struct Guest {
 impl Guest {
     pub(crate) fn new(layout: Layout) -> Guest {
         let memory = Arc::new(SharedMemory::create(MEMORY as usize).expect("a memfd of a few MiB"));
-        let guest =
-            Guest { memory, layout, next: 0, wrap: true, random: 0x9e37_79b9_7f4a_7c15, next_used: 0, used_wrap: true };
+        let guest = Guest {
+            memory,
+            layout,
+            next: 0,
+            wrap: true,
+            random: fastrand::Rng::with_seed(0),
+            next_used: 0,
+            used_wrap: true,
+        };
         // A guest that polls: no notification is asked for. Split: a used_event that is far away; packed: DISABLE.
         match layout.packed {
             true => guest.u16(DRIVER + 2, 1),
@@ -108,13 +115,11 @@ impl Guest {
     pub(crate) fn submit(&mut self, count: u16, sectors: u64) {
         let data = if self.layout.two_regions { DATA + ABOVE } else { DATA };
         for at in 0..count {
-            self.random ^= self.random << 13;
-            self.random ^= self.random >> 7;
-            self.random ^= self.random << 17;
             let place = u64::from(at);
+            let sector = self.random.u64(..sectors / 8) * 8;
             // Header: type IN (0), reserved, sector.
             self.u64(HEADERS + place * PLACE, 0);
-            self.u64(HEADERS + place * PLACE + 8, self.random % (sectors / 8) * 8);
+            self.u64(HEADERS + place * PLACE + 8, sector);
             // A status that is none.
             self.u16(HEADERS + place * PLACE + 16, 0x00ff);
             let pieces = [
