@@ -1,8 +1,9 @@
 //! Whether a lane may take the next chain off its ring: the one place where that is decided.
 //!
-//! A chain that is not admitted stays in the guest's ring, where it costs nothing, and is asked for again in the lane's next turn.
-//! Every loop that takes chains asks here before each of them: the fast path, the slow path, and the one that does an earlier
-//! process's requests or refuses those of a lost drive. Requests that were taken already, and are tried again, are not asked for.
+//! A chain that is not admitted stays in the guest's ring, and the lane asks again in its next turn. Meanwhile the worker stays awake,
+//! for the ring is not empty. Every loop that takes chains asks here before each of them: the fast path, the slow path, and the loop
+//! that does an earlier process's requests or answers requests with an error when the drive's hold has expired. For requests that
+//! were taken already, and are tried again, nobody asks.
 
 use std::time::Instant;
 

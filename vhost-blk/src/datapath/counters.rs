@@ -71,7 +71,7 @@ counters! {
     kicks,
     /// Notifications sent to the driver: signals of the call eventfd.
     calls,
-    /// Times a request was given to the drive again: after a status that allows it, or after the drive was away.
+    /// Times a request was given to the drive again: after a status that allows it, or after the drive was detached.
     again,
     /// Publications of the used ring.
     batches,

@@ -24,7 +24,7 @@ pub struct QueueResources {
 ///
 /// Without a queue pair, while the drive is detached, requests wait; when its hold has expired they are answered with an error.
 pub struct PollGroup {
-    /// The queue pair, unless the drive is away or requests are tried alone.
+    /// The queue pair, unless the drive is detached or requests are tried alone.
     resources: Option<QueueResources>,
     /// The queue pair while requests are tried alone on it.
     on_trial: Option<Box<OnTrial>>,
@@ -100,7 +100,7 @@ impl PollGroup {
         moved
     }
 
-    /// The queue pair, unless the drive is away.
+    /// The queue pair, unless the drive is detached.
     pub fn pair(&self) -> Option<&QueuePair> {
         let resources = self.resources.as_ref().or_else(|| self.on_trial.as_ref().map(|on_trial| &on_trial.resources));
         resources.map(|resources| &resources.pair)
@@ -128,7 +128,7 @@ impl PollGroup {
         Some(lane)
     }
 
-    /// Takes a lane out of which the drive has nothing.
+    /// Takes a lane out. The drive must have nothing of it.
     pub(crate) fn remove(&mut self, index: usize) -> Option<Lane> {
         let lane = self.lanes.get_mut(index)?.take()?;
         if let Some(QueueResources { pool, .. }) = self.resources_mut() {
@@ -151,12 +151,12 @@ impl PollGroup {
         self.lanes.iter().any(Option::is_some)
     }
 
-    /// The queue pair alone.
+    /// Gives up the group; returns its queue pair, unless the drive is detached.
     pub(crate) fn into_pair(self) -> Option<QueuePair> {
         self.resources.or(self.on_trial.map(|on_trial| on_trial.resources)).map(|resources| resources.pair)
     }
 
-    /// Tells the lanes the time, and lets commands age; returns how many requests have just been out for too long.
+    /// Tells the lanes the time, and lets commands age; returns how many commands have just exceeded the command timeout.
     pub(crate) fn tick(&mut self, now: Instant) -> usize {
         let mut expired = 0;
         let PollGroup { resources, on_trial, lanes, answered, .. } = self;
@@ -173,8 +173,8 @@ impl PollGroup {
         expired
     }
 
-    /// The drive is about to go: it is given nothing more before the seat's trial is over, and what it has is still answered. Returns
-    /// how many commands that is.
+    /// The drive is about to be detached: it is given nothing more before the seat's trial is over, and what it has is still answered.
+    /// Returns how many commands it has.
     pub(crate) fn pause(&mut self, seat: Seat) -> usize {
         let Some(mut resources) =
             self.resources.take().or_else(|| self.on_trial.take().map(|on_trial| on_trial.resources))
@@ -242,7 +242,7 @@ impl PollGroup {
         self.lanes_mut().for_each(Lane::reattach_drive);
     }
 
-    /// A turn while the drive is away, or requests are tried alone.
+    /// A turn while the drive is detached, or requests are tried alone.
     #[cold]
     #[inline(never)]
     fn poll_slow_path(&mut self) -> usize {
@@ -284,7 +284,7 @@ struct OnTrial {
     seat: Seat,
 }
 
-/// When the controller was last seen to answer, roughly.
+/// When the controller was last seen to answer, to within a few milliseconds.
 #[derive(Default)]
 struct Answered {
     /// Completions until then.

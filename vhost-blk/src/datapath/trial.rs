@@ -1,8 +1,8 @@
 //! Which request makes a controller fail, when several were with it: the last try of each is made alone.
 //!
-//! A request that was with the controller in five of its failures fails: it may well be their reason. Others were merely beside it, time and again, since all are issued once more at the same moment. So one whose
-//! guilt is not certain has its last try while nothing else is with the drive: when that has come back, before anybody else is
-//! served.
+//! A request that was with the controller in five of its failures is answered with an error: it may well be their reason. But other
+//! requests were beside it each time, since all are issued again at the same moment. So a request that is not certainly the reason
+//! has its last try while nothing else is with the drive: after the drive is attached again, before anybody else is served.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -33,7 +33,8 @@ pub enum Suspicion {
 }
 
 impl Suspicion {
-    /// By what the controller had at `now`, when it was about to be stopped because it had failed. `timeout`: of a command.
+    /// Judges by what the controller had at `now`, when it was about to be stopped because it had failed. `timeout`: how long a command
+    /// may take.
     pub fn of(outstanding: &[Outstanding], now: Instant, timeout: Duration) -> Suspicion {
         let expired: usize = outstanding.iter().map(|outstanding| outstanding.expired).sum();
         let in_flight: usize = outstanding.iter().map(|outstanding| outstanding.requests).sum();

@@ -1,4 +1,4 @@
-//! What a lane can tell about the set-up of its guest: once per ring, when it has been seen, and not before.
+//! What a lane can tell the operator about the set-up of its guest: once per ring, when it has been seen.
 
 use super::Lane;
 use crate::blk::config::LONGEST_CHAIN;

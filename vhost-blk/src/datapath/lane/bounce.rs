@@ -1,4 +1,4 @@
-//! Requests whose data is copied, because no data pointer of the drive can say where it lies: the last resort.
+//! Bounce: requests whose data is copied, because no data pointer of the drive can say where it lies. The last resort.
 //!
 //! The data goes through a buffer of the pool in pieces, one at a time, so that any pool serves any request. Lanes that share a
 //! pool take turns, and so do the requests of a lane, short ones and long ones in their own order: after each piece a request
@@ -28,13 +28,13 @@ struct BouncedRequest {
     slot: u16,
     head: Head,
     details: Box<Details>,
-    /// Bytes done.
+    /// How many bytes are done.
     done: u64,
     /// Where the next piece begins: a buffer, and an offset in it.
     at: (usize, u64),
-    /// What comes after them, if it has a buffer.
+    /// The piece that comes after the bytes that are done, if it has a buffer.
     piece: Option<BouncePiece>,
-    /// The drive was given it before, and is to be given it once more.
+    /// The drive had this piece before, and is to be given it once more.
     reissued: bool,
 }
 
@@ -42,11 +42,11 @@ struct BouncedRequest {
 struct BouncePiece {
     bounce: Bounce,
     bytes: u64,
-    /// Where the next one begins.
+    /// Where the next piece begins.
     end: (usize, u64),
-    /// The drive's answer.
+    /// The drive's answer to the piece.
     status: Option<Status>,
-    /// The drive has had it.
+    /// The drive was given the piece.
     out: bool,
 }
 
@@ -138,7 +138,7 @@ impl BouncedRequests {
 }
 
 impl Lane {
-    /// Takes on a request that the queue pair refused with NeedsBounce.
+    /// Takes on the request in the parser, which the queue pair refused with [`SubmitError::NeedsBounce`].
     pub(super) fn bounce(&mut self, head: Head) {
         let request = self.parser.request;
         // It was for this slot that the queue pair was asked.
@@ -160,7 +160,7 @@ impl Lane {
         self.bounced.all.push(BouncedRequest { slot, head, details, done: 0, at: (0, 0), piece: None, reissued });
     }
 
-    /// The drive is away: the pieces it had are done again when it is back.
+    /// The drive is detached: the pieces that it had are done again when it is attached again.
     pub(super) fn hold_bounced(&mut self, pool: &mut BouncePool) {
         self.bounced.clear_queues();
         for index in 0..self.bounced.all.len() {
@@ -205,7 +205,7 @@ impl Lane {
         }
     }
 
-    /// Moves the bounced requests on for which there is something to do.
+    /// Does what there is to do for bounced requests: takes pieces back, fills buffers, and gives them to the drive.
     #[cold]
     #[inline(never)]
     pub(super) fn advance_bounced(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) {
@@ -436,7 +436,7 @@ impl Lane {
         self.bounced_mut(slot).map(|bounced| bounced.details.request)
     }
 
-    /// Answers the bounced request in this slot with an error, while the drive is away; false if there is none.
+    /// Answers the bounced request in this slot with an error, while the drive is detached; false if there is none.
     pub(super) fn end_bounced_one(&mut self, slot: u16) -> bool {
         let Some(is_long) = self.bounced_mut(slot).map(|bounced| bounced.is_long()) else { return false };
         self.bounced.waits_no_longer(slot, is_long);
@@ -448,7 +448,7 @@ impl Lane {
         true
     }
 
-    /// Gives the drive one piece that has to be alone there; false: there is none. Nothing of the lane is there now.
+    /// Gives the drive one piece that has to be alone there; false: the lane has none. The drive must have nothing of the lane.
     pub(super) fn copy_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
         while let Some(slot) = self.bounced.back.pop_front() {
             self.take_back(slot, pair, pool);
@@ -472,7 +472,7 @@ impl Lane {
         Some(removed)
     }
 
-    /// A request ends that is in no queue and has no piece with the drive.
+    /// Ends a request that is in no queue and has no piece with the drive.
     fn end_one(&mut self, slot: u16, pool: &mut BouncePool, end: BounceEnd) {
         if let BounceEnd::Done = end {
             self.succeeds_without_sgl(slot);

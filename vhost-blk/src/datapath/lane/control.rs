@@ -12,8 +12,8 @@ use crate::datapath::stop_policy::StopPolicy;
 use crate::virtio::memory::GuestMemory;
 
 impl Lane {
-    /// The first act on a worker. Whoever had the ring before may have died between showing an answer and telling of it, with a
-    /// log or without: the driver's side is woken. One time too many does no harm.
+    /// Begins to run on a worker. Whoever had the ring before may have died between showing an answer and telling of it, with a log or
+    /// without, so the driver's side is notified. One notification too many does no harm.
     pub(crate) fn begin(&mut self) {
         self.notify();
         self.awake();
@@ -67,7 +67,7 @@ impl Lane {
         self.in_flight() == 0 && self.pending.is_none() && !self.resuming
     }
 
-    /// The last act on a worker: notifications are on again, as a ring is before anyone polls it.
+    /// Stops running on a worker: notifications are on again, as in a ring that nobody polls.
     pub(crate) fn end(&mut self) {
         if !self.mode.is_broken() {
             self.publish();
@@ -128,8 +128,8 @@ impl Lane {
         self.view.memory().unreachable().is_some()
     }
 
-    /// The drive gets nothing of it any more, whatever its addresses would mean there: what waits is answered with an error, and
-    /// nothing more is taken.
+    /// Gives the drive nothing of the lane any more, whose addresses would mean something else there: what waits is answered with an
+    /// error, and nothing more is taken.
     pub(crate) fn stay_away(&mut self) {
         self.drive = DriveAccess::Held;
         self.expire_hold();
@@ -142,14 +142,14 @@ impl Lane {
         self.mode.is_running() && self.drive != DriveAccess::Held
     }
 
-    /// Uses a table with more regions from now on; false if it lacks one of the present ones.
+    /// Uses a memory table with more regions from now on; false if it lacks one of the present ones.
     #[must_use]
     pub(crate) fn set_memory(&mut self, memory: Arc<GuestMemory>) -> bool {
         self.view.extend(memory)
     }
 
-    /// The disk as it is now. A request that waits for the queue pair was checked against the former one: the queue pair checks it
-    /// against this one again.
+    /// Serves the disk as it is now. A request that waits for the queue pair was checked against the disk as it was: the queue pair
+    /// checks it against this one again.
     pub(crate) fn set_disk(&mut self, disk: Arc<Disk>) {
         self.geometry = disk.geometry();
         self.disk = disk;

@@ -1,4 +1,4 @@
-//! What a lane does for the promise that a flush is: see [`FlushPromise`](crate::blk::disk::FlushPromise).
+//! What a lane does so that a flush keeps its promise: see [`FlushPromise`](crate::blk::disk::FlushPromise).
 
 use super::Lane;
 use super::mode::DriveAccess;

@@ -4,8 +4,8 @@
 //! drive has answered. It belongs to one thread at a time and shares nothing it writes: no lock, no allocation and no system
 //! call on a request's way, one publication and at most one signal to the guest per batch.
 //!
-//! A ring with a log notes what it gives out and takes back. A lane whose ring was another process's before does first, in
-//! their order, the requests which that one has not answered.
+//! A ring with an in-flight log notes what it gives out and takes back. If another process had the ring before, the lane first does
+//! the requests that the other process has not answered, in their order.
 
 mod advice;
 mod bounce;
@@ -51,7 +51,7 @@ pub struct LaneSetup {
     pub name: String,
     /// The virtqueue.
     pub ring: Ring,
-    /// The memory its addresses are looked up in; has to hold the ring's.
+    /// The guest's memory, in which the addresses of its requests are looked up. It has to hold the ring.
     pub memory: Arc<GuestMemory>,
     /// The disk it serves.
     pub disk: Arc<Disk>,
@@ -61,9 +61,9 @@ pub struct LaneSetup {
     pub call: Option<File>,
     /// Signalled by the lane when it stops for good (VHOST_USER_SET_VRING_ERR).
     pub error: Option<File>,
-    /// Where it counts.
+    /// Where the lane counts.
     pub counters: Arc<LaneCounters>,
-    /// How many lines it may write to the log: the disk's.
+    /// How many lines the lane may write to the log; shared by the lanes of a disk.
     pub log: Arc<LogLimit>,
     /// How long a request waits for a drive that is not ready for it.
     pub hold: Duration,
@@ -107,7 +107,7 @@ pub struct Lane {
     bounced: BouncedRequests,
     tally: Tally,
     disk: Arc<Disk>,
-    /// The disk's.
+    /// The disk's blocks, as the fast path checks transfers.
     geometry: Geometry,
     events: Events,
     advice: Advice,
@@ -157,7 +157,7 @@ impl Lane {
         &self.name
     }
 
-    /// How many lines it may write to the log.
+    /// How many lines the lane may write to the log.
     pub(crate) fn log(&self) -> &LogLimit {
         &self.log
     }
@@ -178,8 +178,8 @@ impl Lane {
         self.ring.base()
     }
 
-    /// Takes what the driver made available and hands it to `pair`, at most a batch; the caller rings the doorbell. `tag` is
-    /// or-ed into each token, whose lower 16 bits are the lane's. Returns how many chains were taken.
+    /// Takes what the driver made available, as far as it is admitted, and hands it to `pair`; the caller rings the doorbell. `tag` is
+    /// or-ed into each token, whose lower 16 bits are the request's slot. Returns how many chains were taken.
     #[inline]
     pub(crate) fn submit(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> usize {
         let taken = self.submit_batch(pair, pool, tag);
@@ -340,7 +340,8 @@ impl Lane {
         self.give_back(head, request::OK, address, written);
     }
 
-    /// A request from the parser, a piece of a bounced one, or a request of a guest that has broken its ring since.
+    /// The drive has answered what [`Lane::complete`] does not know: a request with details, a piece of a bounced request, or a request
+    /// of a guest that has broken its ring since.
     #[cold]
     #[inline(never)]
     fn complete_slow_path(&mut self, number: u16, status: Status) {
@@ -382,7 +383,7 @@ impl Lane {
         self.counters.write(&self.tally);
     }
 
-    /// What [`Lane::submit`] does where things are not as usual; returns how many chains were taken.
+    /// A turn of a lane that is resuming, moving, stopping or broken; returns how many chains were taken.
     #[cold]
     #[inline(never)]
     fn submit_when_not_running(&mut self, pair: &mut QueuePair, tag: u64) -> usize {
@@ -415,8 +416,8 @@ impl Lane {
         }
     }
 
-    /// Takes at most a batch of chains, of an earlier process as long as there are any, and has `give` take each request; it
-    /// returns false if it had to keep one for the next time.
+    /// Takes chains as far as they are admitted, those of an earlier process as long as there are any, and calls `give` with each
+    /// request; `give` returns false if it had to keep one for the next turn. Returns how many chains were taken.
     fn take_all(&mut self, mut give: impl FnMut(&mut Lane, Head) -> bool) -> usize {
         if let Some(head) = self.pending.take()
             && !give(self, head)
@@ -453,7 +454,7 @@ impl Lane {
         taken
     }
 
-    /// The guest broke the rules: what was answered so far is shown, then the ring is left alone for good.
+    /// The guest broke its ring: the lane shows it what was answered so far, then leaves the ring alone for good.
     #[cold]
     #[inline(never)]
     fn break_down(&mut self, why: &dyn std::fmt::Display) {

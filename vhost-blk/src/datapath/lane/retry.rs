@@ -1,9 +1,10 @@
-//! Requests that are given to the drive once more: it said that they may be tried again, or it went away before it answered.
+//! Retry: requests that are given to the drive once more, because the drive said that they may be tried again, or was detached
+//! before it answered.
 //!
-//! What they ask is kept with their slots, as it was found in the guest's memory the first time, and not read there again.
-//! Only where the drive sees the data is looked up anew: a drive that has come back may see it elsewhere.
+//! What a request asks was kept with its slot when it was found in the guest's memory, and is not read there again. Only where the
+//! drive sees the data is looked up anew: a drive that was attached again may see it elsewhere.
 //!
-//! Requests that were under way when the drive went are given to it in no particular order: virtio promises none between
+//! Requests that were under way when the drive was detached are given to it in no particular order: virtio promises none between
 //! requests in flight, and to know theirs would cost each request something.
 
 use std::collections::{HashMap, VecDeque};
@@ -162,7 +163,7 @@ impl Paused {
 }
 
 impl Lane {
-    /// Gives the drive what waits for that, at most a batch; false if more is to come before anything else.
+    /// Issues the requests that are due, at most a batch; false if more of them are to be issued before anything else.
     #[cold]
     #[inline(never)]
     pub(super) fn issue_retries(&mut self, pair: &mut QueuePair, tag: u64) -> bool {

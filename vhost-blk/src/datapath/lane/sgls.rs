@@ -1,8 +1,8 @@
 //! Drives that announce SGLs (scatter gather lists) and refuse them: what they refused is described in another way, or copied, and
 //! they are not given any more of them.
 //!
-//! Most say what they do not like. One that says no more than that a field is invalid may mean any other; only if it takes the same
-//! request without an SGL, it was that.
+//! Most say that it was the SGL. A drive that says only that a field is invalid may mean another field: if it takes the same request
+//! without an SGL, it was the SGL.
 
 use nvme_driver::{QueuePair, Status};
 
@@ -28,7 +28,7 @@ impl Default for Sgls {
 }
 
 impl Lane {
-    /// The drive has refused the request in a slot. Was it for its SGL, as far as that can be known? Then it is to be tried without.
+    /// The drive has refused the request in a slot. If that may have been for its SGL, the request is tried without; true then.
     pub(super) fn tries_without_sgl(&mut self, number: u16, status: Status) -> bool {
         let retries = match status.concerns_sgl() {
             true => {
@@ -68,7 +68,7 @@ impl Lane {
         true
     }
 
-    /// The drive has done the request in a slot. Was it the SGL that it did not take before?
+    /// The drive has done the request in a slot. If it had refused it before and takes it without an SGL, it is given no more SGLs.
     pub(super) fn succeeds_without_sgl(&mut self, number: u16) {
         if self.slots.record_mut(number).is_some_and(|kept| kept.has(NO_SGL)) {
             self.retries.refuse_sgls(self.retries.sgls.doubted);

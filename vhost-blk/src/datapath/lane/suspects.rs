@@ -7,7 +7,7 @@ use super::record::{ALONE, EXPIRED, FAILURE, LOST};
 use crate::blk::request::Operation;
 use crate::datapath::trial::Suspicion;
 
-/// How many failures of its controller a request may be a part of: it may well be their reason.
+/// With how many failures of its controller a request may have had to do. It may well be their reason.
 const MOST_FAILURES: u8 = 5;
 
 impl Lane {
@@ -34,8 +34,8 @@ impl Lane {
         })
     }
 
-    /// What the failure says in which these requests were lost: those that were a part of too many fail. True: some are to be given
-    /// to the drive alone, the next time.
+    /// Judges the requests that were with the drive in the failure: those that were with it in too many are answered with an error.
+    /// True: some are to be given to the drive alone, the next time.
     pub(crate) fn judge(&mut self, suspicion: Suspicion) -> bool {
         let waiting: Vec<u16> = self.retries.ready().chain(self.bounced.slots()).collect();
         let (mut guilty, mut alone) = (Vec::new(), false);
@@ -64,7 +64,7 @@ impl Lane {
         alone
     }
 
-    /// Answers a request that makes the controller fail.
+    /// Answers a request with an error that makes the controller fail.
     fn convict(&mut self, slot: u16) {
         let request = self.recorded_request(slot).map(|(request, _)| request).or_else(|| self.bounced_request(slot));
         let Some(request) = request else { return };
@@ -85,7 +85,7 @@ impl Lane {
         }
     }
 
-    /// Gives the drive one request that has to be alone there; false: there is none. Nothing of the lane is there now.
+    /// Gives the drive one request that has to be alone there; false: the lane has none. The drive must have nothing of the lane.
     pub(crate) fn submit_alone(&mut self, pair: &mut QueuePair, pool: &mut BouncePool, tag: u64) -> bool {
         let slots = &mut self.slots;
         let is_alone = |slot: u16| slots.record_mut(slot).is_some_and(|kept| kept.has(ALONE));

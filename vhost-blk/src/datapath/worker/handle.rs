@@ -1,4 +1,4 @@
-//! What control threads have of a lane that runs on a worker, which may become another one.
+//! How control threads reach a lane that runs on a worker, and that may change workers meanwhile.
 
 use std::collections::HashMap;
 use std::fs::File;

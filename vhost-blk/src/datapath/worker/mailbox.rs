@@ -1,4 +1,4 @@
-//! How control threads talk to a worker: rarely, and without cost for it while they do not.
+//! How control threads talk to a worker: rarely, and at no cost for the worker while they do not.
 
 use std::fs::File;
 use std::io;

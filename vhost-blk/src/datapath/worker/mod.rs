@@ -62,7 +62,7 @@ impl QueueSlotId {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LaneId(u64);
 
-/// What a worker has to tell unasked.
+/// What a worker reports on its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WorkerEvent {
@@ -280,7 +280,7 @@ impl WorkerPool {
         self.threads.is_empty()
     }
 
-    /// What workers have told unasked since the last call.
+    /// What workers have reported on their own since the last call.
     pub fn events(&self) -> Vec<WorkerEvent> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner).try_iter().collect()
     }
@@ -328,7 +328,7 @@ impl WorkerPool {
         id
     }
 
-    /// Moves a lane to the worker that has this queue pair; it is polled from now on.
+    /// Moves a lane to the worker that has this queue slot; it is polled from now on.
     pub fn start_lane(&self, slot: QueueSlotId, lane: Lane) -> LaneHandle {
         // Relaxed: a number, ordered with nothing.
         let id = LaneId(self.next_lane.fetch_add(1, Ordering::Relaxed));
@@ -389,7 +389,8 @@ impl WorkerPool {
         }
     }
 
-    /// How long the oldest command is with the drive on the queue pair of a slot, roughly; `None`: there is none, or no queue pair.
+    /// How long the drive has had the oldest command of a slot's queue pair, to within a few milliseconds; `None`: there is no command, or
+    /// no queue pair.
     ///
     /// # Errors
     /// The worker is gone.
@@ -422,8 +423,9 @@ impl WorkerPool {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Says what the failure means in which a slot has lost its queue pair: requests that had a part in too many fail. True:
-    /// some are to be tried alone when the drive is back ([`WorkerPool::restore_on_trial`]).
+    /// Judges the requests that the controller had in the failure in which a slot has lost its queue pair: those that had a part in too
+    /// many failures are answered with an error. True: some are to be tried alone when the drive is attached again
+    /// ([`WorkerPool::restore_on_trial`]).
     ///
     /// # Errors
     /// The worker is gone.
@@ -433,7 +435,8 @@ impl WorkerPool {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// The drive's hold has expired: answers everything with an error that waits in a slot without a queue pair, and from then on everything its lanes are asked.
+    /// The drive's hold has expired: answers everything with an error that waits in a slot without a queue pair, and from then on every
+    /// request of its lanes.
     pub fn expire_hold(&self, slot: QueueSlotId) {
         self.threads[slot.worker].mailbox.send(Mail::ExpireHold { slot: slot.index });
     }

@@ -26,7 +26,7 @@ const SPINS_CROWDED: u32 = 16;
 const SPINS: u32 = 8192;
 /// Turns between two looks at the clock while there is work.
 const TURNS_PER_LOOK: u32 = 1024;
-/// How often the queue pairs' commands age.
+/// How often the queue pairs' commands age, and lanes hear what time it is.
 const TICK: Duration = Duration::from_millis(5);
 
 /// The mailbox among the things that end a sleep; lanes are numbered from 1.
@@ -166,7 +166,7 @@ impl Worker {
         }
     }
 
-    /// Asks every driver for notifications, looks once more, and sleeps until one of them or a mail comes.
+    /// Asks every driver for notifications, looks at the rings once more, and sleeps until a notification or mail comes.
     fn sleep(&mut self) {
         let unwatched = self.lanes.values().any(|location| {
             let lane = self.groups[location.slot].as_mut().and_then(|group| group.lane_mut(location.index));
@@ -450,7 +450,7 @@ impl Worker {
         });
     }
 
-    /// The last lines: what is drained is put down properly.
+    /// Ends all lanes; returns how many requests the drive has not answered.
     fn end(&mut self) -> usize {
         let mut left = 0;
         for lane in self.groups.iter_mut().flatten().flat_map(PollGroup::lanes_mut) {
