@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator, Status};
-use vhost_blk::control::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::control::config::{DriveTimeouts, ExportSettings, Listen, Settings};
 use vhost_blk::control::target::Target;
 use vhost_blk::drive::DeviceAddress;
 
@@ -45,8 +45,8 @@ impl Bench {
             read_only: false,
             serial: None,
         };
-        let patience = Patience::with(None, Some(Duration::from_secs(600)));
-        let settings = Settings { patience, exports: vec![export], ..Settings::default() };
+        let timeouts = DriveTimeouts::with(None, Some(Duration::from_secs(600)));
+        let settings = Settings { timeouts, exports: vec![export], ..Settings::default() };
         let options = Options {
             io_timeout: Duration::from_millis(300),
             admin_timeout: Duration::from_secs(1),

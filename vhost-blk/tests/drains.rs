@@ -9,7 +9,7 @@ use common::raw::*;
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
-use vhost_blk::control::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::control::config::{DriveTimeouts, ExportSettings, Listen, Settings};
 use vhost_blk::control::target::Target;
 use vhost_blk::drive::DeviceAddress;
 
@@ -69,8 +69,8 @@ impl Bench {
             read_only: false,
             serial: None,
         };
-        let patience = Patience::with(None, Some(HOLD));
-        let settings = Settings { patience, exports: vec![export], ..Settings::default() };
+        let timeouts = DriveTimeouts::with(None, Some(HOLD));
+        let settings = Settings { timeouts, exports: vec![export], ..Settings::default() };
         let options = Options {
             io_timeout: IO_TIMEOUT,
             admin_timeout: Duration::from_millis(500),

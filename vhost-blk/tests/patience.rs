@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
-use vhost_blk::control::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::control::config::{DriveTimeouts, ExportSettings, Listen, Settings};
 use vhost_blk::control::target::Target;
 use vhost_blk::drive::DeviceAddress;
 
@@ -62,7 +62,7 @@ impl Bench {
             });
             simulators.push(Arc::new(simulator));
         }
-        let settings = Settings { patience: Patience::with(None, Some(hold)), exports, ..Settings::default() };
+        let settings = Settings { timeouts: DriveTimeouts::with(None, Some(hold)), exports, ..Settings::default() };
         let target = Target::start_with(&settings, options).unwrap();
         Bench { target, simulators, folder }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use clap::Parser;
 
 use crate::control::config::{
-    self, ConfigError, Configuration, CpuList, ExportSettings, Listen, Patience, Serial, Settings, ValueError,
+    self, ConfigError, Configuration, CpuList, DriveTimeouts, ExportSettings, Listen, Serial, Settings, ValueError,
 };
 use crate::drive::{DeviceAddress, socket_path};
 use crate::virtio::memory::Limits;
@@ -171,9 +171,9 @@ impl ServeArgs {
         if let Some(mistake) = export.mistake() {
             return Err(mistake.into());
         }
-        let patience = Patience::with(self.io_timeout, self.hold);
+        let timeouts = DriveTimeouts::with(self.io_timeout, self.hold);
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
-        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, patience, memory, exports: vec![export], drives: vec![] })
+        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, timeouts, memory, exports: vec![export], drives: vec![] })
     }
 }
 
@@ -234,7 +234,7 @@ mod tests {
     fn serving_is_the_default() {
         let expected = Settings {
             cpus: vec![],
-            patience: Patience::default(),
+            timeouts: DriveTimeouts::default(),
             memory: Limits::default(),
             exports: vec![ExportSettings {
                 device: "sim:1G".parse().unwrap(),
@@ -261,8 +261,8 @@ mod tests {
         .unwrap();
         assert_eq!(settings.cpus, [1, 2]);
         assert_eq!(
-            settings.patience,
-            Patience { io_timeout: Duration::from_millis(250), hold: Duration::from_secs(7) }
+            settings.timeouts,
+            DriveTimeouts { io_timeout: Duration::from_millis(250), hold: Duration::from_secs(7) }
         );
         assert_eq!(settings.memory, Limits { bytes: 8 << 30, regions: 3 });
         assert_eq!(

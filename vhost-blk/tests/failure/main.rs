@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use common::*;
 use nvme_driver::Options;
 use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, NamespaceConfig, Simulator};
-use vhost_blk::control::config::{ExportSettings, Listen, Patience, Settings};
+use vhost_blk::control::config::{DriveTimeouts, ExportSettings, Listen, Settings};
 use vhost_blk::control::target::Target;
 use vhost_blk::drive::DeviceAddress;
 use vm_memory::{Bytes, GuestAddress};
@@ -60,7 +60,7 @@ impl Bench {
             serial: None,
         };
         let settings = Settings {
-            patience: Patience::with(None, Some(hold)),
+            timeouts: DriveTimeouts::with(None, Some(hold)),
             exports: vec![export("a"), export("b")],
             ..Settings::default()
         };

@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::error::{ConfigError, FileFault, Mistake, ValueError};
 use super::values::{self, CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES};
-use super::{Configuration, DriveSettings, ExportSettings, Listen, Patience, RefusedExport, Serial, Settings};
+use super::{Configuration, DriveSettings, DriveTimeouts, ExportSettings, Listen, RefusedExport, Serial, Settings};
 use crate::drive::{DeviceAddress, socket_path};
 use crate::virtio::memory::Limits;
 
@@ -56,9 +56,9 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<Mistake
         mistakes.extend(exports.into_iter().flat_map(|export| export.mistakes));
         return Err(mistakes);
     }
-    let patience = Patience::with(io_timeout, hold);
+    let timeouts = DriveTimeouts::with(io_timeout, hold);
     let memory = Limits::with(bytes, regions);
-    let settings = Settings { cpus: cpus.unwrap_or_default().0, patience, memory, exports: Vec::new(), drives };
+    let settings = Settings { cpus: cpus.unwrap_or_default().0, timeouts, memory, exports: Vec::new(), drives };
     let mut configuration = Configuration { settings, refused: Vec::new() };
     for ExportSection { socket, settings, mistakes, .. } in exports {
         match settings.filter(|_| mistakes.is_empty()) {

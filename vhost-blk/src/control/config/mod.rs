@@ -56,7 +56,7 @@ pub struct Settings {
     /// CPUs with one polled worker each; empty: one worker that is not pinned.
     pub cpus: Vec<usize>,
     /// How drives that do not answer are dealt with.
-    pub patience: Patience,
+    pub timeouts: DriveTimeouts,
     /// What one front-end may have mapped.
     pub memory: Limits,
     /// At least one; no two with the same socket.
@@ -67,24 +67,24 @@ pub struct Settings {
 
 /// How long a drive may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Patience {
+pub struct DriveTimeouts {
     /// For one command; then the controller is reset and its unfinished commands are issued again.
     pub io_timeout: Duration,
     /// For a drive that fails or disappears to be back. Requests wait so long, then they fail.
     pub hold: Duration,
 }
 
-impl Default for Patience {
-    fn default() -> Patience {
-        Patience { io_timeout: Duration::from_secs(30), hold: Duration::from_secs(30) }
+impl Default for DriveTimeouts {
+    fn default() -> DriveTimeouts {
+        DriveTimeouts { io_timeout: Duration::from_secs(30), hold: Duration::from_secs(30) }
     }
 }
 
-impl Patience {
+impl DriveTimeouts {
     /// The default, but for what is given.
-    pub fn with(io_timeout: Option<Duration>, hold: Option<Duration>) -> Patience {
-        let default = Patience::default();
-        Patience { io_timeout: io_timeout.unwrap_or(default.io_timeout), hold: hold.unwrap_or(default.hold) }
+    pub fn with(io_timeout: Option<Duration>, hold: Option<Duration>) -> DriveTimeouts {
+        let default = DriveTimeouts::default();
+        DriveTimeouts { io_timeout: io_timeout.unwrap_or(default.io_timeout), hold: hold.unwrap_or(default.hold) }
     }
 }
 

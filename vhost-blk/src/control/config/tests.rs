@@ -56,7 +56,7 @@ fn a_file_with_everything() {
     )
     .unwrap();
     assert_eq!(settings.cpus, [2, 4, 5]);
-    assert_eq!(settings.patience, Patience { io_timeout: Duration::from_millis(2500), hold: Duration::ZERO });
+    assert_eq!(settings.timeouts, DriveTimeouts { io_timeout: Duration::from_millis(2500), hold: Duration::ZERO });
     assert_eq!(settings.memory, Limits { bytes: 64 << 30, regions: 32 });
     assert_eq!(
         settings.exports[0],
@@ -100,7 +100,7 @@ fn the_example_is_right_and_so_are_the_lines_it_leaves_out() {
         .collect();
     let settings = parse(&all, "example").unwrap();
     assert_eq!((settings.cpus.len(), settings.exports.len()), (2, 2));
-    assert_eq!(settings.patience, Patience::default(), "what the example shows is the default");
+    assert_eq!(settings.timeouts, DriveTimeouts::default(), "what the example shows is the default");
     assert_eq!(settings.memory, Limits::default(), "what the example shows is the default");
     let [drive] = &settings.drives[..] else { panic!("{:?}", settings.drives) };
     assert_eq!(drive.device, settings.exports[1].device);

@@ -45,7 +45,7 @@ impl Target {
     /// # Errors
     /// Nothing can be served, and nothing can be waited for: what is wrong with the set-up of this machine.
     pub fn start(settings: &Settings) -> Result<Target, StartError> {
-        let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
+        let options = Options { io_timeout: settings.timeouts.io_timeout, ..Options::default() };
         Target::start_with(settings, &options)
     }
 
@@ -53,7 +53,7 @@ impl Target {
     /// sense are told to the log, and not served.
     pub fn start_on(configuration: &Configuration, handed: Vec<Handed>) -> Result<Target, StartError> {
         let Configuration { settings, refused } = configuration;
-        let options = Options { io_timeout: settings.patience.io_timeout, ..Options::default() };
+        let options = Options { io_timeout: settings.timeouts.io_timeout, ..Options::default() };
         Target::run(settings, refused, &options, handed)
     }
 
@@ -85,7 +85,7 @@ impl Target {
         let budget = Budget::new(settings.memory, settings.exports.len());
         let devices = settings.exports.iter().map(|export| &export.device);
         let options = devices.map(|device| (device.clone(), settings.options(device, options))).collect();
-        let context = OpenContext { options, hold: settings.patience.hold, pool: pool.clone(), budget };
+        let context = OpenContext { options, hold: settings.timeouts.hold, pool: pool.clone(), budget };
         settings.drives.iter().for_each(|drive| log::info!("{drive}"));
         // All of them at once: one that is slow keeps nobody pending.
         let mut pending = PendingDrive::all(&settings.exports, listeners, &Arc::new(context));
