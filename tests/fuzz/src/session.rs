@@ -140,7 +140,7 @@ fn talk(served: &Served, data: &[u8]) {
     let (deeds, shared) = (std::mem::take(&mut front_end.deeds), Shared::of(&front_end));
     drop(front_end);
     ours.shutdown(Shutdown::Write).expect("a socket can be shut down");
-    let changed = served.export.namespace.listen().expect("an eventfd can be made");
+    let changed = served.export.on_change().expect("an eventfd can be made");
     let session = Arc::new(Mutex::new(Session::new(served.export.clone())));
     let turn = served.export.front_ends.join().expect("an eventfd can be made");
     let wakers = Wakers { stop: &served.stop, changed: &changed, turn: &turn, log: &served.export.log };

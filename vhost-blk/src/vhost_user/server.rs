@@ -217,7 +217,7 @@ impl Acceptor {
             }
             Listener::Listening(file, socket) => ServedSocket::new(file, socket),
         };
-        log::info!("{}: {} is ready for a front-end", self.export.name, describe(&self.export));
+        log::info!("{}: {} is ready for a front-end", self.export.name, self.export);
         let result = self.accept(&mut socket);
         self.clients.disconnect_all();
         while !self.threads.is_empty() {
@@ -373,7 +373,7 @@ fn serve(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u6
 fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number: u64) {
     let name = &export.name;
     fault_point!("server panics", name);
-    let (turn, changed) = match (export.front_ends.join(), export.namespace.listen()) {
+    let (turn, changed) = match (export.front_ends.join(), export.on_change()) {
         (Ok(turn), Ok(changed)) => (turn, changed),
         (Err(error), _) | (_, Err(error)) => {
             if let Some(more) = export.log.admit(Kind::TurnedAway) {
@@ -434,18 +434,6 @@ fn keep_choice(session: &Mutex<Session>, turn: &QueueTicket, name: &str) {
     {
         log::error!("{name}: {why}");
     }
-}
-
-fn describe(export: &Export) -> String {
-    let namespace = export.namespace.known().namespace;
-    format!(
-        "namespace {} of {}, {} blocks of {} bytes{}",
-        namespace.id,
-        export.drive,
-        namespace.blocks,
-        namespace.block_bytes(),
-        if export.read_only { ", read-only" } else { "" }
-    )
 }
 
 #[cfg(test)]

@@ -118,6 +118,6 @@ pub(super) fn describe(registry: &Registry, pending: &[PendingDrive], unserved: 
     if reasons.is_empty() {
         return Some(format!("ready for front-ends on {sockets}"));
     }
-    let served = served.servers.iter().filter(|server| server.export().drive.presence() == Presence::Attached).count();
+    let served = served.servers.iter().filter(|server| server.export().presence() == Presence::Attached).count();
     Some(format!("serving {served} of {sockets}; {}", reasons.join("; ")))
 }

@@ -66,13 +66,19 @@ pub enum Defect {
     },
     /// A drive cannot be looked after.
     #[error(transparent)]
-    Drive(#[from] drive::Error),
+    Drive(Box<drive::Error>),
     /// A disk cannot be served any more.
     #[error(transparent)]
     Server(#[from] ServerError),
     /// The front-end of a disk was handed over connected, so it cannot come again, and its drive does not come up.
     #[error("{0}")]
     ConnectedFrontEnd(String),
+}
+
+impl From<drive::Error> for Defect {
+    fn from(error: drive::Error) -> Defect {
+        Defect::Drive(Box::new(error))
+    }
 }
 
 /// Serving has ended by itself. What is broken could not be mended by going on, and may stay unnoticed by those who are served; a

@@ -5,6 +5,8 @@
 
 mod settings;
 
+use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
@@ -15,7 +17,8 @@ use crate::blk::config::{self, BlockConfig};
 use crate::blk::disk::{Disk, FlushPromise};
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::datapath::worker::RingWorkers;
-use crate::drive::{self, Drive, ExportedNamespace, Known, Lease, Share};
+use crate::drive::{self, Drive, ExportedNamespace, Known, Lease, Presence, Share};
+use crate::event::EventFd;
 use crate::log_limit::LogLimit;
 use crate::vhost_user::front_end_queue::FrontEndQueue;
 use crate::vhost_user::write_cache::{KnownMode, WriteCacheMode};
@@ -30,25 +33,29 @@ pub enum FlushError {
     Lost,
     /// The drive does not flush.
     #[error(transparent)]
-    Drive(#[from] drive::Error),
+    Drive(Box<drive::Error>),
+}
+
+impl From<drive::Error> for FlushError {
+    fn from(error: drive::Error) -> FlushError {
+        FlushError::Drive(Box::new(error))
+    }
 }
 
 /// What the sessions of one export have in common.
 pub struct Export {
     /// Its socket, for the log.
     pub name: String,
-    /// The controller.
-    pub drive: Arc<Drive>,
+    drive: Arc<Drive>,
     /// Its part of the controller's queue pairs.
     share: Share,
     /// What its front-ends have mapped, all together.
     pub account: Arc<Account>,
-    /// The namespace served.
-    pub namespace: Arc<ExportedNamespace>,
+    namespace: Arc<ExportedNamespace>,
     /// The export, or the namespace when it was exported, refuses writes.
-    pub read_only: bool,
+    read_only: bool,
     /// The answer to GET_ID.
-    pub serial: [u8; 20],
+    serial: [u8; 20],
     /// Virtqueues offered.
     pub queues: u16,
     /// Largest virtqueue accepted, in entries.
@@ -107,6 +114,19 @@ impl Export {
             counters,
             log: Arc::default(),
         })
+    }
+
+    /// Whether the drive is there, told without waiting for anything.
+    pub fn presence(&self) -> Presence {
+        self.drive.presence()
+    }
+
+    /// An event that rings when something else is known of the namespace, as long as the caller has it.
+    ///
+    /// # Errors
+    /// No eventfd can be made.
+    pub fn on_change(&self) -> io::Result<Arc<EventFd>> {
+        self.namespace.listen()
     }
 
     /// What is known of the namespace now.
@@ -209,5 +229,14 @@ impl Export {
         if idle {
             log::info!("{}: no ring has been used yet", self.name);
         }
+    }
+}
+
+impl fmt::Display for Export {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let namespace = self.known().namespace;
+        let (id, drive, blocks, bytes) = (namespace.id, &self.drive, namespace.blocks, namespace.block_bytes());
+        write!(f, "namespace {id} of {drive}, {blocks} blocks of {bytes} bytes")?;
+        if self.read_only { f.write_str(", read-only") } else { Ok(()) }
     }
 }

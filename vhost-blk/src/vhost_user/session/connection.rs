@@ -419,10 +419,13 @@ impl<H: ConnectionHandler> Connection<'_, H> {
     /// Tells the front-end that a message is refused; without a way to do so the connection ends, which leaves nobody waiting.
     fn refuse(&mut self, header: MessageHeader, why: MessageRefusal, acknowledge: bool) -> Result<(), Disconnect> {
         if header.has_own_reply() {
-            return Err(Disconnect::Broken(ConnectionError::Unanswerable { request: header.name(), why }));
+            return Err(Disconnect::Broken(ConnectionError::Unanswerable {
+                request: header.name(),
+                why: Box::new(why),
+            }));
         }
         if header.flags & NEED_REPLY == 0 || !self.features_asked || !self.device().reply_ack() {
-            return Err(Disconnect::Broken(ConnectionError::Refused { request: header.name(), why }));
+            return Err(Disconnect::Broken(ConnectionError::Refused { request: header.name(), why: Box::new(why) }));
         }
         self.complain(header, &why);
         if acknowledge {

@@ -130,10 +130,16 @@ pub enum SessionError {
     },
     /// The drive has no queue pair for the ring.
     #[error(transparent)]
-    Lease(#[from] drive::Error),
+    Lease(Box<drive::Error>),
     /// A worker does not take the new memory of its rings.
     #[error(transparent)]
     Worker(#[from] WorkerError),
+}
+
+impl From<drive::Error> for SessionError {
+    fn from(error: drive::Error) -> SessionError {
+        SessionError::Lease(Box::new(error))
+    }
 }
 
 /// The front-end cannot be told that the configuration space has changed.
@@ -204,7 +210,7 @@ pub enum ConnectionError {
         /// Kind of the message.
         request: String,
         /// Why it is refused.
-        why: MessageRefusal,
+        why: Box<MessageRefusal>,
     },
     /// A message is refused, and the front-end has not asked to be told so: it would believe that all is well.
     #[error("{request} refused: {why}")]
@@ -212,7 +218,7 @@ pub enum ConnectionError {
         /// Kind of the message.
         request: String,
         /// Why it is refused.
-        why: MessageRefusal,
+        why: Box<MessageRefusal>,
     },
     /// Memory of the front-end was found without pages.
     #[error(transparent)]
