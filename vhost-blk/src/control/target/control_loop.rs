@@ -46,7 +46,7 @@ impl ControlLoop {
             // Relaxed: the flag guards nothing but this loop.
             while !stopped.load(Ordering::Relaxed) {
                 pool.events().into_iter().for_each(|event| registry.handle(event));
-                registry.check_keepers();
+                registry.check_supervisors();
                 registry.served().drives.iter().for_each(|drive| drive.check_hold());
                 registry.served().servers.iter().for_each(|server| server.export().tell_left_out(false));
                 for drive in &mut pending {

@@ -87,7 +87,7 @@ impl Target {
         let options = devices.map(|device| (device.clone(), settings.options(device, options))).collect();
         let context = OpenContext { options, hold: settings.timeouts.hold, pool: pool.clone(), budget };
         settings.drives.iter().for_each(|drive| log::info!("{drive}"));
-        // All of them at once: one that is slow keeps nobody pending.
+        // All of them at once: one that is slow keeps nobody waiting.
         let mut pending = PendingDrive::all(&settings.exports, listeners, &Arc::new(context));
         loop {
             for drive in &mut pending {
@@ -102,7 +102,7 @@ impl Target {
         // Nothing is served, and nothing can be waited for.
         let nothing = registry.served().servers.is_empty();
         if let Some(why) = pending.first().filter(|_| nothing).and_then(PendingDrive::why)
-            && pending.iter().all(PendingDrive::is_setup)
+            && pending.iter().all(PendingDrive::needs_setup)
         {
             pending[1..].iter().filter_map(PendingDrive::why).for_each(|why| log::error!("{why}"));
             return Err(StartError::NoDisk(why.to_owned()));
@@ -129,7 +129,10 @@ impl Target {
         &self.registry.termination.event
     }
 
-    /// Stops serving, and logs the counters at the end of it all. The error is why serving had ended before.
+    /// Stops serving, and logs the counters at the end of it all.
+    ///
+    /// # Errors
+    /// Serving had ended by itself before.
     pub fn stop(mut self) -> Result<(), Ended> {
         let exports = self.halt();
         exports.iter().for_each(|export| export.tell_left_out(true));

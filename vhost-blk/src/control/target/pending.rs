@@ -7,7 +7,7 @@
 //! A front-end that connects to a socket which nobody serves stands still (QEMU with its monitor), one that is refused tries
 //! again. So a socket is open from the start, lest front-ends be refused while a drive comes up as it should; it is closed when
 //! that fails or takes long, and bound again when the drive is there. One that somebody else has opened could not be had again:
-//! front-ends are accepted there and left at once, and try again, too.
+//! front-ends are accepted there and disconnected at once, and try again, too.
 
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, TryRecvError};
@@ -47,13 +47,13 @@ pub(super) struct PendingDrive {
     drive: Option<Arc<Drive>>,
     disks: Vec<PendingDisk>,
     next: Step,
-    /// After a failure.
+    /// The pause after the last failure; it grows.
     pause: Duration,
-    /// Why it is waited for.
+    /// Why it is pending, as the log and the service manager are told.
     why: Option<String>,
-    /// That is no drive which is away, or fails: the configuration or this machine has to be changed.
-    is_setup: bool,
-    /// The log is told why.
+    /// Only a change of the configuration, or of the set-up of this machine, can help.
+    needs_setup: bool,
+    /// The log is told when the reason changes. Not before the program has started: until then the reason may be its error.
     tells: bool,
 }
 
@@ -67,11 +67,14 @@ enum Step {
 
 /// A disk that is not served yet.
 struct PendingDisk {
+    /// Of the export in the whole program.
     number: usize,
     settings: ExportSettings,
+    /// Its namespace, if it was found.
     export: Option<Arc<Export>>,
+    /// Its socket, if it is bound.
     listener: Option<Listener>,
-    /// Why it has none.
+    /// Why it has no socket.
     unbound: Option<ListenError>,
 }
 
@@ -103,8 +106,8 @@ impl PendingDrive {
         for (number, (settings, listener)) in exports.iter().zip(listeners).enumerate() {
             let (listener, unbound) = listener.map_or_else(|why| (None, Some(why)), |listener| (Some(listener), None));
             let disk = PendingDisk { number, settings: settings.clone(), export: None, listener, unbound };
-            match all.iter_mut().find(|waiting| waiting.address == settings.device) {
-                Some(waiting) => waiting.disks.push(disk),
+            match all.iter_mut().find(|pending| pending.address == settings.device) {
+                Some(pending) => pending.disks.push(disk),
                 None => all.push(PendingDrive {
                     address: settings.device.clone(),
                     context: context.clone(),
@@ -113,7 +116,7 @@ impl PendingDrive {
                     next: Step::AttemptAt(Instant::now()),
                     pause: Duration::ZERO,
                     why: None,
-                    is_setup: false,
+                    needs_setup: false,
                     tells: false,
                 }),
             }
@@ -126,17 +129,17 @@ impl PendingDrive {
         self.disks.is_empty()
     }
 
-    /// Why it is waited for; `None`: all is served, or the first attempt is still under way.
+    /// Why it is pending; `None`: all is served, or the first attempt is still under way.
     pub(super) fn why(&self) -> Option<&str> {
         self.why.as_deref().filter(|_| !self.done())
     }
 
-    /// Whether it is waited for in vain until the configuration or this machine is changed, as far as can be told.
-    pub(super) fn is_setup(&self) -> bool {
-        self.is_setup && !self.done()
+    /// Whether only a change of the configuration, or of the set-up of this machine, can help, as far as is known.
+    pub(super) fn needs_setup(&self) -> bool {
+        self.needs_setup && !self.done()
     }
 
-    /// Tells the log why it is waited for, now and when that changes.
+    /// Tells the log why it is pending, now and when that changes.
     pub(super) fn tell(&mut self) {
         self.tells = true;
         if let Some(why) = self.why() {
@@ -154,17 +157,17 @@ impl PendingDrive {
         match &self.next {
             Step::AttemptAt(time) if *time <= Instant::now() => {
                 if let Err(error) = self.begin() {
-                    self.end(Err(error), registry)?;
+                    self.attempt_ended(Err(error), registry)?;
                 }
             }
             Step::AttemptAt(_) => {}
             Step::Attempting { began, result } => match result.try_recv() {
-                Ok(result) => self.end(result, registry)?,
+                Ok(result) => self.attempt_ended(result, registry)?,
                 Err(TryRecvError::Disconnected) => {
                     return Err(Defect::Open { drive: self.address.clone() });
                 }
                 Err(TryRecvError::Empty) if self.why.is_none() && began.elapsed() >= PATIENCE && !self.is_vital() => {
-                    self.fails(format!("{} has not come up within {PATIENCE:?}", self.address))?;
+                    self.pend(format!("{} has not come up within {PATIENCE:?}", self.address))?;
                 }
                 Err(TryRecvError::Empty) => {}
             },
@@ -208,10 +211,10 @@ impl PendingDrive {
         Ok(())
     }
 
-    fn end(&mut self, result: Result<OpenedDrive, OpenError>, registry: &Registry) -> Result<(), Defect> {
-        self.is_setup = matches!(&result, Ok(_) | Err(OpenError::Denied(_)));
+    fn attempt_ended(&mut self, result: Result<OpenedDrive, OpenError>, registry: &Registry) -> Result<(), Defect> {
+        self.needs_setup = matches!(&result, Ok(_) | Err(OpenError::Denied(_)));
         let failed = match result {
-            Ok(found) => self.serve(found, registry)?.map(|why| (why, longer(&mut self.pause))),
+            Ok(found) => self.add_opened(found, registry)?.map(|why| (why, longer(&mut self.pause))),
             Err(error) => {
                 let (why, pause) = (error.to_string(), error.pause(&mut self.pause));
                 let unbound = self.disks.iter().filter_map(|disk| disk.unbound.as_ref()).map(ToString::to_string);
@@ -222,7 +225,7 @@ impl PendingDrive {
         match failed {
             Some((why, pause)) => {
                 self.next = Step::AttemptAt(Instant::now() + pause);
-                self.fails(why)?;
+                self.pend(why)?;
             }
             // What is left lacks its socket, which was closed meanwhile.
             None => self.next = Step::AttemptAt(Instant::now()),
@@ -233,8 +236,8 @@ impl PendingDrive {
         Ok(())
     }
 
-    /// Serves what can be served. Says why that is not all.
-    fn serve(&mut self, found: OpenedDrive, registry: &Registry) -> Result<Option<String>, Defect> {
+    /// Serves the disks that can be served. The answer is why that is not all of them.
+    fn add_opened(&mut self, found: OpenedDrive, registry: &Registry) -> Result<Option<String>, Defect> {
         if self.drive.is_none() {
             registry.add_drive(found.drive.clone())?;
             self.drive = Some(found.drive);
@@ -257,8 +260,8 @@ impl PendingDrive {
         Ok((!reasons.is_empty()).then(|| reasons.join("; ")))
     }
 
-    /// Some of it cannot be served: it has to be waited for, without front-ends.
-    fn fails(&mut self, why: String) -> Result<(), Defect> {
+    /// Some of its disks cannot be served: they stay pending, without front-ends. A socket that we can bind again is closed.
+    fn pend(&mut self, why: String) -> Result<(), Defect> {
         if self.is_vital() {
             return Err(Defect::ConnectedFrontEnd(why));
         }

@@ -16,26 +16,33 @@ use crate::vhost_user::export::Export;
 use crate::vhost_user::listener::Listener;
 use crate::vhost_user::{Server, ServerError};
 
-/// What is served, and how that ends. A drive that is waited for joins it later.
+/// What is served, and how that ends. Pending drives join it later.
 pub(super) struct Registry {
-    /// Exports, those that are waited for or refused included.
+    /// Exports of the configuration, those of pending drives and those with mistakes included.
     pub(super) total: usize,
+    /// What is served now.
     pub(super) served: Mutex<Served>,
     pub(super) termination: Arc<Termination>,
+    /// The workers, for drives to come.
     pub(super) pool: Arc<WorkerPool>,
 }
 
+/// The disks and drives that are served.
 #[derive(Default)]
 pub(super) struct Served {
-    /// Nothing joins any more.
+    /// Nothing joins any more: the program ends.
     pub(super) stopping: bool,
+    /// One for each disk.
     pub(super) servers: Vec<Server>,
+    /// One for each drive, which looks after it.
     pub(super) supervisors: Vec<Supervisor>,
+    /// Those that are open, or were and are detached now.
     pub(super) drives: Vec<Arc<Drive>>,
 }
 
 /// The end of serving.
 pub(super) struct Termination {
+    /// Rings when there is nothing more to serve.
     pub(super) event: EventFd,
     /// Exports that have, or may still get, a front-end.
     left: AtomicUsize,
@@ -69,11 +76,12 @@ impl Termination {
 }
 
 impl Registry {
+    /// What is served now. To be dropped soon: whoever joins or leaves waits for it.
     pub(super) fn served(&self) -> MutexGuard<'_, Served> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks after a drive from now on.
+    /// Has a drive looked after from now on.
     pub(super) fn add_drive(&self, drive: Arc<Drive>) -> Result<(), Defect> {
         if let Some(node) = drive.numa_node() {
             let Cpus { near, far, spared } = self.pool.placement().cpus(node);
@@ -96,7 +104,7 @@ impl Registry {
         Ok(())
     }
 
-    /// Something that a worker has told.
+    /// Handles what a worker has told.
     pub(super) fn handle(&self, event: WorkerEvent) {
         match event {
             WorkerEvent::Expired { slot, count, at } => {
@@ -109,7 +117,7 @@ impl Registry {
     }
 
     /// Notices a drive whose supervisor has died: it would never be back.
-    pub(super) fn check_keepers(&self) {
+    pub(super) fn check_supervisors(&self) {
         let served = self.served();
         if let Some(drive) = served.supervisors.iter().find_map(Supervisor::bereft) {
             self.termination.end(Defect::Supervisor { drive: drive.to_string() });
