@@ -8,4 +8,4 @@ pub mod disk;
 pub mod request;
 mod serial;
 
-pub use serial::{SERIAL_BYTES, Serial};
+pub use serial::{SERIAL_BYTES, Serial, SerialError};

@@ -23,6 +23,14 @@ impl Serial {
     }
 }
 
+/// A text is no device ID string.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("serial \"{text}\": use 1 to {SERIAL_BYTES} printable ASCII characters")]
+pub struct SerialError {
+    /// The text.
+    text: String,
+}
+
 impl fmt::Display for Serial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
@@ -30,22 +38,22 @@ impl fmt::Display for Serial {
 }
 
 impl FromStr for Serial {
-    type Err = String;
+    type Err = SerialError;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> Result<Self, SerialError> {
         let fits = !text.is_empty() && text.len() <= SERIAL_BYTES;
         if fits && text.bytes().all(|byte| (0x20..0x7f).contains(&byte)) {
             Ok(Serial(text.into()))
         } else {
-            Err(format!("serial \"{text}\": use 1 to {SERIAL_BYTES} printable ASCII characters"))
+            Err(SerialError { text: text.to_owned() })
         }
     }
 }
 
 impl TryFrom<String> for Serial {
-    type Error = String;
+    type Error = SerialError;
 
-    fn try_from(text: String) -> Result<Self, String> {
+    fn try_from(text: String) -> Result<Self, SerialError> {
         text.parse()
     }
 }

@@ -124,7 +124,7 @@ pub enum Error {
         /// Its address.
         drive: String,
         /// What the driver says.
-        source: nvme_driver::Error,
+        source: Box<nvme_driver::Error>,
     },
     /// The controller has no namespace that could be exported.
     #[error("{drive} has no active namespace: create one and attach it to the controller first")]
@@ -160,7 +160,7 @@ pub enum Error {
         /// Its address.
         drive: String,
         /// What the driver says.
-        source: nvme_driver::Error,
+        source: Box<nvme_driver::Error>,
     },
     /// There is no memory for bounce buffers.
     #[error("{drive}: cannot allocate bounce buffers: {source}")]
@@ -168,7 +168,7 @@ pub enum Error {
         /// Its address.
         drive: String,
         /// What the device layer says.
-        source: vfio::Error,
+        source: Box<vfio::Error>,
     },
     /// A thread that looks after the drive cannot be started.
     #[error("cannot start the {thread} of {drive}: {source}")]

@@ -136,10 +136,10 @@ impl Drive {
             DriverError::NoQueuePairsLeft { .. } => {
                 Error::NoQueuePairsLeft { drive: self.name.clone(), granted: controller.max_queue_pairs() }
             }
-            source => Error::CreateQueuePair { drive: self.name.clone(), source },
+            source => Error::CreateQueuePair { drive: self.name.clone(), source: source.into() },
         })?;
         let pool = BouncePool::new(device.dma(), BOUNCE_BYTES)
-            .map_err(|source| Error::BounceBuffers { drive: self.name.clone(), source })?;
+            .map_err(|source| Error::BounceBuffers { drive: self.name.clone(), source: source.into() })?;
         Ok(QueueResources { pair, pool })
     }
 

@@ -297,7 +297,7 @@ impl Drive {
     /// The drive is detached or does not answer, it has no such namespace, or it has several and none was chosen.
     pub fn namespace(&self, id: Option<u32>) -> Result<Arc<ExportedNamespace>, Error> {
         let controller = self.controller()?;
-        let failed = |source| Error::Controller { drive: self.name.clone(), source };
+        let failed = |source| Error::Controller { drive: self.name.clone(), source: Box::new(source) };
         let id = match id {
             Some(id) => id,
             None => {
@@ -351,7 +351,7 @@ impl Drive {
     /// # Errors
     /// The drive is detached, has no queue pair left, or has not carried out the flush.
     pub fn flush(&self, namespace: u32) -> Result<(), Error> {
-        let failed = |source| Error::Controller { drive: self.name.clone(), source };
+        let failed = |source| Error::Controller { drive: self.name.clone(), source: Box::new(source) };
         let timeout = self.options.io_timeout;
         // Rings that were stopped for this have left their queue pairs, which may still be on their way back.
         self.take_away_leaving();

@@ -12,6 +12,7 @@ use super::values::{
 };
 use crate::drive::{DeviceAddress, SocketPathError};
 use crate::vhost_user::export::ExportMistake;
+use crate::virtio::memory::LimitError;
 
 /// A configuration of which nothing can be served.
 #[derive(Debug, Error)]
@@ -181,8 +182,8 @@ pub enum ValueError {
     #[error("{0} seconds for a drive: use {least} to {most}", least = LEAST_DRIVE_SECONDS, most = MOST_SECONDS)]
     DriveTimeout(f64),
     /// What a front-end may have mapped.
-    #[error("{0}")]
-    GuestMemory(String),
+    #[error(transparent)]
+    GuestMemory(LimitError),
     /// CPUs of the workers.
     #[error(transparent)]
     Cpus(#[from] CpuListError),

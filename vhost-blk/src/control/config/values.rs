@@ -131,12 +131,12 @@ pub(super) fn drive_timeout(seconds: f64) -> Result<Duration, ValueError> {
 
 /// Checks how much memory a front-end may have mapped; the text is a size such as 64G.
 pub fn guest_memory(text: &str) -> Result<u64, ValueError> {
-    memory::parse_bytes(text).map_err(|error| ValueError::GuestMemory(error.to_string()))
+    memory::parse_bytes(text).map_err(ValueError::GuestMemory)
 }
 
 /// Checks how many memory regions a front-end may have.
 pub fn guest_regions(count: u64) -> Result<usize, ValueError> {
-    memory::parse_regions(count).map_err(|error| ValueError::GuestMemory(error.to_string()))
+    memory::parse_regions(count).map_err(ValueError::GuestMemory)
 }
 
 /// The shortest time for a command, in seconds.

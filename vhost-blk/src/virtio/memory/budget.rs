@@ -36,15 +36,38 @@ impl Limits {
     }
 }
 
-/// Checks the number of memory regions a front-end may have.
-pub fn parse_regions(count: u64) -> Result<usize, String> {
-    let fits = usize::try_from(count).ok().filter(|count| (1..=MOST_REGIONS).contains(count));
-    fits.ok_or_else(|| format!("{count} memory regions: use 1 to {MOST_REGIONS}"))
+/// Why a value is no limit of guest memory.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LimitError {
+    /// No front-end may have so many regions.
+    #[error("{count} memory regions: use 1 to {MOST_REGIONS}")]
+    Regions {
+        /// How many were asked for.
+        count: u64,
+    },
+    /// The text is no size.
+    #[error("size \"{text}\": use a number with K, M, G or T, such as 64G")]
+    Size {
+        /// The text.
+        text: String,
+    },
 }
 
-/// A size such as 512M, 64G or 16T, in bytes.
-pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let wrong = || format!("size \"{text}\": use a number with K, M, G or T, such as 64G");
+/// Checks the number of memory regions that a front-end may have.
+///
+/// # Errors
+/// There are none, or more than a front-end can use.
+pub fn parse_regions(count: u64) -> Result<usize, LimitError> {
+    let fits = usize::try_from(count).ok().filter(|count| (1..=MOST_REGIONS).contains(count));
+    fits.ok_or(LimitError::Regions { count })
+}
+
+/// Reads a size such as 512M, 64G or 16T, in bytes.
+///
+/// # Errors
+/// It is no number with one of these letters, or it is 0.
+pub fn parse_bytes(text: &str) -> Result<u64, LimitError> {
+    let wrong = || LimitError::Size { text: text.to_owned() };
     let (number, shift) = match text.char_indices().last().ok_or_else(wrong)? {
         (at, 'K' | 'k') => (&text[..at], 10),
         (at, 'M' | 'm') => (&text[..at], 20),
@@ -355,7 +378,7 @@ mod tests {
         assert_eq!(parse_bytes("16T"), Ok(16 * T));
         assert_eq!(parse_bytes("3g"), Ok(3 << 30));
         for wrong in ["", "T", "1.5G", "-1", "+1G", "0", "99999999999T", "16X"] {
-            assert!(parse_bytes(wrong).unwrap_err().contains("such as 64G"), "{wrong}");
+            assert!(parse_bytes(wrong).unwrap_err().to_string().contains("such as 64G"), "{wrong}");
         }
         assert_eq!(parse_regions(509), Ok(509));
         assert!(parse_regions(0).is_err() && parse_regions(510).is_err());

@@ -17,7 +17,7 @@ mod budget;
 mod dma_scope;
 mod view;
 
-pub use budget::{Account, Budget, Exhausted, Limits, MemoryGrant, parse_bytes, parse_regions};
+pub use budget::{Account, Budget, Exhausted, LimitError, Limits, MemoryGrant, parse_bytes, parse_regions};
 pub use dma_scope::DmaScope;
 pub use view::{GuestSlice, GuestView, OutsideMemory};
 
