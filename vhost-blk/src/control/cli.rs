@@ -13,6 +13,44 @@ use crate::control::config::{
 use crate::drive::{DeviceAddress, socket_path};
 use crate::virtio::memory::Limits;
 
+/// Why the program ends before it has begun.
+#[derive(Debug)]
+pub enum Stop {
+    /// Text that was asked for (help, version, capabilities): to standard output, exit status 0.
+    Print(String),
+    /// One line that says what is wrong and what to do: to standard error, exit status 2.
+    Usage(String),
+}
+
+/// Parses the command line (with the program's name first).
+///
+/// # Errors
+/// Nothing is to be run: text was asked for, or the command line makes no sense.
+pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, Stop> {
+    let args: Vec<_> = args.into_iter().collect();
+    // The conventions want every other argument ignored, wrong ones too.
+    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
+        return Err(Stop::Print(capabilities() + "\n"));
+    }
+    Cli::try_parse_from(args).map_err(|error| {
+        let text = error.render().to_string();
+        if error.use_stderr() { Stop::Usage(one_line(&text)) } else { Stop::Print(text) }
+    })
+}
+
+/// Joins a message over several lines, without the usage that follows it.
+fn one_line(text: &str) -> String {
+    let head = text.split("\n\nUsage:").next().unwrap_or(text).split("\n\nFor more information").next().unwrap_or(text);
+    let line = head.split_whitespace().collect::<Vec<_>>().join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    format!("{line} (vhost-blk --help tells more)")
+}
+
+/// What `--print-capabilities` prints: docs/interop/vhost-user.json of QEMU, `VHostUserBackendCapabilitiesBlock`.
+pub fn capabilities() -> String {
+    serde_json::json!({ "type": "block", "features": ["read-only"] }).to_string()
+}
+
 /// Serves NVMe namespaces to virtual machines as vhost-user-blk disks.
 #[derive(Debug, Parser)]
 #[command(name = "vhost-blk", version, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
@@ -175,41 +213,6 @@ impl ServeArgs {
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
         Ok(Settings { cpus: self.cpus.unwrap_or_default().0, timeouts, memory, exports: vec![export], drives: vec![] })
     }
-}
-
-/// What `--print-capabilities` prints: docs/interop/vhost-user.json of QEMU, `VHostUserBackendCapabilitiesBlock`.
-pub fn capabilities() -> String {
-    serde_json::json!({ "type": "block", "features": ["read-only"] }).to_string()
-}
-
-/// Why the program ends before it has begun.
-#[derive(Debug)]
-pub enum Stop {
-    /// Text that was asked for (help, version, capabilities): to standard output, exit status 0.
-    Print(String),
-    /// One line that says what is wrong and what to do: to standard error, exit status 2.
-    Usage(String),
-}
-
-/// Parses the command line (with the program's name first).
-pub fn parse(args: impl IntoIterator<Item = std::ffi::OsString>) -> Result<Cli, Stop> {
-    let args: Vec<_> = args.into_iter().collect();
-    // The conventions want every other argument ignored, wrong ones too.
-    if args.iter().skip(1).any(|arg| arg == "--print-capabilities") {
-        return Err(Stop::Print(capabilities() + "\n"));
-    }
-    Cli::try_parse_from(args).map_err(|error| {
-        let text = error.render().to_string();
-        if error.use_stderr() { Stop::Usage(one_line(&text)) } else { Stop::Print(text) }
-    })
-}
-
-/// Joins a message over several lines, without the usage that follows it.
-fn one_line(text: &str) -> String {
-    let head = text.split("\n\nUsage:").next().unwrap_or(text).split("\n\nFor more information").next().unwrap_or(text);
-    let line = head.split_whitespace().collect::<Vec<_>>().join(" ");
-    let line = line.strip_prefix("error: ").unwrap_or(&line);
-    format!("{line} (vhost-blk --help tells more)")
 }
 
 #[cfg(test)]
