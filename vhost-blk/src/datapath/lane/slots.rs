@@ -12,13 +12,15 @@ pub(super) struct Slot {
     pub head: Head,
     /// Whether the slot holds a request, and which way it is answered.
     pub used: UsedLength,
-    /// What else the slot is, if it holds no request.
-    link: Link,
+    /// Of a free slot: the next free one. Of a bounced request's: its index among those.
+    link: u16,
+    /// What the slot is if it holds no request. It says free while the slot holds one: so the fast path need not write it.
+    unheld: Unheld,
     /// What to ask the drive again, should it not answer.
     pub record: Record,
 }
 
-/// The state of a slot. It is kept in [`UsedLength`] and [`Link`], words that the data path needs in any case.
+/// The state of a slot. The data path keeps it in [`UsedLength`] alone, a word that it needs in any case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SlotState {
     /// The slot has no request.
@@ -39,7 +41,11 @@ impl Slot {
         match self.used {
             used if used.is_simple() => SlotState::Simple,
             used if used.is_held() => SlotState::Detailed,
-            _ => self.link.state(),
+            _ => match self.unheld {
+                Unheld::Free => SlotState::Free,
+                Unheld::Bounced => SlotState::Bounced(self.link),
+                Unheld::Orphaned => SlotState::Orphaned,
+            },
         }
     }
 }
@@ -88,40 +94,13 @@ impl UsedLength {
     }
 }
 
-/// What a slot is that holds no request. Bits 31:16: 0, the slot is free, [`Link::BOUNCED`] or [`Link::ORPHANED`]. Bits 15:0: the
-/// next free slot, or the index among the bounced requests.
+/// What a slot is that holds no request.
 #[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-struct Link(u32);
-
-impl Link {
-    const BOUNCED: u32 = 1 << 16;
-    const ORPHANED: u32 = 2 << 16;
-
-    /// The link of a free slot that is before this one in the list.
-    #[inline(always)]
-    fn free(next: u16) -> Link {
-        Link(u32::from(next))
-    }
-
-    /// The link of a slot whose request is copied, and is at this index.
-    fn bounced(index: u16) -> Link {
-        Link(Link::BOUNCED | u32::from(index))
-    }
-
-    /// The free slot after this one.
-    #[inline(always)]
-    fn next_free(self) -> u16 {
-        self.0 as u16
-    }
-
-    fn state(self) -> SlotState {
-        match self.0 & !u32::from(u16::MAX) {
-            0 => SlotState::Free,
-            Link::BOUNCED => SlotState::Bounced(self.0 as u16),
-            _ => SlotState::Orphaned,
-        }
-    }
+enum Unheld {
+    #[default]
+    Free,
+    Bounced,
+    Orphaned,
 }
 
 /// What is needed to answer a request that the fast path answers: see [`Slot`].
@@ -161,7 +140,7 @@ impl Reserved<'_> {
     /// The slot is taken by the request with this chain.
     #[inline(always)]
     pub(super) fn take(self, head: Head) {
-        *self.free = self.slot.link.next_free();
+        *self.free = self.slot.link;
         *self.taken += 1;
         self.slot.head = head;
     }
@@ -186,7 +165,7 @@ impl Slots {
     pub(super) fn new(size: u16) -> Slots {
         // A ring has 32768 entries at most: NO_SLOT names none.
         let next = |next| if next == size { NO_SLOT } else { next };
-        let slots = (1..=size).map(|number| Slot { link: Link::free(next(number)), ..Slot::default() }).collect();
+        let slots = (1..=size).map(|number| Slot { link: next(number), ..Slot::default() }).collect();
         Slots { slots, free: 0, marked: 0, taken: 0 }
     }
 
@@ -228,7 +207,7 @@ impl Slots {
             return None;
         }
         slot.used = UsedLength::NONE;
-        slot.link = Link::free(self.free);
+        slot.link = self.free;
         self.free = number;
         self.taken -= 1;
         Some(Answer { status, head, written: used.bytes() })
@@ -237,7 +216,7 @@ impl Slots {
     /// Frees a slot in the state [`SlotState::Bounced`] or [`SlotState::Orphaned`].
     pub(super) fn free_empty(&mut self, number: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
-            *slot = Slot { link: Link::free(self.free), ..Slot::default() };
+            *slot = Slot { link: self.free, ..Slot::default() };
             self.free = number;
             self.taken -= 1;
         }
@@ -252,7 +231,7 @@ impl Slots {
     /// The slots that were freed since [`Slots::mark`], as they were, if none was taken since.
     pub(super) fn freed(&self) -> impl Iterator<Item = (u16, &Slot)> {
         let at = |number: u16| Some((number, self.slots.get(usize::from(number))?));
-        let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.link.next_free()));
+        let free = std::iter::successors(at(self.free), move |(_, slot)| at(slot.link));
         // Had any been taken, the mark might not be met.
         free.take_while(|(number, _)| *number != self.marked).take(self.slots.len())
     }
@@ -296,14 +275,14 @@ impl Slots {
     /// The request with this slot is copied, and is at this index of the bounced ones.
     pub(super) fn set_bounced(&mut self, number: u16, index: u16) {
         if let Some(slot) = self.slots.get_mut(usize::from(number)) {
-            (slot.used, slot.link) = (UsedLength::NONE, Link::bounced(index));
+            (slot.used, slot.unheld, slot.link) = (UsedLength::NONE, Unheld::Bounced, index);
         }
     }
 
     /// No request that has a slot to itself is to be answered.
     pub(super) fn orphan_all(&mut self) {
         for slot in self.slots.iter_mut().filter(|slot| slot.used.is_held()) {
-            (slot.used, slot.link) = (UsedLength::NONE, Link(Link::ORPHANED));
+            (slot.used, slot.unheld) = (UsedLength::NONE, Unheld::Orphaned);
         }
     }
 }
