@@ -173,7 +173,7 @@ fn only_whole_blocks_within_the_disk() {
 fn any_layout_means_the_same() {
     let seed = 0x1a_10;
     println!("seed {seed:#x}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut bench = RequestBench::new();
     let disk = disk(9, 100_000);
     for round in 0..3000 {
@@ -382,7 +382,7 @@ fn what_is_not_understood_is_answered_where_it_can_be() {
 fn a_hostile_guest_reaches_nothing_but_its_memory() {
     let (mut submitted, mut answered, mut broken, mut segments, mut shortened) = (0, 0, 0, 0, 0);
     for seed in 0..10_000u64 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let packed = random.one_in(2);
         let guest = Guest::new(&[(0, 0x8000), (0x8000, 0x4000), (0x10_0000, 0x2000)], None);
         let size = if packed { 1 + random.below(16) as u16 } else { 1 << random.below(5) };

@@ -290,7 +290,7 @@ fn lanes_that_share_a_queue_pair_get_their_own_answers() {
     }
     assert_eq!(clients[0].run(guest, &mut group, OUT, 0, &[readable(DATA, 300 * 512)]).0, OK);
     let mut expected = std::collections::HashMap::new();
-    let mut random = Random(4);
+    let mut random = Random::new(4);
     let mut done = 0;
     let mut sent = 0u64;
     while done < 3000 {
@@ -388,7 +388,7 @@ fn mad_guests_do_not_disturb_a_sane_one() {
     assert_eq!(sane.run(guest, &mut group, OUT, 0, &[readable(DATA, 8192)]).0, OK);
     let (mut broken, mut reads) = (0, 0);
     for seed in 0..2500u64 {
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let packed = random.one_in(2);
         let mut mad = TestClient::new(&other, 0, packed, 8);
         let read_only = Arc::new(Disk { read_only: true, ..machine.disk() });

@@ -130,7 +130,7 @@ fn user_addresses_are_translated() {
 fn hundreds_of_regions_resolve_to_what_they_are() {
     let seed = 0x0dd;
     println!("seed {seed:#x}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     // Holes of one page between some of them.
     let layout: Vec<(u64, u64)> = (0..509).map(|k| (k * 0x4000, if k % 3 == 0 { 0x3000 } else { 0x4000 })).collect();
     let guest = Guest::new(&layout, None);

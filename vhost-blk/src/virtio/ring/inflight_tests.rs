@@ -298,7 +298,7 @@ fn check_successor(front: &mut Front) -> LoggedDevice {
 
 fn any_step(packed: bool, kind: ChainKind, seed: u64) {
     println!("packed {packed}, {kind:?}, seed {seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     let mut deaths = 0;
     // Packed rings need not be a power of two.
     let mut front = Front { kind, ..Front::new(packed, if packed { 11 } else { 16 }) };
@@ -399,7 +399,7 @@ fn formats() -> [(bool, u16); 2] {
 fn request_zero_alone_in_flight_is_found() {
     for (packed, size) in formats() {
         let mut front = Front::new(packed, size);
-        assert!(front.add(&mut Random(1)));
+        assert!(front.add(&mut Random::new(1)));
         let mut device = front.device();
         assert!(device.pop());
         drop(device);
@@ -418,7 +418,7 @@ fn an_empty_history_has_nothing_to_do_again() {
         drop(device);
         let mut device = front.device();
         assert!(device.held.is_empty());
-        assert!(front.add(&mut Random(2)));
+        assert!(front.add(&mut Random::new(2)));
         assert!(device.pop(), "it goes on from the beginning");
     }
 }
@@ -427,7 +427,7 @@ fn an_empty_history_has_nothing_to_do_again() {
 fn indexes_that_have_wrapped_are_resumed() {
     for (packed, size) in formats() {
         let mut front = Front::new(packed, size);
-        let mut random = Random(3);
+        let mut random = Random::new(3);
         let mut device = front.device();
         for _ in 0..u32::from(u16::MAX) + 5 {
             assert!(front.add(&mut random));
@@ -448,7 +448,7 @@ fn indexes_that_have_wrapped_are_resumed() {
 fn indirect_descriptors_are_resumed() {
     for (packed, size) in formats() {
         let mut front = Front { kind: ChainKind::Indirect, ..Front::new(packed, size) };
-        let mut random = Random(7);
+        let mut random = Random::new(7);
         for _ in 0..5 {
             assert!(front.add(&mut random));
         }
@@ -467,7 +467,7 @@ fn indirect_descriptors_are_resumed() {
 fn what_completed_out_of_order_is_not_done_again() {
     for (packed, size) in [(false, 16), (true, 16)] {
         let mut front = Front { kind: ChainKind::Simple, ..Front::new(packed, size) };
-        let mut random = Random(8);
+        let mut random = Random::new(8);
         for _ in 0..5 {
             assert!(front.add(&mut random));
         }
@@ -491,7 +491,7 @@ fn what_completed_out_of_order_is_not_done_again() {
 fn a_device_that_was_reset_begins_anew() {
     for (packed, size) in formats() {
         let mut front = Front::new(packed, size);
-        assert!(front.add(&mut Random(4)) && front.add(&mut Random(5)));
+        assert!(front.add(&mut Random::new(4)) && front.add(&mut Random::new(5)));
         let mut device = front.device();
         assert!(device.pop());
         drop(device);
@@ -507,7 +507,7 @@ fn a_device_that_was_reset_begins_anew() {
 fn a_chain_in_no_log_frees_no_other_chain() {
     let mut front = Front { kind: ChainKind::Indirect, ..Front::new(true, 4) };
     for _ in 0..4 {
-        assert!(front.add(&mut Random(9)));
+        assert!(front.add(&mut Random::new(9)));
     }
     let mut device = front.device();
     device.take_simple_chains(4);
@@ -540,7 +540,7 @@ fn a_chain_in_no_log_frees_no_other_chain() {
 fn a_log_of_an_earlier_ring_is_not_believed() {
     for (packed, size) in formats() {
         let mut front = Front::new(packed, size);
-        let mut random = Random(6);
+        let mut random = Random::new(6);
         let mut device = front.device();
         for _ in 0..3 {
             assert!(front.add(&mut random) && device.pop());
@@ -556,7 +556,7 @@ fn a_log_of_an_earlier_ring_is_not_believed() {
 fn logs_that_do_not_fit_are_refused() {
     for (packed, size) in formats() {
         let mut front = Front::new(packed, size);
-        assert!(front.add(&mut Random(10)) && front.device().pop());
+        assert!(front.add(&mut Random::new(10)) && front.device().pop());
         let open = |log: &InflightMemory, size| {
             let setup = RingSetup { size, ..front.driver.setup };
             // Used, so that it is not taken for a new ring.
@@ -577,7 +577,7 @@ fn an_empty_log_takes_a_ring_of_any_size() {
         let mut log = InflightMemory::create(1, 64).unwrap();
         for size in [16, 64, 8, 32, 4] {
             let mut front = Front { log, ..Front::new(packed, size) };
-            let mut random = Random(11);
+            let mut random = Random::new(11);
             // In a ring that is not new: what is in the log counts.
             front.guest.write(RING, &[1]);
             let mut device = front.device();
@@ -624,7 +624,7 @@ fn may_change_here() {
 fn a_log_that_is_changed_while_the_ring_runs_does_no_harm() {
     let seed = 0x10c;
     println!("seed {seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     for round in 0..400 {
         let (packed, size) = (round % 2 == 0, [1, 4, 16][round % 3]);
         let kind = [ChainKind::Any, ChainKind::Simple, ChainKind::Indirect][round / 2 % 3];
@@ -640,7 +640,7 @@ fn a_log_that_is_changed_while_the_ring_runs_does_no_harm() {
         let others = |front: &Front| (front.guest.read(0, RING as usize), front.guest.read(end, (DATA - end) as usize));
         let before = others(&front);
         fault_point::set(at);
-        HOSTILE.set(Some((front.log.shared(), Random(random.next() | 1))));
+        HOSTILE.set(Some((front.log.shared(), Random::new(random.next() | 1))));
         let mut ring = Ring::new(&front.guest.memory, &front.driver.setup).unwrap();
         if ring.set_log(&front.log.queue(0).unwrap()).is_ok() {
             let (mut view, mut chain) = (GuestView::new(front.guest.memory.clone()), Chain::new());
@@ -693,7 +693,7 @@ fn a_chain_of_the_log_is_as_long_as_it_was_when_it_was_checked() {
     use std::os::unix::fs::FileExt;
     let size = 256;
     let mut front = Front { kind: ChainKind::Indirect, ..Front::new(true, size) };
-    let mut random = Random(12);
+    let mut random = Random::new(12);
     let mut device = front.device();
     for _ in 0..200 {
         assert!(front.add(&mut random) && device.pop());
@@ -719,7 +719,7 @@ fn a_chain_of_the_log_is_as_long_as_it_was_when_it_was_checked() {
 fn garbage_in_the_log_does_no_harm() {
     let seed = 0x9a7;
     println!("seed {seed}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     for round in 0..3000 {
         let mut front = Front::new(round % 2 == 0, 16);
         let mut device = front.device();

@@ -53,7 +53,7 @@ fn chains_arrive_as_sent_and_go_back_in_any_order() {
     for (packed, event_idx) in formats() {
         let seed = 0x5eed + u64::from(packed);
         println!("packed {packed}, event_idx {event_idx}, seed {seed}");
-        let mut random = Random(seed);
+        let mut random = Random::new(seed);
         let guest = guest();
         // Packed rings need not be a power of two.
         let size = if packed { 19 } else { 16 };
@@ -141,7 +141,7 @@ fn the_driver_is_called_only_when_it_asked() {
         let guest = guest();
         let mut driver = Driver::new(&guest, packed, 8, RING, event_idx);
         let mut device = RingDevice::new(&guest, &driver.setup);
-        let mut random = Random(7);
+        let mut random = Random::new(7);
         for round in 0..1000 {
             let asked = random.one_in(2);
             let batch = 1 + random.below(8) as usize;
@@ -514,7 +514,7 @@ fn the_split_ring_agrees_with_virtio_queue() {
 
     let seed = 0xfeed;
     println!("seed {seed:#x}");
-    let mut random = Random(seed);
+    let mut random = Random::new(seed);
     for _ in 0..200 {
         let theirs: GuestMemoryMmap = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 0x40_0000)]).unwrap();
         let mock = MockSplitQueue::create(&theirs, GuestAddress(RING), 16);

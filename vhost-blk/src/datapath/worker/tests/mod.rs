@@ -188,7 +188,7 @@ fn stopping_waits_for_the_drive_and_the_ring_goes_on_from_its_base() {
         let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
         let disk = Arc::new(machine.disk());
         let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, packed, 16), &disk);
-        let mut random = Random(5);
+        let mut random = Random::new(5);
         let (mut sent, mut done) = (0, 0);
         for round in 0..50 {
             for _ in 0..random.below(12) {
@@ -575,7 +575,7 @@ fn many_lanes_on_two_workers() {
     }
     assert_eq!(lanes[0].run(guest, 1, 0, &[readable(DATA, 200 * 512)]).0, OK);
     let mut expected = std::collections::HashMap::new();
-    let mut random = Random(11);
+    let mut random = Random::new(11);
     // Counted by lane: while one waits for its worker, the others may get far ahead, and its buffers are still in use.
     let (mut sent, mut done) = ([0u64; 4], 0);
     until("4000 answers", || {
