@@ -143,7 +143,7 @@ impl Drive {
         Ok(QueueResources { pair, pool })
     }
 
-    /// The same on the controller that is there just now; `None`: there is none. The controller is asked without a lock: a drive
+    /// Creates a queue pair on the attached controller; `None`: the drive is detached. The controller is asked without a lock: a drive
     /// that does not answer can be taken away meanwhile.
     fn new_queue(&self, entries: u16) -> Result<Option<NewQueue>, Error> {
         let (device, controller, since) = match &self.state().condition {

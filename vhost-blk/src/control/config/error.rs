@@ -7,9 +7,8 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use super::values::{
-    CpuListError, LEAST_COMMAND_SECONDS, LEAST_DRIVE_SECONDS, MAX_QUEUE_SIZE, MAX_QUEUES, MOST_SECONDS,
-};
+use super::bounds::{LEAST_COMMAND_SECONDS, LEAST_DRIVE_SECONDS, MAX_QUEUE_SIZE, MAX_QUEUES, MOST_SECONDS};
+use super::cpu_list::CpuListError;
 use crate::drive::{DeviceAddress, SocketPathError};
 use crate::vhost_user::export::ExportMistake;
 use crate::virtio::memory::LimitError;

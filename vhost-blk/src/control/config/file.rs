@@ -11,8 +11,10 @@ use serde::de::IntoDeserializer;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use super::bounds::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES};
+use super::cpu_list::CpuList;
 use super::error::{ConfigError, FileFault, Mistake, ValueError};
-use super::values::{self, CpuList, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES};
+use super::values;
 use super::{Configuration, DriveSettings, DriveTimeouts, ExportSettings, Listen, RefusedExport, Serial, Settings};
 use crate::drive::{DeviceAddress, socket_path};
 use crate::virtio::memory::Limits;

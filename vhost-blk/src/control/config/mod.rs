@@ -2,6 +2,8 @@
 //!
 //! This module owns the rules for every value, and what a configuration means. It opens nothing but the file itself.
 
+mod bounds;
+mod cpu_list;
 mod drives;
 mod error;
 mod file;
@@ -17,13 +19,12 @@ pub use crate::vhost_user::export::ExportSettings;
 pub use crate::vhost_user::listener::Listen;
 use crate::virtio::memory::Limits;
 
+pub use bounds::{DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES};
+pub use cpu_list::{CpuList, CpuListError, CpuListFault};
 pub use drives::DriveSettings;
 pub use error::{ConfigError, FileFault, HOW_TO_SERVE, Mistake, ValueError};
 pub use file::load;
-pub use values::{
-    CpuList, CpuListError, CpuListFault, DEFAULT_QUEUE_SIZE, DEFAULT_QUEUES, MAX_QUEUE_SIZE, MAX_QUEUES, guest_memory,
-    guest_regions, hold, io_timeout, namespace, queue_pairs, queue_size, queues,
-};
+pub use values::{guest_memory, guest_regions, hold, io_timeout, namespace, queue_pairs, queue_size, queues};
 
 /// What a run of the program is told to do: what makes sense of it, and what does not.
 #[derive(Clone, Debug, PartialEq)]
