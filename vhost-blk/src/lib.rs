@@ -1,7 +1,7 @@
 //! A vhost-user-blk target: it joins a guest's virtqueue to a queue pair of an NVMe drive.
 //!
 //! The program `vhost-blk` is a thin shell around this crate. `README.md` beside its manifest is the design: the threads, the path of
-//! a request through the files, where a change belongs.
+//! a request through the files, where an addition goes.
 //!
 //! # What it owns
 //!
@@ -33,7 +33,8 @@
 //! | [`blk`] | the virtio block device: configuration, requests, flushes |
 //! | [`virtio`] | rings and guest memory |
 //!
-//! Two small modules belong to no room: [`event`] (eventfds) and [`log_limit`] (how many log lines others may cause).
+//! Three small modules belong to no room: [`event`] (eventfds), [`log_limit`] (how many log lines others may cause) and `fault_point`
+//! (places where a unit test may have something go wrong; nothing in the program).
 //!
 //! # A disk on an embedded controller
 //!
