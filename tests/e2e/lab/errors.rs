@@ -56,7 +56,7 @@ fn mistakes_are_told_in_one_line(kernel: &Kernel) {
     guest.run("mkdir /run/user && chown nobody /run/user", SHORT).unwrap();
 
     // There is none, as if it had been pulled out. Not bound: the kernel's driver has it, nobody has it.
-    waits(&mut guest, &device("0000:00:0f.0"), &["no such PCI device", "lspci -D", "there is no disk on"]);
+    waits(&mut guest, &device("0000:00:0f.0"), &["no such PCI device", "lspci -D", "no disk is served on"]);
     let bind_it = format!("setup/setup.sh bind {other}");
     refuses(&mut guest, "", &device(other), &["driver 'nvme' has it", "if nothing on it is in use", &bind_it]);
     guest.run(&format!("echo {other} >/sys/bus/pci/devices/{other}/driver/unbind"), SHORT).unwrap();
