@@ -79,9 +79,14 @@ impl Share {
                 Ok(None) => {}
                 Err(Error::NoQueuePairsLeft { .. }) => break self.join(worker, entries, granted)?,
                 Err(error) => {
-                    if let Err(why) = drive.controller_works() {
-                        drive.detach(DetachCause::from(&why));
-                        continue;
+                    match drive.controller_works() {
+                        // It was detached meanwhile, which may be why it has failed.
+                        None => continue,
+                        Some(Err(why)) => {
+                            drive.detach(DetachCause::from(&why));
+                            continue;
+                        }
+                        Some(Ok(())) => {}
                     }
                     if let Some(left_out) = drive.log.admit(Kind::Ring) {
                         log::warn!("{error}; a ring shares another's queue pair{left_out}");
@@ -153,11 +158,14 @@ impl Drive {
         Ok(Some(NewQueue { resources: self.make_queue(&device, &controller, entries)?, since }))
     }
 
-    /// An error if nothing can be asked of the controller that is there.
-    fn controller_works(&self) -> Result<(), DriverError> {
+    /// Whether the controller takes commands. `None`: the drive is not attached.
+    ///
+    /// # Errors
+    /// It takes none, for this reason.
+    fn controller_works(&self) -> Option<Result<(), DriverError>> {
         match &self.state().condition {
-            Condition::Attached(attached) => attached.controller.in_operation(),
-            _ => Ok(()),
+            Condition::Attached(attached) => Some(attached.controller.in_operation()),
+            _ => None,
         }
     }
 
