@@ -79,7 +79,7 @@ pub enum Error {
         why: &'static str,
     },
     /// Something the drive reported contradicts the specification or itself.
-    #[error("the controller reported a value that cannot be: {0}")]
+    #[error("the controller reported an impossible value: {0}")]
     Untrustworthy(String),
     /// The namespace exists, but its format cannot be served.
     #[error("namespace {namespace} cannot be served: {reason}")]

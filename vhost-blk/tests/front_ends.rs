@@ -201,7 +201,9 @@ fn more_than_can_wait_are_refused_and_told_of() {
         let start = Instant::now();
         Front::connect(&socket).wait_for_end();
         assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
-        eventually("each is told of", || program.lines_with("a front-end was refused: 5 are there") == number);
+        eventually("each is told of", || {
+            program.lines_with("a front-end was refused: 5 are connected already") == number
+        });
     }
     // One that waits goes, and makes room.
     drop(fronts.remove(3));
@@ -225,7 +227,7 @@ fn clients_that_say_nothing_keep_nobody_waiting() {
     bring_up(&front, &region).check_io(0);
     // What begins to speak does not stop in the middle.
     half.wait_for_end();
-    program.wait_for("a client was disconnected: a message's header stays incomplete");
+    program.wait_for("a client was disconnected: a message's header did not arrive completely in time");
     // Nobody needs their places.
     for stream in &silent {
         stream.set_nonblocking(true).unwrap();
@@ -234,7 +236,7 @@ fn clients_that_say_nothing_keep_nobody_waiting() {
     let bodiless = Front::connect(&socket);
     bodiless.raw(&[&SET_VRING_NUM.to_ne_bytes()[..], &1u32.to_ne_bytes(), &8u32.to_ne_bytes()].concat());
     bodiless.wait_for_end();
-    program.wait_for("a client was disconnected: SET_VRING_NUM stays incomplete");
+    program.wait_for("a client was disconnected: SET_VRING_NUM did not arrive completely in time");
 }
 
 /// QEMU keeps the connection of a device that is taken away, removes none of its memory, and begins anew for the next one.
@@ -354,7 +356,7 @@ fn a_program_that_is_going_is_waited_for() {
     going.signal(Signal::TERM);
     going.wait_for("stopping");
     let next = Program::serve(&socket, &[]);
-    assert_eq!(next.lines_with("another process does already; stop it or choose another path; it may be going"), 1);
+    assert_eq!(next.lines_with("another process does already; stop it or choose another path; it may be ending"), 1);
     assert_eq!(going.wait().code(), Some(0));
     bring_up(&Front::connect(&socket), &Region::new(0, MIB)).check_io(0);
 }

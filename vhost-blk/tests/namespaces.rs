@@ -192,7 +192,7 @@ fn a_namespace_that_is_taken_away_and_returned() {
     bench.simulator().remove_namespace(1).unwrap();
     let other = NamespaceConfig { bytes: 64 * MIB, block_bytes: 4096, ..NamespaceConfig::default() };
     bench.simulator().add_namespace(other).unwrap();
-    bench.program.wait_for("namespace 1 has blocks of 4096 bytes, they had 512");
+    bench.program.wait_for("namespace 1 has blocks of 4096 bytes now, and had blocks of 512");
     assert_eq!((ring.read_one(0), ring.write_one(0)), (IOERR, IOERR));
     bench.simulator().remove_namespace(1).unwrap();
     bench.simulator().add_namespace(NamespaceConfig { bytes: 32 * MIB, ..NamespaceConfig::default() }).unwrap();
@@ -290,7 +290,7 @@ fn warnings_are_told_when_they_appear_and_when_they_go() {
         .wait_for("the drive warns: its spare has fallen to 100 %, below the 10 % it should have; replace it soon");
     bench.program.wait_for("the drive warns: its temperature");
     warns(0b11_0110);
-    bench.program.wait_for("the drive no longer warns of too little spare");
+    bench.program.wait_for("the drive no longer warns of low spare capacity");
     bench.program.wait_for("the drive warns: it has become unreliable");
     bench.program.wait_for("the drive warns: the backup of its volatile memory has failed");
     bench.program.wait_for("the drive warns: its persistent memory region");

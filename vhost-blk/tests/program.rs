@@ -498,7 +498,7 @@ fn the_service_manager_hears_when_the_disks_are_ready_how_they_do_and_when_it_st
     // It goes, and comes back.
     drop(drive);
     let gone = ear.hears();
-    assert!(gone.starts_with(&format!("STATUS=serving 1 of 2 sockets; {device} is away: ")), "{gone}");
+    assert!(gone.starts_with(&format!("STATUS=serving 1 of 2 sockets; {device} is not available: ")), "{gone}");
     let _drive = Simulator::start(Config::default(), &path("nvme")).unwrap();
     assert_eq!(ear.hears(), "STATUS=ready for front-ends on 2 sockets");
     program.signal(Signal::TERM);

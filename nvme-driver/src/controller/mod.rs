@@ -319,13 +319,16 @@ impl Controller {
             (queues.granted(), negotiate_queues(&inner.hardware, admin, &inner.options, inner.shadow.is_some())?);
         if !queues.regrant(now) {
             return Err(Error::Untrustworthy(format!(
-                "after a reset {} grants {now} queue pairs, before it were {before}, and one beyond is still to be created again; \
-                 drop it before the reset, or open the controller anew",
+                "after a reset {} grants {now} queue pairs, and granted {before} before; one beyond is still to be created again: \
+                 drop it before the reset, or open the controller again",
                 inner.hardware.name
             )));
         }
         if now != before {
-            log::info!("{}: it grants {now} queue pairs after a reset, before it were {before}", inner.hardware.name);
+            log::info!(
+                "{}: it grants {now} queue pairs after a reset, and granted {before} before",
+                inner.hardware.name
+            );
         }
         if let Some(shadow) = &inner.shadow {
             shadow.announce(&inner.hardware, admin, inner.options.needed())?;

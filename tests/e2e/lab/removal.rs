@@ -75,7 +75,7 @@ fn fails_in_place(guest: &mut Guest, monitor: &mut Qmp, is_traced: bool) {
     throttle(0);
     let back = r#"
         told 1 '0000:00:05.0: the drive is back'
-        ! grep 'opened anew' /tmp/target.log || fail 'its function could not be reset'
+        ! grep 'its function cannot be reset' /tmp/target.log || fail 'its function could not be reset'
         unmaps=/sys/kernel/tracing/trace
         [ ! -e $unmaps ] || ! grep 'unmap:' $unmaps || fail 'memory was unmapped'
         [ ! -e $unmaps ] || echo 0 >/sys/kernel/tracing/events/iommu/unmap/enable"#;

@@ -298,7 +298,7 @@ mod tests {
             (
                 "--device disk --socket-path /a",
                 format!(
-                    "invalid value 'disk' for '--device <ADDRESS>': device address \"disk\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH] {more}"
+                    "invalid value 'disk' for '--device <ADDRESS>': device address \"disk\" is not valid: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH] {more}"
                 ),
             ),
             ("--queues 0", format!("invalid value '0' for '--queues <N>': 0 queues: use 1 to 256 {more}")),

@@ -171,7 +171,7 @@ mod tests {
             ),
             (
                 "nvme0",
-                "device address \"nvme0\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
+                "device address \"nvme0\" is not valid: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]",
             ),
         ] {
             assert_eq!(parse(text).unwrap_err().to_string(), message);

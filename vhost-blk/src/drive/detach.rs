@@ -100,12 +100,15 @@ impl Drive {
         if let DetachCause::WantedBack = cause
             && let Err(error) = self.shut_down(&controller, &slots, &pause)
         {
-            log::warn!("{}: it goes without having saved its cache: {error}", self.name);
+            log::warn!("{}: its cache could not be saved before it is removed: {error}", self.name);
             cache_lost = true;
         }
         let stopped = controller.disable();
         if let Err(error) = &stopped {
-            log::error!("{}: it cannot be stopped, so that the guests' memory is taken from it: {error}", self.name);
+            log::error!(
+                "{}: the controller cannot be stopped, so that its access to the guests' memory is removed: {error}",
+                self.name
+            );
             self.memory.detach();
         }
         // A function that was reset has forgotten whatever its controller did not (PCI Express Base 4.0, 6.6.2).
@@ -164,7 +167,10 @@ impl Drive {
     fn reset_function(&self, device: &Device) -> bool {
         let result = device.reset();
         if let Err(error) = &result {
-            log::info!("{}: it is opened anew, since its function cannot be reset: {error}", self.name);
+            log::info!(
+                "{}: its function cannot be reset, so that the device is closed and opened again: {error}",
+                self.name
+            );
         }
         result.is_ok()
     }
@@ -181,7 +187,7 @@ impl Drive {
                 break;
             }
             if Instant::now() >= deadline {
-                log::warn!("{}: {out} commands are not answered, and it is shut down all the same", self.name);
+                log::warn!("{}: it is shut down, although {out} commands are not answered", self.name);
                 break;
             }
             std::thread::sleep(DRAIN_LOOK);

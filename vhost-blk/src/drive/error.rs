@@ -63,7 +63,7 @@ pub enum Failure {
     #[error("cannot make an eventfd: {0}")]
     EventFd(io::Error),
     /// The process has no thread left.
-    #[error("cannot start to look for {address}: {source}")]
+    #[error("cannot start a thread to open {address}: {source}")]
     Thread {
         /// Where the drive should be.
         address: super::DeviceAddress,
@@ -105,7 +105,7 @@ fn is_denied(error: &vfio::Error) -> bool {
 #[derive(Debug, Error)]
 pub enum Error {
     /// The drive is detached.
-    #[error("{drive} is away: {cause}")]
+    #[error("{drive} is not available: {cause}")]
     Detached {
         /// Its address.
         drive: String,
@@ -113,7 +113,7 @@ pub enum Error {
         cause: DetachCause,
     },
     /// The program ends.
-    #[error("{drive} is not used any more: the program is ending")]
+    #[error("{drive} is closed: the program is ending")]
     Closed {
         /// Its address.
         drive: String,
@@ -149,7 +149,7 @@ pub enum Error {
         granted: u16,
     },
     /// There is no queue pair at all that a ring could share.
-    #[error("{drive} has no queue pair for a ring")]
+    #[error("{drive} has no queue pair that a ring could use or share")]
     NoQueuePair {
         /// Its address.
         drive: String,
@@ -204,7 +204,7 @@ pub enum AddressError {
     #[error("the device address is empty: {}", AddressError::FORMS)]
     Empty,
     /// The text has none of the forms of an address.
-    #[error("device address \"{address}\" is not one: {}", AddressError::FORMS)]
+    #[error("device address \"{address}\" is not valid: {}", AddressError::FORMS)]
     Form {
         /// The address.
         address: String,
@@ -249,7 +249,7 @@ pub enum SocketPathError {
     #[error("the socket path is empty: give one, such as /run/vhost-blk/disk0.sock")]
     Empty,
     /// No file can be called so.
-    #[error("the socket path has a zero byte in it: no file can be called so")]
+    #[error("the socket path contains a zero byte, which no file name may have")]
     ZeroByte,
     /// unix(7): a socket address has 108 bytes, and the last one of a path is zero.
     #[error("the socket path {path} has {bytes} bytes: use at most {}", SocketPathError::MOST_BYTES)]

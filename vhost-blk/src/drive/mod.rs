@@ -256,9 +256,9 @@ impl Drive {
         match &state.condition {
             Condition::Attached(_) => Presence::Attached,
             Condition::Detached(Detached { cause, .. }) => {
-                Presence::Detached(format!("{} is away: {cause}", self.name))
+                Presence::Detached(format!("{} is not available: {cause}", self.name))
             }
-            Condition::Closed => Presence::Detached(format!("{} is not used any more", self.name)),
+            Condition::Closed => Presence::Detached(format!("{} is closed: the program is ending", self.name)),
         }
     }
 
@@ -374,7 +374,10 @@ impl Drive {
         if let Condition::Attached(attached) = condition
             && let Err(error) = attached.controller.shutdown()
         {
-            log::warn!("{}: shutdown notification failed: {error}", self.name);
+            log::warn!(
+                "{}: the controller cannot be shut down; what is in its cache may be lost with the power: {error}",
+                self.name
+            );
         }
     }
 }

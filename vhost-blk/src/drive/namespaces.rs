@@ -90,7 +90,7 @@ impl ExportedNamespace {
         if self.flushes.lose_cache(losses) {
             let id = self.id;
             log::error!(
-                "{drive}: namespace {id}: writes that were not flushed are lost; the next flush fails, to say so"
+                "{drive}: namespace {id}: writes that were not flushed are lost; the next flush fails, so that the guest knows"
             );
         }
     }
@@ -180,7 +180,7 @@ pub(super) fn difference(before: &Namespace, now: &Namespace) -> Option<String> 
     }
     if before.block_shift != now.block_shift {
         let (now, before) = (now.block_bytes(), before.block_bytes());
-        return Some(format!("has blocks of {now} bytes, they had {before}"));
+        return Some(format!("has blocks of {now} bytes now, and had blocks of {before}"));
     }
     if now.volatile_write_cache && !before.volatile_write_cache {
         return Some("has a write cache now, which guests were not told to flush".into());
@@ -188,7 +188,7 @@ pub(super) fn difference(before: &Namespace, now: &Namespace) -> Option<String> 
     let lost = |before: bool, now: bool, what| (before && !now).then_some(what);
     let lost =
         lost(before.discard, now.discard, "discard").or(lost(before.write_zeroes, now.write_zeroes, "write zeroes"));
-    lost.map(|what| format!("does not support {what} any more, which guests were told it does"))
+    lost.map(|what| format!("does not support {what} any more, which guests were offered"))
 }
 
 impl Drive {
@@ -243,7 +243,7 @@ mod tests {
                 Namespace { nguid: Some([7; 16]), uuid: Some([7; 16]), blocks: 999, ..before.clone() },
                 "unique identifiers",
             ),
-            (Namespace { block_shift: 12, ..before.clone() }, "blocks of 4096 bytes, they had 512"),
+            (Namespace { block_shift: 12, ..before.clone() }, "blocks of 4096 bytes now, and had blocks of 512"),
             // Nobody would flush it.
             (Namespace { volatile_write_cache: true, ..before.clone() }, "write cache"),
             (Namespace { discard: false, ..before.clone() }, "discard"),

@@ -67,7 +67,7 @@ impl Drive {
             let refused = self.memory.attach(attached.device.dma().clone());
             let refused = refused.map_err(|error| OpenError::Unusable(Failure::Memory(error).into()))?;
             for error in &refused {
-                log::error!("{}: {error}; the session that has it ends, all others go on", self.name);
+                log::error!("{}: {error}; the session with this memory ends, all others go on", self.name);
             }
             if !refused.is_empty() {
                 state.namespaces.iter().for_each(|namespace| namespace.tell_listeners());
@@ -136,7 +136,10 @@ impl Drive {
             Ok(found) => Ok(Some(found)),
             Err(error @ (Error::Command { .. } | Error::Untrustworthy(_) | Error::Unanswered { .. })) => {
                 attached.silent = matches!(error, Error::Unanswered { .. });
-                log::warn!("{}: namespace {id} is taken to be as it was, and asked for again: {error}", self.name);
+                log::warn!(
+                    "{}: namespace {id} cannot be read, and is assumed to be unchanged; retrying: {error}",
+                    self.name
+                );
                 Ok(None)
             }
             Err(error) => Err(OpenError::controller(&self.name, error)),

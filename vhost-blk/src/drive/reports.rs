@@ -144,10 +144,10 @@ impl Reports {
 fn error_event(information: u8) -> String {
     match information {
         0 => "a write to a doorbell that does not exist".into(),
-        1 => "a value in a doorbell that cannot be".into(),
-        2 => "a failed diagnosis of itself".into(),
-        3 => "an internal error that stays".into(),
-        4 => "an internal error that has passed".into(),
+        1 => "an invalid value in a doorbell".into(),
+        2 => "a failed self-diagnosis".into(),
+        3 => "a persistent internal error".into(),
+        4 => "a transient internal error".into(),
         5 => "that it could not load its firmware".into(),
         _ => format!("an error (event {information})"),
     }
@@ -169,7 +169,7 @@ fn error_entry(entry: &ErrorEntry) -> String {
 /// The subject of a bit of Critical Warning (NVMe Base 2.0, 5.16.1.3), in words that follow "warns of".
 fn subject(bit: u8) -> String {
     match bit {
-        0 => "too little spare".into(),
+        0 => "low spare capacity".into(),
         1 => "its temperature".into(),
         2 => "degraded reliability".into(),
         3 => "media that cannot be written".into(),
@@ -184,10 +184,10 @@ fn warning(bit: u8, health: &Health) -> String {
     let celsius = i32::from(health.temperature_kelvins) - 273;
     match bit {
         0 => format!(
-            "its spare has fallen to {} %, below the {} % it should have; replace it soon",
+            "its spare capacity has fallen to {} %, below its threshold of {} %; replace it soon",
             health.spare_percent, health.spare_threshold_percent
         ),
-        1 => format!("its temperature, {celsius} °C, is beyond its limits; look after cooling"),
+        1 => format!("its temperature, {celsius} °C, is beyond its limits; check the cooling"),
         2 => format!(
             "it has become unreliable, with {} media errors so far; back up what it holds and replace it",
             health.media_errors
@@ -198,7 +198,7 @@ fn warning(bit: u8, health: &Health) -> String {
                 .into()
         }
         5 => "its persistent memory region cannot be trusted; it is not used here, so nothing has to be done".into(),
-        _ => format!("of something unknown (critical warning bit {bit}); see its manual"),
+        _ => format!("critical warning bit {bit}, whose meaning is unknown; see its manual"),
     }
 }
 
@@ -211,7 +211,7 @@ mod tests {
         let mut page = [0; Health::BYTES];
         page[1..6].copy_from_slice(&[0x57, 0x01, 3, 10, 99]);
         let health = Health::parse(&page).unwrap();
-        assert!(warning(0, &health).contains("3 %, below the 10 %"), "{}", warning(0, &health));
+        assert!(warning(0, &health).contains("3 %, below its threshold of 10 %"), "{}", warning(0, &health));
         assert!(warning(1, &health).contains("70 °C"), "{}", warning(1, &health));
         for (bit, advice) in
             (0..).zip(["replace", "cooling", "back up", "copy", "replace", "nothing", "manual", "manual"])

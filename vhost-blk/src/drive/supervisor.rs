@@ -190,7 +190,11 @@ impl Drive {
         let waits = match expired.paused {
             _ if controller.is_paused() && expired.at.elapsed() < longest => Some(Instant::now()),
             Some(last) if !self.has_overdue() => {
-                log::info!("{}: it has paused for {:?}", self, last.saturating_duration_since(expired.at));
+                log::info!(
+                    "{}: it has paused for {:?} and answers again; nothing was reset",
+                    self,
+                    last.saturating_duration_since(expired.at)
+                );
                 return None;
             }
             Some(last) if last.elapsed() < self.options.io_timeout => Some(last),

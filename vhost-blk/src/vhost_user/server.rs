@@ -339,7 +339,7 @@ impl Acceptor {
     fn refuse(&self) {
         if let Some(more) = self.export.log.admit(Kind::TurnedAway) {
             log::warn!(
-                "{}: a front-end was refused: {MOST_FRONT_ENDS} are there, of which one at a time is served{more}",
+                "{}: a front-end was refused: {MOST_FRONT_ENDS} are connected already, of which one is served; disconnect one{more}",
                 self.export.name
             );
         }
@@ -404,7 +404,7 @@ fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number:
     });
     match (end, spoken) {
         (Disconnect::ByFrontEnd, false) => log::debug!("{name}: a client came and said nothing"),
-        (Disconnect::Stopped, _) => log::debug!("{name}: the front-end is left"),
+        (Disconnect::Stopped, _) => log::debug!("{name}: the front-end is disconnected, as serving ends"),
         (end, spoken) => {
             if let Some(more) = export.log.admit(Kind::Connection) {
                 match (end, spoken) {

@@ -70,7 +70,7 @@ fn another_namespace_costs_its_own_disk() {
     other.namespaces[0].block_bytes = 4096;
     replace(&mut stand, other);
     eventually("its disk is away", || ring.read_one(0) == IOERR);
-    assert_eq!(stand.program.lines_with("namespace 1 has blocks of 4096 bytes, they had 512"), 1);
+    assert_eq!(stand.program.lines_with("namespace 1 has blocks of 4096 bytes now, and had blocks of 512"), 1);
     neighbour.answered(1000);
     replace(&mut stand, config(blocks.path()));
     eventually("its disk is back", || ring.read_one(0) == 0);

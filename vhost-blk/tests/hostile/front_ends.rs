@@ -45,7 +45,7 @@ fn front_ends_that_crowd_a_socket() {
     }
     neighbour.verdict();
     // Ten a minute.
-    let told = stand.program.lines_with("refused: 5 are there") as u64;
+    let told = stand.program.lines_with("refused: 5 are connected already") as u64;
     assert!((1..=10 + start.elapsed().as_secs() / 6).contains(&told), "{told} in {:?}", start.elapsed());
 }
 

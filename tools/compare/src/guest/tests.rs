@@ -52,7 +52,7 @@ fn workers_stay_within_the_cpus_of_both_sides() {
 fn lists_of_cpus_are_what_our_target_takes() {
     let (plan, guest) = options(&["--cpus", "2,4-6", "--worker-cpus", "6,2"]).unwrap();
     assert_eq!((plan.cpus, guest.worker_cpus), (Some(vec![2, 4, 5, 6]), Some(CpuList(vec![6, 2]))));
-    assert!(options(&["--cpus", "2,4-7,4"]).is_err_and(|error| error.contains("CPU 4 is there twice")));
+    assert!(options(&["--cpus", "2,4-7,4"]).is_err_and(|error| error.contains("CPU 4 is listed twice")));
 }
 
 #[test]

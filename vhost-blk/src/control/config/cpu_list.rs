@@ -34,7 +34,7 @@ pub enum CpuListFault {
     #[error("the range {0} runs backwards")]
     Backwards(String),
     /// A CPU would have two workers.
-    #[error("CPU {0} is there twice")]
+    #[error("CPU {0} is listed twice")]
     Twice(usize),
 }
 

@@ -129,7 +129,7 @@ fn errors_name_the_line() {
     assert_eq!(error("\n[[export]]\ndevice = \"sim:1G\"\n"), "c.toml, line 2: missing field `socket-path`");
     assert_eq!(
         error("[[export]]\nsocket-path = \"/a\"\ndevice = \"nvme\"\n"),
-        "c.toml, line 3: device address \"nvme\" is not one: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]"
+        "c.toml, line 3: device address \"nvme\" is not valid: use a PCI function such as 0000:01:00.0, vfio-user:PATH, or sim:SIZE[,lba=4096][,file=PATH]"
     );
     assert_eq!(
         error("[[export]]\ndevice = \"sim:1G\"\nsocket-path = \"/a\"\nqueues = 0\n"),
@@ -186,7 +186,7 @@ fn a_mistake_in_an_export_costs_that_export_only() {
         (export("sim:1G", "/b", "serial = \"\""), "line 8: serial \"\": use 1 to 20 printable ASCII characters".into()),
         (export("sim:1G", "/b", "colour = 1"), "line 8: unknown field `colour`, expected one of ".into()),
         (export("sim:1G", "/b", "read-only = 1"), "line 8: invalid type: integer `1`, expected a boolean".into()),
-        (export("nvme0", "/b", ""), "line 6: device address \"nvme0\" is not one: ".into()),
+        (export("nvme0", "/b", ""), "line 6: device address \"nvme0\" is not valid: ".into()),
         (export("sim:1G", "", ""), "line 7: the socket path is empty: give one, such as ".into()),
         (
             export("sim:1G", &one_hundred_and_eight, ""),
@@ -296,7 +296,7 @@ fn cpu_lists() {
         ("1-", "\"\" is not a CPU number"),
         ("+1", "\"+1\" is not a CPU number"),
         ("99999", "\"99999\" is not a CPU number"),
-        ("1,0-2", "CPU 1 is there twice"),
+        ("1,0-2", "CPU 1 is listed twice"),
     ] {
         let error = text.parse::<CpuList>().unwrap_err().to_string();
         assert_eq!(error, format!("CPU list \"{text}\": {why}; use numbers and ranges such as 2,4-7"));

@@ -41,7 +41,10 @@ impl Unserved {
             }
             match listener.set_nonblocking(true) {
                 Ok(()) => sockets.push(listener),
-                Err(error) => log::error!("{}: front-ends there cannot be left: {error}", path.display()),
+                Err(error) => log::error!(
+                    "{}: front-ends that connect there are left waiting, as the socket cannot be made non-blocking: {error}",
+                    path.display()
+                ),
             }
         }
         Unserved { reasons, sockets }

@@ -299,7 +299,7 @@ impl Lane {
             }
             _ => {}
         }
-        self.warn(&format_args!("the drive cannot be given a request: {error}"));
+        self.warn(&format_args!("a request cannot be submitted to the drive: {error}"));
         self.refuse_parsed(head);
         true
     }

@@ -250,7 +250,7 @@ impl Lane {
                 self.bounce_in(number, head, lists, true);
             }
             Err(error) => {
-                self.warn(&format_args!("the drive cannot be given a request again: {error}"));
+                self.warn(&format_args!("a request cannot be submitted to the drive again: {error}"));
                 self.fail_slot(number);
             }
         }

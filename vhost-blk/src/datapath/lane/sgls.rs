@@ -81,7 +81,7 @@ impl Lane {
             && let Some(more) = self.log.admit(Kind::Drive)
         {
             log::warn!(
-                "{}: the drive announces SGLs and refuses them ({status}): it is not given any more of them; what needs them is \
+                "{}: the drive announces SGLs and refuses them ({status}): they are not used any more; data that needs them is \
                  copied{more}",
                 self.name
             );

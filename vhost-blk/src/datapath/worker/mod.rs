@@ -253,7 +253,7 @@ impl WorkerPool {
             result.unwrap_or_else(|panic| {
                 worker.break_lanes();
                 let message = panic_message(panic.as_ref());
-                log::error!("worker {number} panicked, and the program ends for it: {message}");
+                log::error!("worker {number} panicked, and the program ends because of it: {message}");
                 let _ = events.send(WorkerEvent::WorkerDied { worker: number, message });
                 0
             })

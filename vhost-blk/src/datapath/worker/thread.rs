@@ -354,7 +354,11 @@ impl Worker {
     fn start(&mut self, id: LaneId, slot: usize, lane: Lane) {
         let Some(Some(group)) = self.groups.get_mut(slot) else {
             // The caller has a QueueSlotId whose queue pair was taken back meanwhile.
-            log::error!("{}: there is no such queue pair on worker {}", lane.name(), self.number);
+            log::error!(
+                "{}: it does not run, as worker {} has no such queue slot: a defect of this program",
+                lane.name(),
+                self.number
+            );
             lane.state().set_broken();
             return;
         };

@@ -136,7 +136,7 @@ fn bind_by(path: &Path, deadline: Instant) -> Result<Listener, ListenError> {
             // The directory is not locked meanwhile.
             Err(error @ ListenError::InUse { .. }) if Instant::now() < deadline => {
                 if !std::mem::replace(&mut told, true) {
-                    log::info!("{error}; it may be going: waiting for that, {PATIENCE:?} at most");
+                    log::info!("{error}; it may be ending: waiting for {PATIENCE:?} at most");
                 }
                 std::thread::sleep(LOOK);
             }

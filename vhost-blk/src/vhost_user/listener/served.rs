@@ -51,8 +51,8 @@ impl ServedSocket {
             SocketFile::Ours(file) if !file.is_there() => &file.path,
             SocketFile::Theirs(file) if !file.is_there() => {
                 return self.tell(format!(
-                    "{name}: the socket file is gone, so that no front-end can connect; have whoever made it make it again, \
-                     and start this program again (with systemd: restart its socket unit)"
+                    "{name}: the socket file is gone, so that no front-end can connect; create it again, and restart \
+                     this program (with systemd: restart its socket unit)"
                 ));
             }
             _ => return self.told = None,

@@ -163,7 +163,7 @@ pub(super) enum ChannelError {
 #[derive(Debug, Error)]
 pub enum MemoryLoss {
     /// The drive is back, and does not take all of it.
-    #[error("the drive is back and cannot be given all of the guest's memory: {0}")]
+    #[error("the drive is back, and not all of the guest's memory can be mapped for it: {0}")]
     Unreachable(String),
     /// Pages of a region are gone.
     #[error("{WHY}: the {0} has lost pages. {HELP}", WHY = WHY_LOST, HELP = WHAT_HELPS)]
@@ -199,7 +199,7 @@ pub enum ConnectionError {
         bytes: u32,
     },
     /// The rest of a message does not come in time.
-    #[error("{0} stays incomplete")]
+    #[error("{0} did not arrive completely in time")]
     Incomplete(String),
     /// The `vhost` crate cannot go on.
     #[error(transparent)]

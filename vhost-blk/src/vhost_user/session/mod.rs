@@ -173,7 +173,10 @@ impl Session {
             if !std::mem::replace(&mut self.rings[index].told_waiting, true)
                 && let Some(more) = self.export.log.admit(Kind::Ring)
             {
-                log::info!("{}: ring {index} waits for the memory it lies in{more}", self.export.name);
+                log::info!(
+                    "{}: ring {index} waits until the front-end shares the memory that it lies in{more}",
+                    self.export.name
+                );
             }
             return Ok(());
         };

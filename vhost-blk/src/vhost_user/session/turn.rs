@@ -81,8 +81,8 @@ impl Session {
             Some(note) if flushes.attach(note) => {
                 if let Some(more) = self.export.log.admit(Kind::Drive) {
                     log::error!(
-                        "{}: writes that were not flushed before the last process ended are lost; the next flush fails, to \
-                         say so{more}",
+                        "{}: writes that were not flushed before the last process ended are lost; the next flush fails, so \
+                         that the guest knows{more}",
                         self.export.name
                     );
                 }

@@ -106,7 +106,7 @@ pub enum Exhausted {
     },
     /// All front-ends together have too much.
     #[error(
-        "all front-ends together have so much mapped that {} more are not there for this one: the process can map {} for them, \
+        "all front-ends together have so much mapped that {} more cannot be mapped for this one: the process can map {} for them, \
          and {} are kept for each disk; a lower --guest-memory-limit (guest-memory-limit in the configuration file) keeps others \
          from taking it, a second target serves more",
         Bytes(*asked), Bytes(*total), Bytes(*share)

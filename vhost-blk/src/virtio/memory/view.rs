@@ -14,7 +14,7 @@ use super::{GuestMemory, Region};
 
 /// Some byte of a range a guest named is in no region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{bytes:#x} bytes at guest address {address:#x} are not (all) in guest memory")]
+#[error("{bytes:#x} bytes at guest address {address:#x} are not wholly in guest memory")]
 pub struct OutsideMemory {
     /// Guest-physical address of the range.
     pub address: u64,
