@@ -85,7 +85,7 @@
 //! | bring-up, reset, shutdown, health, namespaces, features, log pages, events, format | [`Controller`], for control threads: its functions may block, up to their deadlines |
 //! | reads, writes and the rest, without blocking | [`QueuePair`] |
 //! | geometry, limits and abilities of a namespace | [`Namespace`] |
-//! | what a drive does otherwise than it says | [`quirks`], and [`Options`] for single drives |
+//! | drives that do not behave as they say | [`quirks`] for models, [`Options`] for single drives |
 //! | what an error means | [`Error`] on the control path, [`Status`] with the specification's names on the data path |
 //! | memory for data | `vfio::DmaSpace`: allocate, or map a shared file |
 //!
@@ -99,8 +99,8 @@
 //! 2. The owner of each pair takes out what was outstanding ([`QueuePair::drain_after_reset`]).
 //! 3. It has the pair created again ([`Controller::recreate_queue_pair`]), and submits anew.
 //!
-//! Whoever only wants to know how a drive is asks by [`Controller::monitor`]: a question that is not answered costs nothing else.
-//! An admin command that is under way keeps nobody waiting who resets or stops the controller.
+//! To read a drive's state only, use [`Controller::monitor`]: a command of it that is not answered has no other effect. A thread that
+//! resets or stops the controller does not wait for admin commands that are under way.
 //!
 //! # What is not served
 //!

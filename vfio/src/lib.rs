@@ -92,8 +92,8 @@
 //! # Kernel VFIO
 //!
 //! The device's own character device with iommufd is used where the kernel has both, else its IOMMU group and a type1v2
-//! container. What keeps a device from being opened (no IOMMU, another driver, no rights, a group that is shared, the
-//! limit on locked memory) is told with what to do about it. One process can open several devices. Those of one IOMMU
+//! container. If a device cannot be opened (no IOMMU, another driver, no rights, a shared group, the limit on locked
+//! memory), the error says why and what to do. One process can open several devices. Those of one IOMMU
 //! group share one address space, so that each reaches the memory of all.
 //!
 //! # Safety

@@ -1,4 +1,4 @@
-//! A controller: brought up, asked, reset, shut down.
+//! One NVMe controller: bring-up, admin commands, reset and shutdown.
 
 mod admin;
 mod admin_commands;

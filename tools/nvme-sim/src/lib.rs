@@ -2,8 +2,8 @@
 //!
 //! It takes the place of a drive where there is none: for tests, for trying things out, and for everything that must go
 //! wrong on demand. It follows the NVM Express Base Specification 2.0 and the NVM Command Set Specification 1.0, not any
-//! driver. What they forbid is refused with the status they name. What Identify does not offer is refused, too, also where a
-//! test has it say something else ([`IdentifyPatch`]). The log says so (`RUST_LOG=nvme_sim=warn`).
+//! driver. Commands that they forbid are refused with the status they name. So are commands that Identify does not offer,
+//! even if a test changes what Identify says ([`IdentifyPatch`]). The log says so (`RUST_LOG=nvme_sim=warn`).
 //!
 //! ```
 //! use nvme_sim::{Config, FaultAction, FaultMatch, FaultRule, Simulator};
@@ -24,7 +24,7 @@
 //!
 //! # What it must never do
 //!
-//! - Use a crate of the driver or the target: what they have misread would then be misread here, too.
+//! - Use a crate of the driver or the target: a part of the specification that they misread would be misread here, too.
 //! - Reach memory that the front-end has not mapped for it, or touch any after a reset; unless a test asks for that
 //!   ([`FaultAction::Stray`]).
 //! - Do something at random that cannot be repeated: everything random comes from [`FaultPlan::seed`].
@@ -35,8 +35,8 @@
 //! interrupt eventfds. The other (`controller`) owns queues and namespaces, and polls the doorbells. These are in a memory
 //! file that the front-end may map (BAR0 from 0x1000), so that the data path needs no message. Front-ends that do not map
 //! it write doorbells by message. Data is copied once, between the memory that the front-end has mapped for DMA and the
-//! blocks. Host addresses are looked up in the table of those mappings. What lies outside is a Data Transfer Error, or for
-//! queues a fatal status.
+//! blocks. Host addresses are looked up in the table of those mappings. An address outside of them is a Data Transfer
+//! Error for data, a fatal status for queues.
 //!
 //! # Cost
 //!
@@ -52,7 +52,7 @@
 //!   Namespaces with a metadata format refuse I/O.
 //! - DMA needs file descriptors: regions of memory without one are refused. A front-end that truncates a file it has mapped kills the
 //!   simulator (SIGBUS), as would any process that shares memory with it.
-//! - Flush means the simulated cache ([`Config::volatile_write_cache`]): a file outlives the simulator, not a crash of the machine.
+//! - Flush concerns the simulated cache only ([`Config::volatile_write_cache`]): a file outlives the simulator, not a crash of the machine.
 
 mod admin;
 mod backing;

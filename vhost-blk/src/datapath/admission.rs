@@ -1,9 +1,9 @@
-//! Whether a lane may take the next chain off its ring: the one place where that is decided.
+//! The one place that decides whether a lane may take the next chain off its ring. A limit for a guest belongs here.
 //!
 //! A chain that is not admitted stays in the guest's ring, and the lane asks again in its next turn. Meanwhile the worker stays awake,
 //! for the ring is not empty. Every loop that takes chains asks here before each of them: the fast path, the slow path, and the loop
-//! that does an earlier process's requests or answers requests with an error when the drive's hold has expired. For requests that
-//! were taken already, and are tried again, nobody asks.
+//! that does an earlier process's requests or answers requests with an error when the drive's hold has expired. A request
+//! that was taken already, and is tried again, is not admitted a second time.
 
 use std::time::Instant;
 

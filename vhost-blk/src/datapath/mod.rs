@@ -1,4 +1,4 @@
-//! What a request runs.
+//! The data path: everything that runs for a request.
 //!
 //! A [`worker`] is a polled thread that owns [poll groups](poll_group); a poll group is a queue pair and the [lanes](lane) that
 //! submit to it; a lane is a guest's virtqueue being served. [`PollGroup::poll`](poll_group::PollGroup::poll) is the door: everything a

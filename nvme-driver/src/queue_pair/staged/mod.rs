@@ -1,8 +1,7 @@
-//! Long requests: those of many commands, which share the queue pair with everybody else while they last.
+//! Long requests: those of many commands. They share the queue pair with all other requests.
 //!
-//! A queue pair has at most [`MOST_REQUESTS`] of them, and all together only so many commands out at once. The next command is
-//! one of the owner who has been served least, and among its requests of the one that has been; what counts are the bytes
-//! moved.
+//! A queue pair has at most [`MOST_REQUESTS`] of them, and all together only so many commands out at once. The next command
+//! belongs to the owner that has been served least, and there to the request that has been served least, counted in bytes moved.
 
 use super::job::Job;
 use crate::{LbaRange, Segment};

@@ -1,4 +1,4 @@
-//! What the data path has to know of an exported disk; shared by its lanes.
+//! A disk as the data path sees it: its namespace, its blocks, what its guest has negotiated. The lanes of a disk share it.
 
 mod flush_promise;
 

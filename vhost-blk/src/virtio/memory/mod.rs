@@ -1,17 +1,17 @@
 //! A guest's memory as its front-end describes it: an immutable table of regions.
 //!
 //! Each region is a shared mapping of the file the front-end sent, and the same piece of that file mapped for DMA. A table
-//! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. A region
-//! is unmapped, from the device first and from this process then, when the last table that names it is gone.
+//! never changes: adding or removing a region makes a new table, which shares the other regions with the old one. When the
+//! last table that names a region is dropped, the region is unmapped: first from the device, then from this process.
 //!
-//! Where the device sees a region is no part of the table: it changes when the device goes and comes back, see [`DmaScope`].
+//! A table does not hold DMA addresses, because they change when the device is closed and opened again: see [`DmaScope`].
 //!
 //! A file is checked to be as long as its region when it arrives. A region whose file is shortened afterwards, or finds its file
 //! system full, is lost: it is replaced by memory of this process ([`vfio::Guard`]), and its session ends.
 //!
 //! How much a front-end may have mapped, and all of them together, is bounded: see [`Budget`].
 //!
-//! An address a guest supplies is an allegation. [`GuestView`] is the only way from such an address to memory.
+//! An address that a guest supplies is not trusted. [`GuestView`] checks it, and is the only way from such an address to memory.
 
 mod budget;
 mod dma_scope;

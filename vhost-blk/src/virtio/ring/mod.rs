@@ -4,8 +4,8 @@
 //! descriptor chain the driver made available, [`Ring::push_used`] gives one back, and [`Ring::publish`] makes all that were
 //! given back visible at once. Everything read from the ring is read once and kept.
 //!
-//! A ring may have a log ([`InflightQueue`]) that outlives this process. Then it begins where a dead process has left it:
-//! [`Ring::pop_unfinished`] gives the chains which that one had taken and not given back, in the order they came.
+//! A ring may have a log ([`InflightQueue`]) that outlives this process. If an earlier process has used the ring, the ring begins where
+//! that process stopped: [`Ring::pop_unfinished`] gives the chains that it had taken and not given back, in their order.
 //!
 //! A driver that breaks the rules of the ring itself gets a [`RingError`]: where the next chain begins is then unknown and
 //! the queue cannot go on. What is *in* a chain is not judged here, see [`crate::blk::request`].

@@ -1,4 +1,5 @@
-//! What outlives this process: which chains were taken and not given back (vhost-user, "Inflight I/O tracking").
+//! The in-flight log, which outlives this process: the chains that were taken and not given back (vhost-user, "Inflight I/O
+//! tracking").
 //!
 //! The front-end keeps the memory and hands it to the next process, which learns from it what to do again: [`SplitLog`]
 //! and [`PackedLog`] follow the specification's steps for the two formats.
