@@ -47,7 +47,7 @@ fn usable_capabilities(raw: u64) -> Result<Capabilities, String> {
 pub(crate) struct Standing {
     /// Why not; `None` in operation.
     stopped: Mutex<Option<&'static str>>,
-    /// Those who are about to stop the controller and wait for the admin queue.
+    /// Number of threads that are about to stop the controller and wait for the admin queue.
     claims: AtomicU32,
 }
 

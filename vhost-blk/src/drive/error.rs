@@ -107,7 +107,7 @@ pub enum Error {
     /// The drive is detached.
     #[error("{drive} is not available: {cause}")]
     Detached {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// Why.
         cause: DetachCause,
@@ -115,13 +115,13 @@ pub enum Error {
     /// The program ends.
     #[error("{drive} is closed: the program is ending")]
     Closed {
-        /// Its address.
+        /// The drive's address.
         drive: String,
     },
     /// The controller cannot be asked, or has answered with an error.
     #[error("{drive}: {source}")]
     Controller {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// What the driver says.
         source: Box<nvme_driver::Error>,
@@ -129,13 +129,13 @@ pub enum Error {
     /// The controller has no namespace that could be exported.
     #[error("{drive} has no active namespace: create one and attach it to the controller first")]
     NoNamespace {
-        /// Its address.
+        /// The drive's address.
         drive: String,
     },
     /// The configuration names no namespace, and the controller has several.
     #[error("{drive} has namespaces {listed}: choose one by its number")]
     SeveralNamespaces {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// Some of their numbers.
         listed: String,
@@ -143,7 +143,7 @@ pub enum Error {
     /// All queue pairs that the controller grants are in use.
     #[error("{drive}: all {granted} queue pairs that the controller grants are in use")]
     NoQueuePairsLeft {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// How many it grants.
         granted: u16,
@@ -151,13 +151,13 @@ pub enum Error {
     /// There is no queue pair at all that a ring could share.
     #[error("{drive} has no queue pair that a ring could use or share")]
     NoQueuePair {
-        /// Its address.
+        /// The drive's address.
         drive: String,
     },
     /// The controller has not made a queue pair.
     #[error("{drive}: cannot create a queue pair: {source}")]
     CreateQueuePair {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// What the driver says.
         source: Box<nvme_driver::Error>,
@@ -165,7 +165,7 @@ pub enum Error {
     /// There is no memory for bounce buffers.
     #[error("{drive}: cannot allocate bounce buffers: {source}")]
     BounceBuffers {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// What the device layer says.
         source: Box<vfio::Error>,
@@ -173,7 +173,7 @@ pub enum Error {
     /// A thread that looks after the drive cannot be started.
     #[error("cannot start the {thread} of {drive}: {source}")]
     Thread {
-        /// Its address.
+        /// The drive's address.
         drive: String,
         /// Which thread.
         thread: &'static str,
@@ -256,7 +256,7 @@ pub enum SocketPathError {
     TooLong {
         /// The path.
         path: String,
-        /// Its length.
+        /// Length of the path in bytes.
         bytes: usize,
     },
 }

@@ -13,7 +13,7 @@ use crate::event::EventFd;
 /// What is known of an exported namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Known {
-    /// Its geometry, limits and abilities when they were last read.
+    /// The namespace's geometry, limits and abilities when they were last read.
     pub namespace: Namespace,
     /// The largest limits that guests were told since it was exported.
     pub offer: Offer,
@@ -45,7 +45,7 @@ impl Known {
 
 /// An exported namespace. Its drive's monitor and supervisor write it; the sessions of the export's front-ends read it.
 pub struct ExportedNamespace {
-    /// Its identifier.
+    /// Namespace identifier.
     pub id: u32,
     /// What its flushes have promised, over all front-ends.
     pub flushes: Arc<FlushPromise>,

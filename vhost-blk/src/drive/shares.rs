@@ -263,7 +263,7 @@ impl Shares {
         self.slots.iter().filter(|slot| slot.owner == disk && !slot.leaving).count() as u16
     }
 
-    /// Its leases that share a slot: all but the first of its own ones at a slot of its own.
+    /// The disk's leases that share a slot: all but the first of the disk's leases at a slot of its own.
     fn sharing(&self, disk: DiskNumber) -> impl Iterator<Item = &Leased> {
         self.leases.iter().filter(move |leased| {
             let slot = self.slots.iter().find(|slot| slot.id == leased.slot);

@@ -82,7 +82,7 @@ pub(super) struct Next<'a> {
 /// The long requests of a queue pair.
 pub(super) struct Staged {
     requests: Vec<LongRequest>,
-    /// Those who have a request here.
+    /// The owners of these requests.
     owners: Vec<Owner>,
     /// Of the commands that are out: how many, and what they weigh.
     commands: usize,

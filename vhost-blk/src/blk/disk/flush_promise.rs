@@ -24,7 +24,7 @@ pub struct FlushPromise {
     succeeded: AtomicU64,
     /// The first one that makes safe every change answered from the cache so far; 0: there was none.
     needed: AtomicU64,
-    /// Those up to this one have not made safe what was answered before: it was lost.
+    /// The last flush that has not made safe what was answered before it: that was lost.
     lost: AtomicU64,
     /// What was answered before is lost, and no flush has said so.
     broken: AtomicBool,

@@ -45,7 +45,7 @@ impl Configuration {
 /// An export that makes no sense. It is not served; others are.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RefusedExport {
-    /// Its socket, if it says one.
+    /// The export's socket, if the section names one.
     pub socket: Option<PathBuf>,
     /// What is wrong with it; at least one thing.
     pub mistakes: Vec<Mistake>,

@@ -36,7 +36,7 @@ pub(super) struct Served {
     pub(super) servers: Vec<Server>,
     /// One for each drive, which looks after it.
     pub(super) supervisors: Vec<Supervisor>,
-    /// Those that are open, or were and are detached now.
+    /// Drives that are attached, or were and are detached now.
     pub(super) drives: Vec<Arc<Drive>>,
 }
 

@@ -44,10 +44,10 @@ impl From<drive::Error> for FlushError {
 
 /// What the sessions of one export have in common.
 pub struct Export {
-    /// Its socket, for the log.
+    /// The export's socket, by which the log names it.
     pub name: String,
     drive: Arc<Drive>,
-    /// Its part of the controller's queue pairs.
+    /// The disk's part of the controller's queue pairs.
     share: Share,
     /// What its front-ends have mapped, all together.
     pub account: Arc<Account>,

@@ -92,7 +92,7 @@ pub enum ListenError {
     /// The file descriptor given by `--fd` cannot be used.
     #[error("--fd {number} cannot be used: {source}; pass the number of an open UNIX stream socket")]
     Inherited {
-        /// Its number.
+        /// The descriptor's number.
         number: i32,
         /// What the system says.
         source: io::Error,

@@ -36,7 +36,7 @@ pub trait ConnectionHandler: VhostUserBackendReqHandlerMut {
     fn offer_back_channel(&mut self, descriptor: Option<OwnedFd>);
     /// What is known of the namespace may have changed.
     fn look_at_namespace(&mut self);
-    /// Its turn on the disk has come. The error says what cannot be done now of what was said before.
+    /// The front-end's turn on the disk has come. The error says which of its earlier messages cannot take effect.
     fn take_turn(&mut self) -> Result<(), SessionError>;
     /// What to say if memory of the front-end was found without pages: the session has to end.
     fn lost_memory(&self) -> Option<MemoryLoss>;

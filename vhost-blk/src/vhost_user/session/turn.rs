@@ -30,7 +30,7 @@ pub(super) struct MemoryBefore {
 }
 
 impl Session {
-    /// Its turn has come: all that was said until now takes effect. The error says what cannot run.
+    /// The session's turn on the disk has come: all that its front-end has said takes effect. The error says what cannot run.
     pub fn take_turn(&mut self) -> Result<(), SessionError> {
         self.standing.serves = true;
         let mode = self.settle_mode();

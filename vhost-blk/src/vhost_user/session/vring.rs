@@ -64,9 +64,9 @@ pub(super) struct RingState {
     pub enabled: bool,
     /// It was reported that the ring waits for memory.
     pub told_waiting: bool,
-    /// It could not be started as described; nothing more happens until something about it changes.
+    /// The ring could not be started as described; nothing more happens until something about it changes.
     pub failed: bool,
-    /// Its guest broke it while it ran; nothing more happens until it is stopped or reset.
+    /// The guest broke the ring while it ran; nothing more happens until it is stopped or reset.
     pub broken: bool,
 }
 

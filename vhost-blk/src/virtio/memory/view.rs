@@ -18,7 +18,7 @@ use super::{GuestMemory, Region};
 pub struct OutsideMemory {
     /// Guest-physical address of the range.
     pub address: u64,
-    /// Its length in bytes.
+    /// Length of the range in bytes.
     pub bytes: u64,
 }
 

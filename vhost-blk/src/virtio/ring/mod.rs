@@ -120,7 +120,7 @@ pub enum RingError {
     Address {
         /// Which part.
         part: Part,
-        /// Its guest-physical address.
+        /// Guest-physical address of the part.
         address: u64,
     },
     /// The base to start from is outside of the ring.
@@ -184,7 +184,7 @@ pub enum RingError {
         head: u16,
         /// The table's guest-physical address.
         address: u64,
-        /// Its length.
+        /// Length of the table in bytes.
         bytes: u32,
     },
 }

@@ -40,7 +40,7 @@ const NOTE_WORDS: usize = 8;
 const NOTE_BYTES: usize = 8 * NOTE_WORDS;
 /// The note's first word, if there is one.
 const NOTE_MAGIC: u64 = u64::from_le_bytes(*b"vhblknt1");
-/// Its second word: the mode of the write cache.
+/// Index of the note's second word: the mode of the write cache.
 const MODE: usize = 1;
 const WRITE_BACK: u64 = 1;
 const WRITE_THROUGH: u64 = 2;
@@ -64,7 +64,7 @@ pub enum InflightError {
     /// The region is longer than any log: nobody pays for such a mapping.
     #[error("the in-flight region has {bytes} bytes; {MOST_BYTES} are enough for any log")]
     TooLong {
-        /// Its length.
+        /// Length of the region in bytes.
         bytes: u64,
     },
     /// The region is too small for what it has to track. The ring can run without.
@@ -78,11 +78,11 @@ pub enum InflightError {
     /// Somebody else's layout, or not a log at all; or requests are in flight in it, of a ring of another size.
     #[error("the in-flight region was written for version {version} and {entries} descriptors, this ring has {size}")]
     Foreign {
-        /// Its version.
+        /// Version of the region's layout.
         version: u16,
-        /// Its number of descriptors.
+        /// Descriptors for which the region was written.
         entries: u16,
-        /// The ring's.
+        /// Descriptors of the ring.
         size: u16,
     },
 }
