@@ -2,7 +2,7 @@
 # Benchmarks, described in benches/README.md.
 #
 #   benches/run.sh instructions [--json]   counts instructions per request; needs valgrind
-#   benches/run.sh pause [--json]          how long a request waits that its drive has lost
+#   benches/run.sh pause [--json]          how long a request waits after its drive has lost it
 #   benches/run.sh compare [OPTION...]     this target beside data-plane, without a guest; needs qemu-storage-daemon
 set -eu
 cd "$(dirname "$0")/.."

@@ -65,7 +65,7 @@ pub struct Drive {
     /// Where it is opened.
     device_address: vfio::Address,
     options: Options,
-    /// How long requests wait for the drive when it is away.
+    /// The hold timeout: how long requests wait for the drive while it is detached.
     hold: Duration,
     pool: Arc<WorkerPool>,
     serial: String,

@@ -91,7 +91,7 @@ impl Findings {
         match listeners.owner(path) {
             Owner::Nobody => self.notes.push(format!("{name}: nobody listens there; the stale socket will be replaced")),
             Owner::Hidden => self.notes.push(format!(
-                "{name}: a socket is there; whether somebody listens on it only root can tell, as services have networks of their own"
+                "{name}: a socket is there; run the check as root to find out whether a process listens on it (services may have network namespaces of their own)"
             )),
             Owner::Process { id, name: program } if program == "systemd" => {
                 self.notes.push(format!("{name}: the service manager (process {id}) listens there, to hand it over"));

@@ -277,7 +277,7 @@ impl Lane {
         let bytes = self.bounced_mut(slot)?.details.request.bytes;
         match self.bounce_policy(bytes) {
             StopPolicy::AnswerAll => None,
-            StopPolicy::FailWaiting => Some(BounceEnd::Failed("nobody waits for it".to_owned())),
+            StopPolicy::FailWaiting => Some(BounceEnd::Failed("its ring stops".to_owned())),
             StopPolicy::LeaveInLog => Some(BounceEnd::LeftInLog),
         }
     }

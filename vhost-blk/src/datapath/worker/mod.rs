@@ -35,7 +35,7 @@ pub use placement::{Cpus, Placement, RingWorkers};
 /// How long a worker may take to read its mail. It polls, so this passes only when it has stopped working.
 const MAIL_DEADLINE: Duration = Duration::from_secs(10);
 
-/// A queue slot: where a worker keeps a poll group and its queue pair. It has no queue pair while the drive is away.
+/// A queue slot: where a worker keeps a poll group and its queue pair. It has no queue pair while the drive is detached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QueueSlotId {
     worker: usize,

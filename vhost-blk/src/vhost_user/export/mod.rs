@@ -76,7 +76,7 @@ impl Export {
     /// Looks the namespace up. `number`: of the export in the whole program, so that exports start on different workers.
     ///
     /// # Errors
-    /// The drive is away, or has no such namespace.
+    /// The drive is detached, or has no such namespace.
     pub fn new(
         settings: &ExportSettings,
         drive: Arc<Drive>,
@@ -184,7 +184,7 @@ impl Export {
         self.drive.memory()
     }
 
-    /// How long requests wait for the drive when it is away.
+    /// The hold timeout: how long requests wait for the drive while it is detached.
     pub fn hold(&self) -> Duration {
         self.drive.hold()
     }

@@ -52,7 +52,7 @@ pub enum SessionError {
     #[error("dirty logging is not offered")]
     DirtyLogging,
     /// A descriptor for notifications is something else than an eventfd.
-    #[error("the {purpose} descriptor is no eventfd")]
+    #[error("the {purpose} descriptor is not an eventfd")]
     NotAnEventfd {
         /// What it is to be for: kick, call or error.
         purpose: &'static str,
@@ -189,7 +189,7 @@ pub enum ConnectionError {
         source: io::Error,
     },
     /// What comes is no vhost-user message; where the next one begins is not known.
-    #[error("message {request} with flags {flags:#x} and {bytes} bytes is no vhost-user message")]
+    #[error("message {request} with flags {flags:#x} and {bytes} bytes is not a vhost-user message")]
     NoMessage {
         /// What should be the kind of the message.
         request: u32,

@@ -112,7 +112,7 @@ impl Session {
             return;
         }
         if let Some(more) = self.export.log.admit(Kind::Connection) {
-            log::info!("{}: the front-end begins anew on its connection{more}", self.export.name);
+            log::info!("{}: the front-end sets up a new device on the same connection{more}", self.export.name);
         }
         (self.used, self.served) = (false, false);
         self.negotiate(0);

@@ -1,4 +1,4 @@
-//! The part of guests' memory that a drive reaches: all of it while the drive is there, none while it is away.
+//! The part of guests' memory that a drive reaches: all of it while the device is open, none otherwise.
 //!
 //! A drive that goes takes its DMA mappings with it, and one that comes back needs new ones, at other addresses perhaps. The
 //! tables stay as they are meanwhile: only where the device sees a region changes, and only while no lane has a queue pair
@@ -10,7 +10,7 @@ use vfio::{DmaLimits, DmaSpace};
 
 use super::{MemoryError, Region};
 
-/// The memory of all guests that use a drive. The default is for a drive that is away, and of which nothing is known.
+/// The memory of all guests that use a drive. The default is for a device that is not open, and of which nothing is known.
 #[derive(Default)]
 pub struct DmaScope {
     inner: Mutex<Inner>,
@@ -18,9 +18,9 @@ pub struct DmaScope {
 
 #[derive(Default)]
 struct Inner {
-    /// `None`: the drive is away.
+    /// `None`: the device is not open.
     dma: Option<DmaSpace>,
-    /// What is known of a drive that is away; `None`: nothing.
+    /// What is known of a device that is not open; `None`: nothing.
     limits: Option<DmaLimits>,
     regions: Vec<Weak<Region>>,
 }
