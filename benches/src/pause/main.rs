@@ -73,7 +73,7 @@ fn measure(memory: u64, times: usize) -> Result<Vec<Duration>, Box<dyn Error>> {
     let options = Options { io_timeout: TIMEOUT, ..Options::default() };
     let drive = Drive::open(&address, &options, DEADLINE, pool.clone()).map_err(|error| format!("{error:?}"))?;
     let drive = Arc::new(drive);
-    let _keeper = Supervisor::start(drive.clone())?;
+    let _supervisor = Supervisor::start(drive.clone())?;
 
     let mut guest = Guest::new(Layout { packed: false, indirect: true, two_regions: false });
     let mut regions = guest.regions();

@@ -138,7 +138,10 @@ impl Plan {
             repeat: options.repeat,
             round: options.seconds,
             queues: options.queues,
-            cpus: options.cpus.map(|list| list.0),
+            cpus: options.cpus.map(|CpuList(mut cpus)| {
+                cpus.sort_unstable();
+                cpus
+            }),
             disk_bytes: options.size,
             device: options.device,
             kernel_device: options.kernel_device,

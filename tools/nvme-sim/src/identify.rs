@@ -1,7 +1,5 @@
 //! Identify (NVMe Base 2.0, 5.17; NVM Command Set 1.0, 4.1.5).
 
-use fastrand::Rng;
-
 use crate::command::{ALL_NAMESPACES, Command};
 use crate::config::Config;
 use crate::config_space::VENDOR;
@@ -216,17 +214,24 @@ fn descriptors(namespace: &Namespace, config: &Config) -> Page {
     page
 }
 
-/// A random (version 4) UUID made of the serial number and the namespace: the same at every start.
+/// A UUID in the form of a random one (version 4), made of the serial number and the namespace. It never changes, not with a later
+/// version of the simulator either: whoever uses a namespace knows it by this.
 fn uuid(config: &Config, namespace: u32) -> [u8; 16] {
-    let mut seed = u64::from(namespace);
-    for byte in config.serial.bytes() {
-        seed = Rng::with_seed(seed ^ u64::from(byte)).u64(..);
-    }
+    let seed = config.serial.bytes().fold(u64::from(namespace), |seed, byte| mix(seed ^ u64::from(byte), 1));
     let mut uuid = [0; 16];
-    Rng::with_seed(seed).fill(&mut uuid);
+    uuid[..8].copy_from_slice(&mix(seed, 1).to_be_bytes());
+    uuid[8..].copy_from_slice(&mix(seed, 2).to_be_bytes());
     uuid[6] = uuid[6] & 0x0f | 0x40;
     uuid[8] = uuid[8] & 0x3f | 0x80;
     uuid
+}
+
+/// A hash: the `nth` number of SplitMix64 from `seed`. Not a generator, whose numbers may be others in its next version.
+fn mix(seed: u64, nth: u64) -> u64 {
+    let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(nth));
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
 }
 
 fn uuid_text(uuid: [u8; 16]) -> String {
@@ -238,4 +243,15 @@ fn uuid_text(uuid: [u8; 16]) -> String {
         text.push_str(&format!("{byte:02x}"));
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_namespace_keeps_its_name_for_ever() {
+        let config = Config { serial: "SIM0001".into(), ..Config::default() };
+        assert_eq!(uuid_text(uuid(&config, 1)), "a7c05e70-5d47-4428-bad2-59dcb7957cf6");
+    }
 }

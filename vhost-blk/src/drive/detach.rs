@@ -121,8 +121,8 @@ impl Drive {
             Detached { cause, since, hold_expired: false, cache_lost, unsafe_shutdowns, addresses, server, kept: None };
         let mut lost = Vec::new();
         for slot in &slots {
-            match self.pool.fail_queue_pair(slot.id) {
-                Ok(slot) => lost.extend(slot),
+            match self.pool.detach_drive(slot.id) {
+                Ok(detached) => lost.extend(detached),
                 Err(error) => log::error!("{}: {error}", self.name),
             }
         }

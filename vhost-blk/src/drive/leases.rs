@@ -60,7 +60,7 @@ impl Share {
                     },
                     Condition::Detached(detached) if drive.shares().slots().len() < usize::from(state.granted) => {
                         let id = drive.pool.add_empty_slot(worker, detached.hold_expired);
-                        drive.pairs().insert(id);
+                        drive.slot_ids().insert(id);
                         break drive.shares().add(*disk, entries, id);
                     }
                     Condition::Detached(_) => break self.join(worker, entries, state.granted)?,
@@ -186,7 +186,7 @@ impl Drive {
             Some(trial) if !trial.is_over() => self.pool.add_on_trial(worker, new.resources, trial.onlooker()),
             _ => self.pool.add_queue_pair(worker, new.resources),
         };
-        self.pairs().insert(id);
+        self.slot_ids().insert(id);
         Some(note(&mut self.shares(), id))
     }
 
@@ -207,7 +207,7 @@ impl Drive {
                         None
                     }
                 };
-                self.pairs().remove(&id);
+                self.slot_ids().remove(&id);
                 self.shares().forget(id);
                 match (taken, &state.condition) {
                     (Some(pair), Condition::Attached(attached)) => (pair, attached.controller.clone()),

@@ -84,7 +84,7 @@ pub struct Drive {
     /// Wakes whoever deals out queue pairs.
     monitor_event: EventFd,
     /// Ids of the queue slots in use, for those who must not wait for `state`.
-    pairs: Mutex<HashSet<QueueSlotId>>,
+    slot_ids: Mutex<HashSet<QueueSlotId>>,
     /// Commands that were not answered in time; the supervisor takes them.
     expired: Mutex<Option<Expired>>,
     /// The controller itself, when it is ours; dropped after all that uses it.
@@ -214,7 +214,7 @@ impl Drive {
             log: LogLimit::default(),
             supervisor_event: new_event()?,
             monitor_event: new_event()?,
-            pairs: Mutex::default(),
+            slot_ids: Mutex::default(),
             expired: Mutex::new(None),
             _embedded: embedded,
         })
@@ -322,14 +322,14 @@ impl Drive {
         Ok(exported)
     }
 
-    fn pairs(&self) -> MutexGuard<'_, HashSet<QueueSlotId>> {
-        self.pairs.lock().unwrap_or_else(PoisonError::into_inner)
+    fn slot_ids(&self) -> MutexGuard<'_, HashSet<QueueSlotId>> {
+        self.slot_ids.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Commands of a queue pair were not answered in time. If it is this drive's, its supervisor stops the controller: Abort is only
     /// advisory. Waits for nothing.
     pub fn report_expired(&self, slot: QueueSlotId, count: usize, at: Instant) {
-        if self.pairs().contains(&slot) {
+        if self.slot_ids().contains(&slot) {
             let why = format!("{count} commands were not answered in time");
             *self.expired.lock().unwrap_or_else(PoisonError::into_inner) = Some(Expired { why, at, paused: None });
             self.supervisor_event.notify();

@@ -85,12 +85,12 @@ impl Drive {
         state.trial = state.last_tries.then(Arc::default);
         // Before any slot goes on: what lanes hold is for the namespaces as they are now.
         let known: Arc<[_]> = state.namespaces.iter().map(|namespace| namespace.known().usable()).collect();
-        slots.iter().for_each(|slot| self.pool.learn(slot.id, known.clone()));
+        slots.iter().for_each(|slot| self.pool.update_namespaces(slot.id, known.clone()));
         let seats: Vec<_> = slots.iter().map(|_| state.trial.as_ref().map(Trial::seat)).collect();
         for ((slot, queue), seat) in slots.iter().zip(queues).zip(seats) {
             match seat {
-                Some(seat) => self.pool.restore_on_trial(slot.id, queue, seat),
-                None => self.pool.restore_queue_pair(slot.id, queue),
+                Some(seat) => self.pool.reattach_on_trial(slot.id, queue, seat),
+                None => self.pool.reattach_drive(slot.id, queue),
             }
         }
         state.granted = attached.controller.max_queue_pairs();
@@ -121,7 +121,7 @@ impl Drive {
             if let Err(error) = folded {
                 log::error!("{}: {error}", self.name);
             }
-            self.pairs().remove(&from);
+            self.slot_ids().remove(&from);
         }
     }
 

@@ -30,21 +30,21 @@ impl Default for Sgls {
 impl Lane {
     /// The drive has refused the request in a slot. If that may have been for its SGL, the request is tried without; true then.
     pub(super) fn tries_without_sgl(&mut self, number: u16, status: Status) -> bool {
-        let retries = match status.concerns_sgl() {
+        let is_retried = match status.concerns_sgl() {
             true => {
-                let retries = self.slots.record_mut(number).is_some_and(|kept| kept.count(RETRY, MOST_RETRIES));
-                if retries {
+                let is_retried = self.slots.record_mut(number).is_some_and(|record| record.count(RETRY, MOST_RETRIES));
+                if is_retried {
                     self.retries.refuse_sgls(status);
                 }
-                retries
+                is_retried
             }
             false => status.kind() == Status::INVALID_FIELD && self.doubt_sgl(number, status),
         };
-        if retries {
+        if is_retried {
             self.retries.push(number, 0);
             self.end_waiting();
         }
-        retries
+        is_retried
     }
 
     /// The request in a slot is to be tried once more, without an SGL; false if it has been, or has no data.

@@ -67,7 +67,7 @@ pub struct LaneId(u64);
 #[non_exhaustive]
 pub enum WorkerEvent {
     /// The controller has not answered requests within the command timeout. They stay unanswered, for it may still write to
-    /// their memory: stop the controller, then call [`WorkerPool::fail_queue_pair`].
+    /// their memory: stop the controller, then call [`WorkerPool::detach_drive`].
     Expired {
         /// The queue slot whose queue pair they were given to.
         slot: QueueSlotId,
@@ -295,7 +295,7 @@ impl WorkerPool {
     }
 
     /// Makes a queue slot without a queue pair while the drive is detached: its lanes wait, or, if its hold has expired, answer
-    /// everything with an error until [`WorkerPool::restore_queue_pair`].
+    /// everything with an error until [`WorkerPool::reattach_drive`].
     ///
     /// # Panics
     /// There is no worker of this number.
@@ -400,7 +400,7 @@ impl WorkerPool {
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
     }
 
-    /// Gives nothing more to the queue pair of a slot until [`WorkerPool::fail_queue_pair`], or until the seat's trial is over.
+    /// Gives nothing more to the queue pair of a slot until [`WorkerPool::detach_drive`], or until the seat's trial is over.
     /// Returns how many commands the controller still has; what it answers is passed on.
     ///
     /// # Errors
@@ -412,12 +412,12 @@ impl WorkerPool {
     }
 
     /// The controller behind this queue pair has been stopped and touches no memory any more. What it had in flight waits with
-    /// its lanes until [`WorkerPool::restore_queue_pair`] or [`WorkerPool::expire_hold`], and they take nothing more. Gives back what
+    /// its lanes until [`WorkerPool::reattach_drive`] or [`WorkerPool::expire_hold`], and they take nothing more. Gives back what
     /// leads to the controller.
     ///
     /// # Errors
     /// The worker is gone.
-    pub fn fail_queue_pair(&self, slot: QueueSlotId) -> Result<Option<DetachedQueue>, WorkerError> {
+    pub fn detach_drive(&self, slot: QueueSlotId) -> Result<Option<DetachedQueue>, WorkerError> {
         let (reply, answer) = mpsc::channel();
         self.threads[slot.worker].mailbox.send(Mail::DetachDrive { slot: slot.index, reply });
         answer.recv_timeout(MAIL_DEADLINE).map_err(|_| WorkerError::Gone { worker: slot.worker })
@@ -425,7 +425,7 @@ impl WorkerPool {
 
     /// Judges the requests that the controller had in the failure in which a slot has lost its queue pair: those that had a part in too
     /// many failures are answered with an error. True: some are to be tried alone when the drive is attached again
-    /// ([`WorkerPool::restore_on_trial`]).
+    /// ([`WorkerPool::reattach_on_trial`]).
     ///
     /// # Errors
     /// The worker is gone.
@@ -442,17 +442,17 @@ impl WorkerPool {
     }
 
     /// Tells the lanes of a slot how their namespaces are now, before they go on with another queue pair.
-    pub fn learn(&self, slot: QueueSlotId, namespaces: Arc<[Namespace]>) {
+    pub fn update_namespaces(&self, slot: QueueSlotId, namespaces: Arc<[Namespace]>) {
         self.threads[slot.worker].mailbox.send(Mail::UpdateNamespaces { slot: slot.index, namespaces });
     }
 
     /// Puts a queue pair into a slot that has none; its lanes go on with it.
-    pub fn restore_queue_pair(&self, slot: QueueSlotId, resources: QueueResources) {
+    pub fn reattach_drive(&self, slot: QueueSlotId, resources: QueueResources) {
         self.threads[slot.worker].mailbox.send(Mail::ReattachDrive { slot: slot.index, resources, seat: None });
     }
 
     /// Puts a queue pair into a slot that has none; its lanes go on with it when the trial is over.
-    pub fn restore_on_trial(&self, slot: QueueSlotId, resources: QueueResources, seat: Seat) {
+    pub fn reattach_on_trial(&self, slot: QueueSlotId, resources: QueueResources, seat: Seat) {
         self.threads[slot.worker].mailbox.send(Mail::ReattachDrive { slot: slot.index, resources, seat: Some(seat) });
     }
 

@@ -344,11 +344,11 @@ impl Worker {
     }
 
     fn take_queue_pair(&mut self, slot: usize) -> Result<Option<QueuePair>, InUse> {
-        let Some(location) = self.groups.get_mut(slot) else { return Ok(None) };
-        if location.as_ref().is_some_and(PollGroup::has_lanes) {
+        let Some(group) = self.groups.get_mut(slot) else { return Ok(None) };
+        if group.as_ref().is_some_and(PollGroup::has_lanes) {
             return Err(InUse);
         }
-        Ok(location.take().and_then(PollGroup::into_pair))
+        Ok(group.take().and_then(PollGroup::into_pair))
     }
 
     fn start(&mut self, id: LaneId, slot: usize, lane: Lane) {

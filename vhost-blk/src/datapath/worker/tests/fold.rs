@@ -33,8 +33,7 @@ fn lanes_without_a_drive_go_on_at_another_place_of_any_worker() {
             until("the drive has all", || (machine.sim.faults().fired() == lost + 9).then_some(()));
             machine.sim.faults().clear();
             machine.controller.reset().unwrap();
-            let mut ways =
-                [from, into].map(|place| pool.fail_queue_pair(place).unwrap().expect("it was there").resources);
+            let mut ways = [from, into].map(|place| pool.detach_drive(place).unwrap().expect("it was there").resources);
             let stopping = (round == 2).then(|| lanes[1].handle.take().unwrap().begin_stop());
             for lane in &mut lanes {
                 // What has come since.
@@ -51,7 +50,7 @@ fn lanes_without_a_drive_go_on_at_another_place_of_any_worker() {
             assert!(lanes.iter_mut().all(|lane| lane.client.answer(guest).is_none()), "the drive is away");
             ways.iter_mut().for_each(|way| machine.controller.recreate_queue_pair(&mut way.pair).unwrap());
             let [other, way] = ways;
-            pool.restore_queue_pair(into, way);
+            pool.reattach_drive(into, way);
             for (k, lane) in lanes.iter_mut().enumerate() {
                 // A lane that stops takes nothing more.
                 let expected = if stopping.is_some() && k == 1 { 3 } else { 4 };
@@ -101,11 +100,11 @@ fn a_move_is_done_while_the_drive_is_away() {
     assert!(matches!(pool.take_queue_pair(from), Err(WorkerError::InUse)));
     machine.sim.faults().clear();
     machine.controller.reset().unwrap();
-    let [_, mut lost] = [from, into].map(|place| pool.fail_queue_pair(place).unwrap());
+    let [_, mut lost] = [from, into].map(|place| pool.detach_drive(place).unwrap());
     until("the place it left", || pool.take_queue_pair(from).ok());
     let mut way = lost.take().expect("it was there").resources;
     machine.controller.recreate_queue_pair(&mut way.pair).unwrap();
-    pool.restore_queue_pair(into, way);
+    pool.reattach_drive(into, way);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
     running.handle.take().unwrap().stop(DEADLINE).unwrap();

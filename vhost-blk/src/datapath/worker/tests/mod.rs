@@ -92,7 +92,7 @@ fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     machine.controller.delete_queue_pair(pair).unwrap();
     pool.shutdown(DEADLINE).unwrap();
     assert!(matches!(
-        pool.fail_queue_pair(QueueSlotId { worker: 0, index: 0, number: 0 }),
+        pool.detach_drive(QueueSlotId { worker: 0, index: 0, number: 0 }),
         Err(WorkerError::Gone { worker: 0 })
     ));
 }
@@ -354,13 +354,13 @@ fn a_dead_drive_is_told_and_waited_for() {
     });
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive may still write");
     machine.controller.reset().unwrap();
-    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
-    assert!(pool.fail_queue_pair(pair).unwrap().is_none(), "it has been taken");
+    let mut lost = pool.detach_drive(pair).unwrap().expect("it was there");
+    assert!(pool.detach_drive(pair).unwrap().is_none(), "it has been taken");
     // What the guest has said stays said: its buffers' content and place count, not what its ring says now.
     running.send(guest, 0, 8, &[writable(DATA + 8192, 8192)]).unwrap();
     assert!(running.client.answer(guest).is_none(), "nothing is answered while the drive is away");
     machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.resources);
+    pool.reattach_drive(pair, lost.resources);
     for _ in 0..4 {
         assert_eq!(until("an answer", || running.client.answer(guest)).1, OK);
     }
@@ -371,14 +371,14 @@ fn a_dead_drive_is_told_and_waited_for() {
 
     // Away once more, and this time for too long.
     machine.controller.reset().unwrap();
-    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
+    let mut lost = pool.detach_drive(pair).unwrap().expect("it was there");
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     pool.expire_hold(pair);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]), (IOERR, 4097));
     // The same controller is back, and the lane goes on without having been touched.
     machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.resources);
+    pool.reattach_drive(pair, lost.resources);
     until("the drive", || (running.run(guest, 0, 8, &[writable(DATA, 4096)]).0 == OK).then_some(()));
     running.handle.take().unwrap().stop(DEADLINE).unwrap();
     assert!(pool.take_queue_pair(pair).unwrap().is_some());
@@ -398,13 +398,13 @@ fn nothing_of_a_guest_that_the_drive_cannot_reach_goes_to_it() {
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
     until("the drive has it", || (machine.sim.faults().fired() > 0).then_some(()));
     machine.controller.reset().unwrap();
-    let mut lost = pool.fail_queue_pair(pair).unwrap().expect("it was there");
+    let mut lost = pool.detach_drive(pair).unwrap().expect("it was there");
     running.send(guest, 0, 8, &[writable(DATA + 4096, 4096)]).unwrap();
     machine.sim.faults().clear();
     let commands = machine.sim.counters().commands.load(Ordering::Relaxed);
     guest.memory.refuse();
     machine.controller.recreate_queue_pair(&mut lost.resources.pair).unwrap();
-    pool.restore_queue_pair(pair, lost.resources);
+    pool.reattach_drive(pair, lost.resources);
     assert_eq!(until("an answer", || running.client.answer(guest)).1, IOERR);
     // What starts now, before the session has ended, is no better off.
     let mut other = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 1, false, 16), &disk);
@@ -436,7 +436,7 @@ fn a_lane_may_start_before_its_drive_is_there() {
             "the serial number is known without the drive"
         );
         let (pair, bounce) = machine.pair(64);
-        pool.restore_queue_pair(place, QueueResources { pair, pool: bounce });
+        pool.reattach_drive(place, QueueResources { pair, pool: bounce });
         until("the drive", || (running.run(guest, 0, 0, &[writable(DATA, 4096)]).0 == OK).then_some(()));
         running.handle.take().unwrap().stop(DEADLINE).unwrap();
         assert!(pool.take_queue_pair(place).unwrap().is_some());
