@@ -15,10 +15,7 @@ use vhost_blk::control::cli::{self, Check, Cli, Command, ServeArgs, Stop};
 use vhost_blk::control::config::{ConfigError, Configuration};
 use vhost_blk::control::service_manager::HandOverError;
 use vhost_blk::control::target::{Ended, StartError, Target};
-use vhost_blk::control::{journal, service_manager};
-
-/// What is logged unless RUST_LOG says otherwise; what the embedded controller says of itself is no news.
-const DEFAULT_LOG: &str = "info,nvme_sim=warn,vfio_user=warn";
+use vhost_blk::control::{journal, logging, service_manager};
 
 fn main() -> ExitCode {
     let is_journal = journal::is_journal(std::io::stderr(), std::env::var_os("JOURNAL_STREAM").as_deref());
@@ -35,7 +32,7 @@ fn main() -> ExitCode {
         }
         Err(Stop::Usage(line)) => return fail(&[line], WRONG_USAGE),
     };
-    start_log(is_journal);
+    logging::start(is_journal);
     match run(cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => fail(&failure.lines(), failure.status()),
@@ -121,16 +118,6 @@ impl ProgramError {
 fn print(text: &str) {
     // A reader that went away (`| head`) is no error.
     let _ = std::io::stdout().write_all(text.as_bytes());
-}
-
-fn start_log(is_journal: bool) {
-    let mut log = env_logger::Builder::from_env(env_logger::Env::default().default_filter_or(DEFAULT_LOG));
-    if is_journal {
-        log.format(|to, record| {
-            writeln!(to, "{}{}: {}", journal::prefix(record.level()), record.target(), record.args())
-        });
-    }
-    log.init();
 }
 
 /// How to apply a changed configuration.

@@ -13,5 +13,6 @@ pub mod config;
 #[cfg(feature = "demo")]
 pub mod demo;
 pub mod journal;
+pub mod logging;
 pub mod service_manager;
 pub mod target;
