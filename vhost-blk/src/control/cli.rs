@@ -10,7 +10,7 @@ use clap::Parser;
 use crate::control::config::{
     self, ConfigError, Configuration, CpuList, DriveTimeouts, ExportSettings, Listen, Serial, Settings, ValueError,
 };
-use crate::drive::{DeviceAddress, socket_path};
+use crate::drive::{DeviceAddress, SocketPathError, socket_path};
 use crate::virtio::memory::Limits;
 
 /// Why the program ends before it has begun.
@@ -80,6 +80,8 @@ Exit status:
   128 + N  a second signal, number N, has ended it";
 
 /// What to do.
+// There is one of it, for a moment.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Serve exports to front-ends until SIGTERM (the default)
@@ -140,6 +142,9 @@ pub struct ServeArgs {
     /// Read the exports from a TOML file instead
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
+    /// Answer SPDK's JSON-RPC on this Unix socket; with --config it counts more than the file's rpc-socket
+    #[arg(long, value_name = "PATH", value_parser = rpc_socket)]
+    pub rpc_socket: Option<PathBuf>,
     /// Print what would be served, a line for each export, and everything that is wrong, and exit; no drive and no socket is
     /// opened. With =machine it also looks whether this machine has what is needed
     #[arg(long, value_name = "WHAT", num_args = 0..=1, require_equals = true, default_missing_value = "file")]
@@ -176,6 +181,12 @@ fn seconds(check: fn(f64) -> Result<Duration, ValueError>) -> impl clap::builder
     parse.try_map(check)
 }
 
+/// A parser for the path of the control socket.
+fn rpc_socket(path: &str) -> Result<PathBuf, SocketPathError> {
+    let path = PathBuf::from(path);
+    socket_path(&path).map(|()| path)
+}
+
 impl ServeArgs {
     /// What these options mean; reads the file of `--config`.
     ///
@@ -183,7 +194,11 @@ impl ServeArgs {
     /// Nothing can be served.
     pub fn configuration(self) -> Result<Configuration, ConfigError> {
         match &self.config {
-            Some(path) => config::load(path),
+            Some(path) => {
+                let mut configuration = config::load(path)?;
+                configuration.settings.rpc_socket = self.rpc_socket.or(configuration.settings.rpc_socket);
+                Ok(configuration)
+            }
             None => Ok(Configuration { settings: self.settings()?, refused: vec![] }),
         }
     }
@@ -211,7 +226,14 @@ impl ServeArgs {
         }
         let timeouts = DriveTimeouts::with(self.io_timeout, self.hold);
         let memory = Limits::with(self.guest_memory_limit, self.guest_regions_limit);
-        Ok(Settings { cpus: self.cpus.unwrap_or_default().0, timeouts, memory, exports: vec![export], drives: vec![] })
+        Ok(Settings {
+            cpus: self.cpus.unwrap_or_default().0,
+            timeouts,
+            memory,
+            exports: vec![export],
+            rpc_socket: self.rpc_socket,
+            drives: vec![],
+        })
     }
 }
 
@@ -249,6 +271,7 @@ mod tests {
                 read_only: false,
                 serial: None,
             }],
+            rpc_socket: None,
             drives: vec![],
         };
         assert_eq!(settings("--device sim:1G --socket-path /a"), Ok(expected.clone()));
@@ -259,10 +282,11 @@ mod tests {
     fn every_option_arrives() {
         let settings = settings(
             "--device 01:00.0 --fd 5 --namespace 3 --queues 2 --queue-size 64 --queue-pairs 4 --cpus 1-2 --read-only --serial S \
-             --io-timeout 0.25 --hold 7 --guest-memory-limit 8G --guest-regions-limit 3",
+             --io-timeout 0.25 --hold 7 --guest-memory-limit 8G --guest-regions-limit 3 --rpc-socket /r",
         )
         .unwrap();
         assert_eq!(settings.cpus, [1, 2]);
+        assert_eq!(settings.rpc_socket, Some("/r".into()));
         assert_eq!(
             settings.timeouts,
             DriveTimeouts { io_timeout: Duration::from_millis(250), hold: Duration::from_secs(7) }

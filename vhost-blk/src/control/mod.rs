@@ -14,5 +14,6 @@ pub mod config;
 pub mod demo;
 pub mod journal;
 pub mod logging;
+pub mod rpc;
 pub mod service_manager;
 pub mod target;

@@ -11,4 +11,4 @@ mod server;
 pub mod session;
 pub mod write_cache;
 
-pub use server::{Server, ServerError};
+pub use server::{FrontEnd, Server, ServerError};

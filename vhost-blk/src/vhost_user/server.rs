@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -67,6 +68,19 @@ struct ConnectedClient {
     stream: UnixStream,
     since: Instant,
     spoken: bool,
+    /// How many of its rings run, once there is a session.
+    rings: Arc<AtomicU16>,
+}
+
+/// A front-end that is connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FrontEnd {
+    /// Its number among all that the disk has ever had, from 1.
+    pub number: u64,
+    /// It has sent a message.
+    pub spoken: bool,
+    /// How many of its rings run.
+    pub rings: u16,
 }
 
 impl ConnectedClient {
@@ -103,6 +117,14 @@ impl Clients {
         list.stopping = true;
         self.stop.notify();
         list.clients.iter().for_each(ConnectedClient::disconnect);
+    }
+
+    fn has_session(&self, number: u64, rings: &Arc<AtomicU16>) {
+        let mut list = self.list();
+        list.clients
+            .iter_mut()
+            .filter(|client| client.number == number)
+            .for_each(|client| client.rings = rings.clone());
     }
 
     fn has_spoken(&self, number: u64) {
@@ -142,6 +164,17 @@ impl Server {
     /// The export it serves.
     pub fn export(&self) -> &Arc<Export> {
         &self.export
+    }
+
+    /// The front-ends that are connected, in the order in which they have come. Waits for none of them.
+    pub fn front_ends(&self) -> Vec<FrontEnd> {
+        let front_end = |client: &ConnectedClient| FrontEnd {
+            number: client.number,
+            spoken: client.spoken,
+            // Relaxed: a number, ordered with nothing.
+            rings: client.rings.load(Ordering::Relaxed),
+        };
+        self.clients.list().clients.iter().map(front_end).collect()
     }
 
     /// Asks the threads to stop; dropping the server waits for them.
@@ -281,10 +314,15 @@ impl Acceptor {
     fn enter(&mut self, stream: &UnixStream) -> Option<u64> {
         self.next += 1;
         let number = self.next;
-        let entered = stream
-            .set_nonblocking(false)
-            .and_then(|()| stream.try_clone())
-            .map(|stream| self.clients.enter(ConnectedClient { number, stream, since: Instant::now(), spoken: false }));
+        let entered = stream.set_nonblocking(false).and_then(|()| stream.try_clone()).map(|stream| {
+            self.clients.enter(ConnectedClient {
+                number,
+                stream,
+                since: Instant::now(),
+                spoken: false,
+                rings: Arc::default(),
+            })
+        });
         match entered {
             Ok(entered) => entered.then_some(number),
             Err(error) => {
@@ -382,7 +420,9 @@ fn converse(export: &Arc<Export>, clients: &Clients, stream: UnixStream, number:
             return;
         }
     };
-    let session = Arc::new(Mutex::new(Session::new(export.clone())));
+    let session = Session::new(export.clone());
+    clients.has_session(number, &session.rings_running());
+    let session = Arc::new(Mutex::new(session));
     let mut spoken = false;
     let wakers = Wakers { stop: &clients.stop, changed: &changed, turn: &turn, log: &export.log };
     let end = connection::serve(stream, session.clone(), &wakers, name, |asked| {
@@ -447,7 +487,7 @@ mod tests {
         let client = |number, since, spoken| {
             let (stream, far) = UnixStream::pair().unwrap();
             far.set_nonblocking(true).unwrap();
-            assert!(clients.enter(ConnectedClient { number, stream, since, spoken }));
+            assert!(clients.enter(ConnectedClient { number, stream, since, spoken, rings: Arc::default() }));
             far
         };
         let ends = |mut far: &UnixStream| io::Read::read(&mut far, &mut [0]).is_ok();
@@ -464,6 +504,12 @@ mod tests {
         clients.disconnect_all();
         assert!(ears.iter().chain(&silent).all(ends));
         let (stream, _far) = UnixStream::pair().unwrap();
-        assert!(!clients.enter(ConnectedClient { number: 4, stream, since: Instant::now(), spoken: false }));
+        assert!(!clients.enter(ConnectedClient {
+            number: 4,
+            stream,
+            since: Instant::now(),
+            spoken: false,
+            rings: Arc::default()
+        }));
     }
 }

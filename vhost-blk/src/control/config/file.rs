@@ -43,6 +43,11 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<Mistake
     let hold = top.checked("hold", values::hold);
     let bytes = top.checked("guest-memory-limit", |text: String| values::guest_memory(&text));
     let regions = top.checked("guest-regions-limit", values::guest_regions);
+    let place = top.place_of("rpc-socket");
+    let rpc_socket = top.take::<PathBuf>("rpc-socket");
+    if let Some(fault) = rpc_socket.as_deref().map(socket_path).and_then(Result::err) {
+        top.wrong(place, fault);
+    }
     let sections = top.sections("export");
     let drives = top.sections("drive");
     let mut mistakes = top.finish();
@@ -60,7 +65,8 @@ pub(super) fn parse(text: &str, name: &str) -> Result<Configuration, Vec<Mistake
     }
     let timeouts = DriveTimeouts::with(io_timeout, hold);
     let memory = Limits::with(bytes, regions);
-    let settings = Settings { cpus: cpus.unwrap_or_default().0, timeouts, memory, exports: Vec::new(), drives };
+    let settings =
+        Settings { cpus: cpus.unwrap_or_default().0, timeouts, memory, exports: Vec::new(), rpc_socket, drives };
     let mut configuration = Configuration { settings, refused: Vec::new() };
     for ExportSection { socket, settings, mistakes, .. } in exports {
         match settings.filter(|_| mistakes.is_empty()) {

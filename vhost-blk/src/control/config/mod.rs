@@ -62,6 +62,8 @@ pub struct Settings {
     pub memory: Limits,
     /// At least one; no two with the same socket.
     pub exports: Vec<ExportSettings>,
+    /// Where the control socket is; `None`: there is none.
+    pub rpc_socket: Option<PathBuf>,
     /// Drives with settings of their own; no two of the same drive.
     pub drives: Vec<DriveSettings>,
 }

@@ -37,6 +37,7 @@ fn a_file_with_everything() {
         cpus = "2,4-5"
         io-timeout = 2.5
         hold = 0
+        rpc-socket = "/run/rpc.sock"
         guest-memory-limit = "64G"
         guest-regions-limit = 32
         [[export]]
@@ -56,6 +57,7 @@ fn a_file_with_everything() {
     )
     .unwrap();
     assert_eq!(settings.cpus, [2, 4, 5]);
+    assert_eq!(settings.rpc_socket, Some("/run/rpc.sock".into()));
     assert_eq!(settings.timeouts, DriveTimeouts { io_timeout: Duration::from_millis(2500), hold: Duration::ZERO });
     assert_eq!(settings.memory, Limits { bytes: 64 << 30, regions: 32 });
     assert_eq!(
@@ -117,13 +119,17 @@ fn errors_name_the_line() {
     );
     assert_eq!(
         error("cpu = \"1\"\n"),
-        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `guest-memory-limit`, `guest-regions-limit`, `export`, `drive`"
+        "c.toml, line 1: unknown field `cpu`, expected one of `cpus`, `io-timeout`, `hold`, `guest-memory-limit`, `guest-regions-limit`, `rpc-socket`, `export`, `drive`"
     );
     assert_eq!(error("hold = -1\n"), "c.toml, line 1: -1 seconds to wait for a drive: use 0 to 86400");
     assert_eq!(error("io-timeout = nan\n"), "c.toml, line 1: NaN seconds for a command: use 0.01 to 86400");
     assert_eq!(
         error("guest-memory-limit = \"much\"\n"),
         "c.toml, line 1: size \"much\": use a number with K, M, G or T, such as 64G"
+    );
+    assert_eq!(
+        error("rpc-socket = \"\"\n"),
+        "c.toml, line 1: the socket path is empty: give one, such as /run/vhost-blk/disk0.sock"
     );
     assert_eq!(error("guest-regions-limit = 0\n"), "c.toml, line 1: 0 memory regions: use 1 to 509");
     assert_eq!(error("\n[[export]]\ndevice = \"sim:1G\"\n"), "c.toml, line 2: missing field `socket-path`");

@@ -4,6 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
+use crate::control::rpc::RpcSocketError;
 use crate::datapath::worker::WorkerError;
 use crate::drive::{self, DeviceAddress};
 use crate::vhost_user::ServerError;
@@ -22,6 +23,9 @@ pub enum StartError {
     /// The process has no eventfd left.
     #[error("cannot start: {0}")]
     Event(#[source] io::Error),
+    /// The control socket cannot be had.
+    #[error(transparent)]
+    Rpc(#[from] RpcSocketError),
     /// The process has no thread left.
     #[error("cannot start the control loop: {0}")]
     ControlLoop(#[source] io::Error),
@@ -55,6 +59,12 @@ pub enum Defect {
     /// The control loop has panicked.
     #[error("the control loop died: {message}")]
     ControlLoop {
+        /// What its panic says.
+        message: String,
+    },
+    /// The thread that answers the clients of the control socket has panicked, or cannot wait for them.
+    #[error("the thread of the control socket died: {message}")]
+    Rpc {
         /// What its panic says.
         message: String,
     },

@@ -6,7 +6,7 @@
 mod control_loop;
 mod error;
 mod pending;
-mod registry;
+pub(in crate::control) mod registry;
 mod unserved;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use nvme_driver::Options;
 
 use crate::control::config::{Configuration, RefusedExport, Settings};
+use crate::control::rpc::{RpcServer, RpcSocket};
 use crate::control::service_manager;
 use crate::datapath::counters::Tally;
 use crate::datapath::worker::WorkerPool;
@@ -31,6 +32,7 @@ use unserved::Unserved;
 /// A running target. Dropping it stops serving: rings are drained, controllers shut down, sockets removed.
 pub struct Target {
     // In this order they are dropped: nothing that is used goes first.
+    rpc: Option<RpcServer>,
     registry: Arc<Registry>,
     control_loop: Option<ControlLoop>,
     status: Arc<Mutex<Status>>,
@@ -70,6 +72,7 @@ impl Target {
         handed: Vec<Handed>,
     ) -> Result<Target, StartError> {
         // The cheap and likely errors first: sockets before drives.
+        let rpc = settings.rpc_socket.as_deref().map(RpcSocket::bind).transpose()?;
         let Sockets { listeners, unwanted } =
             listener::open_all(&settings.exports.iter().map(|export| &export.listen).collect::<Vec<_>>(), handed);
         let mut unserved = Unserved::new(refused, unwanted);
@@ -81,7 +84,8 @@ impl Target {
         let registry = Arc::new(Registry { total, served: Mutex::default(), termination, pool: pool.clone() });
         let status = Arc::<Mutex<Status>>::default();
         // Whatever fails from here on, what has started is stopped in its order.
-        let mut target = Target { registry: registry.clone(), control_loop: None, status, _pool: pool.clone() };
+        let mut target =
+            Target { rpc: None, registry: registry.clone(), control_loop: None, status, _pool: pool.clone() };
         let budget = Budget::new(settings.memory, settings.exports.len());
         let devices = settings.exports.iter().map(|export| &export.device);
         let options = devices.map(|device| (device.clone(), settings.options(device, options))).collect();
@@ -111,8 +115,10 @@ impl Target {
         if let Some(text) = describe(&registry, &pending, &unserved) {
             target.status.lock().unwrap_or_else(PoisonError::into_inner).update(text);
         }
-        let control_loop = ControlLoop::start(registry, pending, unserved, pool, target.status.clone());
+        let control_loop = ControlLoop::start(registry.clone(), pending, unserved, pool, target.status.clone());
         target.control_loop = Some(control_loop.map_err(StartError::ControlLoop)?);
+        // Clients that have come meanwhile wait.
+        target.rpc = rpc.map(|socket| RpcServer::start(socket, registry)).transpose()?;
         Ok(target)
     }
 
@@ -142,6 +148,7 @@ impl Target {
 
     /// Ends every session, then the controllers.
     fn halt(&mut self) -> Vec<Arc<Export>> {
+        self.rpc = None;
         let servers = {
             let mut served = self.registry.served();
             served.stopping = true;
@@ -206,6 +213,7 @@ mod tests {
             ("server panics", "died: asked to by a test; it is safe"),
             ("supervisor panics", "supervisor panics died (see the panic above); it is safe"),
             ("control loop panics", "the control loop died: asked to by a test; it is safe"),
+            ("rpc panics", "the thread of the control socket died: asked to by a test; it is safe"),
         ] {
             let folder = tempfile::tempdir().unwrap();
             let (nvme, socket) = (folder.path().join(format!("nvme {place}")), folder.path().join(place));
@@ -220,9 +228,12 @@ mod tests {
                 read_only: false,
                 serial: None,
             };
-            let settings = Settings { exports: vec![export], ..Settings::default() };
+            let rpc_socket = folder.path().join(format!("{place}.rpc"));
+            let settings =
+                Settings { exports: vec![export], rpc_socket: Some(rpc_socket.clone()), ..Settings::default() };
             let target = Target::start(&settings).unwrap();
             let _front_end = UnixStream::connect(&socket).unwrap();
+            let _client = UnixStream::connect(&rpc_socket).unwrap();
             let limit = Timespec { tv_sec: 30, tv_nsec: 0 };
             let ends = poll(&mut [PollFd::new(target.ended(), PollFlags::IN)], Some(&limit)).unwrap();
             assert_eq!(ends, 1, "{place}: nobody notices");

@@ -17,23 +17,23 @@ use crate::vhost_user::listener::Listener;
 use crate::vhost_user::{Server, ServerError};
 
 /// What is served, and how that ends. Pending drives join it later.
-pub(super) struct Registry {
+pub(in crate::control) struct Registry {
     /// Exports of the configuration, those of pending drives and those with mistakes included.
     pub(super) total: usize,
     /// What is served now.
-    pub(super) served: Mutex<Served>,
-    pub(super) termination: Arc<Termination>,
+    pub(in crate::control) served: Mutex<Served>,
+    pub(in crate::control) termination: Arc<Termination>,
     /// The workers, for drives to come.
-    pub(super) pool: Arc<WorkerPool>,
+    pub(in crate::control) pool: Arc<WorkerPool>,
 }
 
 /// The disks and drives that are served.
 #[derive(Default)]
-pub(super) struct Served {
+pub(in crate::control) struct Served {
     /// Nothing joins any more: the program ends.
     pub(super) stopping: bool,
     /// One for each disk.
-    pub(super) servers: Vec<Server>,
+    pub(in crate::control) servers: Vec<Server>,
     /// One for each drive, which looks after it.
     pub(super) supervisors: Vec<Supervisor>,
     /// Drives that are attached, or were and are detached now.
@@ -41,7 +41,7 @@ pub(super) struct Served {
 }
 
 /// The end of serving.
-pub(super) struct Termination {
+pub(in crate::control) struct Termination {
     /// Rings when there is nothing more to serve.
     pub(super) event: EventFd,
     /// Exports that have, or may still get, a front-end.
@@ -60,7 +60,7 @@ impl Termination {
     }
 
     /// Ends serving because of a defect.
-    pub(super) fn end(&self, defect: Defect) {
+    pub(in crate::control) fn end(&self, defect: Defect) {
         self.defect().get_or_insert(defect);
         self.event.notify();
     }
@@ -77,7 +77,7 @@ impl Termination {
 
 impl Registry {
     /// What is served now. To be dropped soon: whoever joins or leaves waits for it.
-    pub(super) fn served(&self) -> MutexGuard<'_, Served> {
+    pub(in crate::control) fn served(&self) -> MutexGuard<'_, Served> {
         self.served.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -143,5 +143,17 @@ impl Registry {
             served.servers.push(Server::start(export, listener, at_end)?);
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+pub(in crate::control) mod testing {
+    use super::*;
+
+    /// One that serves nothing.
+    pub(in crate::control) fn empty() -> Arc<Registry> {
+        let pool = Arc::new(WorkerPool::start(&[]).unwrap());
+        let termination = Arc::new(Termination::new(0).unwrap());
+        Arc::new(Registry { total: 0, served: Mutex::default(), termination, pool })
     }
 }

@@ -27,6 +27,11 @@ impl RingWorkers {
         // There are some: see `near`.
         self.workers[(self.first + ring) % self.workers.len()]
     }
+
+    /// The numbers of all of them.
+    pub fn all(&self) -> &[usize] {
+        &self.workers
+    }
 }
 
 /// The numbers of the workers for a drive on `node`, by the nodes that they are on: those on it; if there are none, all.
@@ -42,6 +47,11 @@ impl Placement {
     pub fn new(cpus: &[Option<usize>], node_of: impl Fn(usize) -> Option<u32>) -> Placement {
         let workers = cpus.iter().map(|&cpu| (cpu, cpu.and_then(&node_of))).collect();
         Placement { workers, disks: Mutex::default() }
+    }
+
+    /// The CPU that a worker is pinned to; `None`: it runs where the kernel wants, or there is no worker of this number.
+    pub fn cpu_of(&self, worker: usize) -> Option<usize> {
+        self.workers.get(worker).and_then(|(cpu, _)| *cpu)
     }
 
     /// The workers for the rings of a disk whose drive is on `node`. `number`: of the disk in the whole program, so that disks begin

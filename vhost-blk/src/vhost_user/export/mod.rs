@@ -17,7 +17,7 @@ use crate::blk::config::{self, BlockConfig};
 use crate::blk::disk::{Disk, FlushPromise};
 use crate::datapath::counters::{LaneCounters, Tally};
 use crate::datapath::worker::RingWorkers;
-use crate::drive::{self, Drive, ExportedNamespace, Known, Lease, Presence, Share};
+use crate::drive::{self, DeviceAddress, Drive, ExportedNamespace, Known, Lease, Presence, Share};
 use crate::event::EventFd;
 use crate::log_limit::LogLimit;
 use crate::vhost_user::front_end_queue::FrontEndQueue;
@@ -195,6 +195,21 @@ impl Export {
     /// The drive has no queue pair for it.
     pub fn lease(&self, ring: usize, ring_size: u16) -> Result<Lease, drive::Error> {
         self.share.lease(self.workers.of_ring(ring), ring_size)
+    }
+
+    /// The controller.
+    pub fn device(&self) -> &DeviceAddress {
+        self.drive.address()
+    }
+
+    /// Whether writes are refused, by the export or by the namespace as it is now.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only || self.known().namespace.read_only
+    }
+
+    /// The workers of its rings.
+    pub fn workers(&self) -> &RingWorkers {
+        &self.workers
     }
 
     /// The counters of a ring; they go on over all sessions.

@@ -11,7 +11,7 @@ mod served;
 use std::fs::{File, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -145,16 +145,44 @@ fn bind_by(path: &Path, deadline: Instant) -> Result<Listener, ListenError> {
     }
 }
 
+/// Makes a socket whose file has these permissions, in place of a stale one if need be; it does not block.
+///
+/// # Errors
+/// Another process listens there, or it cannot be made.
+pub fn bind_with_mode(path: &Path, mode: u32) -> Result<(BoundPath, UnixListener), ListenError> {
+    bind_by_means_of(path, LOCK_DEADLINE, || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        // The file gets the socket's mode, without what umask forbids: nobody connects before it is as it should be.
+        rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(mode))?;
+        rustix::net::bind(&socket, &SocketAddrUnix::new(path)?)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+        rustix::net::listen(&socket, BACKLOG)?;
+        Ok(UnixListener::from(socket))
+    })
+}
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 128;
+
 /// Makes the socket, in place of a stale one if need be.
 fn bind(path: &Path, lock_deadline: Duration) -> Result<(BoundPath, UnixListener), ListenError> {
+    bind_by_means_of(path, lock_deadline, || UnixListener::bind(path))
+}
+
+fn bind_by_means_of(
+    path: &Path,
+    lock_deadline: Duration,
+    make: impl Fn() -> io::Result<UnixListener>,
+) -> Result<(BoundPath, UnixListener), ListenError> {
     let cannot = |error| ListenError::bind(path.to_owned(), error);
     // Until this is dropped no other target looks at, removes or makes a socket here: of two that start at the same moment
     // on one path, the second one finds the first one listening.
     let _lock = lock_directory(path, lock_deadline)?;
-    let listener = match UnixListener::bind(path) {
+    let listener = match make() {
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
             remove_stale(path)?;
-            UnixListener::bind(path).map_err(cannot)?
+            make().map_err(cannot)?
         }
         bound => bound.map_err(cannot)?,
     };

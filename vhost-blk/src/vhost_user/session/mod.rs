@@ -17,6 +17,7 @@ mod vring;
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::Instant;
 
 use crate::blk::config::{self, BlockConfig};
@@ -59,6 +60,8 @@ pub struct Session {
     rings: Vec<RingState>,
     /// By ring index.
     running: HashMap<usize, RunningRing>,
+    /// How many these are, for whoever must not wait for the session.
+    rings_running: Arc<AtomicU16>,
     /// A ring has run.
     served: bool,
     /// A ring was started, if only in words.
@@ -90,6 +93,7 @@ impl Session {
             protocol_features: 0,
             rings: (0..export.queues).map(|_| RingState { enabled: true, ..RingState::default() }).collect(),
             running: HashMap::new(),
+            rings_running: Arc::default(),
             served: false,
             used: false,
             standing: Standing::default(),
@@ -100,6 +104,16 @@ impl Session {
             refusal: None,
             export,
         }
+    }
+
+    /// The number of rings that run, at any moment; reading it waits for nobody.
+    pub fn rings_running(&self) -> Arc<AtomicU16> {
+        self.rings_running.clone()
+    }
+
+    fn count_rings(&self) {
+        // Relaxed: a number, ordered with nothing. There are as many rings as an index of one byte can name.
+        self.rings_running.store(self.running.len() as u16, Ordering::Relaxed);
     }
 
     /// Without protocol features there is no message to enable a ring: all of them are from the start.
@@ -226,6 +240,7 @@ impl Session {
         self.served = true;
         self.memory_before = None;
         self.running.insert(index, RunningRing { handle, lease, addresses });
+        self.count_rings();
         Ok(())
     }
 
@@ -269,6 +284,7 @@ impl Session {
         let stopping: Vec<_> = running
             .map(|(index, RunningRing { handle, lease, .. })| (index, lease.begin_stop(handle, policy), lease))
             .collect();
+        self.count_rings();
         let deadline = stopping.first().map_or_else(Instant::now, |(_, _, lease)| lease.stop_deadline());
         let mut paused = Vec::new();
         for (index, lane, lease) in stopping {
