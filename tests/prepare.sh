@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes a Debian 12 machine ready for the tests and benchmarks:
 #   - installs the programs they use (as root; only those that are missing),
+#   - fetches SPDK's JSON-RPC client from PyPI, under target/tools,
 #   - unpacks Debian kernels under target/guest (nothing of them is installed): two for guests, two for the lab.
-# Quick when everything is there. The only network it uses is the machine's own package sources; what is new in
+# Quick when everything is there. The only network it uses is the machine's own package sources and pip's; what is new in
 # Debian's backports comes from the backports suite of the very source that the machine is configured with.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -199,10 +200,32 @@ keep_modules() {
     done < <(find "$root/lib/modules/$version" -name '*.ko' -o -name '*.ko.xz')
 }
 
+# SPDK's own client, which drives the control socket in a test: from PyPI, in a folder of its own.
+install_spdk_client() {
+    local version=26.9 folder
+    folder=${CARGO_TARGET_DIR:-target}/tools/spdk-client-$version
+    [ ! -e "$folder/complete" ] || return 0
+    if ! python3 -m pip --version >/dev/null 2>&1; then
+        need_apt "missing: python3-pip"
+        ready_sources
+        say "installing python3-pip"
+        apt_get install --no-install-recommends python3-pip || fail "could not install python3-pip"
+    fi
+    say "fetching spdk $version"
+    rm -rf "$folder"
+    mkdir -p "$folder"
+    printf 'spdk==%s --hash=sha256:%s\n' "$version" \
+        42037d98845c82e9317bc8b3c7521af3eb785e44cb5baf13c40a103d5df04f49 >"$folder/requirements.txt"
+    python3 -m pip install --quiet --disable-pip-version-check --root-user-action=ignore --no-deps --only-binary=:all: \
+        --require-hashes --target "$folder" --requirement "$folder/requirements.txt" || fail "could not fetch spdk $version"
+    touch "$folder/complete"
+}
+
 mkdir -p "$guest"
 guest=$(cd "$guest" && pwd)
 newer=()
 install_programs
+install_spdk_client
 kernel stable linux-image-cloud-amd64
 kernel backports linux-image-cloud-amd64 newer
 # The lab's: 9p, with which they see the machine's files, is not in the kernels for clouds.
