@@ -285,9 +285,9 @@ fn warnings_are_told_when_they_appear_and_when_they_go() {
     let bench = Bench::new();
     let warns = |bits: u8| bench.simulator().faults().change(|plan| plan.critical_warning = bits);
     warns(0b00_0011);
-    bench
-        .program
-        .wait_for("the drive warns: its spare has fallen to 100 %, below the 10 % it should have; replace it soon");
+    bench.program.wait_for(
+        "the drive warns: its spare capacity has fallen to 100 %, below its threshold of 10 %; replace it soon",
+    );
     bench.program.wait_for("the drive warns: its temperature");
     warns(0b11_0110);
     bench.program.wait_for("the drive no longer warns of low spare capacity");
