@@ -31,6 +31,8 @@ mod steps {
         Store,
         /// The guest is shown a batch of used chains, which the log knows of.
         Show,
+        /// A queue pair could not be created, and it is asked whether its controller works.
+        QueueFailed,
     }
 
     thread_local! {

@@ -14,6 +14,7 @@ use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::QueueResources;
 use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::worker::{self, LaneHandle, QueueSlotId, StopError, StoppedLane, StoppingLane};
+use crate::fault_point::fault_point;
 use crate::log_limit::Kind;
 
 /// Entries of a queue pair, whatever the ring's size: enough to keep a drive busy, and no more memory than that is worth
@@ -79,6 +80,7 @@ impl Share {
                 Ok(None) => {}
                 Err(Error::NoQueuePairsLeft { .. }) => break self.join(worker, entries, granted)?,
                 Err(error) => {
+                    fault_point!(QueueFailed);
                     match drive.controller_works() {
                         // It was detached meanwhile, which may be why it has failed.
                         None => continue,
@@ -203,7 +205,7 @@ impl Drive {
                     Ok(taken) => taken,
                     Err(worker::WorkerError::InUse) => continue,
                     Err(error) => {
-                        log::error!("{}: {error}", self.name);
+                        log::error!("{}: cannot take an unused queue pair from its worker: {error}", self.name);
                         None
                     }
                 };

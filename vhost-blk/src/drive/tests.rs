@@ -154,3 +154,32 @@ fn a_lane_that_stays_busy_comes_back_when_its_controller_was_reset() {
         assert!(lease.finish_stop(lease.begin_stop(handle, StopPolicy::AnswerAll), lease.stop_deadline()).is_some());
     }
 }
+
+thread_local! {
+    /// What is detached when a queue pair could not be created.
+    static DETACHED: std::cell::RefCell<Option<Arc<Drive>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// A ring that starts while its drive fails waits for the drive, as all others do.
+#[test]
+fn a_lease_whose_drive_is_detached_meanwhile_gets_its_slot() {
+    let OneDrive { drive, simulator, .. } = &OneDrive::new(Config::default(), &Options::default());
+    const CREATE_COMPLETION_QUEUE: u8 = 5;
+    let when =
+        FaultMatch { admin: true, opcode: Some(CREATE_COMPLETION_QUEUE), limit: Some(1), ..FaultMatch::default() };
+    let internal_error = FaultAction::Fail(nvme_sim::Status::new(0, 6));
+    simulator.faults().add(FaultRule { action: internal_error, when });
+    DETACHED.set(Some(drive.clone()));
+    crate::fault_point::set(|step| {
+        if step == crate::fault_point::FaultStep::QueueFailed {
+            let drive = DETACHED.take().expect("it fails once");
+            drive.detach(DetachCause::Failed("a test".into()));
+        }
+    });
+    let share = drive.share("test".into(), None);
+    let lease = share.lease(0, 16);
+    assert!(lease.is_ok(), "{}", lease.err().unwrap());
+    assert!(DETACHED.take().is_none(), "no queue pair has failed");
+    drive.reattach().unwrap();
+    assert_eq!(drive.presence(), Presence::Attached);
+}
