@@ -180,7 +180,11 @@ fn raise_descriptor_limit() {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
     if let Err(error) = setrlimit(Resource::Nofile, raised) {
-        log::warn!("cannot raise the limit on open files from {:?}: {error}", limit.current);
+        let now = limit.current.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
+        log::warn!(
+            "cannot raise the limit on open files ({now}): {error}; guests with many memory regions or queues may be refused: raise \
+             it where the program is started (ulimit -n, or LimitNOFILE= in its unit)"
+        );
     }
 }
 

@@ -123,7 +123,7 @@ impl Drive {
         for slot in &slots {
             match self.pool.detach_drive(slot.id) {
                 Ok(detached) => lost.extend(detached),
-                Err(error) => log::error!("{}: {error}", self.name),
+                Err(error) => log::error!("{}: cannot take a queue pair from its worker: {error}", self.name),
             }
         }
         drop(seat);

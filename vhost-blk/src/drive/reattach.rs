@@ -119,7 +119,7 @@ impl Drive {
         for Fold { from, into } in folds {
             let folded = self.pool.fold(from, into).and_then(|()| self.pool.take_queue_pair(from));
             if let Err(error) = folded {
-                log::error!("{}: {error}", self.name);
+                log::error!("{}: cannot move rings to another queue pair: {error}", self.name);
             }
             self.slot_ids().remove(&from);
         }

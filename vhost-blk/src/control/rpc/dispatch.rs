@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rustix::process::{Signal, getpid, kill_process};
 use serde_json::Value;
 
+use super::context::Context;
 use super::error::RpcError;
 use super::message::{Id, NoRequest, Request, answer, short};
 use super::methods::{self, Method};
@@ -20,14 +21,6 @@ const MAX_ANSWER_BYTES: usize = 32 << 20;
 pub(super) struct Caller {
     socket: String,
     context: Context,
-}
-
-/// What handlers use.
-pub(super) struct Context {
-    /// What is served.
-    pub(super) registry: Arc<Registry>,
-    /// What this program is to be sent when the answer is out.
-    pub(super) signal: Option<Signal>,
 }
 
 /// What becomes of a value of the stream.

@@ -5,6 +5,7 @@
 //! else: one that is slow, silent, wrong or does not read costs the others nothing, and no worker or front-end waits for any.
 
 mod connection;
+mod context;
 mod dispatch;
 mod error;
 mod framing;

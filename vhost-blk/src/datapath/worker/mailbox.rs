@@ -2,14 +2,12 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nvme_driver::{Namespace, QueuePair};
-use rustix::event::{EventfdFlags, eventfd};
 
 use super::{LaneId, QueueSlotId};
 use crate::blk::disk::Disk;
@@ -17,6 +15,7 @@ use crate::datapath::lane::Lane;
 use crate::datapath::poll_group::{DetachedQueue, PollGroup, QueueResources};
 use crate::datapath::stop_policy::StopPolicy;
 use crate::datapath::trial::{Seat, Suspicion};
+use crate::event::EventFd;
 use crate::virtio::memory::GuestMemory;
 
 /// A queue slot that lanes use cannot be removed.
@@ -101,13 +100,12 @@ pub(super) struct Mailbox {
     flag: AtomicBool,
     letters: Mutex<Letters>,
     /// Ends the worker's sleep.
-    event: OwnedFd,
+    event: EventFd,
 }
 
 impl Mailbox {
     pub(super) fn new() -> io::Result<Mailbox> {
-        let event = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
-        Ok(Mailbox { flag: AtomicBool::new(false), letters: Mutex::default(), event })
+        Ok(Mailbox { flag: AtomicBool::new(false), letters: Mutex::default(), event: EventFd::new()? })
     }
 
     fn letters(&self) -> MutexGuard<'_, Letters> {
@@ -125,8 +123,7 @@ impl Mailbox {
         drop(letters);
         // Relaxed: the worker takes the lock before it looks.
         self.flag.store(true, Ordering::Relaxed);
-        // Only a full counter can refuse, and then the worker is being woken already.
-        let _ = rustix::io::write(&self.event, &1u64.to_ne_bytes());
+        self.event.notify();
     }
 
     #[inline]
@@ -148,12 +145,7 @@ impl Mailbox {
         letters.mail.clear();
     }
 
-    pub(super) fn event(&self) -> &OwnedFd {
+    pub(super) fn event(&self) -> &EventFd {
         &self.event
-    }
-
-    pub(super) fn clear_event(&self) {
-        // Non-blocking: an error says that it is clear.
-        let _ = rustix::io::read(&self.event, &mut [0u8; 8]);
     }
 }

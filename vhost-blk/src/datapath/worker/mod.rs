@@ -108,7 +108,7 @@ pub enum WorkerError {
         source: io::Error,
     },
     /// The worker does not answer: it has panicked, or the pool was shut down.
-    #[error("worker {worker} is gone")]
+    #[error("worker {worker} does not answer: it has died (see the lines before), or the program is ending")]
     Gone {
         /// Number of the worker.
         worker: usize,

@@ -68,7 +68,7 @@ impl Session {
         for running in self.running.values() {
             if let Err(error) = running.handle.set_disk(self.disk.clone()) {
                 // Its rings are not served any more.
-                log::error!("{}: {error}", self.export.name);
+                log::error!("{}: a ring cannot be told of the change of its namespace: {error}", self.export.name);
             }
         }
         if resized {

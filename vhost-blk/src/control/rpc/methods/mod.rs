@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::dispatch::Context;
+use super::context::Context;
 use super::error::RpcError;
 
 /// A method.

@@ -197,7 +197,7 @@ impl Worker {
         for event in woken {
             let id = event.data.u64();
             if id == MAILBOX {
-                self.mailbox.clear_event();
+                self.mailbox.event().clear();
                 continue;
             }
             let Some(location) = self.lanes.get(&LaneId(id)) else { continue };
@@ -482,5 +482,4 @@ impl Worker {
 }
 
 #[cfg(test)]
-#[path = "thread_tests.rs"]
 mod tests;
