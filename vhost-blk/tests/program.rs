@@ -332,7 +332,7 @@ fn whatever_is_wrong_with_an_export_costs_that_export_only() {
     assert!(["in-use", "later/s", "good"].iter().all(|name| !path(name).exists()));
 }
 
-/// The same, on a socket that is served soon, read-only or not.
+/// Checks that the disk on a socket that is served soon works, read-only or not.
 fn check_disk_at(path: &Path) {
     let mut stream = None;
     eventually("its socket is served", || {

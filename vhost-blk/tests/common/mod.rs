@@ -139,7 +139,7 @@ impl Front {
         self.negotiate_without(F_EVENT_IDX | F_RING_PACKED)
     }
 
-    /// The same, with all features but these.
+    /// Owner, features and protocol features, as QEMU sends them. All features that are offered are accepted but these.
     pub(crate) fn negotiate_without(&self, unwanted: u64) -> u64 {
         let features = self.ask_u64(GET_FEATURES) & !unwanted;
         let protocol = self.ask_u64(GET_PROTOCOL_FEATURES);

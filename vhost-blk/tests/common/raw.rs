@@ -124,7 +124,7 @@ impl<'a> RawRing<'a> {
         self.start_at(front, self.base());
     }
 
-    /// The same, at what the back-end has said when it stopped it.
+    /// The messages that start it, in QEMU's order. `base`: what the back-end has said when it stopped the ring.
     pub(crate) fn start_at(&self, front: &Front, base: u32) {
         front.set_ring(SET_VRING_ENABLE, self.index, 1);
         front.set_ring(SET_VRING_NUM, self.index, self.size.into());
@@ -174,7 +174,7 @@ impl<'a> RawRing<'a> {
         self.place(chain, 0)
     }
 
-    /// The same by a table of indirect descriptors at `table`.
+    /// Makes a chain available by a table of indirect descriptors at `table`: its ID, or `None` if there is no room.
     pub(crate) fn offer_indirect(&mut self, table: u64, chain: &[Piece]) -> Option<u16> {
         for (at, piece) in (0u16..).zip(chain) {
             let more = self.format == Format::Split && usize::from(at) + 1 < chain.len();

@@ -105,9 +105,9 @@ fn an_sgl_that_is_an_invalid_field_is_the_last_if_it_was_that() {
     neighbour.verdict();
 }
 
-/// The same where nothing has to be copied: PRPs can say it in more commands.
+/// SGLs that are refused where nothing has to be copied: PRPs can say it in more commands.
 #[test]
-fn the_same_if_more_commands_do_without_an_sgl() {
+fn sgls_are_refused_and_more_commands_do_without_them() {
     for (fails, code, told) in [(1, 0, 1), (2, IOERR, 0)] {
         let stand = Stand::new();
         let mut neighbour = stand.neighbour();

@@ -308,7 +308,7 @@ fn an_empty_log_takes_a_ring_of_another_size() {
     neighbour.verdict();
 }
 
-/// The same: QEMU's microvm asks for a log of 8 entries, and its guest's ring has 256.
+/// A log that does not fit the ring. QEMU's microvm asks for a log of 8 entries, and its guest's ring has 256.
 #[test]
 fn a_log_that_is_too_small_is_done_without() {
     let (stand, neighbour) = stand(|_| {});

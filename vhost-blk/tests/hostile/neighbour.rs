@@ -128,7 +128,7 @@ impl Neighbour {
         self.verdict_within(limit);
     }
 
-    /// The same, where the drive itself makes it wait.
+    /// Ends the load, in which the drive itself may make each request wait for `limit`. None failed, none read a wrong byte.
     #[track_caller]
     pub(crate) fn verdict_within(mut self, limit: Duration) {
         // It goes on after the attack, too.
