@@ -7,9 +7,7 @@ use super::*;
 fn an_eventfd_that_blocks_stops_nobody() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut odd = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     let mut neighbour = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 1, true, 16), &disk);

@@ -20,6 +20,14 @@ fn config() -> Config {
     Config { namespaces: vec![namespace], ..Config::default() }
 }
 
+/// A worker, and a slot on it with a queue pair of 64 entries.
+fn one_worker(machine: &Machine) -> (WorkerPool, QueueSlotId) {
+    let pool = WorkerPool::start(&[]).unwrap();
+    let (pair, bounce) = machine.pair(64);
+    let slot = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    (pool, slot)
+}
+
 /// A guest's driver that kicks when it is asked to.
 struct RunningLane {
     client: TestClient,
@@ -75,9 +83,7 @@ impl RunningLane {
 fn requests_go_through_a_worker_and_the_queue_pair_comes_back() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     let data = pattern(1, 4096);
@@ -102,9 +108,7 @@ fn a_lane_sleeps_when_nothing_happens_and_a_kick_wakes_it() {
     for packed in [false, true] {
         let machine = Machine::new(config());
         let guest = &machine.guest;
-        let pool = WorkerPool::start(&[]).unwrap();
-        let (pair, bounce) = machine.pair(64);
-        let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+        let (pool, pair) = one_worker(&machine);
         let disk = Arc::new(machine.disk());
         let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, packed, 16), &disk);
         for round in 1..=20 {
@@ -124,9 +128,7 @@ fn a_lane_sleeps_when_nothing_happens_and_a_kick_wakes_it() {
 fn busy_lanes_need_no_kicks() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, true, 64), &disk);
     let mut done = 0;
@@ -154,9 +156,7 @@ fn busy_lanes_need_no_kicks() {
 #[test]
 fn memory_is_added_while_the_ring_runs() {
     let mut machine = Machine::new(config());
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let client = TestClient::new(&machine.guest, 0, false, 16);
     let mut running = RunningLane::start(&pool, pair, &machine.guest, client, &disk);
@@ -302,9 +302,7 @@ fn a_slow_drive_keeps_its_lane_until_it_has_answered() {
         action: FaultAction::Delay(Duration::from_millis(300)..=Duration::from_millis(300)),
         when: FaultMatch::default(),
     });
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let mut running =
         RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
@@ -323,9 +321,7 @@ fn a_dead_drive_is_told_and_waited_for() {
     let options = Options { io_timeout: Duration::from_millis(200), ..Options::default() };
     let machine = Machine::with_options(Config { volatile_write_cache: true, ..config() }, &options);
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
@@ -388,9 +384,7 @@ fn a_dead_drive_is_told_and_waited_for() {
 fn nothing_of_a_guest_that_the_drive_cannot_reach_goes_to_it() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     assert_eq!(running.run(guest, 0, 0, &[writable(DATA, 4096)]).0, OK);
@@ -449,9 +443,7 @@ fn a_lane_may_start_before_its_drive_is_there() {
 fn eventfds_can_be_replaced() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let mut running =
         RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &Arc::new(machine.disk()));
     until("the eventfd is signalled at the start", || (count(&running.client.call) == 1).then_some(()));
@@ -480,9 +472,7 @@ fn eventfds_can_be_replaced() {
 fn broken_rings_are_told() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let disk = Arc::new(machine.disk());
     let mut running = RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, false, 16), &disk);
     guest.write_u16(running.client.driver.setup.driver + 2, 1000);
@@ -503,9 +493,7 @@ fn shutdown_answers_what_is_in_flight() {
         action: FaultAction::Delay(Duration::from_millis(100)..=Duration::from_millis(100)),
         when: FaultMatch::default(),
     });
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let mut running =
         RunningLane::start(&pool, pair, guest, TestClient::new(guest, 0, true, 16), &Arc::new(machine.disk()));
     running.send(guest, 0, 0, &[writable(DATA, 4096)]).unwrap();
@@ -520,9 +508,7 @@ fn shutdown_answers_what_is_in_flight() {
 fn a_panic_is_not_silent() {
     let machine = Machine::new(config());
     let guest = &machine.guest;
-    let pool = WorkerPool::start(&[]).unwrap();
-    let (pair, bounce) = machine.pair(64);
-    let pair = pool.add_queue_pair(0, QueueResources { pair, pool: bounce });
+    let (pool, pair) = one_worker(&machine);
     let mut client = TestClient::new(guest, 0, true, 16);
     client.name = "worker panics";
     let running = RunningLane::start(&pool, pair, guest, client, &Arc::new(machine.disk()));
