@@ -5,7 +5,6 @@
 
 use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -60,7 +59,8 @@ impl RpcSocket {
 
 /// The lock on a socket's path.
 struct Lock {
-    path: PathBuf,
+    // In this order: while it is locked, nobody else takes the file for one to lock.
+    path: BoundPath,
     file: File,
 }
 
@@ -75,13 +75,14 @@ impl Lock {
         loop {
             let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let file = rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).map_err(|error| cannot(error.into()))?;
-            let lock = Lock { path: path.clone(), file: File::from(file) };
+            let file = File::from(file);
+            let lock = Lock { path: BoundPath::of(&path, &file.metadata().map_err(cannot)?), file };
             match lock.file.try_lock() {
                 // Whoever had it may have removed the file just before: the lock of a file that is not there is worth nothing.
-                Ok(()) if lock.is_there() => return Ok(lock),
+                Ok(()) if lock.path.is_there() => return Ok(lock),
                 Ok(()) => {}
                 Err(TryLockError::Error(error)) => {
-                    lock.forget();
+                    lock.path.forget();
                     return Err(cannot(error));
                 }
                 Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
@@ -93,33 +94,14 @@ impl Lock {
                         );
                     }
                     // Not ours to remove.
-                    lock.forget();
+                    lock.path.forget();
                     std::thread::sleep(LOOK);
                 }
                 Err(TryLockError::WouldBlock) => {
-                    lock.forget();
+                    lock.path.forget();
                     return Err(RpcSocketError::Locked { path: name() });
                 }
             }
-        }
-    }
-
-    /// Closes the file and leaves it where it is.
-    fn forget(mut self) {
-        self.path = PathBuf::new();
-    }
-
-    fn is_there(&self) -> bool {
-        let ours = self.file.metadata().map(|file| (file.dev(), file.ino())).ok();
-        std::fs::symlink_metadata(&self.path).is_ok_and(|now| Some((now.dev(), now.ino())) == ours)
-    }
-}
-
-impl Drop for Lock {
-    fn drop(&mut self) {
-        // While it is locked: nobody else takes the file for one to lock.
-        if self.is_there() {
-            let _ = std::fs::remove_file(&self.path);
         }
     }
 }

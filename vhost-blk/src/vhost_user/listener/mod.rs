@@ -8,7 +8,7 @@ mod handed;
 mod listen;
 mod served;
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Metadata, TryLockError};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -92,7 +92,7 @@ pub fn open_all(places: &[&Listen], mut handed: Vec<Handed>) -> Sockets {
     Sockets { listeners, unwanted: handed }
 }
 
-/// A socket file, removed on drop if it is still the one we made.
+/// A file of ours, a socket or a lock, removed on drop if its path still leads to it.
 #[derive(Debug)]
 pub struct BoundPath {
     path: PathBuf,
@@ -103,18 +103,22 @@ pub struct BoundPath {
 impl BoundPath {
     /// The file that is at `path` now.
     fn at(path: &Path) -> io::Result<BoundPath> {
-        let found = std::fs::symlink_metadata(path)?;
-        Ok(BoundPath { path: path.into(), device: found.dev(), inode: found.ino() })
+        Ok(BoundPath::of(path, &std::fs::symlink_metadata(path)?))
+    }
+
+    /// A file that was at `path` when it was opened.
+    pub fn of(path: &Path, file: &Metadata) -> BoundPath {
+        BoundPath { path: path.into(), device: file.dev(), inode: file.ino() }
     }
 
     /// Leaves the file alone.
-    fn forget(self) {
+    pub fn forget(self) {
         // A drop would free the path, too, which is not worth a state of its own.
         std::mem::forget(self);
     }
 
-    /// Whether the file is still there. As long as its socket is open, no other file can have its number.
-    fn is_there(&self) -> bool {
+    /// Whether the file is still there. As long as it is open, no other file can have its number.
+    pub fn is_there(&self) -> bool {
         std::fs::symlink_metadata(&self.path).is_ok_and(|now| (now.dev(), now.ino()) == (self.device, self.inode))
     }
 }
