@@ -24,7 +24,7 @@ const REQUESTS_PER_TURN: usize = 8;
 
 /// Why a client is disconnected by us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Disconnect {
+pub(super) enum HangUp {
     /// It has gone, or all is said.
     Done,
     /// It does not read.
@@ -32,7 +32,7 @@ pub(super) enum Disconnect {
 }
 
 /// A client's connection.
-pub(super) struct Connection {
+pub(super) struct RpcClient {
     stream: UnixStream,
     pub(super) peer: Peer,
     framer: Framer,
@@ -52,15 +52,15 @@ pub(super) struct Connection {
     stalled: Option<Instant>,
 }
 
-impl Connection {
+impl RpcClient {
     /// A client that has just come.
     ///
     /// # Errors
     /// Its socket cannot be made not to block.
-    pub(super) fn new(stream: UnixStream) -> io::Result<Connection> {
+    pub(super) fn new(stream: UnixStream) -> io::Result<RpcClient> {
         stream.set_nonblocking(true)?;
         let peer = Peer::of(&stream);
-        Ok(Connection {
+        Ok(RpcClient {
             stream,
             peer,
             framer: Framer::default(),
@@ -110,12 +110,7 @@ impl Connection {
     ///
     /// # Errors
     /// It is to be closed.
-    pub(super) fn turn(
-        &mut self,
-        happened: PollFlags,
-        space: &mut [u8],
-        caller: &mut Caller,
-    ) -> Result<(), Disconnect> {
+    pub(super) fn turn(&mut self, happened: PollFlags, space: &mut [u8], caller: &mut Caller) -> Result<(), HangUp> {
         if happened.contains(PollFlags::OUT) {
             self.flush()?;
         }
@@ -123,21 +118,21 @@ impl Connection {
             self.read(space)?;
         } else if happened.intersects(PollFlags::HUP | PollFlags::ERR) {
             // Nobody is left who could read an answer.
-            return Err(Disconnect::Done);
+            return Err(HangUp::Done);
         }
         self.work(caller);
         self.flush()?;
         let over = self.broken || (self.ended && self.looked_at == self.input.len());
         if over && self.waiting_bytes() == 0 {
-            return Err(Disconnect::Done);
+            return Err(HangUp::Done);
         }
         match self.deadline() {
-            Some(deadline) if deadline <= Instant::now() => Err(Disconnect::DoesNotRead),
+            Some(deadline) if deadline <= Instant::now() => Err(HangUp::DoesNotRead),
             _ => Ok(()),
         }
     }
 
-    fn read(&mut self, space: &mut [u8]) -> Result<(), Disconnect> {
+    fn read(&mut self, space: &mut [u8]) -> Result<(), HangUp> {
         match self.stream.read(space) {
             Ok(0) => {
                 self.ended = true;
@@ -155,7 +150,7 @@ impl Connection {
                 self.last_byte = Instant::now();
             }
             Err(error) if is_for_later(&error) => {}
-            Err(_) => return Err(Disconnect::Done),
+            Err(_) => return Err(HangUp::Done),
         }
         Ok(())
     }
@@ -201,7 +196,7 @@ impl Connection {
     }
 
     /// Writes what the client takes.
-    pub(super) fn flush(&mut self) -> Result<(), Disconnect> {
+    pub(super) fn flush(&mut self) -> Result<(), HangUp> {
         while self.waiting_bytes() > 0 {
             match self.stream.write(&self.output[self.written..]) {
                 Ok(count) => {
@@ -218,7 +213,7 @@ impl Connection {
                     }
                     return Ok(());
                 }
-                Err(_) => return Err(Disconnect::Done),
+                Err(_) => return Err(HangUp::Done),
             }
         }
         // A large answer's memory is not kept either.
@@ -228,7 +223,7 @@ impl Connection {
     }
 }
 
-impl AsFd for Connection {
+impl AsFd for RpcClient {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::context::Context;
 use super::error::RpcError;
-use super::message::{Id, NoRequest, Request, answer, short};
+use super::message::{Call, Id, NoCall, answer, short};
 use super::methods::{self, Method};
 use super::socket::Peer;
 use crate::control::target::registry::Registry;
@@ -96,9 +96,9 @@ impl Caller {
 
     /// Carries one call out; with no `room` left for its answer it is not begun.
     fn single(&mut self, value: Value, room: usize, peer: Peer) -> Option<Vec<u8>> {
-        let Request { id, method, params } = match Request::read(value) {
+        let Call { id, method, params } = match Call::read(value) {
             Ok(request) => request,
-            Err(NoRequest(id, error)) => return Some(answer(&id, Err(error))),
+            Err(NoCall(id, error)) => return Some(answer(&id, Err(error))),
         };
         let too_long = || RpcError::Internal("the answer is too long".into());
         let outcome = match (methods::find(&method), params) {

@@ -48,13 +48,13 @@ impl Framer {
         let mut start = 0;
         for (index, &byte) in bytes.iter().enumerate() {
             let end = match self.scanner.step(byte)? {
-                Step::Between => {
+                Scanned::Between => {
                     start = index + 1;
                     continue;
                 }
-                Step::Within => None,
-                Step::Last => Some(index + 1),
-                Step::After => Some(index),
+                Scanned::Within => None,
+                Scanned::Last => Some(index + 1),
+                Scanned::After => Some(index),
             };
             if self.begun.len() + end.unwrap_or(index + 1) - start > MAX_REQUEST_BYTES {
                 return Err(FramingError::TooLong);
@@ -73,13 +73,13 @@ impl Framer {
 
     /// The value that ends with the stream: a number or a word has no other end.
     pub(super) fn finish(&mut self) -> Option<Vec<u8>> {
-        let whole = self.scanner.depth == 0 && self.scanner.mode == Mode::Scalar;
+        let whole = self.scanner.depth == 0 && self.scanner.mode == ScanMode::Scalar;
         whole.then(|| std::mem::take(&mut self.begun))
     }
 }
 
 /// Where a byte stands.
-enum Step {
+enum Scanned {
     /// Between two values.
     Between,
     /// In a value that goes on.
@@ -91,7 +91,7 @@ enum Step {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Mode {
+enum ScanMode {
     #[default]
     Plain,
     /// In a number, `true`, `false` or `null`.
@@ -103,7 +103,7 @@ enum Mode {
 
 #[derive(Debug, Default)]
 struct Scanner {
-    mode: Mode,
+    mode: ScanMode,
     /// Objects and arrays that are open.
     depth: u32,
     /// Which of them are arrays: a bit for each.
@@ -113,38 +113,38 @@ struct Scanner {
 }
 
 impl Scanner {
-    fn step(&mut self, byte: u8) -> Result<Step, FramingError> {
+    fn step(&mut self, byte: u8) -> Result<Scanned, FramingError> {
         match self.mode {
-            Mode::Escape => {
-                self.mode = Mode::String;
-                return Ok(Step::Within);
+            ScanMode::Escape => {
+                self.mode = ScanMode::String;
+                return Ok(Scanned::Within);
             }
-            Mode::String => {
+            ScanMode::String => {
                 match byte {
-                    b'\\' => self.mode = Mode::Escape,
+                    b'\\' => self.mode = ScanMode::Escape,
                     b'"' => {
-                        self.mode = Mode::Plain;
+                        self.mode = ScanMode::Plain;
                         return Ok(self.ended());
                     }
                     _ => {}
                 }
-                return Ok(Step::Within);
+                return Ok(Scanned::Within);
             }
-            Mode::Scalar if is_of_scalar(byte) => return Ok(Step::Within),
-            Mode::Scalar => {
-                self.mode = Mode::Plain;
+            ScanMode::Scalar if is_of_scalar(byte) => return Ok(Scanned::Within),
+            ScanMode::Scalar => {
+                self.mode = ScanMode::Plain;
                 if self.depth == 0 {
-                    return Ok(Step::After);
+                    return Ok(Scanned::After);
                 }
             }
-            Mode::Plain => {}
+            ScanMode::Plain => {}
         }
         match byte {
             b' ' | b'\t' | b'\n' | b'\r' => {
-                return Ok(if self.depth == 0 { Step::Between } else { Step::Within });
+                return Ok(if self.depth == 0 { Scanned::Between } else { Scanned::Within });
             }
-            b',' if self.depth > 0 => return Ok(Step::Within),
-            b':' if self.depth > 0 && !self.is_in_array() => return Ok(Step::Within),
+            b',' if self.depth > 0 => return Ok(Scanned::Within),
+            b':' if self.depth > 0 && !self.is_in_array() => return Ok(Scanned::Within),
             _ => {}
         }
         self.values += 1;
@@ -152,7 +152,7 @@ impl Scanner {
             return Err(FramingError::TooManyValues);
         }
         match byte {
-            b'"' => self.mode = Mode::String,
+            b'"' => self.mode = ScanMode::String,
             b'{' | b'[' => {
                 if self.depth == MAX_DEPTH {
                     return Err(FramingError::TooDeep);
@@ -168,18 +168,18 @@ impl Scanner {
                 self.depth -= 1;
                 return Ok(self.ended());
             }
-            byte if is_of_scalar(byte) => self.mode = Mode::Scalar,
+            byte if is_of_scalar(byte) => self.mode = ScanMode::Scalar,
             _ => return Err(FramingError::NotJson),
         }
-        Ok(Step::Within)
+        Ok(Scanned::Within)
     }
 
     fn is_in_array(&self) -> bool {
         self.arrays & 1 == 1
     }
 
-    fn ended(&self) -> Step {
-        if self.depth == 0 { Step::Last } else { Step::Within }
+    fn ended(&self) -> Scanned {
+        if self.depth == 0 { Scanned::Last } else { Scanned::Within }
     }
 }
 

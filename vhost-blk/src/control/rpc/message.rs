@@ -16,7 +16,7 @@ pub(super) enum Id {
 
 /// A request that is one.
 #[derive(Clone, Debug, PartialEq)]
-pub(super) struct Request {
+pub(super) struct Call {
     pub(super) id: Id,
     pub(super) method: String,
     /// An object; an empty one if there are none.
@@ -25,17 +25,17 @@ pub(super) struct Request {
 
 /// A value that is no request: for whom the answer is, and what is wrong.
 #[derive(Debug, PartialEq)]
-pub(super) struct NoRequest(pub(super) Value, pub(super) RpcError);
+pub(super) struct NoCall(pub(super) Value, pub(super) RpcError);
 
-impl Request {
+impl Call {
     /// Reads a request.
-    pub(super) fn read(value: Value) -> Result<Request, NoRequest> {
+    pub(super) fn read(value: Value) -> Result<Call, NoCall> {
         let wrong = |id: &Id, why: &str| {
             let id = match id {
                 Id::Of(id) => id.clone(),
                 Id::None => Value::Null,
             };
-            NoRequest(id, RpcError::InvalidRequest(why.into()))
+            NoCall(id, RpcError::InvalidRequest(why.into()))
         };
         let Value::Object(mut members) = value else { return Err(wrong(&Id::None, "it is no object")) };
         let id = match members.remove("id") {
@@ -59,7 +59,7 @@ impl Request {
         if let Some(name) = members.keys().next() {
             return Err(wrong(&id, &format!("unknown member \"{}\"", short(name))));
         }
-        Ok(Request { id, method, params })
+        Ok(Call { id, method, params })
     }
 }
 
@@ -71,7 +71,7 @@ pub(super) fn short(text: &str) -> String {
 
 /// An answer, to be written as it is: clients print it in this order.
 #[derive(Serialize)]
-struct Answer<'a> {
+struct Response<'a> {
     jsonrpc: &'static str,
     id: &'a Value,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -90,7 +90,7 @@ pub(super) fn answer(id: &Value, outcome: Result<Vec<u8>, RpcError>) -> Vec<u8> 
         Ok(result) => (None, Some(result)),
         Err(error) => (Some(ErrorMember { code: error.code(), message: error.to_string() }), None),
     };
-    let head = Answer { jsonrpc: "2.0", id, error };
+    let head = Response { jsonrpc: "2.0", id, error };
     let mut text = serde_json::to_vec(&head).expect("strings, numbers and JSON values are never refused");
     if let Some(result) = result {
         // Its last brace.
@@ -110,19 +110,16 @@ mod tests {
 
     #[test]
     fn a_request_is_read() {
-        let request = Request::read(json!({"jsonrpc": "2.0", "method": "m", "id": 7, "params": {"a": 1}})).unwrap();
-        assert_eq!(request, Request { id: Id::Of(json!(7)), method: "m".into(), params: Ok(json!({"a": 1})) });
+        let request = Call::read(json!({"jsonrpc": "2.0", "method": "m", "id": 7, "params": {"a": 1}})).unwrap();
+        assert_eq!(request, Call { id: Id::Of(json!(7)), method: "m".into(), params: Ok(json!({"a": 1})) });
         for value in [json!({"method": "m"}), json!({"method": "m", "params": null, "jsonrpc": "2.0"})] {
-            assert_eq!(
-                Request::read(value).unwrap(),
-                Request { id: Id::None, method: "m".into(), params: Ok(json!({})) }
-            );
+            assert_eq!(Call::read(value).unwrap(), Call { id: Id::None, method: "m".into(), params: Ok(json!({})) });
         }
         for id in [json!("x"), json!(1.5), json!(-1), json!(u64::MAX), json!(null)] {
-            assert_eq!(Request::read(json!({"method": "m", "id": id})).unwrap().id, Id::Of(id));
+            assert_eq!(Call::read(json!({"method": "m", "id": id})).unwrap().id, Id::Of(id));
         }
         for params in [json!([]), json!([1]), json!(1), json!("a"), json!(false)] {
-            let code = Request::read(json!({"method": "m", "params": params})).unwrap().params.unwrap_err().code();
+            let code = Call::read(json!({"method": "m", "params": params})).unwrap().params.unwrap_err().code();
             assert_eq!(code, -32602, "{params}");
         }
     }
@@ -142,7 +139,7 @@ mod tests {
             (json!({"id": 3, "method": "m", "more": 1}), json!(3), "unknown member \"more\""),
             (json!({"id": 3, "method": "m", "\u{e9}".repeat(9999): 1}), json!(3), "unknown member"),
         ] {
-            let NoRequest(found, error) = Request::read(value.clone()).unwrap_err();
+            let NoCall(found, error) = Call::read(value.clone()).unwrap_err();
             assert_eq!((found, error.code()), (id, -32600), "{value}");
             assert!(error.to_string().contains(text) && error.to_string().len() < 300, "{value}: {error}");
         }

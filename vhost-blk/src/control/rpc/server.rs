@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::connection::{CHUNK_BYTES, Connection, Disconnect};
+use super::connection::{CHUNK_BYTES, HangUp, RpcClient};
 use super::dispatch::Caller;
 use super::error::RpcSocketError;
 use super::socket::RpcSocket;
@@ -44,7 +44,7 @@ impl RpcServer {
         let cannot = |source: io::Error| RpcSocketError::Start { path: name.clone(), source };
         let stop = Arc::new(EventFd::new().map_err(cannot)?);
         let termination = registry.termination.clone();
-        let mut clients = Clients {
+        let mut clients = RpcThread {
             stop: stop.clone(),
             caller: Caller::new(socket.name(), registry),
             socket,
@@ -77,11 +77,12 @@ impl Drop for RpcServer {
     }
 }
 
-struct Clients {
+/// What the thread of the control socket owns: the socket, and its clients.
+struct RpcThread {
     stop: Arc<EventFd>,
     caller: Caller,
     socket: RpcSocket,
-    connections: Vec<Connection>,
+    connections: Vec<RpcClient>,
     /// Nobody is accepted before this time.
     accepts_from: Option<Instant>,
     log: LogLimit,
@@ -95,7 +96,7 @@ struct Found {
     happened: Vec<PollFlags>,
 }
 
-impl Clients {
+impl RpcThread {
     fn serve(&mut self) -> io::Result<()> {
         let mut space = vec![0; CHUNK_BYTES];
         loop {
@@ -113,8 +114,8 @@ impl Clients {
                 let flags = happened.next().unwrap_or(PollFlags::empty());
                 match connection.turn(flags, &mut space, &mut self.caller) {
                     Ok(()) => self.connections.push(connection),
-                    Err(Disconnect::Done) => {}
-                    Err(Disconnect::DoesNotRead) => self.tell(
+                    Err(HangUp::Done) => {}
+                    Err(HangUp::DoesNotRead) => self.tell(
                         Kind::Connection,
                         &format!("a client ({}) was disconnected: it does not read its answers", connection.peer),
                     ),
@@ -132,10 +133,10 @@ impl Clients {
         let listens = if accepts { PollFlags::IN } else { PollFlags::empty() };
         let mut sources = vec![PollFd::new(&*self.stop, PollFlags::IN), PollFd::new(self.socket.listener(), listens)];
         sources.extend(self.connections.iter().map(|connection| PollFd::new(connection, connection.interest())));
-        let limit = if self.connections.iter().any(Connection::has_work) {
+        let limit = if self.connections.iter().any(RpcClient::has_work) {
             Some(Duration::ZERO)
         } else {
-            let deadlines = self.connections.iter().filter_map(Connection::deadline);
+            let deadlines = self.connections.iter().filter_map(RpcClient::deadline);
             let next = deadlines.chain(self.accepts_from.filter(|_| !accepts)).min();
             next.map(|time| time.saturating_duration_since(now))
         };
@@ -157,7 +158,7 @@ impl Clients {
         self.accepts_from = None;
         for _ in 0..ACCEPTED_AT_ONCE {
             match self.socket.listener().accept() {
-                Ok((stream, _)) if self.has_place() => match Connection::new(stream) {
+                Ok((stream, _)) if self.has_place() => match RpcClient::new(stream) {
                     Ok(connection) => self.connections.push(connection),
                     Err(error) => self.tell(Kind::TurnedAway, &format!("a client cannot be answered: {error}")),
                 },
@@ -181,7 +182,7 @@ impl Clients {
         if self.connections.len() < MAX_CONNECTIONS {
             return true;
         }
-        let idle = self.connections.iter().map(Connection::idle).enumerate();
+        let idle = self.connections.iter().map(RpcClient::idle).enumerate();
         let silent = idle.filter_map(|(index, time)| Some((time.filter(|time| *time >= SILENCE)?, index))).max();
         let Some((time, index)) = silent else { return false };
         let peer = self.connections.swap_remove(index).peer;

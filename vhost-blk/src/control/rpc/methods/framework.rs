@@ -62,20 +62,20 @@ struct Reactor {
     #[serde(skip_serializing_if = "Option::is_none")]
     lcore: Option<usize>,
     in_interrupt: bool,
-    lw_threads: [Thread; 1],
+    lw_threads: [ThreadInfo; 1],
 }
 
 #[derive(Serialize)]
-struct Thread {
+struct ThreadInfo {
     name: String,
     id: usize,
     cpumask: String,
 }
 
 /// A worker, as SPDK tells of its threads.
-fn thread(context: &Context, worker: usize) -> Thread {
+fn thread(context: &Context, worker: usize) -> ThreadInfo {
     let cpu = context.registry.pool.placement().cpu_of(worker);
-    Thread { name: format!("worker {worker}"), id: worker + 1, cpumask: cpu_mask(&[cpu]) }
+    ThreadInfo { name: format!("worker {worker}"), id: worker + 1, cpumask: cpu_mask(&[cpu]) }
 }
 
 /// The workers and the CPUs that they are pinned to. How busy they are is not measured, so SPDK's `busy` and `idle` are not there.
@@ -92,7 +92,7 @@ pub(super) fn reactors(context: &mut Context, _: NoParams) -> Result<Reactors, R
 #[derive(Serialize)]
 pub(super) struct Threads {
     tick_rate: u64,
-    threads: Vec<Thread>,
+    threads: Vec<ThreadInfo>,
 }
 
 /// The workers.

@@ -22,12 +22,12 @@ pub(super) struct Controller {
     delay_base_us: u32,
     iops_threshold: u32,
     socket: String,
-    sessions: Vec<Session>,
+    sessions: Vec<SessionInfo>,
     backend_specific: BackendSpecific,
 }
 
 #[derive(Serialize)]
-struct Session {
+struct SessionInfo {
     vid: u64,
     id: u64,
     name: String,
@@ -71,7 +71,7 @@ fn controller(context: &Context, name: String, server: &Server) -> Controller {
     let export = server.export();
     let placement = context.registry.pool.placement();
     let cpus: Vec<Option<usize>> = export.workers().all().iter().map(|worker| placement.cpu_of(*worker)).collect();
-    let session = |FrontEnd { number, rings, .. }| Session {
+    let session = |FrontEnd { number, rings, .. }| SessionInfo {
         vid: number,
         id: number,
         name: format!("{name}s{number}"),
